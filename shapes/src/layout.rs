@@ -133,7 +133,11 @@ impl KeyTiles {
     /// First packed row of tile `index`, for tiles of `key_rows` rows.
     #[inline(always)]
     pub const fn first_row(self, index: u32, key_rows: u32) -> u32 {
-        if index < self.prefix_tiles { index * key_rows } else { self.body_start + (index - self.prefix_tiles) * key_rows }
+        if index < self.prefix_tiles {
+            index * key_rows
+        } else {
+            self.body_start + (index - self.prefix_tiles) * key_rows
+        }
     }
 }
 
