@@ -365,6 +365,6 @@ impl Layout {
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^= x >> 31;
-        (low + ((x >> 32) * width >> 32)) as u32
+        (low + (((x >> 32) * width) >> 32)) as u32
     }
 }

@@ -3,9 +3,30 @@
 //! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees. `no_std`: the kernels
 //!   compile this very code, and the host plans with it.
 //! * [`launch`]: the parameter blocks that the host writes and the kernels read. `no_std`.
-//! * `spec` (feature `std`): the TOML file, its validation, densities.
+//! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
+//! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
+//! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
+//! * [`manifest`] (feature `serde`): what stands beside a PTX file, for whoever launches it.
 #![cfg_attr(not(feature = "std"), no_std)]
 #![warn(missing_docs)]
 
+#[cfg(feature = "std")]
+pub mod density;
 pub mod launch;
 pub mod layout;
+#[cfg(feature = "serde")]
+pub mod manifest;
+#[cfg(feature = "std")]
+pub mod spec;
+#[cfg(feature = "std")]
+pub mod workspace;
+
+/// The shipped specs: name and TOML text, in the order of their names. They are the files of `shapes/models`.
+#[cfg(feature = "std")]
+pub const fn models() -> &'static [(&'static str, &'static str)] {
+    /// Names a model once for both.
+    macro_rules! models {
+        ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("../models/", $name, ".toml")))),*] };
+    }
+    models!["demo"]
+}

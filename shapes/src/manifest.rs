@@ -1,0 +1,220 @@
+//! What stands beside a PTX file, as JSON: everything that is needed to launch its kernels, and where they come from.
+//!
+//! ```json
+//! {
+//!   "format": 1,
+//!   "name": "demo",
+//!   "spec": "name = \"demo\"\n...",
+//!   "arch": "sm_90a",
+//!   "compiler": { "rustc": "1.96.0 (...)", "llvm": "22.1.2" },
+//!   "ptx_sha256": "64 hexadecimal digits",
+//!   "kernels": [
+//!     {
+//!       "entry": "attention", "threads": 384, "min_blocks": 1, "shared_bytes": 213248, "params_bytes": 104,
+//!       "params": [{ "name": "params", "type": "AttentionParams", "offset": 0, "bytes": 104 }],
+//!       "ptxas": { "registers": 168, "stack": 0, "spill_stores": 0, "spill_loads": 0, "messages": [] }
+//!     }
+//!   ],
+//!   "densities": { "dense": 1.0, "spatial": 0.3, "temporal": 0.3 },
+//!   "workspace_bytes": 12345
+//! }
+//! ```
+//!
+//! The reader is strict: an unknown field, a missing one, another format or a value that contradicts another is an error.
+
+use core::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{Spec, SpecError};
+
+/// The format that this version writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// A PTX file's manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Name of the spec, and of the two files.
+    pub name: String,
+    /// The spec's TOML text.
+    pub spec: String,
+    /// Target, as in `sm_90a`.
+    pub arch: String,
+    /// What made the PTX.
+    pub compiler: Compiler,
+    /// SHA-256 of the PTX file, 64 lower-case hexadecimal digits.
+    pub ptx_sha256: String,
+    /// The kernels, in the order of the PTX.
+    pub kernels: Vec<Kernel>,
+    /// Exact densities of the head types.
+    pub densities: Densities,
+    /// Bytes of the workspace for the spec's own batch and heads, with the keys profiled in one part; see
+    /// [`Spec::workspace`] for others.
+    pub workspace_bytes: u64,
+}
+
+/// Versions of the device compiler.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Compiler {
+    /// Version and commit of rustc.
+    pub rustc: String,
+    /// Version of LLVM.
+    pub llvm: String,
+}
+
+/// One kernel's launch table and resources.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Name of the entry in the PTX.
+    pub entry: String,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Blocks that a multiprocessor must be able to hold.
+    pub min_blocks: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Bytes of all parameters.
+    pub params_bytes: u32,
+    /// Parameters in order.
+    pub params: Vec<Param>,
+    /// What ptxas said; `null` where none was at hand.
+    pub ptxas: Option<Ptxas>,
+}
+
+/// A kernel parameter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Param {
+    /// Name in the source.
+    pub name: String,
+    /// Rust type: a primitive, or a block of [`crate::launch`].
+    #[serde(rename = "type")]
+    pub ty: String,
+    /// Byte offset in the parameter space.
+    pub offset: u32,
+    /// Size in bytes.
+    pub bytes: u32,
+}
+
+/// Resources as ptxas reports them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ptxas {
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Stack frame in bytes.
+    pub stack: u32,
+    /// Bytes of spill stores.
+    pub spill_stores: u32,
+    /// Bytes of spill loads.
+    pub spill_loads: u32,
+    /// Warnings and remarks, one a line.
+    pub messages: Vec<String>,
+}
+
+/// Visible pairs over S², per head type.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Densities {
+    /// 1.
+    pub dense: f64,
+    /// Of spatial heads.
+    pub spatial: f64,
+    /// Of temporal heads.
+    pub temporal: f64,
+}
+
+/// What is wrong with a manifest: the file, the place and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestError {
+    /// The file, as the reader was given it.
+    pub file: String,
+    /// What is wrong, with line and column where it has them.
+    pub message: String,
+}
+
+impl std::error::Error for ManifestError {}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {}; rebuild it with `framestride build`", self.file, self.message)
+    }
+}
+
+impl Manifest {
+    /// Reads and checks a manifest. `file` is only what errors call it.
+    pub fn parse(file: &str, text: &str) -> Result<Manifest, ManifestError> {
+        let fail = |message: String| ManifestError { file: file.into(), message };
+        // Another format has other fields: it is told apart before they are looked at.
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|error| fail(format!("is not a JSON manifest: {error}")))?;
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(format) if format == u64::from(FORMAT) => {}
+            Some(format) => return Err(fail(format!("has format {format}, and this version reads {FORMAT}"))),
+            None => return Err(fail(format!("has no format number, and this version reads {FORMAT}"))),
+        }
+        let manifest: Manifest =
+            serde_json::from_str(text).map_err(|error| fail(format!("is not a manifest: {error}")))?;
+        match manifest.contradiction() {
+            Some(message) => Err(fail(message)),
+            None => Ok(manifest),
+        }
+    }
+
+    /// The manifest as indented JSON with a newline at its end, as it stands in the file.
+    pub fn to_json(&self) -> String {
+        // Numbers, strings and structures of them always have a JSON form; a NaN density would be written as null.
+        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// The spec, read again.
+    pub fn spec(&self) -> Result<Spec, SpecError> {
+        Spec::parse(&format!("{} (in its manifest)", self.name), &self.spec)
+    }
+
+    /// The kernel of an entry.
+    pub fn kernel(&self, entry: &str) -> Option<&Kernel> {
+        self.kernels.iter().find(|kernel| kernel.entry == entry)
+    }
+
+    /// Why the fields cannot all be right.
+    fn contradiction(&self) -> Option<String> {
+        let digest = &self.ptx_sha256;
+        if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
+            return Some(format!("ptx_sha256 is {digest:?}, not 64 lower-case hexadecimal digits"));
+        }
+        for (i, kernel) in self.kernels.iter().enumerate() {
+            let entry = &kernel.entry;
+            if self.kernels[..i].iter().any(|other| other.entry == *entry) {
+                return Some(format!("kernel {entry:?} stands twice"));
+            }
+            if kernel.threads == 0 || kernel.threads > 1024 {
+                return Some(format!("kernel {entry:?} has {} threads, not 1 to 1024", kernel.threads));
+            }
+            let mut end = 0;
+            for param in &kernel.params {
+                let next = param.offset.checked_add(param.bytes);
+                match next {
+                    Some(next) if param.offset >= end && next <= kernel.params_bytes => end = next,
+                    _ => {
+                        return Some(format!(
+                            "parameter {:?} of kernel {entry:?} takes bytes {} to {}, outside those left of {}",
+                            param.name,
+                            param.offset,
+                            u64::from(param.offset) + u64::from(param.bytes),
+                            kernel.params_bytes
+                        ));
+                    }
+                }
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,644 @@
+//! The spec: the shape of one model's attention, written in TOML.
+
+mod error;
+mod keys;
+mod read;
+
+use std::path::Path;
+
+pub use error::{Problem, SpecError};
+
+use crate::density;
+use crate::launch::{ProfilePlan, SAMPLE_ROWS, Tiles};
+use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::workspace::Workspace;
+use error::Source;
+use keys::{GRID_Z, Key, find};
+use read::Reader;
+
+/// A validated spec. Every number in it fits the `u32` arithmetic of [`Layout`] and the grids of the kernels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    /// `name`: what the files made from the spec are called.
+    pub name: String,
+    /// `[video]`, `[text]`, `[sink]` and the half widths of `[masks]`, solved.
+    pub layout: Layout,
+    /// `attention.head_dim`: 64 or 128.
+    pub head_dim: u32,
+    /// `attention.heads` of the model; a launch may be given any subset.
+    pub heads: u32,
+    /// `attention.batch` that is planned for; a launch may be given another.
+    pub batch: u32,
+    /// `attention.dtype`.
+    pub dtype: Dtype,
+    /// `video.grid`: height and width of a frame in patches.
+    pub grid: Option<[u32; 2]>,
+    /// `[qk_norm]`.
+    pub qk_norm: Option<QkNorm>,
+    /// `[rope]`.
+    pub rope: Option<Rope>,
+    /// `[masks.spatial]` as written; the half width in tokens is in `layout`.
+    pub spatial: Width,
+    /// `[masks.temporal]` as written; the half width in tokens is in `layout`.
+    pub temporal: Width,
+    /// `[profile]`.
+    pub profile: Profile,
+    /// `[schedule]`.
+    pub schedule: Schedule,
+}
+
+/// Type of Q, K, V and the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+}
+
+/// Kind of a QK-norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// x / sqrt(mean(x²) + eps), times a weight.
+    Rms,
+    /// (x - mean(x)) / sqrt(var(x) + eps), times a weight, plus a bias.
+    Layer,
+}
+
+/// Extent of one statistic of a QK-norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormOver {
+    /// The `head_dim` channels of each head.
+    Head,
+    /// All `heads x head_dim` channels of a token: a launch needs all heads of the model.
+    Heads,
+}
+
+/// Norm of Q and K, before RoPE. Its weights are given at run time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QkNorm {
+    /// RMS or layer norm.
+    pub kind: NormKind,
+    /// Extent of a statistic.
+    pub over: NormOver,
+    /// Term in the root, positive as an f32.
+    pub eps: f64,
+}
+
+/// Channels that RoPE rotates together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pairs {
+    /// (0, 1), (2, 3), ...
+    Interleaved,
+    /// (0, head_dim / 2), (1, head_dim / 2 + 1), ...
+    Half,
+}
+
+/// Rotary embedding of Q and K. Cosines and sines are given at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rope {
+    /// Channels that rotate together.
+    pub pairs: Pairs,
+    /// Whether the tables cover text rows too.
+    pub text: bool,
+    /// Whether each head has its own tables.
+    pub per_head: bool,
+}
+
+/// Width of a mask as a spec gives it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Width {
+    /// Wanted visible pairs over S².
+    Density(f64),
+    /// Half width in tokens.
+    Tokens(u32),
+    /// Half width in frames' worth of tokens: `tokens_per_frame` positions each, in both layouts.
+    Frames(f64),
+}
+
+/// Online profiling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Profile {
+    /// Query rows sampled from each head, 1 to 1024.
+    pub rows: u32,
+    /// Seed of the draw.
+    pub seed: u64,
+}
+
+/// Which calls of a video's denoising stay dense. All zero without a `[schedule]`: none do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Schedule {
+    /// Denoising steps.
+    pub steps: u32,
+    /// Attention layers.
+    pub layers: u32,
+    /// Leading steps that stay dense.
+    pub dense_steps: u32,
+    /// Leading layers that stay dense in every step.
+    pub dense_layers: u32,
+}
+
+impl Schedule {
+    /// Whether the call of `layer` in `step`, both from 0, stays dense.
+    pub const fn is_dense(&self, step: u32, layer: u32) -> bool {
+        step < self.dense_steps || layer < self.dense_layers
+    }
+}
+
+impl Dtype {
+    /// All of them.
+    pub const ALL: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    /// As a spec writes it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Dtype::Bf16 => "bf16",
+            Dtype::F16 => "f16",
+        }
+    }
+}
+
+impl NormKind {
+    /// All of them.
+    pub const ALL: [NormKind; 2] = [NormKind::Rms, NormKind::Layer];
+
+    /// As a spec writes it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            NormKind::Rms => "rms",
+            NormKind::Layer => "layer",
+        }
+    }
+}
+
+impl NormOver {
+    /// All of them.
+    pub const ALL: [NormOver; 2] = [NormOver::Head, NormOver::Heads];
+
+    /// As a spec writes it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            NormOver::Head => "head",
+            NormOver::Heads => "heads",
+        }
+    }
+}
+
+impl Pairs {
+    /// All of them.
+    pub const ALL: [Pairs; 2] = [Pairs::Interleaved, Pairs::Half];
+
+    /// As a spec writes it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Pairs::Interleaved => "interleaved",
+            Pairs::Half => "half",
+        }
+    }
+}
+
+/// A text position as a spec writes it.
+pub(crate) const fn text_position_name(position: TextPosition) -> &'static str {
+    match position {
+        TextPosition::First => "first",
+        TextPosition::Last => "last",
+    }
+}
+
+impl Spec {
+    /// Reads and checks a file.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Spec, SpecError> {
+        let path = path.as_ref();
+        let file = path.display().to_string();
+        Spec::parse(&file, &read_file(path)?)
+    }
+
+    /// Checks the text of a spec. `file` is only what errors call it.
+    pub fn parse(file: &str, text: &str) -> Result<Spec, SpecError> {
+        let mut reader = Reader::new(Source { file, text }).map_err(|problems| SpecError { problems })?;
+        let spec = read_spec(&mut reader);
+        reader.finish(spec).map_err(|problems| SpecError { problems })
+    }
+
+    /// Reads and checks several files, whose names must differ since they name the files made from them. Problems of all files
+    /// are reported together.
+    pub fn from_files(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<Spec>, SpecError> {
+        let mut specs: Vec<(String, Spec)> = Vec::new();
+        let mut problems = Vec::new();
+        for path in paths {
+            let path = path.as_ref();
+            let file = path.display().to_string();
+            let text = match read_file(path) {
+                Ok(text) => text,
+                Err(error) => {
+                    problems.extend(error.problems);
+                    continue;
+                }
+            };
+            match Spec::parse(&file, &text) {
+                Ok(spec) => {
+                    if let Some((first, _)) = specs.iter().find(|(_, other)| other.name == spec.name) {
+                        problems.push(duplicate_name(Source { file: &file, text: &text }, &spec.name, first));
+                    }
+                    specs.push((file, spec));
+                }
+                Err(error) => problems.extend(error.problems),
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(specs.into_iter().map(|(_, spec)| spec).collect()),
+            false => Err(SpecError { problems }),
+        }
+    }
+
+    /// Tile sizes of the attention kernel.
+    pub const fn tiles(&self) -> Tiles {
+        Tiles::for_head_dim(self.head_dim)
+    }
+
+    /// Visible pairs of one head of one batch item, all text valid.
+    pub fn visible_pairs(&self, head: HeadType) -> u128 {
+        density::visible_pairs(&self.layout, head)
+    }
+
+    /// Visible pairs over S²: 1 for a dense head.
+    pub fn density(&self, head: HeadType) -> f64 {
+        density::density_of_width(&self.layout, head, self.layout.half_width(head))
+    }
+
+    /// Sizes of profiling with the keys in `splits` parts.
+    pub const fn profile_plan(&self, splits: u32) -> ProfilePlan {
+        let rows = self.profile.rows;
+        ProfilePlan { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim: self.head_dim }
+    }
+
+    /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts of the keys.
+    pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> Workspace {
+        Workspace::new(&self.layout, self.head_dim, batch, heads, self.profile_plan(splits))
+    }
+}
+
+/// The text of a file, or why there is none.
+fn read_file(path: &Path) -> Result<String, SpecError> {
+    let file = path.display().to_string();
+    let bytes = std::fs::read(path).map_err(|error| SpecError {
+        problems: vec![Source { file: &file, text: "" }.problem(
+            None,
+            "",
+            format!("the spec cannot be read: {error}"),
+            "a TOML file",
+            "check the path and its permissions",
+        )],
+    })?;
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let byte = error.as_bytes()[valid];
+        let text = String::from_utf8_lossy(error.as_bytes());
+        // Up to `valid`, the text with replacements is the text itself.
+        let problem = Source { file: &file, text: &text }.problem(
+            Some(valid..valid + 1),
+            "",
+            format!("not UTF-8: byte 0x{byte:02x}"),
+            "UTF-8 text",
+            "save the file as UTF-8",
+        );
+        SpecError { problems: vec![problem] }
+    })
+}
+
+fn duplicate_name(source: Source, name: &str, first: &str) -> Problem {
+    // The spec was parsed before: this finds the place of its name again.
+    let span = Reader::new(source).ok().map(|reader| reader.span(NAME));
+    source.problem(
+        span,
+        NAME.path,
+        format!("is {name:?}, as in {first}"),
+        "a name that no other spec of the set has",
+        "rename one of them",
+    )
+}
+
+const NAME: &Key = find("name");
+const FRAMES: &Key = find("video.frames");
+const TOKENS_PER_FRAME: &Key = find("video.tokens_per_frame");
+const GRID: &Key = find("video.grid");
+const TEXT_TOKENS: &Key = find("text.tokens");
+const TEXT_POSITION: &Key = find("text.position");
+const HEADS: &Key = find("attention.heads");
+const HEAD_DIM: &Key = find("attention.head_dim");
+const DTYPE: &Key = find("attention.dtype");
+const BATCH: &Key = find("attention.batch");
+const NORM_KIND: &Key = find("qk_norm.kind");
+const NORM_OVER: &Key = find("qk_norm.over");
+const NORM_EPS: &Key = find("qk_norm.eps");
+const ROPE_PAIRS: &Key = find("rope.pairs");
+const ROPE_TEXT: &Key = find("rope.text");
+const ROPE_PER_HEAD: &Key = find("rope.per_head");
+const SINK_FRAMES: &Key = find("sink.frames");
+const PROFILE_ROWS: &Key = find("profile.rows");
+const PROFILE_SEED: &Key = find("profile.seed");
+const STEPS: &Key = find("schedule.steps");
+const LAYERS: &Key = find("schedule.layers");
+const DENSE_STEPS: &Key = find("schedule.dense_steps");
+const DENSE_LAYERS: &Key = find("schedule.dense_layers");
+
+/// The keys that give a mask's width.
+struct WidthKeys {
+    head: HeadType,
+    density: &'static Key,
+    tokens: &'static Key,
+    frames: &'static Key,
+}
+
+const SPATIAL: WidthKeys = WidthKeys {
+    head: HeadType::Spatial,
+    density: find("masks.spatial.density"),
+    tokens: find("masks.spatial.half_width"),
+    frames: find("masks.spatial.half_width_frames"),
+};
+
+const TEMPORAL: WidthKeys = WidthKeys {
+    head: HeadType::Temporal,
+    density: find("masks.temporal.density"),
+    tokens: find("masks.temporal.half_width"),
+    frames: find("masks.temporal.half_width_frames"),
+};
+
+/// Reads all keys, even after problems, and then checks what concerns several keys as far as they could be read.
+fn read_spec(r: &mut Reader) -> Option<Spec> {
+    let name = r.name(NAME);
+    let frames = r.integer32(FRAMES);
+    let tokens_per_frame = r.integer32(TOKENS_PER_FRAME);
+    let grid = r.pair(GRID);
+    let text_tokens = if r.has_table("text") { r.integer32(TEXT_TOKENS) } else { Some(0) };
+    let text_position = r.choice(TEXT_POSITION, &[TextPosition::First, TextPosition::Last], text_position_name);
+    let heads = r.integer32(HEADS);
+    let head_dim = r.integer32(HEAD_DIM);
+    let dtype = r.choice(DTYPE, &Dtype::ALL, Dtype::as_str);
+    let batch = r.integer32(BATCH);
+    let qk_norm = if r.has_table("qk_norm") {
+        let kind = r.choice(NORM_KIND, &NormKind::ALL, NormKind::as_str);
+        let over = r.choice(NORM_OVER, &NormOver::ALL, NormOver::as_str);
+        let eps = r.number(NORM_EPS);
+        kind.zip(over).zip(eps).map(|((kind, over), eps)| Some(QkNorm { kind, over, eps }))
+    } else {
+        Some(None)
+    };
+    let rope = if r.has_table("rope") {
+        let pairs = r.choice(ROPE_PAIRS, &Pairs::ALL, Pairs::as_str);
+        let (text, per_head) = (r.boolean(ROPE_TEXT), r.boolean(ROPE_PER_HEAD));
+        pairs.zip(text).zip(per_head).map(|((pairs, text), per_head)| Some(Rope { pairs, text, per_head }))
+    } else {
+        Some(None)
+    };
+    let (spatial, temporal) = (read_width(r, &SPATIAL), read_width(r, &TEMPORAL));
+    let sink_frames = r.integer32(SINK_FRAMES);
+    let rows = r.integer32(PROFILE_ROWS);
+    let seed = r.integer(PROFILE_SEED);
+    let schedule = if r.has_table("schedule") { read_schedule(r) } else { Some(Schedule::default()) };
+
+    if let (Some([height, width]), Some(tokens)) = (grid, tokens_per_frame) {
+        let product = u64::from(height) * u64::from(width);
+        if product != u64::from(tokens) {
+            r.report(
+                GRID,
+                format!("is [{height}, {width}], which makes {product} tokens a frame"),
+                format!("height x width = tokens_per_frame = {tokens}"),
+                "correct the grid or video.tokens_per_frame, or remove the grid",
+            );
+        }
+    }
+    if let (Some(sinks), Some(frames)) = (sink_frames, frames)
+        && sinks >= frames
+    {
+        r.report(
+            SINK_FRAMES,
+            format!("is {sinks}, which leaves no frame of {frames} to a mask"),
+            format!("an integer from 0 to {}", frames - 1),
+            "give fewer sink frames",
+        );
+    }
+    if let (Some(Some(Rope { text: true, .. })), Some(0)) = (rope, text_tokens) {
+        r.report(
+            ROPE_TEXT,
+            "is true, but there is no text",
+            "false without a [text] table",
+            "remove it, or add [text]",
+        );
+    }
+
+    // From here on a layout is needed.
+    let head_dim = head_dim?;
+    check_sizes(r, frames?, tokens_per_frame?, text_tokens?, head_dim, heads?, batch?, rope?)?;
+    let mut layout = Layout {
+        frames: frames?,
+        tokens_per_frame: tokens_per_frame?,
+        text_tokens: text_tokens?,
+        text_position: text_position?,
+        sink_frames: sink_frames.filter(|&sinks| Some(sinks) < frames)?,
+        spatial_half_width: 1,
+        temporal_half_width: 1,
+    };
+    let rows = check_rows(r, rows, layout.video_tokens());
+    let spatial_half_width = spatial.and_then(|width| solve_width(r, &SPATIAL, &layout, width));
+    let temporal_half_width = temporal.and_then(|width| solve_width(r, &TEMPORAL, &layout, width));
+    layout.spatial_half_width = spatial_half_width?;
+    layout.temporal_half_width = temporal_half_width?;
+    Some(Spec {
+        name: name?,
+        layout,
+        head_dim,
+        heads: heads?,
+        batch: batch?,
+        dtype: dtype?,
+        grid,
+        qk_norm: qk_norm?,
+        rope: rope?,
+        spatial: spatial?,
+        temporal: temporal?,
+        profile: Profile { rows: rows?, seed: seed? },
+        schedule: schedule?,
+    })
+}
+
+fn read_width(r: &mut Reader, keys: &WidthKeys) -> Option<Width> {
+    let all = [keys.density, keys.tokens, keys.frames];
+    let given: Vec<&Key> = all.into_iter().filter(|key| r.has(key)).collect();
+    // Each is read whatever the others are, so that a wrong value is reported too.
+    let density = r.number(keys.density).map(Width::Density);
+    let tokens = r.integer32(keys.tokens).map(Width::Tokens);
+    let frames = r.number(keys.frames).map(Width::Frames);
+    match given[..] {
+        [] => {
+            if r.has_table(keys.density.table()) {
+                r.report(
+                    keys.density,
+                    "is missing, and so is any other width",
+                    "density, half_width or half_width_frames",
+                    format!("add `{} = {}` to [{}]", keys.density.name(), keys.density.example, keys.density.table()),
+                );
+            }
+            None
+        }
+        [_] => density.or(tokens).or(frames),
+        [first, ref others @ ..] => {
+            for other in others {
+                r.report(
+                    other,
+                    format!("gives the width a second time, after `{}`", first.name()),
+                    "one of density, half_width and half_width_frames",
+                    "remove one of them",
+                );
+            }
+            None
+        }
+    }
+}
+
+fn read_schedule(r: &mut Reader) -> Option<Schedule> {
+    let (steps, layers) = (r.integer32(STEPS), r.integer32(LAYERS));
+    let (dense_steps, dense_layers) = (r.integer32(DENSE_STEPS), r.integer32(DENSE_LAYERS));
+    for (dense_key, dense, key, all) in
+        [(DENSE_STEPS, dense_steps, STEPS, steps), (DENSE_LAYERS, dense_layers, LAYERS, layers)]
+    {
+        if let (Some(dense), Some(all)) = (dense, all)
+            && dense > all
+        {
+            r.report(
+                dense_key,
+                format!("is {dense}, more than the {all} {} there are", key.name()),
+                format!("an integer from 0 to {all}"),
+                format!("give at most `{}`", key.path),
+            );
+        }
+    }
+    Some(Schedule { steps: steps?, layers: layers?, dense_steps: dense_steps?, dense_layers: dense_layers? })
+}
+
+/// Checks that everything the kernels index fits their `u32` arithmetic.
+#[allow(clippy::too_many_arguments)]
+fn check_sizes(
+    r: &mut Reader,
+    frames: u32,
+    tokens_per_frame: u32,
+    text_tokens: u32,
+    head_dim: u32,
+    heads: u32,
+    batch: u32,
+    rope: Option<Rope>,
+) -> Option<()> {
+    let video = u64::from(frames) * u64::from(tokens_per_frame);
+    let sequence = video + u64::from(text_tokens);
+    // A packed head is addressed with 32-bit byte offsets: [`Layout::packed_rows`] rows of 16-bit elements.
+    let most = (1u64 << 32) / (u64::from(head_dim) * 2) - u64::from(PAD_ROWS) - 1;
+    if sequence > most {
+        r.report(
+            if video > most { FRAMES } else { TEXT_TOKENS },
+            match text_tokens {
+                0 => format!("makes a sequence of {frames} x {tokens_per_frame} = {sequence} tokens"),
+                _ => format!("makes a sequence of {frames} x {tokens_per_frame} + {text_tokens} = {sequence} tokens"),
+            },
+            format!("a sequence of at most {most} tokens with head_dim {head_dim}, so that a packed head fits 4 GiB"),
+            "give fewer frames, tokens per frame or text tokens",
+        );
+        return None;
+    }
+    let all_heads = u64::from(batch) * u64::from(heads);
+    if all_heads > GRID_Z {
+        r.report(
+            HEADS,
+            format!("makes {batch} x {heads} = {all_heads} heads over the batch"),
+            format!("batch x heads of at most {GRID_Z}, the third extent of a CUDA grid"),
+            "give fewer heads or a smaller batch",
+        );
+        return None;
+    }
+    let packed_rows = sequence.next_multiple_of(8) + u64::from(PAD_ROWS);
+    let all_rows = all_heads * packed_rows;
+    if all_rows > u64::from(u32::MAX) {
+        r.report(
+            HEADS,
+            format!("makes {batch} x {heads} x {packed_rows} = {all_rows} packed rows"),
+            format!("batch x heads x packed rows of at most {}", u32::MAX),
+            "give fewer heads, a smaller batch or a shorter sequence",
+        );
+        return None;
+    }
+    if let Some(Rope { text, per_head: true, .. }) = rope {
+        let rows = if text { sequence } else { video };
+        let elements = rows * u64::from(heads) * u64::from(head_dim / 2);
+        if elements > u64::from(u32::MAX) {
+            r.report(
+                ROPE_PER_HEAD,
+                format!("is true, which makes tables of {rows} x {heads} x {} = {elements} elements", head_dim / 2),
+                format!("rows x heads x head_dim / 2 of at most {}", u32::MAX),
+                "share the tables between heads, or give fewer heads or a shorter sequence",
+            );
+            return None;
+        }
+    }
+    Some(())
+}
+
+/// Sampled rows, which cannot be more than the video's: the default is then all of them.
+fn check_rows(r: &mut Reader, rows: Option<u32>, video: u32) -> Option<u32> {
+    let rows = rows?;
+    if rows <= video {
+        return Some(rows);
+    }
+    if !r.has(PROFILE_ROWS) {
+        return Some(video);
+    }
+    r.report(
+        PROFILE_ROWS,
+        format!("is {rows}, more than the {video} video tokens"),
+        format!("an integer from 1 to {}", video.min(1024)),
+        "sample fewer rows",
+    );
+    None
+}
+
+/// The half width in tokens of a mask of an otherwise finished layout.
+fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) -> Option<u32> {
+    let video = layout.video_tokens();
+    match width {
+        Width::Tokens(tokens) if tokens <= video => Some(tokens),
+        Width::Tokens(tokens) => {
+            r.report(
+                keys.tokens,
+                format!("is {tokens}, more than the {video} video tokens"),
+                format!("an integer from 1 to {video}"),
+                format!("give at most {video}, which shows every token"),
+            );
+            None
+        }
+        Width::Frames(frames) => {
+            let tokens = (frames * f64::from(layout.tokens_per_frame)).round();
+            if (1.0..=f64::from(video)).contains(&tokens) {
+                return Some(tokens as u32);
+            }
+            r.report(
+                keys.frames,
+                format!("is {frames}, which makes {tokens} tokens"),
+                format!("half a token ({}) to all {} frames", 0.5 / f64::from(layout.tokens_per_frame), layout.frames),
+                if tokens < 1.0 { "give a wider band" } else { "give a narrower band" },
+            );
+            None
+        }
+        Width::Density(wanted) => {
+            let least = density::least_density(layout, keys.head);
+            if wanted >= least {
+                return Some(density::half_width_of_density(layout, keys.head, wanted));
+            }
+            // Rounded up, so that what the message says can be written.
+            let least = ((least * 1e6).ceil() / 1e6).min(1.0);
+            r.report(
+                keys.density,
+                format!("is {wanted}, less than text, sinks and each token itself take"),
+                format!("a number from {least} to 1"),
+                format!("give at least {least}, or fewer text tokens or sink frames"),
+            );
+            None
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What is wrong with a spec, for people: all of it at once, each problem with its place and its mend.
+
+use core::fmt;
+use core::ops::Range;
+
+/// Everything that is wrong with one spec, or with a set of them. `Display` prints all of it, over several lines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecError {
+    /// At least one, in the order of the file.
+    pub problems: Vec<Problem>,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The file, as its reader was given it.
+    pub file: String,
+    /// Line, from 1; 0 when the problem has no place in the text (a file that cannot be read).
+    pub line: u32,
+    /// Column in characters, from 1; 0 when the problem has no place.
+    pub column: u32,
+    /// Dotted path of the key or table, as in `video.frames`; empty for what concerns the whole file.
+    pub key: String,
+    /// What was found: completes "`key` ...", or stands alone without a key.
+    pub found: String,
+    /// What may stand there.
+    pub allowed: String,
+    /// How to mend it.
+    pub mend: String,
+    /// The line's text and the characters of it that are meant.
+    excerpt: Option<(String, Range<usize>)>,
+}
+
+impl std::error::Error for SpecError {}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for (i, problem) in self.problems.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            problem.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if self.key.is_empty() {
+            writeln!(f, "error: {}", self.found)?;
+        } else {
+            writeln!(f, "error: `{}` {}", self.key, self.found)?;
+        }
+        let number = if self.line == 0 { String::new() } else { self.line.to_string() };
+        let margin = " ".repeat(number.len());
+        match self.line {
+            0 => writeln!(f, "{margin}--> {}", self.file)?,
+            line => writeln!(f, "{margin}--> {}:{line}:{}", self.file, self.column)?,
+        }
+        if let Some((text, meant)) = &self.excerpt {
+            let (before, marks) = (" ".repeat(meant.start), "^".repeat(meant.len().max(1)));
+            writeln!(f, "{margin} |\n{number} | {text}\n{margin} | {before}{marks}")?;
+        }
+        writeln!(f, "{margin} = allowed: {}", self.allowed)?;
+        writeln!(f, "{margin} = mend: {}", self.mend)
+    }
+}
+
+/// A file's name and text, to give problems their place.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a> {
+    pub file: &'a str,
+    pub text: &'a str,
+}
+
+impl Source<'_> {
+    /// A problem at a byte range of the text, or of the whole file.
+    pub fn problem(
+        &self,
+        span: Option<Range<usize>>,
+        key: &str,
+        found: impl Into<String>,
+        allowed: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Problem {
+        let mut problem = Problem {
+            file: self.file.into(),
+            line: 0,
+            column: 0,
+            key: key.into(),
+            found: found.into(),
+            allowed: allowed.into(),
+            mend: mend.into(),
+            excerpt: None,
+        };
+        let Some(span) = span else { return problem };
+        let start = floor_char_boundary(self.text, span.start);
+        let before = &self.text[..start];
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let line = self.text[line_start..].lines().next().unwrap_or("");
+        let column = before[line_start..].chars().count();
+        let end = floor_char_boundary(self.text, span.end).clamp(start, (line_start + line.len()).max(start));
+        let meant = column..column + self.text[start..end].chars().count();
+        problem.line = before.matches('\n').count() as u32 + 1;
+        problem.column = column as u32 + 1;
+        // A tab has no certain width on a terminal: one space keeps the marks under what they mean.
+        problem.excerpt = Some((line.replace('\t', " "), meant));
+        problem
+    }
+}
+
+/// The last character boundary at or before byte `at`.
+fn floor_char_boundary(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
+}

@@ -1,0 +1,287 @@
+//! Every table and key of the spec: its type, range, default and meaning. The parser reads only keys of this list (a constant
+//! lookup: another key does not compile), refuses all others, and the JSON schema is made from it.
+
+use super::{Dtype, NormKind, NormOver, Pairs, text_position_name};
+use crate::layout::TextPosition;
+
+/// A table of the spec.
+pub(crate) struct Table {
+    /// Dotted path, `""` for the top of the file.
+    pub path: &'static str,
+    /// Whether a spec must have it.
+    pub required: bool,
+    /// What it describes.
+    pub doc: &'static str,
+}
+
+/// A key of a [`Table`].
+pub(crate) struct Key {
+    /// Dotted path.
+    pub path: &'static str,
+    /// Type and range.
+    pub kind: Kind,
+    /// What happens without it.
+    pub presence: Presence,
+    /// Meaning, as a noun phrase.
+    pub doc: &'static str,
+    /// A sensible value, as TOML.
+    pub example: &'static str,
+}
+
+/// Type and range of a value.
+pub(crate) enum Kind {
+    /// String of `a` to `z`, `0` to `9` and `_`, 1 to [`NAME_LENGTH`] of them.
+    Name,
+    /// Integer, both ends allowed.
+    Integer(u64, u64),
+    /// One of these integers.
+    IntegerOf(&'static [u64]),
+    /// Integer or float above the first and at most the second.
+    Number(f64, f64),
+    /// One of these strings.
+    Choice(&'static [&'static str]),
+    /// `true` or `false`.
+    Boolean,
+    /// Two integers, both ends allowed.
+    Pair(u64, u64),
+}
+
+/// What happens when a key is not written.
+pub(crate) enum Presence {
+    /// An error, when its table is there.
+    Required,
+    /// This value, as TOML.
+    Default(&'static str),
+    /// It is not used.
+    Optional,
+    /// Exactly one key of this table must be written.
+    OneOfTable,
+}
+
+/// Longest name: it becomes part of file names.
+pub(crate) const NAME_LENGTH: usize = 64;
+
+/// Largest count of tokens or frames; a packed head must fit 4 GiB, which is checked beside.
+const COUNT: u64 = (1 << 25) - 1;
+
+/// Largest count of heads or batch items, and of their product: the third extent of a CUDA grid.
+pub(crate) const GRID_Z: u64 = 65_535;
+
+pub(crate) const TABLES: &[Table] = &[
+    Table { path: "", required: true, doc: "The attention of one video diffusion transformer" },
+    Table { path: "video", required: true, doc: "Video tokens: latent frames of patches" },
+    Table { path: "text", required: false, doc: "Text tokens in the self-attention; without the table there are none" },
+    Table { path: "attention", required: true, doc: "Heads and their type" },
+    Table { path: "qk_norm", required: false, doc: "Norm of Q and K before RoPE; without the table there is none" },
+    Table {
+        path: "rope",
+        required: false,
+        doc: "Rotary embedding of Q and K, its cosines and sines given at run time; without the table there is none",
+    },
+    Table { path: "masks", required: true, doc: "The two masks that profiling chooses from" },
+    Table {
+        path: "masks.spatial",
+        required: true,
+        doc: "Band in frame-major order; its width is given in exactly one way",
+    },
+    Table {
+        path: "masks.temporal",
+        required: true,
+        doc: "Band in token-major order; its width is given in exactly one way",
+    },
+    Table { path: "sink", required: false, doc: "Frames that every query sees" },
+    Table { path: "profile", required: false, doc: "Online profiling of the heads" },
+    Table { path: "schedule", required: false, doc: "Calls that stay dense; without the table none do" },
+];
+
+const DENSITY: &str = "visible pairs over all S x S pairs; the nearest half width is used";
+const HALF_WIDTH: &str = "tokens; positions that differ by less see each other";
+const HALF_WIDTH_FRAMES: &str =
+    "half width in frames' worth of tokens, tokens_per_frame positions each in both layouts";
+
+pub(crate) const KEYS: &[Key] = &[
+    key("name", Kind::Name, Presence::Required, "name of the spec and of the files made from it", "\"my_model\""),
+    key("video.frames", Kind::Integer(1, COUNT), Presence::Required, "latent frames", "33"),
+    key("video.tokens_per_frame", Kind::Integer(1, COUNT), Presence::Required, "tokens of one latent frame", "3600"),
+    key(
+        "video.grid",
+        Kind::Pair(1, COUNT),
+        Presence::Optional,
+        "height and width of a latent frame in patches, for pictures",
+        "[45, 80]",
+    ),
+    key("text.tokens", Kind::Integer(1, COUNT), Presence::Required, "text tokens, padding included", "256"),
+    key(
+        "text.position",
+        Kind::Choice(&[text_position_name(TextPosition::First), text_position_name(TextPosition::Last)]),
+        Presence::Default("\"last\""),
+        "place of the text in the sequence",
+        "\"last\"",
+    ),
+    key("attention.heads", Kind::Integer(1, GRID_Z), Presence::Required, "attention heads of a layer", "24"),
+    key("attention.head_dim", Kind::IntegerOf(&[64, 128]), Presence::Required, "channels of a head", "128"),
+    key(
+        "attention.dtype",
+        Kind::Choice(&[Dtype::Bf16.as_str(), Dtype::F16.as_str()]),
+        Presence::Default("\"bf16\""),
+        "type of Q, K, V and the output",
+        "\"bf16\"",
+    ),
+    key(
+        "attention.batch",
+        Kind::Integer(1, GRID_Z),
+        Presence::Default("1"),
+        "batch items of a call, 2 with classifier-free guidance; kernels take any batch, this one is planned for",
+        "1",
+    ),
+    key(
+        "qk_norm.kind",
+        Kind::Choice(&[NormKind::Rms.as_str(), NormKind::Layer.as_str()]),
+        Presence::Required,
+        "RMS norm or layer norm",
+        "\"rms\"",
+    ),
+    key(
+        "qk_norm.over",
+        Kind::Choice(&[NormOver::Head.as_str(), NormOver::Heads.as_str()]),
+        Presence::Default("\"head\""),
+        "extent of one statistic: head_dim channels, or all heads x head_dim",
+        "\"head\"",
+    ),
+    key(
+        "qk_norm.eps",
+        // Below the least normal f32 the kernels would round it away.
+        Kind::Number(f32::MIN_POSITIVE as f64, 1.0),
+        Presence::Default("1e-6"),
+        "term that keeps the norm's divisor from zero",
+        "1e-6",
+    ),
+    key(
+        "rope.pairs",
+        Kind::Choice(&[Pairs::Interleaved.as_str(), Pairs::Half.as_str()]),
+        Presence::Required,
+        "which channels rotate together: (2i, 2i + 1), or (i, i + head_dim / 2)",
+        "\"interleaved\"",
+    ),
+    key("rope.text", Kind::Boolean, Presence::Default("false"), "whether text rows are rotated too", "false"),
+    key("rope.per_head", Kind::Boolean, Presence::Default("false"), "whether each head has its own tables", "false"),
+    key("masks.spatial.density", Kind::Number(0.0, 1.0), Presence::OneOfTable, DENSITY, "0.25"),
+    key("masks.spatial.half_width", Kind::Integer(1, COUNT), Presence::OneOfTable, HALF_WIDTH, "15616"),
+    key(
+        "masks.spatial.half_width_frames",
+        Kind::Number(0.0, COUNT as f64),
+        Presence::OneOfTable,
+        HALF_WIDTH_FRAMES,
+        "4.35",
+    ),
+    key("masks.temporal.density", Kind::Number(0.0, 1.0), Presence::OneOfTable, DENSITY, "0.25"),
+    key("masks.temporal.half_width", Kind::Integer(1, COUNT), Presence::OneOfTable, HALF_WIDTH, "15616"),
+    key(
+        "masks.temporal.half_width_frames",
+        Kind::Number(0.0, COUNT as f64),
+        Presence::OneOfTable,
+        HALF_WIDTH_FRAMES,
+        "4.35",
+    ),
+    key(
+        "sink.frames",
+        Kind::Integer(0, COUNT),
+        Presence::Default("0"),
+        "leading frames that every query sees, fewer than video.frames",
+        "1",
+    ),
+    key(
+        "profile.rows",
+        Kind::Integer(1, 1024),
+        Presence::Default("64"),
+        "query rows sampled from each head, at most the video tokens; kernels take them in groups of 64",
+        "64",
+    ),
+    key(
+        "profile.seed",
+        Kind::Integer(0, i64::MAX as u64),
+        Presence::Default("0"),
+        "seed of the draw of those rows",
+        "0",
+    ),
+    key("schedule.steps", Kind::Integer(1, u32::MAX as u64), Presence::Required, "denoising steps of a video", "50"),
+    key(
+        "schedule.layers",
+        Kind::Integer(1, u32::MAX as u64),
+        Presence::Required,
+        "attention layers of the model",
+        "60",
+    ),
+    key(
+        "schedule.dense_steps",
+        Kind::Integer(0, u32::MAX as u64),
+        Presence::Default("0"),
+        "leading steps that stay dense",
+        "5",
+    ),
+    key(
+        "schedule.dense_layers",
+        Kind::Integer(0, u32::MAX as u64),
+        Presence::Default("0"),
+        "leading layers that stay dense in every step",
+        "2",
+    ),
+];
+
+const fn key(path: &'static str, kind: Kind, presence: Presence, doc: &'static str, example: &'static str) -> Key {
+    Key { path, kind, presence, doc, example }
+}
+
+/// The key of a path. Called in constants, so that a path that is not in the list is a compile error.
+pub(crate) const fn find(path: &str) -> &'static Key {
+    const fn equal(a: &[u8], b: &[u8]) -> bool {
+        if a.len() != b.len() {
+            return false;
+        }
+        let mut i = 0;
+        while i < a.len() {
+            if a[i] != b[i] {
+                return false;
+            }
+            i += 1;
+        }
+        true
+    }
+    let mut i = 0;
+    while i < KEYS.len() {
+        if equal(KEYS[i].path.as_bytes(), path.as_bytes()) {
+            return &KEYS[i];
+        }
+        i += 1;
+    }
+    panic!("no such key in KEYS")
+}
+
+impl Key {
+    /// Path of its table.
+    pub fn table(&self) -> &'static str {
+        self.path.rsplit_once('.').map_or("", |(table, _)| table)
+    }
+
+    /// Its name in that table.
+    pub fn name(&self) -> &'static str {
+        self.path.rsplit_once('.').map_or(self.path, |(_, name)| name)
+    }
+}
+
+impl Kind {
+    /// The values that are allowed, in words.
+    pub fn allowed(&self) -> String {
+        let quoted = |names: &[&str]| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(" or ");
+        match self {
+            Kind::Name => format!("a string of 1 to {NAME_LENGTH} characters of a-z, 0-9 and _"),
+            Kind::Integer(least, most) => format!("an integer from {least} to {most}"),
+            Kind::IntegerOf(values) => values.iter().map(u64::to_string).collect::<Vec<_>>().join(" or "),
+            Kind::Number(0.0, most) => format!("a number above 0, at most {most}"),
+            Kind::Number(least, most) => format!("a number from {least:e} to {most}"),
+            Kind::Choice(names) => quoted(names),
+            Kind::Boolean => "true or false".into(),
+            Kind::Pair(least, most) => format!("[height, width], two integers from {least} to {most}"),
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Reads typed values of known keys out of a TOML tree that remembers where everything stood, and collects what is wrong.
+
+use core::ops::Range;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::error::{Problem, Source};
+use super::keys::{KEYS, Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
+
+type Span = Range<usize>;
+
+/// A parsed file, and the problems found so far.
+pub(crate) struct Reader<'a> {
+    source: Source<'a>,
+    root: Spanned<DeTable<'a>>,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Reader<'a> {
+    /// Parses the text and reports every table and key that does not belong there. Fails when it is not TOML: what follows from a
+    /// broken tree would only mislead.
+    pub fn new(source: Source<'a>) -> Result<Reader<'a>, Vec<Problem>> {
+        let (root, errors) = DeTable::parse_recoverable(source.text);
+        if !errors.is_empty() {
+            let problem = |error: &toml::de::Error| {
+                source.problem(
+                    error.span(),
+                    "",
+                    format!("not TOML: {}", error.message()),
+                    "TOML: `[table]` lines, `key = value` lines, and each key once (https://toml.io)",
+                    "correct this line",
+                )
+            };
+            return Err(errors.iter().map(problem).collect());
+        }
+        let mut reader = Reader { source, root, problems: Vec::new() };
+        let mut problems = Vec::new();
+        reader.check_table("", reader.root.get_ref(), &mut problems);
+        reader.check_missing_tables(&mut problems);
+        reader.problems = problems;
+        Ok(reader)
+    }
+
+    /// Ends the reading: `value`, unless something was wrong.
+    pub fn finish<T>(mut self, value: Option<T>) -> Result<T, Vec<Problem>> {
+        self.problems.sort_by_key(|problem| (problem.line, problem.column));
+        match value {
+            Some(value) if self.problems.is_empty() => Ok(value),
+            _ => Err(self.problems),
+        }
+    }
+
+    /// Reports what is wrong with a key, at its value.
+    pub fn report(&mut self, key: &Key, found: impl Into<String>, allowed: impl Into<String>, mend: impl Into<String>) {
+        let span = self.span(key);
+        self.problems.push(self.source.problem(Some(span), key.path, found, allowed, mend));
+    }
+
+    /// Whether a table is written.
+    pub fn has_table(&self, path: &str) -> bool {
+        self.table(path).is_some()
+    }
+
+    /// Whether a key is written, with whatever value.
+    pub fn has(&self, key: &Key) -> bool {
+        self.table(key.table()).is_some_and(|(table, _)| table.contains_key(key.name()))
+    }
+
+    /// Where a key's value stands; without it, its table; without that, the top of the file.
+    pub fn span(&self, key: &Key) -> Span {
+        match self.table(key.table()) {
+            Some((table, span)) => table.get(key.name()).map_or(span, |value| value.span()),
+            None => 0..0,
+        }
+    }
+
+    /// An integer.
+    pub fn integer(&mut self, key: &Key) -> Option<u64> {
+        self.read(key, |value| {
+            let integer = integer(value)?;
+            match key.kind {
+                Kind::Integer(least, most) => (least..=most).contains(&integer),
+                Kind::IntegerOf(values) => values.contains(&integer),
+                _ => false,
+            }
+            .then_some(integer)
+        })
+    }
+
+    /// [`Reader::integer`] of a key whose range fits.
+    pub fn integer32(&mut self, key: &Key) -> Option<u32> {
+        self.integer(key).and_then(|value| u32::try_from(value).ok())
+    }
+
+    /// Two integers.
+    pub fn pair(&mut self, key: &Key) -> Option<[u32; 2]> {
+        self.read(key, |value| {
+            let Kind::Pair(least, most) = key.kind else { return None };
+            let extent = |value: &Spanned<DeValue>| {
+                integer(value.get_ref())
+                    .filter(|value| (least..=most).contains(value))
+                    .and_then(|v| u32::try_from(v).ok())
+            };
+            match value.as_array()?.iter().map(extent).collect::<Option<Vec<u32>>>()?[..] {
+                [height, width] => Some([height, width]),
+                _ => None,
+            }
+        })
+    }
+
+    /// An integer or a float.
+    pub fn number(&mut self, key: &Key) -> Option<f64> {
+        self.read(key, |value| {
+            let number = match value {
+                DeValue::Integer(_) => integer(value)? as f64,
+                _ => value.as_float()?.as_str().parse().ok()?,
+            };
+            let Kind::Number(least, most) = key.kind else { return None };
+            // Zero itself is never allowed, any other bound is.
+            (number <= most && number >= least && number > 0.0).then_some(number)
+        })
+    }
+
+    /// True or false.
+    pub fn boolean(&mut self, key: &Key) -> Option<bool> {
+        self.read(key, |value| value.as_bool())
+    }
+
+    /// A name.
+    pub fn name(&mut self, key: &Key) -> Option<String> {
+        self.read(key, |value| {
+            let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            let name = value.as_str()?;
+            ((1..=NAME_LENGTH).contains(&name.len()) && name.chars().all(known)).then(|| name.into())
+        })
+    }
+
+    /// One of `values`, which `name` names as the key's list does.
+    pub fn choice<T: Copy>(&mut self, key: &Key, values: &[T], name: fn(T) -> &'static str) -> Option<T> {
+        self.read(key, |value| {
+            let found = value.as_str()?;
+            values.iter().copied().find(|&value| name(value) == found)
+        })
+    }
+
+    /// Reads a key with `parse`, or its default; what `parse` refuses is reported.
+    fn read<T>(&mut self, key: &Key, parse: impl Fn(&DeValue) -> Option<T>) -> Option<T> {
+        let Some((table, span)) = self.table(key.table()) else {
+            // A missing table is reported as a whole; an optional one has the defaults of its keys.
+            return match key.presence {
+                Presence::Default(text) => default(text, parse),
+                Presence::Required | Presence::Optional | Presence::OneOfTable => None,
+            };
+        };
+        if let Some(value) = table.get(key.name()) {
+            let read = parse(value.get_ref());
+            if read.is_none() {
+                let found = format!("is {}", describe(value.get_ref()));
+                let problem =
+                    self.source.problem(Some(value.span()), key.path, found, key.kind.allowed(), meaning(key));
+                self.problems.push(problem);
+            }
+            return read;
+        }
+        match key.presence {
+            Presence::Default(text) => default(text, parse),
+            Presence::Optional | Presence::OneOfTable => None,
+            Presence::Required => {
+                let place =
+                    if key.table().is_empty() { "the top of the file".into() } else { format!("[{}]", key.table()) };
+                let mend = format!("add `{} = {}` to {place}: {}", key.name(), key.example, key.doc);
+                let problem = self.source.problem(Some(span), key.path, "is missing", key.kind.allowed(), mend);
+                self.problems.push(problem);
+                None
+            }
+        }
+    }
+
+    /// A table and where it stands.
+    fn table(&self, path: &str) -> Option<(&DeTable<'a>, Span)> {
+        // The root's own span is the whole file: its problems belong to the first line.
+        let mut found = (self.root.get_ref(), 0..0);
+        for name in path.split('.').filter(|name| !name.is_empty()) {
+            let value = found.0.get(name)?;
+            found = (value.get_ref().as_table()?, value.span());
+        }
+        Some(found)
+    }
+
+    fn check_table(&self, path: &str, table: &DeTable, problems: &mut Vec<Problem>) {
+        let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        for (name, value) in table {
+            let full = below(name.get_ref());
+            if KEYS.iter().any(|key| key.path == full) {
+                continue;
+            }
+            if let Some(known) = TABLES.iter().find(|table| table.path == full) {
+                match value.get_ref().as_table() {
+                    Some(table) => self.check_table(&full, table, problems),
+                    None => problems.push(self.source.problem(
+                        Some(value.span()),
+                        &full,
+                        format!("is {}", describe(value.get_ref())),
+                        format!("a table: {}", known.doc),
+                        format!("write `[{full}]` on a line of its own and its keys below it"),
+                    )),
+                }
+                continue;
+            }
+            let tables = TABLES.iter().filter(|known| parent(known.path) == path && !known.path.is_empty());
+            let known: Vec<&str> = KEYS
+                .iter()
+                .filter(|key| key.table() == path)
+                .map(Key::name)
+                .chain(tables.map(|table| last(table.path)))
+                .collect();
+            let nearest = known.iter().min_by_key(|known| edits(known, name.get_ref()));
+            let mend = match nearest {
+                Some(nearest) if edits(nearest, name.get_ref()) <= 2 => format!("did you mean `{nearest}`?"),
+                _ => "remove it".into(),
+            };
+            problems.push(self.source.problem(
+                Some(name.span()),
+                &full,
+                if value.get_ref().is_table() { "is not a table of the spec" } else { "is not a key of the spec" },
+                format!(
+                    "{}{}",
+                    if path.is_empty() { String::new() } else { format!("in [{path}]: ") },
+                    known.join(", ")
+                ),
+                mend,
+            ));
+        }
+    }
+
+    fn check_missing_tables(&self, problems: &mut Vec<Problem>) {
+        // `[masks]` is only the parent of its two.
+        for table in TABLES.iter().filter(|table| table.required && table.path != "masks") {
+            if self.written(table) {
+                continue;
+            }
+            let keys = KEYS.iter().filter(|key| key.table() == table.path);
+            let needed: Vec<String> = match table.path.starts_with("masks.") {
+                true => keys.take(1).map(|key| format!("`{} = {}`", key.name(), key.example)).collect(),
+                false => keys
+                    .filter(|key| matches!(key.presence, Presence::Required))
+                    .map(|key| format!("`{} = {}`", key.name(), key.example))
+                    .collect(),
+            };
+            problems.push(self.source.problem(
+                Some(0..0),
+                table.path,
+                "is missing",
+                format!("a table: {}", table.doc),
+                format!("add `[{}]` with {}", table.path, needed.join(" and ")),
+            ));
+        }
+    }
+
+    /// Whether something stands at a table's path or in place of a table above it (which is reported on its own).
+    fn written(&self, table: &Table) -> bool {
+        let mut tree = self.root.get_ref();
+        for name in table.path.split('.').filter(|name| !name.is_empty()) {
+            match tree.get(name).map(|value| value.get_ref()) {
+                None => return false,
+                Some(DeValue::Table(table)) => tree = table,
+                Some(_) => return true,
+            }
+        }
+        true
+    }
+}
+
+/// What a key means, as the mend of a wrong value.
+fn meaning(key: &Key) -> String {
+    format!("write for example `{} = {}`: {}", key.name(), key.example, key.doc)
+}
+
+/// Parses a default of the key list with the same code as a written value.
+fn default<T>(text: &'static str, parse: impl Fn(&DeValue) -> Option<T>) -> Option<T> {
+    DeValue::parse(text).ok().and_then(|value| parse(value.get_ref()))
+}
+
+/// A non-negative integer of up to 64 bits.
+fn integer(value: &DeValue) -> Option<u64> {
+    let integer = value.as_integer()?;
+    u64::from_str_radix(integer.as_str(), integer.radix()).ok()
+}
+
+/// A value in words, for "is ...".
+fn describe(value: &DeValue) -> String {
+    match value {
+        DeValue::String(text) => format!("{text:?}"),
+        DeValue::Integer(integer) => match integer.radix() {
+            16 => format!("0x{}", integer.as_str()),
+            8 => format!("0o{}", integer.as_str()),
+            2 => format!("0b{}", integer.as_str()),
+            _ => integer.as_str().into(),
+        },
+        DeValue::Float(float) => float.as_str().into(),
+        DeValue::Boolean(boolean) => boolean.to_string(),
+        DeValue::Datetime(datetime) => format!("the date {datetime}"),
+        DeValue::Array(array) => {
+            let inner: Vec<String> = array.iter().take(4).map(|value| describe(value.get_ref())).collect();
+            let more = if array.len() > inner.len() { ", ..." } else { "" };
+            format!("[{}{more}]", inner.join(", "))
+        }
+        DeValue::Table(_) => "a table".into(),
+    }
+}
+
+fn parent(path: &str) -> &str {
+    path.rsplit_once('.').map_or("", |(parent, _)| parent)
+}
+
+fn last(path: &str) -> &str {
+    path.rsplit_once('.').map_or(path, |(_, last)| last)
+}
+
+/// Levenshtein distance, to name the key that was meant.
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, a) in a.chars().enumerate() {
+        let mut diagonal = core::mem::replace(&mut row[0], i + 1);
+        for (j, b) in b.chars().enumerate() {
+            let replaced = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.chars().count()]
+}

@@ -1,0 +1,50 @@
+//! Where everything lies in the one allocation that a layer needs besides Q, K, V and the output.
+
+use core::ops::Range;
+
+use crate::launch::{ProfilePlan, packed_bytes};
+use crate::layout::Layout;
+
+/// Every part starts at a multiple of this many bytes, given an allocation that does (`cudaMalloc` promises as much). Packed
+/// tensors are read by bulk copies into swizzle atoms, which ask for less.
+pub const ALIGNMENT: u64 = 256;
+
+/// Byte ranges of the parts of a workspace, relative to its start, and its size.
+///
+/// Made by [`crate::spec::Spec::workspace`]; nothing in it outlives a layer except, for whoever wants to look, `errors` and
+/// `head_types`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workspace {
+    /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`packed_bytes`].
+    pub packed_q: Range<u64>,
+    /// Packed K, likewise.
+    pub packed_k: Range<u64>,
+    /// Packed V, likewise.
+    pub packed_v: Range<u64>,
+    /// Partial results of profiling, f32, see [`ProfilePlan`].
+    pub partials: Range<u64>,
+    /// Mean squared errors of the masks, f32 \[batch, heads, 2\]: spatial, temporal.
+    pub errors: Range<u64>,
+    /// Head types, u32 \[batch, heads\].
+    pub head_types: Range<u64>,
+    /// Bytes of the whole, a multiple of [`ALIGNMENT`].
+    pub bytes: u64,
+}
+
+impl Workspace {
+    /// Places the parts for `batch` items of `heads` heads.
+    pub fn new(layout: &Layout, head_dim: u32, batch: u32, heads: u32, profile: ProfilePlan) -> Workspace {
+        let mut bytes = 0;
+        let mut place = |size: u64| {
+            let start = bytes;
+            bytes = (start + size).next_multiple_of(ALIGNMENT);
+            start..start + size
+        };
+        let packed = packed_bytes(layout, head_dim, batch, heads);
+        let all_heads = u64::from(batch) * u64::from(heads);
+        let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
+        let partials = place(profile.bytes(batch * heads));
+        let (errors, head_types) = (place(all_heads * 2 * 4), place(all_heads * 4));
+        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, bytes }
+    }
+}
