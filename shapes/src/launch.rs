@@ -242,3 +242,26 @@ impl Tiles {
         1024 + (self.query_rows + 2 * self.stages * self.key_rows) * head_dim * 2
     }
 }
+
+/// Block of **pack**: one warp for each row of an atom.
+pub const PACK_THREADS: u32 = 8 * 32;
+
+/// Block of **profile**: a producer warpgroup, and one consumer warpgroup for each of dense, spatial and temporal.
+pub const PROFILE_THREADS: u32 = 4 * 128;
+
+/// Keys of a tile of **profile**.
+pub const PROFILE_KEY_ROWS: u32 = 128;
+
+/// Key and value tiles of **profile** in flight.
+pub const PROFILE_STAGES: u32 = 2;
+
+/// Bytes of shared memory of **profile**: barriers (1 KiB, which keeps the tiles aligned to swizzle atoms), the samples, the stages.
+pub const fn profile_shared_bytes(head_dim: u32) -> u32 {
+    1024 + (SAMPLE_ROWS + 2 * PROFILE_STAGES * PROFILE_KEY_ROWS) * head_dim * 2
+}
+
+/// Block of **select**.
+pub const SELECT_THREADS: u32 = 256;
+
+/// Bytes of shared memory of **select**: two f32 sums for each warp.
+pub const SELECT_SHARED_BYTES: u32 = SELECT_THREADS / 32 * 8;

@@ -1,0 +1,289 @@
+//! `attention_kernels!`: a spec, read from its file or spelled out, as constants and kernel entries.
+//!
+//! The spelled-out form is turned into the lines of a TOML file and read by the same parser, so that both forms have the same
+//! keys, defaults and checks; an error of a line is reported at the tokens it came from.
+
+use framestride_shapes::launch::{
+    PACK_THREADS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, profile_shared_bytes,
+};
+use framestride_shapes::layout::TextPosition;
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec, SpecError};
+use proc_macro2::{Ident, Span, TokenStream};
+use quote::quote;
+use std::path::PathBuf;
+use syn::parse::{Parse, ParseStream, Parser};
+use syn::spanned::Spanned;
+use syn::{Error, Expr, LitStr, Result, Token, braced};
+
+pub fn expand(input: TokenStream) -> Result<TokenStream> {
+    let parse = |input: ParseStream| {
+        let is_file = input.peek(syn::Ident) && input.fork().parse::<Ident>()? == "spec";
+        if is_file { from_file(input) } else { spelled_out(input) }
+    };
+    let (spec, file) = parse.parse2(input)?;
+    Ok(kernels(&spec, file.as_deref()))
+}
+
+/// `spec = "path"`: the spec and the path, which the crate must be rebuilt for.
+fn from_file(input: ParseStream) -> Result<(Spec, Option<String>)> {
+    input.parse::<Ident>()?;
+    input.parse::<Token![=]>()?;
+    let path: LitStr = input.parse()?;
+    input.parse::<Option<Token![,]>>()?;
+    if !input.is_empty() {
+        return Err(input.error("nothing may follow the path: the file states the whole shape"));
+    }
+    let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    let file = root.join(path.value());
+    let spec = Spec::from_file(&file).map_err(|error| Error::new(path.span(), error))?;
+    Ok((spec, Some(file.display().to_string())))
+}
+
+/// `name = value`, or `name = kind { name = value, ... }`.
+struct Entry {
+    name: Ident,
+    value: Option<Expr>,
+    kind: Option<Ident>,
+    inner: Vec<Entry>,
+}
+
+impl Parse for Entry {
+    fn parse(input: ParseStream) -> Result<Entry> {
+        let name: Ident = input.parse()?;
+        input.parse::<Token![=]>()?;
+        let (mut value, mut kind, mut inner) = (None, None, Vec::new());
+        if input.peek(syn::Ident) && !input.peek(syn::LitBool) {
+            kind = Some(input.parse()?);
+        } else if !input.peek(syn::token::Brace) {
+            value = Some(input.parse()?);
+        }
+        if value.is_none() && input.peek(syn::token::Brace) {
+            let body;
+            braced!(body in input);
+            inner = body.parse_terminated(Entry::parse, Token![,])?.into_iter().collect();
+        }
+        Ok(Entry { name, value, kind, inner })
+    }
+}
+
+impl Entry {
+    /// The value as TOML writes it.
+    fn toml(&self) -> String {
+        match (&self.value, &self.kind) {
+            (Some(value), _) => quote!(#value).to_string(),
+            (None, Some(kind)) => format!("{:?}", kind.to_string()),
+            (None, None) => "{}".into(),
+        }
+    }
+
+    fn span(&self) -> Span {
+        let value = self.value.as_ref().map(Spanned::span).or(self.kind.as_ref().map(Ident::span));
+        value.unwrap_or_else(|| self.name.span())
+    }
+}
+
+/// The lines of a TOML file, and where each came from.
+#[derive(Default)]
+struct Lines {
+    tables: Vec<(String, Vec<(String, Span)>)>,
+}
+
+impl Lines {
+    fn table(&mut self, name: &str) -> &mut Vec<(String, Span)> {
+        let index = self.tables.iter().position(|(table, _)| table == name).unwrap_or_else(|| {
+            self.tables.push((name.into(), Vec::new()));
+            self.tables.len() - 1
+        });
+        &mut self.tables[index].1
+    }
+
+    fn push(&mut self, table: &str, key: &str, entry: &Entry) {
+        self.table(table).push((format!("{key} = {}", entry.toml()), entry.span()));
+    }
+
+    /// The text, and the span of each of its lines.
+    fn text(mut self, whole: Span) -> (String, Vec<Span>) {
+        // Top-level keys must come before any table.
+        self.tables.sort_by_key(|(table, _)| !table.is_empty());
+        let (mut text, mut spans) = (String::new(), Vec::new());
+        for (table, lines) in self.tables {
+            if !table.is_empty() {
+                text += &format!("[{table}]\n");
+                spans.push(lines.first().map_or(whole, |(_, span)| *span));
+            }
+            for (line, span) in lines {
+                text += &line;
+                text.push('\n');
+                spans.push(span);
+            }
+        }
+        (text, spans)
+    }
+}
+
+fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
+    let whole = input.span();
+    let mut lines = Lines::default();
+    let mut named = false;
+    for entry in input.parse_terminated(Entry::parse, Token![,])? {
+        let name = entry.name.to_string();
+        // A table whose kind stands before its braces: `rope = half { text = true }`.
+        let table = match name.as_str() {
+            "text" => Some(("text".to_string(), Some("position"))),
+            "qk_norm" => Some(("qk_norm".to_string(), Some("kind"))),
+            "rope" => Some(("rope".to_string(), Some("pairs"))),
+            "profile" | "schedule" => Some((name.clone(), None)),
+            "mask" => Some((format!("masks.{}", entry.kind.as_ref().map(ToString::to_string).unwrap_or_default()), None)),
+            _ => None,
+        };
+        if let Some((table, kind_key)) = table {
+            if let Some(value) = &entry.value {
+                let message = format!("`{name}` is a table: write `{name} = kind {{ key = value }}`");
+                return Err(Error::new_spanned(value, message));
+            }
+            if name == "mask" && entry.kind.is_none() {
+                return Err(Error::new(entry.name.span(), "write `mask = spatial { .. }` or `mask = temporal { .. }`"));
+            }
+            lines.table(&table);
+            if let (Some(key), Some(_)) = (kind_key, &entry.kind) {
+                lines.push(&table, key, &Entry { name: entry.name.clone(), value: None, kind: entry.kind.clone(), inner: vec![] });
+            }
+            for inner in &entry.inner {
+                lines.push(&table, &inner.name.to_string(), inner);
+            }
+            continue;
+        }
+        let (table, key) = match name.as_str() {
+            "name" => ("", "name"),
+            "frames" | "tokens_per_frame" | "grid" => ("video", name.as_str()),
+            "heads" | "head_dim" | "dtype" | "batch" => ("attention", name.as_str()),
+            "sink_frames" => ("sink", "frames"),
+            _ => {
+                let message = format!(
+                    "unknown key `{name}`; allowed: spec, name, frames, tokens_per_frame, grid, text, heads, head_dim, dtype, \
+                     batch, qk_norm, rope, mask, sink_frames, profile, schedule"
+                );
+                return Err(Error::new(entry.name.span(), message));
+            }
+        };
+        named |= key == "name";
+        lines.push(table, key, &entry);
+    }
+    if !named {
+        lines.table("").push(("name = \"spelled_out\"".into(), whole));
+    }
+    let (text, spans) = lines.text(whole);
+    let spec = Spec::parse("attention_kernels!", &text).map_err(|error| at_tokens(error, &spans, whole))?;
+    Ok((spec, None))
+}
+
+/// Each problem of a spec, at the tokens that its line came from.
+fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
+    let mut errors = error.problems.iter().map(|problem| {
+        let span = spans.get((problem.line as usize).wrapping_sub(1)).copied().unwrap_or(whole);
+        let message =
+            format!("{}: found {}; allowed: {}; {}", problem.key, problem.found, problem.allowed, problem.mend);
+        Error::new(span, message)
+    });
+    let mut all = errors.next().unwrap_or_else(|| Error::new(whole, "the shape is not valid"));
+    errors.for_each(|error| all.combine(error));
+    all
+}
+
+/// The shape's constants and the four entries.
+fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
+    let layout = &spec.layout;
+    let text_position = match layout.text_position {
+        TextPosition::First => quote!(First),
+        TextPosition::Last => quote!(Last),
+    };
+    let (frames, tokens_per_frame, text_tokens) = (layout.frames, layout.tokens_per_frame, layout.text_tokens);
+    let (sink_frames, spatial, temporal) = (layout.sink_frames, layout.spatial_half_width, layout.temporal_half_width);
+    let (heads, head_dim, rows) = (spec.heads, spec.head_dim, spec.profile.rows);
+    let tiles = spec.tiles();
+    let (query_rows, key_rows, stages) = (tiles.query_rows, tiles.key_rows, tiles.stages);
+    let element = match spec.dtype {
+        Dtype::Bf16 => quote!(Bf16),
+        Dtype::F16 => quote!(F16),
+    };
+    let norm = match spec.qk_norm.map(|norm| norm.kind) {
+        None => quote!(None),
+        Some(NormKind::Rms) => quote!(Rms),
+        Some(NormKind::Layer) => quote!(Layer),
+    };
+    let over_heads = spec.qk_norm.is_some_and(|norm| norm.over == NormOver::Heads);
+    let eps = spec.qk_norm.map_or(0.0, |norm| norm.eps as f32);
+    let rope = match spec.rope.map(|rope| rope.pairs) {
+        None => quote!(None),
+        Some(Pairs::Interleaved) => quote!(Interleaved),
+        Some(Pairs::Half) => quote!(Half),
+    };
+    let rope_text = spec.rope.is_some_and(|rope| rope.text);
+    let rope_per_head = spec.rope.is_some_and(|rope| rope.per_head);
+    let (attention_threads, attention_shared) = (tiles.threads(), tiles.shared_bytes(head_dim));
+    let profile_shared = profile_shared_bytes(head_dim);
+    let rebuilt_for = file.map(|file| quote!(const _: &[u8] = include_bytes!(#file);));
+    let doc = format!("The shape of `{}`.", spec.name);
+    quote! {
+        #rebuilt_for
+
+        #[doc = #doc]
+        pub struct SpecShape;
+
+        ::framestride_kernels::tile_products! {
+            pub struct AttentionProducts; element = #element, key_rows = #key_rows, head_dim = #head_dim
+        }
+        ::framestride_kernels::tile_products! {
+            pub struct ProfileProducts; element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim
+        }
+
+        impl ::framestride_kernels::shape::Shape for SpecShape {
+            const LAYOUT: ::framestride_kernels::shapes::layout::Layout = ::framestride_kernels::shapes::layout::Layout {
+                frames: #frames,
+                tokens_per_frame: #tokens_per_frame,
+                text_tokens: #text_tokens,
+                text_position: ::framestride_kernels::shapes::layout::TextPosition::#text_position,
+                sink_frames: #sink_frames,
+                spatial_half_width: #spatial,
+                temporal_half_width: #temporal,
+            };
+            const HEADS: u32 = #heads;
+            const HEAD_DIM: u32 = #head_dim;
+            const NORM: ::framestride_kernels::shape::Norm = ::framestride_kernels::shape::Norm::#norm;
+            const NORM_OVER_HEADS: bool = #over_heads;
+            const NORM_EPS: f32 = #eps;
+            const ROPE: ::framestride_kernels::shape::Rope = ::framestride_kernels::shape::Rope::#rope;
+            const ROPE_TEXT: bool = #rope_text;
+            const ROPE_PER_HEAD: bool = #rope_per_head;
+            const PROFILE_ROWS: u32 = #rows;
+            const TILES: ::framestride_kernels::shapes::launch::Tiles =
+                ::framestride_kernels::shapes::launch::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
+            type Attention = AttentionProducts;
+            type Profile = ProfileProducts;
+        }
+
+        /// Norm, RoPE and reordering into packed images.
+        #[::framestride_kernels::kernel(threads = #PACK_THREADS, min_blocks = 4)]
+        pub unsafe fn pack(params: ::framestride_kernels::shapes::launch::PackParams) {
+            unsafe { ::framestride_kernels::pack::pack::<SpecShape>(&params) }
+        }
+
+        /// Attention of sampled rows under every mask.
+        #[::framestride_kernels::kernel(threads = #PROFILE_THREADS, shared_bytes = #profile_shared)]
+        pub unsafe fn profile(params: ::framestride_kernels::shapes::launch::ProfileParams) {
+            unsafe { ::framestride_kernels::profile::profile::<SpecShape>(&params) }
+        }
+
+        /// The choice of each head's mask.
+        #[::framestride_kernels::kernel(threads = #SELECT_THREADS, shared_bytes = #SELECT_SHARED_BYTES)]
+        pub unsafe fn select(params: ::framestride_kernels::shapes::launch::SelectParams) {
+            unsafe { ::framestride_kernels::profile::select::<SpecShape>(&params) }
+        }
+
+        /// Sparse attention.
+        #[::framestride_kernels::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
+        pub unsafe fn attention(params: ::framestride_kernels::shapes::launch::AttentionParams) {
+            unsafe { ::framestride_kernels::attention::attention::<SpecShape>(&params) }
+        }
+    }
+}

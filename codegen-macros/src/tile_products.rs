@@ -1,0 +1,260 @@
+//! `tile_products!`: fragments and the two groups of wgmma of a flash-attention step.
+//!
+//! PTX ISA 9.7.15.5, wgmma.mma_async. Each group is one `asm!` block (fence, k-steps with descriptors advanced inside, commit), so
+//! that nothing can come between; a wait names the registers it releases, so that no use of them can rise above it.
+
+use proc_macro2::{Ident, Span, TokenStream};
+use quote::{format_ident, quote};
+use syn::parse::{Parse, ParseStream};
+use syn::{Error, LitInt, Result, Token, Visibility};
+
+struct Input {
+    visibility: Visibility,
+    name: Ident,
+    /// PTX name of the element type, and its Rust type.
+    element: (&'static str, Ident),
+    key_rows: u32,
+    head_dim: u32,
+}
+
+impl Parse for Input {
+    fn parse(input: ParseStream) -> Result<Input> {
+        let visibility: Visibility = input.parse()?;
+        input.parse::<Token![struct]>()?;
+        let name: Ident = input.parse()?;
+        input.parse::<Token![;]>()?;
+        let (mut element, mut key_rows, mut head_dim) = (None, None, None);
+        while !input.is_empty() {
+            let key: Ident = input.parse()?;
+            input.parse::<Token![=]>()?;
+            match key.to_string().as_str() {
+                "element" => {
+                    let value: Ident = input.parse()?;
+                    element = Some(match value.to_string().as_str() {
+                        "Bf16" => ("bf16", value),
+                        "F16" => ("f16", value),
+                        _ => return Err(Error::new(value.span(), "element must be Bf16 or F16")),
+                    });
+                }
+                "key_rows" => {
+                    key_rows = Some(number(input, "key_rows must be a multiple of 16 from 16 to 256", |n| {
+                        n % 16 == 0 && (16..=256).contains(&n)
+                    })?)
+                }
+                "head_dim" => head_dim = Some(number(input, "head_dim must be 64 or 128", |n| n == 64 || n == 128)?),
+                _ => return Err(Error::new(key.span(), "unknown key; allowed: element, key_rows, head_dim")),
+            }
+            if !input.is_empty() {
+                input.parse::<Token![,]>()?;
+            }
+        }
+        let missing = |key: &str| Error::new(name.span(), format!("`{key}` is missing"));
+        Ok(Input {
+            element: element.ok_or_else(|| missing("element"))?,
+            key_rows: key_rows.ok_or_else(|| missing("key_rows"))?,
+            head_dim: head_dim.ok_or_else(|| missing("head_dim"))?,
+            visibility,
+            name,
+        })
+    }
+}
+
+fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Result<u32> {
+    let literal: LitInt = input.parse()?;
+    let value = literal.base10_parse()?;
+    if allowed(value) { Ok(value) } else { Err(Error::new(literal.span(), rule)) }
+}
+
+pub fn expand(input: TokenStream) -> Result<TokenStream> {
+    let Input { visibility, name, element: (ptx, element), key_rows, head_dim } = syn::parse2(input)?;
+    let (scores, weights, output) =
+        (format_ident!("{name}Scores"), format_ident!("{name}Weights"), format_ident!("{name}Output"));
+    let scores_fragment = fragment(&visibility, &scores, key_rows / 2);
+    let output_fragment = fragment(&visibility, &output, head_dim / 2);
+    let weight_fields = fields("a", key_rows / 4);
+    let (even, odd): (Vec<Ident>, Vec<Ident>) =
+        fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
+    let start_scores = start_scores(ptx, key_rows, head_dim);
+    let start_output = start_output(ptx, key_rows, head_dim);
+    let wait_output = wait(0, &[("output", fields("r", head_dim / 2)), ("weights", weight_fields.clone())]);
+    Ok(quote! {
+        #scores_fragment
+        #output_fragment
+
+        /// Weights of one thread, packed in pairs: the A operand of the second product.
+        #[derive(Clone, Copy)]
+        #visibility struct #weights { #(#weight_fields: u32,)* }
+
+        /// Products on one key tile.
+        #visibility struct #name;
+
+        impl ::framestride_kernels::cuda::mma::TileProducts for #name {
+            type Element = ::framestride_kernels::element::#element;
+            type Scores = #scores;
+            type Weights = #weights;
+            type Output = #output;
+            const KEY_ROWS: u32 = #key_rows;
+            const HEAD_DIM: u32 = #head_dim;
+
+            #[inline(always)]
+            unsafe fn start_scores(
+                scores: &mut #scores,
+                q: ::framestride_kernels::cuda::mma::Descriptor,
+                k: ::framestride_kernels::cuda::mma::Descriptor,
+            ) {
+                #start_scores
+            }
+
+            #[inline(always)]
+            unsafe fn start_output(output: &mut #output, weights: &#weights, v: ::framestride_kernels::cuda::mma::Descriptor) {
+                #start_output
+            }
+
+            #[inline(always)]
+            unsafe fn wait_output(output: &mut #output, weights: &mut #weights) {
+                #wait_output
+            }
+
+            #[inline(always)]
+            fn weights(scores: &#scores) -> #weights {
+                use ::framestride_kernels::element::Element as _;
+                #weights { #(#weight_fields: ::framestride_kernels::element::#element::pack(scores.#even, scores.#odd),)* }
+            }
+        }
+    })
+}
+
+/// Field names: one for each register.
+fn fields(prefix: &str, count: u32) -> Vec<Ident> {
+    (0..count).map(|index| Ident::new(&format!("{prefix}{index}"), Span::call_site())).collect()
+}
+
+/// A struct of one f32 field a register, with unrolled visits.
+fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
+    let registers = fields("r", count);
+    let index = 0..count;
+    let group = 0..count / 4;
+    let grouped = registers.chunks(4).map(|group| quote! { [#(&mut self.#group),*] });
+    let (wait_none, wait_one) = (
+        wait(0, &[("self", registers.clone())]),
+        wait(1, &[("self", registers.clone())]),
+    );
+    quote! {
+        /// Registers of one thread in an accumulator.
+        #[derive(Clone, Copy)]
+        #visibility struct #name { #(#registers: f32,)* }
+
+        impl ::framestride_kernels::cuda::mma::Fragment for #name {
+            const LEN: u32 = #count;
+
+            #[inline(always)]
+            fn splat(value: f32) -> Self {
+                #name { #(#registers: value,)* }
+            }
+
+            #[inline(always)]
+            fn for_each(&mut self, mut f: impl FnMut(u32, &mut f32)) {
+                #(f(#index, &mut self.#registers);)*
+            }
+
+            #[inline(always)]
+            fn for_each_group(&mut self, mut f: impl FnMut(u32, [&mut f32; 4])) {
+                #(f(#group, #grouped);)*
+            }
+
+            #[inline(always)]
+            unsafe fn wait<const PENDING: u32>(&mut self) {
+                const { assert!(PENDING <= 1, "at most two groups are ever in flight") };
+                if PENDING == 0 {
+                    #wait_none
+                } else {
+                    #wait_one
+                }
+            }
+        }
+    }
+}
+
+/// A wait that names the registers it releases: as operands in a comment, which costs nothing and orders every use of them.
+fn wait(pending: u32, released: &[(&str, Vec<Ident>)]) -> TokenStream {
+    let count: usize = released.iter().map(|(_, registers)| registers.len()).sum();
+    let mentions: Vec<String> = (0..count).map(|index| format!("{{{index}}}")).collect();
+    let template = format!("wgmma.wait_group.sync.aligned {pending}; // {}", mentions.join(" "));
+    let operands = released.iter().map(|(owner, registers)| {
+        let owner = Ident::new(owner, Span::call_site());
+        quote! { #(inout(reg32) #owner.#registers,)* }
+    });
+    quote! { ::core::arch::asm!(#template, #(#operands)* options(nostack)); }
+}
+
+/// `{0}, {1}, ...` in PTX braces.
+fn operand_list(first: u32, count: u32) -> String {
+    let list: Vec<String> = (first..first + count).map(|index| format!("{{{index}}}")).collect();
+    format!("{{{{{}}}}}", list.join(", "))
+}
+
+/// S = Q K^T: both operands K-major images, head_dim / 16 k-steps. The first step ignores what the registers hold.
+fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
+    let count = key_rows / 2;
+    let (q, k) = (format!("{{{count}}}"), format!("{{{}}}", count + 1));
+    let mut lines = vec![
+        "{{".to_string(),
+        ".reg .pred %fresh, %add;".to_string(),
+        ".reg .b64 %q, %k;".to_string(),
+        "setp.ne.b32 %fresh, 0, 0;".to_string(),
+        "setp.eq.b32 %add, 0, 0;".to_string(),
+        "wgmma.fence.sync.aligned;".to_string(),
+    ];
+    for step in 0..head_dim / 16 {
+        // 16 columns are 32 bytes; 64 columns are one atom.
+        let offset = (step % 4 * 32 + step / 4 * 1024) / 16;
+        lines.push(format!("add.s64 %q, {q}, {offset};"));
+        lines.push(format!("add.s64 %k, {k}, {offset};"));
+        lines.push(format!(
+            "wgmma.mma_async.sync.aligned.m64n{key_rows}k16.f32.{ptx}.{ptx} {}, %q, %k, {}, 1, 1, 0, 0;",
+            operand_list(0, count),
+            if step == 0 { "%fresh" } else { "%add" }
+        ));
+    }
+    lines.push("wgmma.commit_group.sync.aligned;".to_string());
+    lines.push("}}".to_string());
+    let registers = fields("r", count);
+    quote! {
+        ::core::arch::asm!(#(#lines,)* #(inout(reg32) scores.#registers,)* in(reg64) q.0, in(reg64) k.0, options(nostack));
+    }
+}
+
+/// O += P V: P in registers, V an image read MN-major (transposed), key_rows / 16 k-steps of 16 rows.
+fn start_output(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
+    let (count, weights) = (head_dim / 2, key_rows / 4);
+    let v = format!("{{{}}}", count + weights);
+    let mut lines = vec![
+        "{{".to_string(),
+        ".reg .pred %add;".to_string(),
+        ".reg .b64 %v;".to_string(),
+        "setp.eq.b32 %add, 0, 0;".to_string(),
+        "wgmma.fence.sync.aligned;".to_string(),
+    ];
+    for step in 0..key_rows / 16 {
+        // 16 rows are two rows of atoms, head_dim / 64 atoms each.
+        let offset = step * 2 * (head_dim / 64) * 1024 / 16;
+        lines.push(format!("add.s64 %v, {v}, {offset};"));
+        lines.push(format!(
+            "wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.{ptx}.{ptx} {}, {}, %v, %add, 1, 1, 1;",
+            operand_list(0, count),
+            operand_list(count + 4 * step, 4)
+        ));
+    }
+    lines.push("wgmma.commit_group.sync.aligned;".to_string());
+    lines.push("}}".to_string());
+    let (registers, weights) = (fields("r", count), fields("a", weights));
+    quote! {
+        ::core::arch::asm!(
+            #(#lines,)*
+            #(inout(reg32) output.#registers,)*
+            #(in(reg32) weights.#weights,)*
+            in(reg64) v.0,
+            options(nostack)
+        );
+    }
+}

@@ -1,0 +1,396 @@
+//! **attention**: O = softmax(scale Q K^T) V over the visible pairs of each head.
+//!
+//! A block is one producer warpgroup, which copies tiles into shared memory, and `query_rows / 64` consumer warpgroups, each with
+//! 64 rows of the query tile (the structure of FlashAttention-3, section 3). Blocks are persistent; query tiles with text, which
+//! see every key, go first. For each query tile a consumer does:
+//!
+//! ```text
+//! S = Q K[0]^T;  P = softmax(S)
+//! for j in 1..tiles:
+//!     start S = Q K[j]^T
+//!     start O += P V[j-1]
+//!     wait for S;  absorb S into the running softmax          (while O += P V runs on the tensor cores)
+//!     wait for O;  rescale O;  P = weights of S
+//! O += P V[tiles-1];  O / sum -> the model's order
+//! ```
+
+use crate::cuda::barrier::{self, Barrier};
+use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
+use crate::cuda::{copy, global, math, shared, thread, warp};
+use crate::element::Element;
+use crate::shape::Shape;
+use crate::softmax::{self, Rows};
+use framestride_shapes::launch::AttentionParams;
+use framestride_shapes::layout::{HeadType, KeyTiles};
+
+/// Registers of a producer's thread, of a consumer's with two, and with three consumer warpgroups: what 64 Ki registers allow.
+const PRODUCER_REGISTERS: u32 = 24;
+const CONSUMER_REGISTERS_OF_2: u32 = 240;
+const CONSUMER_REGISTERS_OF_3: u32 = 160;
+
+/// Where tiles and barriers lie in shared memory.
+struct Plan<T>(core::marker::PhantomData<T>);
+
+impl<T: Shape> Plan<T> {
+    const STAGES: u32 = T::TILES.stages;
+    const QUERY_BYTES: u32 = T::TILES.query_rows * T::HEAD_DIM * 2;
+    const KEY_BYTES: u32 = T::TILES.key_rows * T::HEAD_DIM * 2;
+    const CONSUMER_WARPS: u32 = T::TILES.consumers() * 4;
+
+    fn query() -> u32 {
+        shared::base() + 1024
+    }
+    fn key(stage: u32) -> u32 {
+        Self::query() + Self::QUERY_BYTES + stage * Self::KEY_BYTES
+    }
+    fn value(stage: u32) -> u32 {
+        Self::key(Self::STAGES + stage)
+    }
+    fn query_full() -> Barrier {
+        Barrier::at(0)
+    }
+    fn query_free() -> Barrier {
+        Barrier::at(1)
+    }
+    fn key_full(stage: u32) -> Barrier {
+        Barrier::at(2 + stage)
+    }
+    fn key_free(stage: u32) -> Barrier {
+        Barrier::at(2 + Self::STAGES + stage)
+    }
+    fn value_full(stage: u32) -> Barrier {
+        Barrier::at(2 + 2 * Self::STAGES + stage)
+    }
+    fn value_free(stage: u32) -> Barrier {
+        Barrier::at(2 + 3 * Self::STAGES + stage)
+    }
+}
+
+/// A position in a ring of stages, and the parity of its current round.
+#[derive(Clone, Copy)]
+struct Slot {
+    stage: u32,
+    parity: u32,
+}
+
+impl Slot {
+    #[inline(always)]
+    fn next(self, stages: u32) -> Self {
+        if self.stage + 1 == stages {
+            Slot { stage: 0, parity: self.parity ^ 1 }
+        } else {
+            Slot { stage: self.stage + 1, parity: self.parity }
+        }
+    }
+}
+
+/// One query tile of one head.
+struct Work {
+    /// Over batch x heads.
+    head: u32,
+    head_type: HeadType,
+    valid_text: u32,
+    /// Packed row of its first query.
+    first_row: u32,
+    keys: KeyTiles,
+}
+
+impl Work {
+    /// Query tiles of a head.
+    const fn tiles<T: Shape>() -> u32 {
+        T::LAYOUT.sequence().div_ceil(T::TILES.query_rows)
+    }
+
+    /// All query tiles of a launch.
+    #[inline(always)]
+    fn count<T: Shape>(params: &AttentionParams) -> u32 {
+        Self::tiles::<T>() * params.batch * params.heads
+    }
+
+    /// Query tile `index`: those with text first, since they read the most; otherwise neighbours of one head follow each other,
+    /// so that the tiles in flight share keys in the L2 cache.
+    #[inline(always)]
+    unsafe fn at<T: Shape>(params: &AttentionParams, index: u32) -> Work {
+        let text_tiles = T::LAYOUT.text_tokens.div_ceil(T::TILES.query_rows);
+        let video_tiles = Self::tiles::<T>() - text_tiles;
+        let with_text = text_tiles * params.batch * params.heads;
+        let (head, tile) = if index < with_text {
+            (index / text_tiles.max(1), index % text_tiles.max(1))
+        } else {
+            ((index - with_text) / video_tiles.max(1), text_tiles + (index - with_text) % video_tiles.max(1))
+        };
+        let head_type = HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4));
+        let valid_text = valid_text::<T>(params.text_lengths, head / params.heads);
+        let first_row = tile * T::TILES.query_rows;
+        let range = T::LAYOUT.range_visible(head_type, first_row, T::TILES.query_rows, valid_text);
+        let keys = T::LAYOUT.key_tiles(range, T::TILES.key_rows);
+        Work { head, head_type, valid_text, first_row, keys }
+    }
+}
+
+/// Valid text tokens of a batch item; at most the text there is, whatever memory says.
+///
+/// # Safety
+/// `text_lengths` is 0 or holds a u32 for the item.
+#[inline(always)]
+pub unsafe fn valid_text<T: Shape>(text_lengths: u64, batch_item: u32) -> u32 {
+    if T::LAYOUT.text_tokens == 0 || text_lengths == 0 {
+        T::LAYOUT.text_tokens
+    } else {
+        global::load_u32(text_lengths + batch_item as u64 * 4).min(T::LAYOUT.text_tokens)
+    }
+}
+
+/// The kernel's body.
+///
+/// # Safety
+/// Launched with the table that `attention_kernels!` wrote for `T`; `params` as its documentation says.
+#[inline(always)]
+pub unsafe fn attention<T: Shape>(params: &AttentionParams) {
+    let thread_warp = thread::warp();
+    if thread::index() == 0 {
+        Plan::<T>::query_full().init(1);
+        Plan::<T>::query_free().init(Plan::<T>::CONSUMER_WARPS);
+        let mut stage = 0;
+        while stage < Plan::<T>::STAGES {
+            Plan::<T>::key_full(stage).init(1);
+            Plan::<T>::value_full(stage).init(1);
+            Plan::<T>::key_free(stage).init(Plan::<T>::CONSUMER_WARPS);
+            Plan::<T>::value_free(stage).init(Plan::<T>::CONSUMER_WARPS);
+            stage += 1;
+        }
+        barrier::publish_initialised();
+    }
+    thread::sync_block();
+
+    if thread_warp < 4 {
+        thread::release_registers::<PRODUCER_REGISTERS>();
+        if thread::index() == 0 {
+            produce::<T>(params);
+        }
+    } else {
+        if T::TILES.consumers() == 2 {
+            thread::take_registers::<CONSUMER_REGISTERS_OF_2>();
+        } else {
+            thread::take_registers::<CONSUMER_REGISTERS_OF_3>();
+        }
+        consume::<T>(params, thread_warp - 4);
+    }
+}
+
+/// The producer: one thread that keeps the stages full.
+#[inline(always)]
+unsafe fn produce<T: Shape>(params: &AttentionParams) {
+    let row_bytes = T::HEAD_DIM * 2;
+    let head_bytes = T::LAYOUT.packed_rows() as u64 * row_bytes as u64;
+    // A barrier that nobody has used counts as "free": its phase of parity 1 is over.
+    let mut query_parity = 1;
+    let mut slot = Slot { stage: 0, parity: 1 };
+    let mut index = thread::block_x();
+    while index < Work::count::<T>(params) {
+        let work = Work::at::<T>(params, index);
+        index += thread::blocks_x();
+        if work.keys.tiles == 0 {
+            continue;
+        }
+        let head = work.head as u64 * head_bytes;
+        Plan::<T>::query_free().wait(query_parity);
+        query_parity ^= 1;
+        Plan::<T>::query_full().arrive_expecting(Plan::<T>::QUERY_BYTES);
+        copy::to_shared(
+            Plan::<T>::query(),
+            params.packed_q + head + (work.first_row * row_bytes) as u64,
+            Plan::<T>::QUERY_BYTES,
+            Plan::<T>::query_full(),
+        );
+        let mut tile = 0;
+        while tile < work.keys.tiles {
+            let rows = head + (work.keys.first_row(tile, T::TILES.key_rows) as u64) * row_bytes as u64;
+            let stage = slot.stage;
+            Plan::<T>::key_free(stage).wait(slot.parity);
+            Plan::<T>::key_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
+            copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, Plan::<T>::KEY_BYTES, Plan::<T>::key_full(stage));
+            Plan::<T>::value_free(stage).wait(slot.parity);
+            Plan::<T>::value_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
+            copy::to_shared(
+                Plan::<T>::value(stage),
+                params.packed_v + rows,
+                Plan::<T>::KEY_BYTES,
+                Plan::<T>::value_full(stage),
+            );
+            slot = slot.next(T::TILES.stages);
+            tile += 1;
+        }
+    }
+}
+
+/// A consumer warpgroup: 64 rows of each query tile. `consumer_warp` counts over all consumer warps.
+#[inline(always)]
+unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
+    let lane = thread::lane();
+    let warpgroup = consumer_warp / 4;
+    let query = Descriptor::image(Plan::<T>::query() + warpgroup * 64 * T::HEAD_DIM * 2, T::HEAD_DIM);
+    let mut query_parity = 0;
+    let mut slot = Slot { stage: 0, parity: 0 };
+    let mut index = thread::block_x();
+    while index < Work::count::<T>(params) {
+        let work = Work::at::<T>(params, index);
+        index += thread::blocks_x();
+        // Rows of this warp, and of this thread.
+        let warp_row = work.first_row + consumer_warp * 16;
+        let thread_rows = [warp_row + lane / 4, warp_row + lane / 4 + 8];
+        let mut rows = Rows::new();
+        let mut output = <T::Attention as TileProducts>::Output::splat(0.0);
+
+        if work.keys.tiles > 0 {
+            let range = T::LAYOUT.range_visible(work.head_type, warp_row, 16, work.valid_text);
+            let visible = thread_rows.map(|row| T::LAYOUT.visible(work.head_type, row, work.valid_text));
+            let mask = |scores: &mut <T::Attention as TileProducts>::Scores, tile: u32| {
+                let first = work.keys.first_row(tile, T::TILES.key_rows);
+                if !range.sees_all(first, T::TILES.key_rows) {
+                    softmax::hide_unseen(scores, first, lane, visible);
+                }
+            };
+
+            Plan::<T>::query_full().wait(query_parity);
+            query_parity ^= 1;
+            Plan::<T>::key_full(slot.stage).wait(slot.parity);
+            let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
+            T::Attention::start_scores(&mut scores, query, Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM));
+            scores.wait::<0>();
+            release(Plan::<T>::key_free(slot.stage), lane);
+            mask(&mut scores, 0);
+            rows.absorb(&mut scores, params.scale_log2);
+            let mut weights = T::Attention::weights(&scores);
+            Plan::<T>::value_full(slot.stage).wait(slot.parity);
+
+            let mut tile = 1;
+            while tile < work.keys.tiles {
+                let last = slot;
+                slot = slot.next(T::TILES.stages);
+                Plan::<T>::key_full(slot.stage).wait(slot.parity);
+                T::Attention::start_scores(&mut scores, query, Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM));
+                T::Attention::start_output(&mut output, &weights, Descriptor::image(Plan::<T>::value(last.stage), T::HEAD_DIM));
+                scores.wait::<1>();
+                release(Plan::<T>::key_free(slot.stage), lane);
+                mask(&mut scores, tile);
+                let rescale = rows.absorb(&mut scores, params.scale_log2);
+                // The values are needed next round. Waiting for them here, on a parity that ptxas believes to depend on the
+                // sums (which are never negative), keeps it from sinking the softmax below the wait for O.
+                let sums_first = (rows.sum[0] < 0.0 || rows.sum[1] < 0.0) as u32;
+                Plan::<T>::value_full(slot.stage).wait(slot.parity ^ sums_first);
+                T::Attention::wait_output(&mut output, &mut weights);
+                release(Plan::<T>::value_free(last.stage), lane);
+                softmax::scale_rows(&mut output, rescale);
+                weights = T::Attention::weights(&scores);
+                tile += 1;
+            }
+            release(Plan::<T>::query_free(), lane);
+            T::Attention::start_output(&mut output, &weights, Descriptor::image(Plan::<T>::value(slot.stage), T::HEAD_DIM));
+            T::Attention::wait_output(&mut output, &mut weights);
+            release(Plan::<T>::value_free(slot.stage), lane);
+            slot = slot.next(T::TILES.stages);
+        }
+        store::<T>(params, &work, &mut output, &rows, thread_rows, lane);
+    }
+}
+
+/// Writes the thread's two rows, divided by their sums, to the model's order.
+#[inline(always)]
+unsafe fn store<T: Shape>(
+    params: &AttentionParams,
+    work: &Work,
+    output: &mut <T::Attention as TileProducts>::Output,
+    rows: &Rows,
+    thread_rows: [u32; 2],
+    lane: u32,
+) {
+    let seen_end = work.valid_text + T::LAYOUT.video_tokens();
+    let (item, head) = (work.head / params.heads, work.head % params.heads);
+    let total = rows.total();
+    let mut address = [0u64; 2];
+    let mut factor = [0.0f32; 2];
+    let mut row = 0;
+    while row < 2 {
+        let packed = thread_rows[row];
+        if packed < T::LAYOUT.sequence() {
+            let model_row = T::LAYOUT.model_row(work.head_type, packed, work.valid_text);
+            let out = &params.out;
+            address[row] = out.data
+                + (item as u64 * out.batch + model_row as u64 * out.row + head as u64 * out.head) * 2
+                + (lane % 4 * 16) as u64;
+            let live = packed < seen_end;
+            if live {
+                factor[row] = math::reciprocal(total[row]);
+            }
+            if params.lse != 0 && lane % 4 == 0 {
+                let lse = (rows.max[row] * params.scale_log2 + math::log2(total[row])) * core::f32::consts::LN_2;
+                let lse = if live { lse } else { f32::NEG_INFINITY };
+                global::store_f32(params.lse + (work.head as u64 * T::LAYOUT.sequence() as u64 + model_row as u64) * 4, lse);
+            }
+        }
+        row += 1;
+    }
+    // Four groups of 8 columns at a time: lane q of a quad holds columns 2 q, 2 q + 1 of each group; after transposing the quad
+    // it holds all 8 columns of group q, 16 bytes.
+    let mut pairs = [[0u32; 4]; 2];
+    output.for_each_group(
+        #[inline(always)]
+        |group, values| {
+            let [a, b, c, d] = values.map(|value| *value);
+            // A row of invalid text is zero whatever it summed; 0 x NaN would not be.
+            let scaled = |x: f32, row: usize| if factor[row] == 0.0 { 0.0 } else { x * factor[row] };
+            let slot = (group % 4) as usize;
+            pairs[0][slot] = <T::Attention as TileProducts>::Element::pack(scaled(a, 0), scaled(b, 0));
+            pairs[1][slot] = <T::Attention as TileProducts>::Element::pack(scaled(c, 1), scaled(d, 1));
+            if slot == 3 {
+                let offset = (group / 4 * 64) as u64;
+                store_chunk(address[0], offset, transpose_quad(pairs[0], lane), params.aligned);
+                store_chunk(address[1], offset, transpose_quad(pairs[1], lane), params.aligned);
+            }
+        },
+    );
+}
+
+/// Stores 16 bytes of a row; a row that does not exist has address 0.
+#[inline(always)]
+unsafe fn store_chunk(address: u64, offset: u64, chunk: [u32; 4], aligned: u32) {
+    if address != 0 {
+        if aligned != 0 {
+            global::store16(address + offset, chunk);
+        } else {
+            global::store16_unaligned(address + offset, chunk);
+        }
+    }
+}
+
+/// Lane q of each quad gives value g to lane g and gets, as value q', what lane q' held as value q.
+#[inline(always)]
+unsafe fn transpose_quad(mut x: [u32; 4], lane: u32) -> [u32; 4] {
+    // Two butterfly rounds: across bit 1, then bit 0, of lane and index.
+    let high = lane & 2 != 0;
+    let (a, b) = if high { (x[0], x[1]) } else { (x[2], x[3]) };
+    let (a, b) = (warp::exchange(a, 2), warp::exchange(b, 2));
+    if high {
+        (x[0], x[1]) = (a, b);
+    } else {
+        (x[2], x[3]) = (a, b);
+    }
+    let odd = lane & 1 != 0;
+    let (a, b) = if odd { (x[0], x[2]) } else { (x[1], x[3]) };
+    let (a, b) = (warp::exchange(a, 1), warp::exchange(b, 1));
+    if odd {
+        (x[0], x[2]) = (a, b);
+    } else {
+        (x[1], x[3]) = (a, b);
+    }
+    x
+}
+
+/// This warp is done with what `free` guards.
+#[inline(always)]
+unsafe fn release(free: Barrier, lane: u32) {
+    if lane == 0 {
+        free.arrive();
+    }
+}

@@ -1,0 +1,80 @@
+//! mbarriers in shared memory (9.7.13.15): eight bytes that count arrivals and bytes of asynchronous copies, in phases.
+//!
+//! A phase completes when all expected arrivals and all expected bytes have come. Waiters name the phase by its parity.
+
+use super::shared;
+use core::arch::asm;
+
+/// A barrier at byte `8 * index` of the block's shared memory.
+#[derive(Clone, Copy)]
+pub struct Barrier(u32);
+
+impl Barrier {
+    /// The barrier with this index.
+    #[inline(always)]
+    pub fn at(index: u32) -> Barrier {
+        Barrier(shared::base() + 8 * index)
+    }
+
+    /// Its address in shared memory.
+    #[inline(always)]
+    pub fn address(self) -> u32 {
+        self.0
+    }
+
+    /// Sets it up: each phase takes `arrivals` arrivals.
+    ///
+    /// # Safety
+    /// One thread does it, before any use; [`publish_initialised`] and a block barrier follow.
+    #[inline(always)]
+    pub unsafe fn init(self, arrivals: u32) {
+        asm!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) self.0, in(reg32) arrivals, options(nostack));
+    }
+
+    /// Arrives.
+    ///
+    /// # Safety
+    /// The arrival is one of those the phase counts.
+    #[inline(always)]
+    pub unsafe fn arrive(self) {
+        asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) self.0, options(nostack));
+    }
+
+    /// Arrives, and makes the phase wait for `bytes` more bytes of copies.
+    ///
+    /// # Safety
+    /// As [`Barrier::arrive`]; copies of exactly that many bytes are issued on this barrier.
+    #[inline(always)]
+    pub unsafe fn arrive_expecting(self, bytes: u32) {
+        asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};", in(reg32) self.0, in(reg32) bytes, options(nostack));
+    }
+
+    /// Waits until the phase of this parity has completed.
+    ///
+    /// # Safety
+    /// The phase will complete: somebody else arrives.
+    #[inline(always)]
+    // The label is local to the braces, as PTX scopes it; numeric labels are not PTX.
+    #[allow(named_asm_labels)]
+    pub unsafe fn wait(self, parity: u32) {
+        asm!(
+            "{{",
+            ".reg .pred %done;",
+            "again:",
+            "mbarrier.try_wait.parity.shared::cta.b64 %done, [{}], {};",
+            "@!%done bra again;",
+            "}}",
+            in(reg32) self.0, in(reg32) parity, options(nostack)
+        );
+    }
+}
+
+/// Makes initialised barriers visible to the copy engine (9.7.13.5, fence.mbarrier_init).
+///
+/// # Safety
+/// By the thread that initialised them; a block barrier follows.
+#[inline(always)]
+pub unsafe fn publish_initialised() {
+    asm!("fence.mbarrier_init.release.cluster;", options(nostack));
+    shared::publish_to_async();
+}

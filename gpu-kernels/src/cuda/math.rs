@@ -1,0 +1,39 @@
+//! Special functions (9.7.3): the hardware's approximations, with their errors.
+
+use core::arch::asm;
+
+macro_rules! unary {
+    ($($(#[$doc:meta])* $name:ident = $instruction:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(x: f32) -> f32 {
+            let y: f32;
+            // SAFETY: arithmetic on registers.
+            unsafe { asm!(concat!($instruction, " {}, {};"), out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+            y
+        }
+    )*};
+}
+
+unary! {
+    /// 2^x, relative error below 2^-22.
+    exp2 = "ex2.approx.ftz.f32";
+    /// log2 x, absolute error below 2^-22 near 1, relative elsewhere.
+    log2 = "lg2.approx.ftz.f32";
+    /// 1 / x, relative error below 2^-23.
+    reciprocal = "rcp.approx.ftz.f32";
+    /// 1 / sqrt x, relative error below 2^-22.
+    reciprocal_sqrt = "rsqrt.approx.ftz.f32";
+}
+
+/// x y + z in one rounding.
+#[inline(always)]
+pub fn fma(x: f32, y: f32, z: f32) -> f32 {
+    let out: f32;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        asm!("fma.rn.ftz.f32 {}, {}, {}, {};", out(reg32) out, in(reg32) x, in(reg32) y, in(reg32) z,
+             options(pure, nomem, nostack))
+    };
+    out
+}

@@ -1,0 +1,57 @@
+//! The block's dynamic shared memory: 32-bit addresses from its first byte, which is 1024-byte aligned (5.1.6, Shared State Space).
+
+use core::arch::{asm, global_asm};
+
+global_asm!(".extern .shared .align 1024 .b8 dyn_smem[];");
+
+/// Address of the first byte.
+#[inline(always)]
+pub fn base() -> u32 {
+    let address: u32;
+    // SAFETY: the symbol is declared above.
+    unsafe { asm!("mov.u32 {}, dyn_smem;", out(reg32) address, options(pure, nomem, nostack)) };
+    address
+}
+
+/// Stores 16 bytes.
+///
+/// # Safety
+/// `address` is 16-byte aligned and inside the block's shared memory.
+#[inline(always)]
+pub unsafe fn store16(address: u32, value: [u32; 4]) {
+    asm!(
+        "st.shared.v4.b32 [{}], {{{}, {}, {}, {}}};",
+        in(reg32) address, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
+        options(nostack)
+    );
+}
+
+/// Stores an f32.
+///
+/// # Safety
+/// `address` is 4-byte aligned and inside the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_f32(address: u32, value: f32) {
+    asm!("st.shared.f32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack));
+}
+
+/// Loads an f32.
+///
+/// # Safety
+/// As [`store_f32`], and written before.
+#[inline(always)]
+pub unsafe fn load_f32(address: u32) -> f32 {
+    let value: f32;
+    asm!("ld.shared.f32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack));
+    value
+}
+
+/// Makes this thread's ordinary stores to shared memory visible to the tensor cores and the copy engine, once a barrier has
+/// been passed (9.7.13.5, fence.proxy.async).
+///
+/// # Safety
+/// Always sound; `unsafe` because the ordering that follows rests on it.
+#[inline(always)]
+pub unsafe fn publish_to_async() {
+    asm!("fence.proxy.async.shared::cta;", options(nostack));
+}

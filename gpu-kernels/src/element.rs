@@ -1,0 +1,72 @@
+//! The two-byte element types of Q, K, V and O.
+
+use core::arch::asm;
+
+/// bf16 or f16; two of them in a register, the first in the low half.
+pub trait Element: Copy {
+    /// Rounds two f32 to nearest even.
+    fn pack(low: f32, high: f32) -> u32;
+    /// Widens both halves, exactly.
+    fn unpack(pair: u32) -> [f32; 2];
+}
+
+/// bfloat16: the upper half of an f32.
+#[derive(Clone, Copy)]
+pub struct Bf16;
+
+/// IEEE half precision.
+#[derive(Clone, Copy)]
+pub struct F16;
+
+impl Element for Bf16 {
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> u32 {
+        let pair: u32;
+        // SAFETY: arithmetic on registers.
+        unsafe {
+            asm!("cvt.rn.bf16x2.f32 {}, {}, {};", out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack))
+        };
+        pair
+    }
+    #[inline(always)]
+    fn unpack(pair: u32) -> [f32; 2] {
+        [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)]
+    }
+}
+
+impl Element for F16 {
+    #[inline(always)]
+    fn pack(low: f32, high: f32) -> u32 {
+        let pair: u32;
+        // SAFETY: arithmetic on registers.
+        unsafe {
+            asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack))
+        };
+        pair
+    }
+    #[inline(always)]
+    fn unpack(pair: u32) -> [f32; 2] {
+        let (low, high): (f32, f32);
+        // SAFETY: arithmetic on registers.
+        unsafe {
+            asm!(
+                "{{ .reg .b16 %l, %h; mov.b32 {{%l, %h}}, {2}; cvt.f32.f16 {0}, %l; cvt.f32.f16 {1}, %h; }}",
+                out(reg32) low, out(reg32) high, in(reg32) pair, options(pure, nomem, nostack)
+            )
+        };
+        [low, high]
+    }
+}
+
+/// The eight elements of 16 bytes, widened.
+#[inline(always)]
+pub fn widen<E: Element>(chunk: [u32; 4]) -> [f32; 8] {
+    let [[a, b], [c, d], [e, f], [g, h]] = chunk.map(E::unpack);
+    [a, b, c, d, e, f, g, h]
+}
+
+/// Eight values, rounded into 16 bytes.
+#[inline(always)]
+pub fn narrow<E: Element>(x: [f32; 8]) -> [u32; 4] {
+    [E::pack(x[0], x[1]), E::pack(x[2], x[3]), E::pack(x[4], x[5]), E::pack(x[6], x[7])]
+}
