@@ -28,5 +28,22 @@ pub const fn models() -> &'static [(&'static str, &'static str)] {
     macro_rules! models {
         ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("../models/", $name, ".toml")))),*] };
     }
-    models!["demo"]
+    models![
+        "cogvideox_1_5_5b_768x1360",
+        "cogvideox_5b_480x720",
+        "cosmos_1_14b_704x1280",
+        "demo",
+        "hunyuan_video_1_5_720p",
+        "hunyuan_video_544x960",
+        "hunyuan_video_720p",
+        "ltx_video_512x704",
+        "tiny_heads_sinks",
+        "tiny_layer_half",
+        "tiny_plain",
+        "tiny_text_last",
+        "tiny_text_rope",
+        "wan_14b_720p",
+        "wan_2_1_1_3b_480p",
+        "wan_2_2_ti2v_5b_704x1280",
+    ]
 }
