@@ -1,0 +1,588 @@
+//! Where kernels run: a GPU through the CUDA driver, or the PTX emulator on the CPU.
+//!
+//! The driver is loaded when first asked for. Without it every path here gives [`Error::NoGpu`] with what was found. Contexts and
+//! streams that come from outside are borrowed: they are never destroyed, and a thread's current context is what it was before.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+
+use cudarc::driver::sys;
+
+use crate::error::{Error, Result};
+use crate::launch::Launch;
+
+/// A device. Cloning is cheap and refers to the same one.
+#[derive(Clone)]
+pub enum Device {
+    /// An NVIDIA GPU.
+    Gpu(Arc<Gpu>),
+    /// The emulator, with its own memory.
+    Emulator(Arc<Emulator>),
+}
+
+/// What to run on, as a command line says it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceChoice {
+    /// A GPU that can run the kernels if there is one, else the emulator.
+    #[default]
+    Auto,
+    /// A GPU, or an error.
+    Gpu,
+    /// The emulator.
+    Emulator,
+}
+
+/// A CUDA stream that belongs to the caller; the emulator has none and ignores it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stream(usize);
+
+impl Stream {
+    /// The default stream of the context.
+    pub const DEFAULT: Stream = Stream(0);
+
+    /// Borrows a `CUstream` (or `cudaStream_t`, which is the same) of the device's context.
+    ///
+    /// # Safety
+    /// The handle is a live stream of the context that the work will be launched in, for as long as this value is used.
+    pub unsafe fn from_raw(handle: *mut c_void) -> Stream {
+        Stream(handle as usize)
+    }
+
+    fn raw(self) -> sys::CUstream {
+        self.0 as sys::CUstream
+    }
+}
+
+/// A GPU's context: the device's primary one, retained, or a borrowed one.
+pub struct Gpu {
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    retained: bool,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: u32,
+}
+
+// SAFETY: a CUcontext may be made current on any thread, and the driver's functions are thread-safe.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; nothing here changes after construction.
+unsafe impl Sync for Gpu {}
+
+/// The emulator's memory. Kernels of one process share it as kernels of one GPU share theirs.
+#[derive(Default)]
+pub struct Emulator {
+    memory: RwLock<ptx_emulator::Memory>,
+}
+
+/// Turns a driver's status into an error that names the call.
+fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
+    if status == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text: *const c_char = std::ptr::null();
+    // SAFETY: `text` outlives the call, which points it at a static string of the driver, or leaves it null.
+    let message = unsafe {
+        let _ = sys::cuGetErrorString(status, &mut text);
+        if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+    };
+    Err(Error::Driver { call, code: status as i32, message })
+}
+
+/// Loads and initialises the driver.
+fn driver() -> Result<()> {
+    // SAFETY: probing for the library opens and closes it; cuInit may be called any number of times.
+    unsafe {
+        if !sys::is_culib_present() {
+            return Err(Error::NoGpu("the CUDA driver (libcuda) is not installed".into()));
+        }
+        check("cuInit", sys::cuInit(0)).map_err(|error| Error::NoGpu(error.to_string()))
+    }
+}
+
+impl Gpu {
+    /// The primary context of GPU `ordinal`, which the CUDA runtime and PyTorch use too.
+    pub fn primary(ordinal: i32) -> Result<Gpu> {
+        driver()?;
+        let (mut device, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: both pointers are to live locals; the retained context is released on drop.
+        unsafe {
+            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal))
+                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
+            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
+        }
+        Gpu::describe(context, device, true)
+    }
+
+    /// Borrows a context of the caller's.
+    ///
+    /// # Safety
+    /// `context` is a live `CUcontext` that outlives this value and everything made with it.
+    pub unsafe fn borrow(context: *mut c_void) -> Result<Gpu> {
+        driver()?;
+        let context = context as sys::CUcontext;
+        let mut device = 0;
+        let _current = Current::push(context)?;
+        // SAFETY: the context is current, and `device` is a live local.
+        check("cuCtxGetDevice", unsafe { sys::cuCtxGetDevice(&mut device) })?;
+        Gpu::describe(context, device, false)
+    }
+
+    fn describe(context: sys::CUcontext, device: sys::CUdevice, retained: bool) -> Result<Gpu> {
+        let mut gpu = Gpu { context, device, retained, name: String::new(), capability: (0, 0), multiprocessors: 0 };
+        let attribute = |attribute| -> Result<i32> {
+            let mut value = 0;
+            // SAFETY: `value` is a live local and `device` came from the driver.
+            check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
+            Ok(value)
+        };
+        use sys::CUdevice_attribute_enum as Attribute;
+        gpu.capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let mut name = [0 as c_char; 256];
+        // SAFETY: the driver writes at most `len` bytes, terminated.
+        unsafe {
+            check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
+            gpu.name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
+        }
+        Ok(gpu)
+    }
+
+    /// Name of the GPU.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Compute capability, such as (9, 0).
+    pub fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// Version of the driver as CUDA counts it: 12080 is 12.8.
+    pub fn driver_version(&self) -> i32 {
+        let mut version = 0;
+        // SAFETY: `version` is a live local. The call cannot fail once the driver is initialised; 0 would mean unknown.
+        let _ = unsafe { sys::cuDriverGetVersion(&mut version) };
+        version
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.retained {
+            // SAFETY: retained once in `primary`. A failure at exit has nobody to be told to.
+            let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+        }
+    }
+}
+
+/// Makes a context current until dropped.
+struct Current;
+
+impl Current {
+    fn push(context: sys::CUcontext) -> Result<Current> {
+        // SAFETY: the context is live: retained by, or lent to, the `Gpu` that calls this.
+        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        Ok(Current)
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: undoes the push of this value, on the same thread: the type is neither sent nor kept across calls.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+    }
+}
+
+/// The kernels of one PTX text on one device.
+pub(crate) enum Loaded {
+    Gpu { module: sys::CUmodule, functions: [sys::CUfunction; 4], gpu: Arc<Gpu> },
+    Emulator { module: ptx_emulator::Module },
+}
+
+// SAFETY: modules and functions are handles that any thread may use while their context is current.
+unsafe impl Send for Loaded {}
+// SAFETY: as above; nothing here changes after construction.
+unsafe impl Sync for Loaded {}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if let Loaded::Gpu { module, gpu, .. } = self
+            && let Ok(_current) = Current::push(gpu.context)
+        {
+            // SAFETY: loaded once, in this context, and used by nobody after this.
+            let _ = unsafe { sys::cuModuleUnload(*module) };
+        }
+    }
+}
+
+/// Device memory, freed on drop.
+pub struct Buffer {
+    device: Device,
+    address: u64,
+    bytes: u64,
+}
+
+impl Buffer {
+    /// Address of the first byte, a multiple of 256.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        match &self.device {
+            Device::Gpu(gpu) => {
+                if let Ok(_current) = Current::push(gpu.context) {
+                    // SAFETY: allocated once by `Device::allocate` in this context.
+                    let _ = unsafe { sys::cuMemFree_v2(self.address) };
+                }
+            }
+            Device::Emulator(emulator) => {
+                let _ = write(&emulator.memory).free(self.address);
+            }
+        }
+    }
+}
+
+/// A lock whose holder panicked still guards plain bytes: go on with them.
+fn write(memory: &RwLock<ptx_emulator::Memory>) -> std::sync::RwLockWriteGuard<'_, ptx_emulator::Memory> {
+    memory.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn read(memory: &RwLock<ptx_emulator::Memory>) -> std::sync::RwLockReadGuard<'_, ptx_emulator::Memory> {
+    memory.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn emulator_error(error: impl std::fmt::Display) -> Error {
+    Error::Emulator(error.to_string())
+}
+
+/// Multiprocessors that the emulator claims: enough for several persistent blocks, few enough for a small machine.
+const EMULATED_MULTIPROCESSORS: u32 = 4;
+
+impl Device {
+    /// A new emulator with empty memory.
+    pub fn emulator() -> Device {
+        Device::Emulator(Arc::new(Emulator::default()))
+    }
+
+    /// GPU `ordinal`.
+    pub fn gpu(ordinal: i32) -> Result<Device> {
+        Ok(Device::Gpu(Arc::new(Gpu::primary(ordinal)?)))
+    }
+
+    /// The device of a command line. `Auto` takes GPU 0 when it has the kernels' compute capability 9.0.
+    pub fn choose(choice: DeviceChoice) -> Result<Device> {
+        match choice {
+            DeviceChoice::Emulator => Ok(Device::emulator()),
+            DeviceChoice::Gpu => Device::gpu(0),
+            DeviceChoice::Auto => match Gpu::primary(0) {
+                Ok(gpu) if gpu.capability == (9, 0) => Ok(Device::Gpu(Arc::new(gpu))),
+                _ => Ok(Device::emulator()),
+            },
+        }
+    }
+
+    /// Name for people: the GPU's, or "emulator".
+    pub fn name(&self) -> String {
+        match self {
+            Device::Gpu(gpu) => gpu.name.clone(),
+            Device::Emulator(_) => "emulator".into(),
+        }
+    }
+
+    /// Multiprocessors, which persistent kernels fill.
+    pub fn multiprocessors(&self) -> u32 {
+        match self {
+            Device::Gpu(gpu) => gpu.multiprocessors,
+            Device::Emulator(_) => EMULATED_MULTIPROCESSORS,
+        }
+    }
+
+    /// Allocates uninitialised memory at a multiple of 256 bytes.
+    pub fn allocate(&self, bytes: u64) -> Result<Buffer> {
+        let bytes = bytes.max(1);
+        let address = match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                let mut address = 0;
+                // SAFETY: `address` is a live local.
+                check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&mut address, bytes as usize) })?;
+                address
+            }
+            Device::Emulator(emulator) => write(&emulator.memory).alloc(bytes, 256).map_err(emulator_error)?,
+        };
+        Ok(Buffer { device: self.clone(), address, bytes })
+    }
+
+    /// Allocates and copies `bytes` to the device.
+    pub fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        let buffer = self.allocate(bytes.len() as u64)?;
+        self.write(&buffer, 0, bytes)?;
+        Ok(buffer)
+    }
+
+    /// Copies `bytes` to `offset` in `buffer`, and waits.
+    pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        within(buffer, offset, bytes.len() as u64)?;
+        match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                // SAFETY: the range lies in a live allocation (checked above), the source is a live slice.
+                check("cuMemcpyHtoD", unsafe {
+                    sys::cuMemcpyHtoD_v2(buffer.address + offset, bytes.as_ptr().cast(), bytes.len())
+                })
+            }
+            Device::Emulator(emulator) => {
+                write(&emulator.memory).write(buffer.address + offset, bytes).map_err(emulator_error)
+            }
+        }
+    }
+
+    /// Copies `bytes` bytes from `offset` in `buffer` to the host, after all work launched before.
+    pub fn read(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        within(buffer, offset, bytes)?;
+        self.read_address(buffer.address + offset, bytes)
+    }
+
+    /// Copies from memory that the caller vouches for.
+    pub(crate) fn read_address(&self, address: u64, bytes: u64) -> Result<Vec<u8>> {
+        match self {
+            Device::Gpu(gpu) => {
+                self.synchronize()?;
+                let _current = Current::push(gpu.context)?;
+                let mut data = vec![0u8; bytes as usize];
+                // SAFETY: `data` has room for `bytes`; a bad device address is an error of the driver, not of this process.
+                check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(data.as_mut_ptr().cast(), address, data.len()) })?;
+                Ok(data)
+            }
+            Device::Emulator(emulator) => {
+                read(&emulator.memory).read(address, bytes).map_err(emulator_error).map(|bytes| bytes.to_vec())
+            }
+        }
+    }
+
+    /// Sets every byte of `buffer`, and waits.
+    pub fn fill(&self, buffer: &Buffer, byte: u8) -> Result<()> {
+        match self {
+            Device::Gpu(gpu) => {
+                {
+                    let _current = Current::push(gpu.context)?;
+                    // SAFETY: the range is a live allocation.
+                    check("cuMemsetD8", unsafe { sys::cuMemsetD8_v2(buffer.address, byte, buffer.bytes as usize) })?;
+                }
+                self.synchronize()
+            }
+            Device::Emulator(emulator) => {
+                write(&emulator.memory).fill(buffer.address, buffer.bytes, byte).map_err(emulator_error)
+            }
+        }
+    }
+
+    /// Waits for all work of the device's context.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                // SAFETY: the context is current.
+                check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
+            }
+            Device::Emulator(_) => Ok(()),
+        }
+    }
+
+    /// Loads PTX: the driver compiles it here, and its log is in the error. `entries` are the kernels with the dynamic shared
+    /// memory that each needs.
+    pub(crate) fn load(&self, name: &str, ptx: &str, entries: [(&str, u32); 4]) -> Result<Loaded> {
+        match self {
+            Device::Gpu(gpu) => load_on_gpu(gpu, name, ptx, entries),
+            Device::Emulator(_) => {
+                Ok(Loaded::Emulator { module: ptx_emulator::Module::parse(name, ptx).map_err(emulator_error)? })
+            }
+        }
+    }
+
+    /// Sets `count` words from `address` to `value`, in stream order.
+    pub(crate) fn fill_words(&self, stream: Stream, address: u64, value: u32, count: u64) -> Result<()> {
+        match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                // SAFETY: the caller of the launch vouches for the workspace that the words lie in.
+                check("cuMemsetD32Async", unsafe {
+                    sys::cuMemsetD32Async(address, value, count as usize, stream.raw())
+                })
+            }
+            Device::Emulator(emulator) => {
+                let bytes: Vec<u8> = (0..count).flat_map(|_| value.to_le_bytes()).collect();
+                write(&emulator.memory).write(address, &bytes).map_err(emulator_error)
+            }
+        }
+    }
+
+    /// Launches one kernel: in stream order on a GPU; the emulator runs it to its end.
+    pub(crate) fn launch(&self, stream: Stream, kernels: &Loaded, launch: &Launch) -> Result<()> {
+        match (self, kernels) {
+            (Device::Gpu(gpu), Loaded::Gpu { functions, .. }) => {
+                let _current = Current::push(gpu.context)?;
+                let [x, y, z] = launch.grid;
+                let mut parameters = [launch.params.as_bytes().as_ptr() as *mut c_void];
+                // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load), which the driver
+                // copies during the call. What the addresses in it point to is vouched for by the caller of `forward`.
+                check("cuLaunchKernel", unsafe {
+                    sys::cuLaunchKernel(
+                        functions[launch.kernel as usize],
+                        x,
+                        y,
+                        z,
+                        launch.threads,
+                        1,
+                        1,
+                        launch.shared_bytes,
+                        stream.raw(),
+                        parameters.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    )
+                })
+            }
+            (Device::Emulator(emulator), Loaded::Emulator { module }) => {
+                let shape = ptx_emulator::Launch {
+                    grid: launch.grid,
+                    block: [launch.threads, 1, 1],
+                    shared_bytes: launch.shared_bytes,
+                };
+                module
+                    .launch(&read(&emulator.memory), launch.kernel.entry(), shape, launch.params.as_bytes())
+                    .map_err(emulator_error)?;
+                Ok(())
+            }
+            _ => Err(Error::input(
+                "module",
+                "kernels loaded on another device",
+                "the device that the module was loaded on",
+                "Load the module on this device",
+            )),
+        }
+    }
+
+    /// Milliseconds that `work` takes on the device: between two events on a GPU, by the clock in the emulator.
+    pub(crate) fn time(&self, stream: Stream, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                let (start, end) = (Event::new()?, Event::new()?);
+                start.record(stream)?;
+                work()?;
+                end.record(stream)?;
+                let mut milliseconds = 0f32;
+                // SAFETY: both events are live and recorded; `milliseconds` is a live local.
+                unsafe {
+                    check("cuEventSynchronize", sys::cuEventSynchronize(end.0))?;
+                    check("cuEventElapsedTime", sys::cuEventElapsedTime(&mut milliseconds, start.0, end.0))?;
+                }
+                Ok(f64::from(milliseconds))
+            }
+            Device::Emulator(_) => {
+                let start = Instant::now();
+                work()?;
+                Ok(start.elapsed().as_secs_f64() * 1e3)
+            }
+        }
+    }
+}
+
+/// An event, destroyed on drop while its context is current.
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Event> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: `event` is a live local and a context is current.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, 0) })?;
+        Ok(Event(event))
+    }
+
+    fn record(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the event is live, and the stream is the caller's.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream.raw()) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created once, in `new`.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+fn within(buffer: &Buffer, offset: u64, bytes: u64) -> Result<()> {
+    if offset.checked_add(bytes).is_none_or(|end| end > buffer.bytes) {
+        return Err(Error::input(
+            "device buffer",
+            format!("bytes {offset} to {offset} + {bytes}"),
+            format!("up to {}", buffer.bytes),
+            "Stay inside the allocation",
+        ));
+    }
+    Ok(())
+}
+
+/// First driver with `cuFuncLoad`.
+const EAGER_LOADING: i32 = 12040;
+
+fn load_on_gpu(gpu: &Arc<Gpu>, name: &str, ptx: &str, entries: [(&str, u32); 4]) -> Result<Loaded> {
+    let text = |subject: &str, text: &str| {
+        CString::new(text)
+            .map_err(|_| Error::input(subject, "a zero byte", "text", "The file is damaged: build it again"))
+    };
+    let image = text(&format!("PTX of {name}"), ptx)?;
+    let _current = Current::push(gpu.context)?;
+    let mut log = vec![0u8; 16 * 1024];
+    let mut options =
+        [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the image is terminated, and both option arrays have the given length; the log buffer outlives the call.
+    let status = unsafe {
+        sys::cuModuleLoadDataEx(
+            &mut module,
+            image.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    check("cuModuleLoadDataEx", status).map_err(|error| match error {
+        Error::Driver { call, code, message } => {
+            let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+            let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
+            Error::Driver { call, code, message: format!("{message} (kernels of {name}). JIT log: {log}") }
+        }
+        other => other,
+    })?;
+    let mut functions = [std::ptr::null_mut(); 4];
+    for (function, (entry, shared_bytes)) in functions.iter_mut().zip(entries) {
+        let entry = text("entry", entry)?;
+        // SAFETY: the module is loaded, the name terminated, `function` live; the function is used with its own module.
+        unsafe {
+            check("cuModuleGetFunction", sys::cuModuleGetFunction(function, module, entry.as_ptr()))?;
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            check("cuFuncSetAttribute", sys::cuFuncSetAttribute(*function, attribute, shared_bytes as c_int))?;
+            // Lazy loading would put an allocation into the first launch, which may be under graph capture.
+            if gpu.driver_version() >= EAGER_LOADING {
+                check("cuFuncLoad", sys::cuFuncLoad(*function))?;
+            }
+        }
+    }
+    Ok(Loaded::Gpu { module, functions, gpu: Arc::clone(gpu) })
+}

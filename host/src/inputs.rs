@@ -1,0 +1,458 @@
+//! The inputs of one layer on the host: Q, K, V and what goes with them.
+
+use framestride_shapes::layout::{Layout, TextPosition};
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
+use half::{bf16, f16};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::reference::Operand;
+
+/// A `[batch, rows, heads, head_dim]` tensor in the spec's 16-bit type, contiguous, in the model's order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tokens {
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// Batch items.
+    pub batch: usize,
+    /// Tokens of the sequence.
+    pub rows: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a row.
+    pub head_dim: usize,
+    /// The elements' bits.
+    pub bits: Vec<u16>,
+}
+
+/// Nearest 16-bit value, ties to even.
+pub fn narrow(dtype: Dtype, value: f64) -> u16 {
+    match dtype {
+        Dtype::Bf16 => bf16::from_f64(value).to_bits(),
+        Dtype::F16 => f16::from_f64(value).to_bits(),
+    }
+}
+
+/// The value of 16 bits.
+pub fn widen(dtype: Dtype, bits: u16) -> f64 {
+    match dtype {
+        Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
+        Dtype::F16 => f16::from_bits(bits).to_f64(),
+    }
+}
+
+impl Tokens {
+    /// Zeros.
+    pub fn zeros(dtype: Dtype, [batch, rows, heads, head_dim]: [usize; 4]) -> Tokens {
+        Tokens { dtype, batch, rows, heads, head_dim, bits: vec![0; batch * rows * heads * head_dim] }
+    }
+
+    /// `[batch, rows, heads, head_dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        [self.batch, self.rows, self.heads, self.head_dim]
+    }
+
+    /// Index of the first element of a row.
+    pub fn index(&self, batch: usize, row: usize, head: usize) -> usize {
+        ((batch * self.rows + row) * self.heads + head) * self.head_dim
+    }
+
+    /// One row of one head.
+    pub fn row(&self, batch: usize, row: usize, head: usize) -> Vec<f64> {
+        let mut wide = vec![0.0; self.head_dim];
+        self.widen(&self.bits[self.index(batch, row, head)..][..self.head_dim], &mut wide);
+        wide
+    }
+
+    /// Values of `bits`, which are elements of this tensor.
+    pub fn widen(&self, bits: &[u16], wide: &mut [f64]) {
+        for (wide, &bits) in wide.iter_mut().zip(bits) {
+            *wide = widen(self.dtype, bits);
+        }
+    }
+
+    /// Fills every row by `row(batch, row, head, values)`, in parallel, and rounds.
+    pub fn fill(&mut self, row: impl Fn(usize, usize, usize, &mut [f64]) + Sync) {
+        let (dtype, rows, heads) = (self.dtype, self.rows, self.heads);
+        self.bits.par_chunks_exact_mut(self.head_dim).enumerate().for_each(|(index, bits)| {
+            let mut values = vec![0.0; bits.len()];
+            row(index / heads / rows, index / heads % rows, index % heads, &mut values);
+            for (bits, value) in bits.iter_mut().zip(values) {
+                *bits = narrow(dtype, value);
+            }
+        });
+    }
+}
+
+/// Affine part of a QK-norm: `head_dim` elements, or heads x head_dim when the statistic is over all heads.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Norm {
+    /// Ones when not given.
+    pub weight: Option<Vec<f32>>,
+    /// Zeros when not given; only a layer norm has one.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// RoPE tables, each `[rows, head_dim / 2]` or `[rows, heads, head_dim / 2]`: see [`RopeTables::rows`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTables {
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+}
+
+/// Everything that one layer reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Inputs {
+    /// Q as the projection left it.
+    pub q: Tokens,
+    /// K.
+    pub k: Tokens,
+    /// V.
+    pub v: Tokens,
+    /// QK-norm of video rows of Q.
+    pub q_norm: Norm,
+    /// QK-norm of video rows of K.
+    pub k_norm: Norm,
+    /// QK-norm of text rows of Q; the video's when not given.
+    pub q_norm_text: Option<Norm>,
+    /// QK-norm of text rows of K; the video's when not given.
+    pub k_norm_text: Option<Norm>,
+    /// Given exactly when the spec has a `[rope]` table.
+    pub rope: Option<RopeTables>,
+    /// Valid text tokens of each batch item; all when not given.
+    pub text_lengths: Option<Vec<u32>>,
+}
+
+impl Inputs {
+    /// The affine part that rows of this kind get.
+    pub fn norm(&self, operand: Operand, is_text: bool) -> &Norm {
+        let (video, text) = match operand {
+            Operand::Query => (&self.q_norm, &self.q_norm_text),
+            Operand::Key => (&self.k_norm, &self.k_norm_text),
+        };
+        if is_text { text.as_ref().unwrap_or(video) } else { video }
+    }
+
+    /// Valid text tokens of a batch item.
+    pub fn valid_text(&self, layout: &Layout, batch: usize) -> usize {
+        self.text_lengths.as_ref().map_or(layout.text_tokens, |lengths| lengths[batch]) as usize
+    }
+
+    /// Softmax scale of the model: 1 / sqrt(head_dim).
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.q.head_dim as f64).sqrt()
+    }
+
+    /// Checks every shape against the spec. `source` names where the inputs come from, such as a file.
+    pub fn check(&self, spec: &Spec, source: &str) -> Result<()> {
+        let [batch, _, heads, _] = self.q.shape();
+        let shape = [batch, spec.layout.sequence() as usize, heads, spec.head_dim as usize];
+        for (key, tokens) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
+            if tokens.shape() != shape || batch == 0 || heads == 0 {
+                return Err(Error::input(
+                    format!("{source}, tensor {key}"),
+                    format!("shape {:?}", tokens.shape()),
+                    format!(
+                        "[batch, {}, heads, {}] for spec {}, the same for q, k and v",
+                        shape[1], shape[3], spec.name
+                    ),
+                    "Give the tensors of the shape that the spec declares, or the spec of this model",
+                ));
+            }
+        }
+        check_heads(spec, heads, &format!("{source}, tensor q"))?;
+        let norm_length = spec.qk_norm.as_ref().map(|norm| match norm.over {
+            NormOver::Head => spec.head_dim as usize,
+            NormOver::Heads => heads * spec.head_dim as usize,
+        });
+        for (key, norm) in [
+            ("q_norm", Some(&self.q_norm)),
+            ("k_norm", Some(&self.k_norm)),
+            ("q_norm_text", self.q_norm_text.as_ref()),
+            ("k_norm_text", self.k_norm_text.as_ref()),
+        ] {
+            let Some(norm) = norm else { continue };
+            for (part, values) in [("weight", &norm.weight), ("bias", &norm.bias)] {
+                let Some(values) = values else { continue };
+                let subject = format!("{source}, tensor {key}.{part}");
+                let Some(length) = norm_length else {
+                    return Err(Error::input(
+                        subject,
+                        "a norm",
+                        "none: the spec has no [qk_norm]",
+                        "Add [qk_norm] to the spec, or drop the tensor",
+                    ));
+                };
+                if part == "bias" && spec.qk_norm.as_ref().is_some_and(|norm| norm.kind == NormKind::Rms) {
+                    return Err(Error::input(
+                        subject,
+                        "a bias",
+                        "none: an rms norm has no bias",
+                        "Set qk_norm.kind = \"layer\" in the spec, or drop the tensor",
+                    ));
+                }
+                if values.len() != length {
+                    return Err(Error::input(
+                        subject,
+                        format!("{} elements", values.len()),
+                        format!("{length} elements"),
+                        "qk_norm.over in the spec says whether the norm is over one head or over all",
+                    ));
+                }
+            }
+        }
+        match (&spec.rope, &self.rope) {
+            (Some(_), Some(tables)) => {
+                let shape = RopeTables::shape(spec, heads);
+                let length: usize = shape.iter().product();
+                for (key, table) in [("cos", &tables.cos), ("sin", &tables.sin)] {
+                    if table.len() != length {
+                        return Err(Error::input(
+                            format!("{source}, tensor {key}"),
+                            format!("{} elements", table.len()),
+                            format!("shape {shape:?}"),
+                            "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true",
+                        ));
+                    }
+                }
+            }
+            (None, Some(_)) => {
+                return Err(Error::input(
+                    format!("{source}, tensors cos and sin"),
+                    "RoPE tables",
+                    "none: the spec has no [rope]",
+                    "Add [rope] to the spec, or drop the tensors",
+                ));
+            }
+            (Some(_), None) => {
+                return Err(Error::input(
+                    format!("{source}, tensors cos and sin"),
+                    "nothing",
+                    format!("f32 tables of shape {:?}: the spec has [rope]", RopeTables::shape(spec, heads)),
+                    "Give both tables",
+                ));
+            }
+            (None, None) => {}
+        }
+        if let Some(lengths) = &self.text_lengths {
+            let longest = lengths.iter().copied().max().unwrap_or(0);
+            if lengths.len() != batch || longest > spec.layout.text_tokens {
+                return Err(Error::input(
+                    format!("{source}, text_lengths"),
+                    format!("{lengths:?}"),
+                    format!("one length of at most {} for each of {batch} batch items", spec.layout.text_tokens),
+                    "A length counts the valid text tokens, which come first among the text",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks how many heads a launch may have.
+pub(crate) fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
+    let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+    let allowed = if over_heads {
+        format!("exactly {}: the QK-norm of spec {} is over all heads", spec.heads, spec.name)
+    } else {
+        format!("1 to {} heads for spec {}", spec.heads, spec.name)
+    };
+    if heads == 0 || heads > spec.heads as usize || (over_heads && heads != spec.heads as usize) {
+        return Err(Error::input(
+            subject,
+            format!("{heads} heads"),
+            allowed,
+            "Give that many heads, or change attention.heads",
+        ));
+    }
+    Ok(())
+}
+
+/// Axes of the default RoPE: of the head_dim / 2 pairs a quarter turns with the frame, the rest half with the height and half
+/// with the width. Gives, for a pair, its axis (0 frame, 1 height, 2 width), its index on that axis and the axis' pairs.
+pub fn rope_axis(pair: usize, pairs: usize) -> (usize, usize, usize) {
+    let frame = pairs / 4;
+    let height = (pairs - frame) / 2;
+    if pair < frame {
+        (0, pair, frame)
+    } else if pair < frame + height {
+        (1, pair - frame, height)
+    } else {
+        (2, pair - frame - height, pairs - frame - height)
+    }
+}
+
+/// Frame, height and width position of every video token, and of text tokens behind all of them on every axis.
+pub fn token_place(spec: &Spec, row: usize) -> [usize; 3] {
+    let layout = &spec.layout;
+    let patches = layout.tokens_per_frame as usize;
+    let [height, width] = spec.grid.map_or([1, patches], |grid| grid.map(|side| side as usize));
+    let (first_text, first_video) = match layout.text_position {
+        TextPosition::First => (0, layout.text_tokens as usize),
+        TextPosition::Last => (layout.frames as usize * patches, 0),
+    };
+    let text = layout.text_tokens as usize;
+    if row >= first_text && row < first_text + text {
+        return [(layout.frames as usize).max(height).max(width) + row - first_text; 3];
+    }
+    let video = row - first_video;
+    [video / patches, video % patches / width, video % width]
+}
+
+impl RopeTables {
+    /// Rows of the tables: the video rows, or all rows of the model's order when text is rotated too.
+    pub fn rows(spec: &Spec) -> usize {
+        let layout = &spec.layout;
+        let all = layout.text_tokens * spec.rope.as_ref().is_some_and(|rope| rope.text) as u32;
+        (layout.frames * layout.tokens_per_frame + all) as usize
+    }
+
+    /// Shape of each table for `heads` heads.
+    pub fn shape(spec: &Spec, heads: usize) -> Vec<usize> {
+        let (rows, half) = (RopeTables::rows(spec), spec.head_dim as usize / 2);
+        if spec.rope.as_ref().is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
+    }
+
+    /// The tables used when none are given: three axes ([`rope_axis`]), pair `i` of `n` on its axis turning with
+    /// `10000^(-i / n)` a step. With tables per head, head `h` of `H` takes the frequencies a fraction `h / H` of a step on,
+    /// so that all heads together hold one sequence of frequencies.
+    pub fn from_grid(spec: &Spec, heads: usize) -> RopeTables {
+        let shape = RopeTables::shape(spec, heads);
+        let half = spec.head_dim as usize / 2;
+        let tables = if shape.len() == 3 { heads } else { 1 };
+        let first_row =
+            if spec.rope.as_ref().is_some_and(|rope| rope.text) { 0 } else { spec.layout.first_video_row() as usize };
+        let angles: Vec<f64> = (0..shape.iter().product())
+            .into_par_iter()
+            .map(|index: usize| {
+                let (row, table, pair) = (index / half / tables, index / half % tables, index % half);
+                let (axis, index, pairs) = rope_axis(pair, half);
+                let step = index as f64 + table as f64 / tables as f64;
+                token_place(spec, first_row + row)[axis] as f64 * 10000f64.powf(-step / pairs as f64)
+            })
+            .collect();
+        RopeTables {
+            cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
+            sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
+        }
+    }
+
+    /// Turns a row back, so that the kernel's rotation gives `row`: what a planted input needs.
+    pub fn unrotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64]) {
+        let Some(rope) = &spec.rope else { return };
+        let first_row = if rope.text { 0 } else { spec.layout.first_video_row() as usize };
+        let Some(table_row) = token.checked_sub(first_row).filter(|&row| row < RopeTables::rows(spec)) else { return };
+        let half = row.len() / 2;
+        let table = if rope.per_head { table_row * heads + head } else { table_row };
+        for pair in 0..half {
+            let (a, b) = match rope.pairs {
+                Pairs::Interleaved => (2 * pair, 2 * pair + 1),
+                Pairs::Half => (pair, pair + half),
+            };
+            let (cos, sin) = (f64::from(self.cos[table * half + pair]), f64::from(self.sin[table * half + pair]));
+            (row[a], row[b]) = (row[a] * cos + row[b] * sin, row[b] * cos - row[a] * sin);
+        }
+    }
+}
+
+/// A generator for one row: the same values whatever the number of threads.
+pub(crate) fn row_generator(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    generator.set_stream(stream);
+    generator
+}
+
+/// Standard normal values.
+pub(crate) fn normal(generator: &mut ChaCha8Rng) -> f64 {
+    StandardNormal.sample(generator)
+}
+
+impl Inputs {
+    /// Random inputs: Q, K, V normal (Q and K twice as large, so that the softmax has something to choose), rows of Q and K off
+    /// centre and of different sizes, norm weights around one, RoPE angles uniform.
+    pub fn random(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let shape = [batch, spec.layout.sequence() as usize, heads, spec.head_dim as usize];
+        let tokens = |which: u64| {
+            let mut tokens = Tokens::zeros(spec.dtype, shape);
+            tokens.fill(|batch, row, head, values| {
+                let mut generator =
+                    row_generator(seed.wrapping_add(which), ((batch * shape[1] + row) * heads + head) as u64);
+                let (centre, size) = if which == 2 {
+                    (0.0, 1.0)
+                } else {
+                    (0.25 * normal(&mut generator), 2.0 * (0.25 * normal(&mut generator)).exp())
+                };
+                values.fill_with(|| centre + size * normal(&mut generator));
+            });
+            tokens
+        };
+        let mut generator = row_generator(seed.wrapping_add(3), 0);
+        let mut norm = || match &spec.qk_norm {
+            None => Norm::default(),
+            Some(norm) => {
+                let length = match norm.over {
+                    NormOver::Head => shape[3],
+                    NormOver::Heads => shape[2] * shape[3],
+                };
+                let mut values = |centre: f64| {
+                    Some((0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
+                };
+                Norm { weight: values(1.0), bias: if norm.kind == NormKind::Layer { values(0.0) } else { None } }
+            }
+        };
+        let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());
+        let text_norms = spec.qk_norm.is_some() && spec.layout.text_tokens > 0;
+        let rope = spec.rope.as_ref().map(|_| {
+            let angles: Vec<f64> = (0..RopeTables::shape(spec, heads).iter().product())
+                .map(|_| normal(&mut generator) * std::f64::consts::PI)
+                .collect();
+            RopeTables {
+                cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
+                sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
+            }
+        });
+        Inputs {
+            q: tokens(0),
+            k: tokens(1),
+            v: tokens(2),
+            q_norm,
+            k_norm,
+            q_norm_text: text_norms.then_some(q_text),
+            k_norm_text: text_norms.then_some(k_text),
+            rope,
+            text_lengths: None,
+        }
+    }
+
+    /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames
+    /// when it is odd: after norm and RoPE, both hold a random code of the frame or of the patch.
+    pub fn planted(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let mut inputs = Inputs::random(spec, batch, heads, seed);
+        (inputs.q_norm, inputs.k_norm, inputs.q_norm_text, inputs.k_norm_text) =
+            (Norm::default(), Norm::default(), None, None);
+        let (layout, rope) = (spec.layout, inputs.rope.clone());
+        let video = (layout.frames * layout.tokens_per_frame) as usize;
+        for tokens in [&mut inputs.q, &mut inputs.k] {
+            let text = tokens.clone();
+            tokens.fill(|batch, row, head, values| {
+                let Some(token) = row.checked_sub(layout.first_video_row() as usize).filter(|&token| token < video)
+                else {
+                    return values.copy_from_slice(&text.row(batch, row, head));
+                };
+                let patches = layout.tokens_per_frame as usize;
+                let code = if head % 2 == 0 { token / patches } else { token % patches };
+                let mut generator = row_generator(seed.wrapping_add(4 + head as u64), code as u64);
+                values.fill_with(|| 2.0 * normal(&mut generator));
+                if let Some(tables) = &rope {
+                    tables.unrotate(spec, heads, row, head, values);
+                }
+            });
+        }
+        inputs
+    }
+}

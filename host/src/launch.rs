@@ -1,0 +1,93 @@
+//! One kernel launch, as data: planned and checked before anything runs.
+
+use framestride_shapes::launch::{AttentionParams, PackParams, ProfileParams, SelectParams};
+
+/// The kernels of every module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(usize)]
+pub enum Kernel {
+    /// Norm, RoPE and reordering into packed images.
+    Pack = 0,
+    /// Attention of the sampled rows under all masks.
+    Profile = 1,
+    /// Errors of the masks and head types.
+    Select = 2,
+    /// Sparse attention.
+    Attention = 3,
+}
+
+impl Kernel {
+    /// All kernels, indexed by their value.
+    pub const ALL: [Kernel; 4] = [Kernel::Pack, Kernel::Profile, Kernel::Select, Kernel::Attention];
+
+    /// Name of the entry in the PTX.
+    pub const fn entry(self) -> &'static str {
+        match self {
+            Kernel::Pack => "pack",
+            Kernel::Profile => "profile",
+            Kernel::Select => "select",
+            Kernel::Attention => "attention",
+        }
+    }
+
+    /// Bytes of the parameter block that the host writes.
+    pub const fn params_bytes(self) -> usize {
+        match self {
+            Kernel::Pack => size_of::<PackParams>(),
+            Kernel::Profile => size_of::<ProfileParams>(),
+            Kernel::Select => size_of::<SelectParams>(),
+            Kernel::Attention => size_of::<AttentionParams>(),
+        }
+    }
+}
+
+/// A parameter block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Params {
+    Pack(PackParams),
+    Profile(ProfileParams),
+    Select(SelectParams),
+    Attention(AttentionParams),
+}
+
+impl Params {
+    pub fn as_bytes(&self) -> &[u8] {
+        fn bytes<T>(params: &T) -> &[u8] {
+            // SAFETY: the four blocks are `repr(C)`, hold integers and floats only, and order them so that there is no padding
+            // (the test below adds up their fields): every byte is initialised.
+            unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<T>()) }
+        }
+        match self {
+            Params::Pack(params) => bytes(params),
+            Params::Profile(params) => bytes(params),
+            Params::Select(params) => bytes(params),
+            Params::Attention(params) => bytes(params),
+        }
+    }
+}
+
+/// One launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch {
+    pub kernel: Kernel,
+    pub grid: [u32; 3],
+    pub threads: u32,
+    pub shared_bytes: u32,
+    pub params: Params,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes of the fields, by type: 8-byte words and 4-byte words.
+    #[test]
+    fn parameter_blocks_have_no_padding() {
+        const TENSOR: usize = 4 * 8;
+        const NORM: usize = 2 * 8;
+        assert_eq!(Kernel::Pack.params_bytes(), 3 * TENSOR + 4 * NORM + 7 * 8 + 4 * 4);
+        assert_eq!(Kernel::Profile.params_bytes(), 6 * 8 + 4 * 4);
+        assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
+        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 3 * 8 + 4 * 4);
+    }
+}
