@@ -35,9 +35,9 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
     let item = thread::block_z();
     let row = thread::block_x() * ATOM_ROWS + thread::warp();
     let (source, packed, norm, text_norm) = match thread::block_y() {
-        0 => (&params.q, params.packed_q, Some(params.q_norm), params.q_norm_text),
-        1 => (&params.k, params.packed_k, Some(params.k_norm), params.k_norm_text),
-        _ => (&params.v, params.packed_v, None, params.k_norm_text),
+        0 => (params.q, params.packed_q, Some(params.q_norm), params.q_norm_text),
+        1 => (params.k, params.packed_k, Some(params.k_norm), params.k_norm_text),
+        _ => (params.v, params.packed_v, None, params.k_norm_text),
     };
     let valid_text = valid_text::<T>(params.text_lengths, item);
     let text = row.wrapping_sub(T::LAYOUT.first_text_row());
@@ -51,7 +51,7 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
         norm: if is_text { text_norm } else { norm.unwrap_or_default() },
         rope_row: if rotated { Some(rope_row) } else { None },
     };
-    let source = Tensor { data: source.data + item as u64 * source.batch * 2, ..*source };
+    let source = Tensor { data: source.data + item as u64 * source.batch * 2, ..source };
     write_heads::<T>(params, item, &token, &source, packed, norm.is_some());
 }
 
