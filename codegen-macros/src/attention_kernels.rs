@@ -7,7 +7,7 @@ use framestride_shapes::launch::{
     PACK_THREADS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, profile_shared_bytes,
 };
 use framestride_shapes::layout::TextPosition;
-use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec, SpecError};
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::quote;
 use std::path::PathBuf;
@@ -35,7 +35,12 @@ fn from_file(input: ParseStream) -> Result<(Spec, Option<String>)> {
     }
     let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
     let file = root.join(path.value());
-    let spec = Spec::from_file(&file).map_err(|error| Error::new(path.span(), error))?;
+    let spec = Spec::from_file(&file).map_err(|error| {
+        // The path as the user wrote it, not where this build happens to stand.
+        let lines =
+            error.problems.iter().map(|problem| format!("{}:{}: {}", path.value(), problem.line, message(problem)));
+        Error::new(path.span(), lines.collect::<Vec<_>>().join("\n"))
+    })?;
     Ok((spec, Some(file.display().to_string())))
 }
 
@@ -133,7 +138,9 @@ fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
             "qk_norm" => Some(("qk_norm".to_string(), Some("kind"))),
             "rope" => Some(("rope".to_string(), Some("pairs"))),
             "profile" | "schedule" => Some((name.clone(), None)),
-            "mask" => Some((format!("masks.{}", entry.kind.as_ref().map(ToString::to_string).unwrap_or_default()), None)),
+            "mask" => {
+                Some((format!("masks.{}", entry.kind.as_ref().map(ToString::to_string).unwrap_or_default()), None))
+            }
             _ => None,
         };
         if let Some((table, kind_key)) = table {
@@ -146,7 +153,11 @@ fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
             }
             lines.table(&table);
             if let (Some(key), Some(_)) = (kind_key, &entry.kind) {
-                lines.push(&table, key, &Entry { name: entry.name.clone(), value: None, kind: entry.kind.clone(), inner: vec![] });
+                lines.push(
+                    &table,
+                    key,
+                    &Entry { name: entry.name.clone(), value: None, kind: entry.kind.clone(), inner: vec![] },
+                );
             }
             for inner in &entry.inner {
                 lines.push(&table, &inner.name.to_string(), inner);
@@ -177,13 +188,15 @@ fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
     Ok((spec, None))
 }
 
+fn message(problem: &Problem) -> String {
+    format!("{} {}; allowed: {}; {}", problem.key, problem.found, problem.allowed, problem.mend)
+}
+
 /// Each problem of a spec, at the tokens that its line came from.
 fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     let mut errors = error.problems.iter().map(|problem| {
         let span = spans.get((problem.line as usize).wrapping_sub(1)).copied().unwrap_or(whole);
-        let message =
-            format!("{}: found {}; allowed: {}; {}", problem.key, problem.found, problem.allowed, problem.mend);
-        Error::new(span, message)
+        Error::new(span, message(problem))
     });
     let mut all = errors.next().unwrap_or_else(|| Error::new(whole, "the shape is not valid"));
     errors.for_each(|error| all.combine(error));
@@ -222,7 +235,11 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
     let rope_per_head = spec.rope.is_some_and(|rope| rope.per_head);
     let (attention_threads, attention_shared) = (tiles.threads(), tiles.shared_bytes(head_dim));
     let profile_shared = profile_shared_bytes(head_dim);
-    let rebuilt_for = file.map(|file| quote!(const _: &[u8] = include_bytes!(#file);));
+    let rebuilt_for = file.map(|file| {
+        quote!(
+            const _: &[u8] = include_bytes!(#file);
+        )
+    });
     let doc = format!("The shape of `{}`.", spec.name);
     quote! {
         #rebuilt_for

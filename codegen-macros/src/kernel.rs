@@ -58,13 +58,19 @@ fn parse_bounds(arguments: TokenStream) -> Result<Bounds> {
 fn valid_parameters(function: &ItemFn) -> Result<Vec<(String, String)>> {
     let signature = &function.sig;
     if signature.unsafety.is_none() {
-        return Err(Error::new(signature.fn_token.span, "a kernel must be an `unsafe fn`: its launch vouches for its arguments"));
+        return Err(Error::new(
+            signature.fn_token.span,
+            "a kernel must be an `unsafe fn`: its launch vouches for its arguments",
+        ));
     }
     if let Some(wrong) = &signature.abi {
         return Err(Error::new_spanned(wrong, "the macro sets the ABI: write a plain `unsafe fn`"));
     }
     if !signature.generics.params.is_empty() {
-        return Err(Error::new_spanned(&signature.generics, "an entry has one address and cannot be generic: call a generic function from it"));
+        return Err(Error::new_spanned(
+            &signature.generics,
+            "an entry has one address and cannot be generic: call a generic function from it",
+        ));
     }
     if let ReturnType::Type(_, returned) = &signature.output {
         return Err(Error::new_spanned(returned, "a kernel returns nothing: store results in memory"));

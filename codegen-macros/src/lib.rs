@@ -64,3 +64,46 @@ pub fn tile_products(input: TokenStream) -> TokenStream {
 pub fn attention_kernels(input: TokenStream) -> TokenStream {
     attention_kernels::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
+
+#[cfg(test)]
+mod tests {
+    //! What the macros write, as a person reads it. Review changes with `cargo insta review`.
+
+    use proc_macro2::TokenStream;
+    use quote::quote;
+
+    fn pretty(expansion: syn::Result<TokenStream>) -> String {
+        let file = syn::parse2(expansion.expect("the input is valid")).expect("the expansion is items");
+        prettyplease::unparse(&file)
+    }
+
+    #[test]
+    fn kernel() {
+        let item = quote! {
+            /// data[i] *= factor
+            pub unsafe fn scale(data: u64, factor: f32, count: u32) {
+                body(data, factor, count)
+            }
+        };
+        let bounds = quote!(threads = 256, min_blocks = 4, shared_bytes = 1024);
+        insta::assert_snapshot!(pretty(crate::kernel::expand(bounds, item)));
+    }
+
+    /// The smallest tile: every line of a larger one is a longer version of one of these.
+    #[test]
+    fn tile_products() {
+        let input = quote! { pub struct Products; element = Bf16, key_rows = 32, head_dim = 64 };
+        insta::assert_snapshot!(pretty(crate::tile_products::expand(input)));
+    }
+
+    #[test]
+    fn attention_kernels() {
+        let input = quote! {
+            name = "snapshot", frames = 5, tokens_per_frame = 23, text = first { tokens = 7 },
+            heads = 3, head_dim = 128, dtype = f16,
+            qk_norm = layer { over = heads, eps = 1e-5 }, rope = half { text = true },
+            mask = spatial { half_width = 30 }, mask = temporal { density = 0.6 }, sink_frames = 1,
+        };
+        insta::assert_snapshot!(pretty(crate::attention_kernels::expand(input)));
+    }
+}

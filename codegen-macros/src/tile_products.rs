@@ -135,10 +135,7 @@ fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
     let index = 0..count;
     let group = 0..count / 4;
     let grouped = registers.chunks(4).map(|group| quote! { [#(&mut self.#group),*] });
-    let (wait_none, wait_one) = (
-        wait(0, &[("self", registers.clone())]),
-        wait(1, &[("self", registers.clone())]),
-    );
+    let (wait_none, wait_one) = (wait(0, &[("self", registers.clone())]), wait(1, &[("self", registers.clone())]));
     quote! {
         /// Registers of one thread in an accumulator.
         #[derive(Clone, Copy)]

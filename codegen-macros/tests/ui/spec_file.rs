@@ -1,0 +1,5 @@
+use framestride_macros::attention_kernels;
+
+attention_kernels!(spec = "no/such/spec.toml");
+
+fn main() {}
