@@ -92,14 +92,15 @@ impl Visible {
     }
 }
 
-/// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the union) and `all` (the intersection).
+/// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the rows' runs and what lies between them) and `all`
+/// (what every row sees, exactly).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeVisible {
     /// End of valid text and sink frames.
     pub prefix: u32,
-    /// Body rows seen by some row: `[any_start, any_end)`, empty when equal.
+    /// Body rows seen by some row lie in `[any_start, any_end)`, empty when equal.
     pub any_start: u32,
-    /// End of the union.
+    /// End of that run.
     pub any_end: u32,
     /// Body rows seen by every row: `[all_start, all_end)`, empty when `all_end <= all_start`.
     pub all_start: u32,

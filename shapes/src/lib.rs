@@ -5,6 +5,7 @@
 //! * [`launch`]: the parameter blocks that the host writes and the kernels read. `no_std`.
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
 //! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
+//! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
 //! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
 //! * [`manifest`] (feature `serde`): what stands beside a PTX file, for whoever launches it.
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -18,6 +19,8 @@ pub mod layout;
 pub mod manifest;
 #[cfg(feature = "std")]
 pub mod spec;
+#[cfg(feature = "std")]
+pub mod tiling;
 #[cfg(feature = "std")]
 pub mod workspace;
 

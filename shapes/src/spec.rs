@@ -1,16 +1,141 @@
 //! The spec: the shape of one model's attention, written in TOML.
+//!
+//! A spec says what a model's self-attention looks like: how many tokens, heads and channels, what happens to Q and K before the
+//! product, and how wide the masks are that replace the dense one. Kernels are generated for one spec and know it as constants;
+//! what differs from call to call (batch, the valid length of the text, strides, which heads) is given at launch.
+//!
+//! ```
+//! use framestride_shapes::{layout::HeadType, spec::Spec};
+//!
+//! let spec = Spec::parse("my_model.toml", r#"
+//!     name = "my_model"            # [a-z0-9_], the name of the files made from the spec
+//!
+//!     [video]
+//!     frames = 33                  # latent frames
+//!     tokens_per_frame = 3600      # patches of one latent frame
+//!     grid = [45, 80]              # optional: their height and width, for pictures
+//!
+//!     [text]                       # optional: text tokens in the self-attention
+//!     tokens = 256                 # padding included
+//!     position = "last"            # "first" or "last"; default "last"
+//!
+//!     [attention]
+//!     heads = 24
+//!     head_dim = 128               # 64 or 128
+//!     dtype = "bf16"               # "bf16" or "f16"; default "bf16"
+//!     batch = 1                    # default 1
+//!
+//!     [qk_norm]                    # optional: norm of Q and K; its weights are given at run time
+//!     kind = "rms"                 # "rms" or "layer"
+//!     over = "head"                # "head" or "heads"; default "head"
+//!     eps = 1e-6                   # default 1e-6
+//!
+//!     [rope]                       # optional: rotary embedding; cosines and sines are given at run time
+//!     pairs = "interleaved"        # "interleaved" or "half"
+//!     text = false                 # rotate text rows too; default false
+//!     per_head = false             # each head has its own tables; default false
+//!
+//!     [masks.spatial]              # band in frame-major order
+//!     density = 0.25               # or half_width = 15695 (tokens), or half_width_frames = 4.36
+//!
+//!     [masks.temporal]             # band in token-major order
+//!     density = 0.25
+//!
+//!     [sink]                       # optional
+//!     frames = 0                   # leading frames that every query sees; default 0
+//!
+//!     [profile]                    # optional
+//!     rows = 64                    # query rows sampled from each head; default 64
+//!     seed = 0                     # default 0
+//!
+//!     [schedule]                   # optional: which calls stay dense
+//!     steps = 50
+//!     layers = 60
+//!     dense_steps = 5              # default 0
+//!     dense_layers = 2             # default 0
+//! "#)?;
+//! assert_eq!(spec.layout.sequence(), 33 * 3600 + 256);
+//! assert_eq!(spec.layout.spatial_half_width, 15_695);
+//! assert!((spec.density(HeadType::Spatial) - 0.25).abs() < 1e-6);
+//! # Ok::<(), framestride_shapes::spec::SpecError>(())
+//! ```
+//!
+//! # Key by key
+//!
+//! Tokens are counted after patching: a latent frame of 90 x 160 in patches of 2 x 2 has a `grid` of \[45, 80\] and 3600
+//! `tokens_per_frame`. With F `frames`, P `tokens_per_frame` and T text tokens, the sequence has S = F P + T tokens, of which the
+//! N = F P video tokens lie frame by frame.
+//!
+//! * **`video.grid`** must multiply to `tokens_per_frame`. Nothing but pictures needs it.
+//! * **`text`** is for models that attend over video and text together (HunyuanVideo, CogVideoX). Models with cross-attention
+//!   to the text (Wan, LTX-Video, Cosmos) leave it out. `tokens` is the padded length; how many of them are valid is given at
+//!   launch, for each batch item. Text sees everything and is seen by everything.
+//! * **`attention.batch`** is what plans and reports assume (2 with classifier-free guidance). A launch may have another batch,
+//!   and any subset of the heads.
+//! * **`qk_norm.over`** is the extent of one statistic: `"head"` for the `head_dim` channels of each head, `"heads"` for all
+//!   heads x head_dim channels of a token, as models have it that normalise before they split the heads (Wan, LTX-Video). A
+//!   launch of such a model needs all heads.
+//! * **`qk_norm.eps`** must be one that f32 holds: from 1.2e-38 to 1.
+//! * **`rope.pairs`** names the channels that rotate together: `"interleaved"` for (2i, 2i + 1), `"half"` for
+//!   (i, i + head_dim / 2).
+//! * **`rope.text`** says that the tables have rows for the text too, in the order of the model. Without it text is not rotated.
+//! * **`masks`**: see below.
+//! * **`sink.frames`** are fewer than `video.frames`.
+//! * **`profile.rows`** is 1 to 1024 and at most N; kernels take rows in groups of 64, so that 64 cost as much as 1. The default
+//!   is 64, or N when that is less.
+//! * **`schedule`** is answered by [`Schedule::is_dense`]: the first `dense_steps` steps and, in all steps, the first
+//!   `dense_layers` layers stay dense. Without the table no call does.
+//!
+//! # Widths and densities
+//!
+//! The position of the video token at place p of frame f is `f P + p` in the spatial layout and `p F + f` in the temporal one. A
+//! query sees a key when either is text, or the key lies in a sink frame, or their positions in the head's layout differ by less
+//! than the half width. A width is given in exactly one of three ways:
+//!
+//! * **`half_width`**, in tokens (positions), 1 to N. With 1 a token sees only itself, with N all.
+//! * **`half_width_frames`**, in frames' worth of tokens: one unit is P positions, rounded to the nearest whole token. In the spatial
+//!   layout that is a frame. In the temporal layout the same P positions are P / F places with all F frames of each. So one
+//!   number makes a mask of the same size in both.
+//! * **`density`**, the wanted part of all S² pairs that is visible, above 0 and at most 1. It counts everything visible, text and
+//!   sinks included, exactly ([`crate::density`]); the half width with the nearest density is used. Text, sinks and each token
+//!   itself take a least part; a density below it is an error that names it.
+//!
+//! # Errors
+//!
+//! All problems of a file come in one [`SpecError`], in the order of the file. Each names file, line, column and key, says what
+//! was found and what is allowed, and how to mend it:
+//!
+//! ```text
+//! error: `video.frames` is 0
+//!  --> my_model.toml:4:10
+//!   |
+//! 4 | frames = 0
+//!   |          ^
+//!   = allowed: an integer from 1 to 33554431
+//!   = mend: write for example `frames = 33`: latent frames
+//! ```
+//!
+//! Unknown keys are errors too. Sizes are limited by the kernels' 32-bit arithmetic: a packed head fits 4 GiB, and batch x heads
+//! is at most [`Spec::most_launch_heads`].
+//!
+//! `shapes/spec.schema.json` is the JSON schema of all this, for editors.
 
 mod error;
 mod keys;
 mod read;
+#[cfg(feature = "schema")]
+mod schema;
 
 use std::path::Path;
 
 pub use error::{Problem, SpecError};
+#[cfg(feature = "schema")]
+pub use schema::json_schema;
 
 use crate::density;
 use crate::launch::{ProfilePlan, SAMPLE_ROWS, Tiles};
-use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::tiling::{TileCounts, count_tiles};
 use crate::workspace::Workspace;
 use error::Source;
 use keys::{GRID_Z, Key, find};
@@ -264,6 +389,23 @@ impl Spec {
     /// Visible pairs over S²: 1 for a dense head.
     pub fn density(&self, head: HeadType) -> f64 {
         density::density_of_width(&self.layout, head, self.layout.half_width(head))
+    }
+
+    /// Floating-point operations of one head of one batch item on its visible pairs: two products of `head_dim` multiply-adds
+    /// each, so 4 x pairs x head_dim. Dense heads have 4 S² head_dim.
+    pub fn flops(&self, head: HeadType) -> u128 {
+        4 * self.visible_pairs(head) * u128::from(self.head_dim)
+    }
+
+    /// Tiles of the attention kernel that one head visits and skips, all text valid.
+    pub fn tile_counts(&self, head: HeadType) -> TileCounts {
+        count_tiles(&self.layout, head, self.tiles(), self.layout.text_tokens)
+    }
+
+    /// The most batch x heads that one launch may be given: the third extent of a CUDA grid, and as many packed rows as the
+    /// kernels' `u32` counts. A spec's own are within it.
+    pub const fn most_launch_heads(&self) -> u32 {
+        most_heads(self.layout.packed_rows() as u64) as u32
     }
 
     /// Sizes of profiling with the keys in `splits` parts.
@@ -543,23 +685,18 @@ fn check_sizes(
         );
         return None;
     }
-    let all_heads = u64::from(batch) * u64::from(heads);
-    if all_heads > GRID_Z {
+    let packed_rows = sequence.next_multiple_of(u64::from(ATOM_ROWS)) + u64::from(PAD_ROWS);
+    let (all_heads, most_heads) = (u64::from(batch) * u64::from(heads), most_heads(packed_rows));
+    if all_heads > most_heads {
         r.report(
             HEADS,
             format!("makes {batch} x {heads} = {all_heads} heads over the batch"),
-            format!("batch x heads of at most {GRID_Z}, the third extent of a CUDA grid"),
-            "give fewer heads or a smaller batch",
-        );
-        return None;
-    }
-    let packed_rows = sequence.next_multiple_of(8) + u64::from(PAD_ROWS);
-    let all_rows = all_heads * packed_rows;
-    if all_rows > u64::from(u32::MAX) {
-        r.report(
-            HEADS,
-            format!("makes {batch} x {heads} x {packed_rows} = {all_rows} packed rows"),
-            format!("batch x heads x packed rows of at most {}", u32::MAX),
+            match most_heads {
+                GRID_Z => format!("batch x heads of at most {GRID_Z}, the third extent of a CUDA grid"),
+                _ => format!(
+                    "batch x heads of at most {most_heads}, so that 32 bits count {packed_rows} packed rows of each"
+                ),
+            },
             "give fewer heads, a smaller batch or a shorter sequence",
         );
         return None;
@@ -578,6 +715,12 @@ fn check_sizes(
         }
     }
     Some(())
+}
+
+/// The most heads over the batch of one launch: the third extent of a grid, and rows that `u32` counts.
+const fn most_heads(packed_rows: u64) -> u64 {
+    let countable = u32::MAX as u64 / packed_rows;
+    if countable < GRID_Z { countable } else { GRID_Z }
 }
 
 /// Sampled rows, which cannot be more than the video's: the default is then all of them.
@@ -614,13 +757,15 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
         }
         Width::Frames(frames) => {
             let tokens = (frames * f64::from(layout.tokens_per_frame)).round();
-            if (1.0..=f64::from(video)).contains(&tokens) {
+            if tokens >= 1.0 && frames <= f64::from(layout.frames) {
                 return Some(tokens as u32);
             }
+            // Half a token is rounded to one.
+            let least = rounded_up(0.5 / f64::from(layout.tokens_per_frame));
             r.report(
                 keys.frames,
                 format!("is {frames}, which makes {tokens} tokens"),
-                format!("half a token ({}) to all {} frames", 0.5 / f64::from(layout.tokens_per_frame), layout.frames),
+                format!("a number from {least} to {}, which make 1 to {video} tokens", layout.frames),
                 if tokens < 1.0 { "give a wider band" } else { "give a narrower band" },
             );
             None
@@ -630,8 +775,7 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
             if wanted >= least {
                 return Some(density::half_width_of_density(layout, keys.head, wanted));
             }
-            // Rounded up, so that what the message says can be written.
-            let least = ((least * 1e6).ceil() / 1e6).min(1.0);
+            let least = rounded_up(least).min(1.0);
             r.report(
                 keys.density,
                 format!("is {wanted}, less than text, sinks and each token itself take"),
@@ -641,4 +785,9 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
             None
         }
     }
+}
+
+/// A least value to six digits, rounded up so that what a message says can be written.
+fn rounded_up(least: f64) -> f64 {
+    (least * 1e6).ceil() / 1e6
 }

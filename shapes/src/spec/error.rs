@@ -27,7 +27,7 @@ pub struct Problem {
     pub allowed: String,
     /// How to mend it.
     pub mend: String,
-    /// The line's text and the characters of it that are meant.
+    /// The line's text and the characters of it that are meant; none for a blank line.
     excerpt: Option<(String, Range<usize>)>,
 }
 
@@ -104,8 +104,10 @@ impl Source<'_> {
         let meant = column..column + self.text[start..end].chars().count();
         problem.line = before.matches('\n').count() as u32 + 1;
         problem.column = column as u32 + 1;
-        // A tab has no certain width on a terminal: one space keeps the marks under what they mean.
-        problem.excerpt = Some((line.replace('\t', " "), meant));
+        if !line.trim().is_empty() {
+            // A tab has no certain width on a terminal: one space keeps the marks under what they mean.
+            problem.excerpt = Some((line.replace('\t', " "), meant));
+        }
         problem
     }
 }

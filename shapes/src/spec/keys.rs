@@ -68,30 +68,30 @@ const COUNT: u64 = (1 << 25) - 1;
 pub(crate) const GRID_Z: u64 = 65_535;
 
 pub(crate) const TABLES: &[Table] = &[
-    Table { path: "", required: true, doc: "The attention of one video diffusion transformer" },
-    Table { path: "video", required: true, doc: "Video tokens: latent frames of patches" },
-    Table { path: "text", required: false, doc: "Text tokens in the self-attention; without the table there are none" },
-    Table { path: "attention", required: true, doc: "Heads and their type" },
-    Table { path: "qk_norm", required: false, doc: "Norm of Q and K before RoPE; without the table there is none" },
+    Table { path: "", required: true, doc: "the attention of one video diffusion transformer" },
+    Table { path: "video", required: true, doc: "latent frames of patches" },
+    Table { path: "text", required: false, doc: "text tokens in the self-attention; without the table there are none" },
+    Table { path: "attention", required: true, doc: "heads and their type" },
+    Table { path: "qk_norm", required: false, doc: "norm of Q and K before RoPE; without the table there is none" },
     Table {
         path: "rope",
         required: false,
-        doc: "Rotary embedding of Q and K, its cosines and sines given at run time; without the table there is none",
+        doc: "rotary embedding of Q and K, its cosines and sines given at run time; without the table there is none",
     },
-    Table { path: "masks", required: true, doc: "The two masks that profiling chooses from" },
+    Table { path: "masks", required: true, doc: "the two masks that profiling chooses from" },
     Table {
         path: "masks.spatial",
         required: true,
-        doc: "Band in frame-major order; its width is given in exactly one way",
+        doc: "band in frame-major order; its width is given in exactly one way",
     },
     Table {
         path: "masks.temporal",
         required: true,
-        doc: "Band in token-major order; its width is given in exactly one way",
+        doc: "band in token-major order; its width is given in exactly one way",
     },
-    Table { path: "sink", required: false, doc: "Frames that every query sees" },
-    Table { path: "profile", required: false, doc: "Online profiling of the heads" },
-    Table { path: "schedule", required: false, doc: "Calls that stay dense; without the table none do" },
+    Table { path: "sink", required: false, doc: "frames that every query sees" },
+    Table { path: "profile", required: false, doc: "online profiling of the heads" },
+    Table { path: "schedule", required: false, doc: "calls that stay dense; without the table none do" },
 ];
 
 const DENSITY: &str = "visible pairs over all S x S pairs; the nearest half width is used";
@@ -257,15 +257,44 @@ pub(crate) const fn find(path: &str) -> &'static Key {
     panic!("no such key in KEYS")
 }
 
+/// Splits a path into its table and the name in it.
+fn split(path: &'static str) -> (&'static str, &'static str) {
+    path.rsplit_once('.').unwrap_or(("", path))
+}
+
+impl Table {
+    /// Path of the table that it stands in; none for the top of the file.
+    pub fn parent(&self) -> Option<&'static str> {
+        (!self.path.is_empty()).then(|| split(self.path).0)
+    }
+
+    /// Its name there.
+    pub fn name(&self) -> &'static str {
+        split(self.path).1
+    }
+
+    /// Its keys.
+    pub fn keys(&self) -> impl Iterator<Item = &'static Key> + use<> {
+        let path = self.path;
+        KEYS.iter().filter(move |key| key.table() == path)
+    }
+
+    /// The tables in it.
+    pub fn tables(&self) -> impl Iterator<Item = &'static Table> + use<> {
+        let path = self.path;
+        TABLES.iter().filter(move |table| table.parent() == Some(path))
+    }
+}
+
 impl Key {
     /// Path of its table.
     pub fn table(&self) -> &'static str {
-        self.path.rsplit_once('.').map_or("", |(table, _)| table)
+        split(self.path).0
     }
 
     /// Its name in that table.
     pub fn name(&self) -> &'static str {
-        self.path.rsplit_once('.').map_or(self.path, |(_, name)| name)
+        split(self.path).1
     }
 }
 

@@ -3,10 +3,10 @@
 use core::ops::Range;
 
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::error::{Problem, Source};
-use super::keys::{KEYS, Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
+use super::keys::{Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
 
 type Span = Range<usize>;
 
@@ -36,14 +36,17 @@ impl<'a> Reader<'a> {
         }
         let mut reader = Reader { source, root, problems: Vec::new() };
         let mut problems = Vec::new();
-        reader.check_table("", reader.root.get_ref(), &mut problems);
-        reader.check_missing_tables(&mut problems);
+        for top in TABLES.iter().filter(|table| table.parent().is_none()) {
+            reader.check_table(top, reader.root.get_ref(), &mut problems);
+        }
         reader.problems = problems;
         Ok(reader)
     }
 
-    /// Ends the reading: `value`, unless something was wrong.
+    /// Ends the reading: `value`, unless something was wrong. Problems are in the order of the file.
     pub fn finish<T>(mut self, value: Option<T>) -> Result<T, Vec<Problem>> {
+        let missing = self.missing_tables();
+        self.problems.extend(missing);
         self.problems.sort_by_key(|problem| (problem.line, problem.column));
         match value {
             Some(value) if self.problems.is_empty() => Ok(value),
@@ -188,74 +191,68 @@ impl<'a> Reader<'a> {
         Some(found)
     }
 
-    fn check_table(&self, path: &str, table: &DeTable, problems: &mut Vec<Problem>) {
-        let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-        for (name, value) in table {
-            let full = below(name.get_ref());
-            if KEYS.iter().any(|key| key.path == full) {
+    /// Reports what stands in a table and belongs to no key and no table of the spec.
+    fn check_table(&self, known: &Table, tree: &DeTable, problems: &mut Vec<Problem>) {
+        for (name, value) in tree {
+            if known.keys().any(|key| key.name() == name.get_ref()) {
                 continue;
             }
-            if let Some(known) = TABLES.iter().find(|table| table.path == full) {
-                match value.get_ref().as_table() {
-                    Some(table) => self.check_table(&full, table, problems),
-                    None => problems.push(self.source.problem(
-                        Some(value.span()),
-                        &full,
-                        format!("is {}", describe(value.get_ref())),
-                        format!("a table: {}", known.doc),
-                        format!("write `[{full}]` on a line of its own and its keys below it"),
-                    )),
-                }
-                continue;
-            }
-            let tables = TABLES.iter().filter(|known| parent(known.path) == path && !known.path.is_empty());
-            let known: Vec<&str> = KEYS
-                .iter()
-                .filter(|key| key.table() == path)
-                .map(Key::name)
-                .chain(tables.map(|table| last(table.path)))
-                .collect();
-            let nearest = known.iter().min_by_key(|known| edits(known, name.get_ref()));
-            let mend = match nearest {
-                Some(nearest) if edits(nearest, name.get_ref()) <= 2 => format!("did you mean `{nearest}`?"),
-                _ => "remove it".into(),
+            let path = match known.path {
+                "" => name.get_ref().to_string(),
+                table => format!("{table}.{}", name.get_ref()),
             };
-            problems.push(self.source.problem(
-                Some(name.span()),
-                &full,
-                if value.get_ref().is_table() { "is not a table of the spec" } else { "is not a key of the spec" },
-                format!(
-                    "{}{}",
-                    if path.is_empty() { String::new() } else { format!("in [{path}]: ") },
-                    known.join(", ")
-                ),
-                mend,
-            ));
+            let Some(table) = known.tables().find(|table| table.name() == name.get_ref()) else {
+                problems.push(self.unknown(known, name, value.get_ref(), &path));
+                continue;
+            };
+            match value.get_ref().as_table() {
+                Some(tree) => self.check_table(table, tree, problems),
+                None => problems.push(self.source.problem(
+                    Some(value.span()),
+                    &path,
+                    format!("is {}", describe(value.get_ref())),
+                    format!("a table: {}", table.doc),
+                    format!("write `[{path}]` on a line of its own and its keys below it"),
+                )),
+            }
         }
     }
 
-    fn check_missing_tables(&self, problems: &mut Vec<Problem>) {
-        // `[masks]` is only the parent of its two.
-        for table in TABLES.iter().filter(|table| table.required && table.path != "masks") {
-            if self.written(table) {
-                continue;
-            }
-            let keys = KEYS.iter().filter(|key| key.table() == table.path);
-            let needed: Vec<String> = match table.path.starts_with("masks.") {
-                true => keys.take(1).map(|key| format!("`{} = {}`", key.name(), key.example)).collect(),
-                false => keys
-                    .filter(|key| matches!(key.presence, Presence::Required))
-                    .map(|key| format!("`{} = {}`", key.name(), key.example))
-                    .collect(),
-            };
-            problems.push(self.source.problem(
+    /// A name that the spec does not have, and the nearest that it has.
+    fn unknown(&self, table: &Table, name: &Spanned<DeString>, value: &DeValue, path: &str) -> Problem {
+        let known: Vec<&str> = table.keys().map(Key::name).chain(table.tables().map(Table::name)).collect();
+        let distance = |known: &str| edits(known, name.get_ref());
+        let mend = match known.iter().min_by_key(|known| distance(known)) {
+            Some(nearest) if distance(nearest) <= 2 => format!("did you mean `{nearest}`?"),
+            _ => "remove it".into(),
+        };
+        let place = if table.path.is_empty() { "at the top".into() } else { format!("in [{}]", table.path) };
+        self.source.problem(
+            Some(name.span()),
+            path,
+            if value.is_table() { "is not a table of the spec" } else { "is not a key of the spec" },
+            format!("{place}: {}", known.join(", ")),
+            mend,
+        )
+    }
+
+    /// Required tables that are not there. A table without keys of its own is only the parent of others.
+    fn missing_tables(&self) -> Vec<Problem> {
+        let required = TABLES.iter().filter(|table| table.required && table.keys().next().is_some());
+        let missing = required.filter(|table| !self.written(table)).map(|table| {
+            let line = |key: &Key| format!("`{} = {}`", key.name(), key.example);
+            let one_of = table.keys().filter(|key| matches!(key.presence, Presence::OneOfTable)).take(1);
+            let required = table.keys().filter(|key| matches!(key.presence, Presence::Required));
+            let needed: Vec<String> = required.chain(one_of).map(line).collect();
+            self.source.problem(
                 Some(0..0),
                 table.path,
                 "is missing",
                 format!("a table: {}", table.doc),
                 format!("add `[{}]` with {}", table.path, needed.join(" and ")),
-            ));
-        }
+            )
+        });
+        missing.collect()
     }
 
     /// Whether something stands at a table's path or in place of a table above it (which is reported on its own).
@@ -308,14 +305,6 @@ fn describe(value: &DeValue) -> String {
         }
         DeValue::Table(_) => "a table".into(),
     }
-}
-
-fn parent(path: &str) -> &str {
-    path.rsplit_once('.').map_or("", |(parent, _)| parent)
-}
-
-fn last(path: &str) -> &str {
-    path.rsplit_once('.').map_or(path, |(_, last)| last)
 }
 
 /// Levenshtein distance, to name the key that was meant.

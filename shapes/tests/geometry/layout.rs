@@ -1,0 +1,191 @@
+//! The packed order and what its rows see.
+
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, TextPosition};
+use proptest::prelude::*;
+
+use crate::rule::{self, Token};
+use crate::{cases, heads, layouts, layouts_with_text, shipped};
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn packed_order_is_a_bijection((layout, valid_text) in layouts_with_text(), head in heads()) {
+        let mut seen = vec![false; layout.sequence() as usize];
+        for row in 0..layout.sequence() {
+            let packed = layout.packed_row(head, row, valid_text);
+            prop_assert!(packed < layout.sequence(), "row {row} is packed at {packed}");
+            prop_assert!(!core::mem::replace(&mut seen[packed as usize], true), "two rows are packed at {packed}");
+            prop_assert_eq!(layout.model_row(head, packed, valid_text), row);
+        }
+    }
+
+    /// Valid text, sinks, body, invalid text; video tokens by position, text in order.
+    #[test]
+    fn packed_order_is_as_documented((layout, valid_text) in layouts_with_text(), head in heads()) {
+        let rank = |packed| match rule::token(&layout, layout.model_row(head, packed, valid_text)) {
+            Token::Text(text) if text < valid_text => (0, i64::from(text)),
+            Token::Video(frame, place) if frame < layout.sink_frames => (1, rule::position(&layout, head, frame, place)),
+            Token::Video(frame, place) => (2, rule::position(&layout, head, frame, place)),
+            Token::Text(text) => (3, i64::from(text)),
+        };
+        for packed in 1..layout.sequence() {
+            prop_assert!(rank(packed - 1) < rank(packed), "packed rows {} and {packed}", packed - 1);
+        }
+        let rows = layout.packed_rows();
+        prop_assert!(rows.is_multiple_of(ATOM_ROWS) && rows >= layout.sequence() + 256);
+    }
+
+    #[test]
+    fn position_of_packed_tokens((layout, valid_text) in layouts_with_text(), head in heads()) {
+        for order in 0..layout.video_tokens() {
+            match rule::token(&layout, layout.model_row(head, valid_text + order, valid_text)) {
+                Token::Video(frame, place) => prop_assert_eq!(
+                    i64::from(layout.position(head, order)),
+                    rule::position(&layout, head, frame, place)
+                ),
+                text => prop_assert!(false, "{text:?} among video tokens"),
+            }
+        }
+    }
+
+    #[test]
+    fn visible_is_the_rule((layout, valid_text) in layouts_with_text(), head in heads()) {
+        let live = valid_text + layout.video_tokens();
+        for query in 0..live {
+            let visible = layout.visible(head, query, valid_text);
+            prop_assert!(visible.prefix <= visible.start && visible.start <= visible.end && visible.end <= live);
+            let query_row = layout.model_row(head, query, valid_text);
+            for key in 0..layout.sequence() {
+                let key_row = layout.model_row(head, key, valid_text);
+                let expected = rule::sees(&layout, head, query_row, key_row, valid_text);
+                prop_assert_eq!(visible.sees(key), expected, "query {} and key {}", query, key);
+            }
+        }
+    }
+
+    /// Rows of invalid text and padding see no invalid key either.
+    #[test]
+    fn dead_rows_see_all_live_keys((layout, valid_text) in layouts_with_text(), head in heads()) {
+        let live = valid_text + layout.video_tokens();
+        for query in live..layout.packed_rows() {
+            let visible = layout.visible(head, query, valid_text);
+            for key in 0..layout.packed_rows() {
+                prop_assert_eq!(visible.sees(key), key < live);
+            }
+        }
+    }
+
+    /// `any` is the hull of the rows' runs and `all` their intersection.
+    #[test]
+    fn ranges_are_unions_and_intersections(
+        (layout, valid_text) in layouts_with_text(),
+        head in heads(),
+        first in 0..240u32,
+        rows in 1..=200u32,
+    ) {
+        let range = layout.range_visible(head, first, rows, valid_text);
+        let live_rows = first..(first + rows).min(valid_text + layout.video_tokens());
+        prop_assert_eq!(range.live, !live_rows.is_empty());
+        prop_assert_eq!(range.prefix, valid_text + layout.sink_tokens());
+        if !range.live {
+            return Ok(());
+        }
+        let runs: Vec<_> = live_rows.map(|row| layout.visible(head, row, valid_text)).collect();
+        prop_assert_eq!(Some(range.any_start), runs.iter().map(|run| run.start).min());
+        prop_assert_eq!(Some(range.any_end), runs.iter().map(|run| run.end).max());
+        prop_assert_eq!(Some(range.all_start), runs.iter().map(|run| run.start).max());
+        prop_assert_eq!(Some(range.all_end), runs.iter().map(|run| run.end).min());
+    }
+
+    /// One draw in each stratum, so all rows differ.
+    #[test]
+    fn samples_stay_in_their_strata(layout in layouts(), seed: u64, head in 0..100u32, samples in 1..=64u32) {
+        let video = layout.video_tokens();
+        let samples = samples.min(video);
+        for index in 0..samples {
+            let row = layout.sampled_video_row(seed, head, index, samples);
+            let stratum = index * video / samples..(index + 1) * video / samples;
+            prop_assert!(stratum.contains(&row), "sample {index} of {samples} is row {row}, outside {stratum:?}");
+        }
+    }
+}
+
+/// Seeds, heads and strata each change the draw, and a stratum's rows are drawn about equally often.
+#[test]
+fn samples_are_uniform() {
+    let layout = Layout {
+        frames: 8,
+        tokens_per_frame: 8,
+        text_tokens: 0,
+        text_position: TextPosition::Last,
+        sink_frames: 0,
+        spatial_half_width: 1,
+        temporal_half_width: 1,
+    };
+    let mut counts = [0u32; 64];
+    for seed in 0..100 {
+        for head in 0..40 {
+            for index in 0..4 {
+                counts[layout.sampled_video_row(seed, head, index, 4) as usize] += 1;
+            }
+        }
+    }
+    // 4000 draws of 16 rows in each stratum: 250 each, with a standard deviation of 15.3; five of them either way.
+    let expected = 174..=326;
+    assert!(counts.iter().all(|count| expected.contains(count)), "{counts:?}");
+}
+
+/// The widest layout that a spec may have: every step of the arithmetic is checked for overflow in tests.
+#[test]
+fn largest_layouts_do_not_overflow() {
+    let most = (1u32 << 24) - 257;
+    for (frames, tokens_per_frame) in [(most, 1), (1, most), (3, most / 3), (most / 3, 3), (4095, 4096)] {
+        let video = frames * tokens_per_frame;
+        let text_tokens = most - video;
+        for sink_frames in [0, 1, frames - 1] {
+            let layout = Layout {
+                frames,
+                tokens_per_frame,
+                text_tokens,
+                text_position: TextPosition::First,
+                sink_frames: sink_frames.min(frames - 1),
+                spatial_half_width: video,
+                temporal_half_width: video,
+            };
+            check_ends(&layout);
+        }
+    }
+}
+
+#[test]
+fn shipped_layouts() {
+    for spec in shipped() {
+        check_ends(&spec.layout);
+    }
+}
+
+/// Round trip and visibility at both ends of every group of rows, and at places between.
+fn check_ends(layout: &Layout) {
+    for head in HeadType::ALL {
+        for valid_text in [0, layout.text_tokens / 2, layout.text_tokens] {
+            let (sequence, live) = (layout.sequence(), valid_text + layout.video_tokens());
+            let ends = [0, valid_text, valid_text + layout.sink_tokens(), live, sequence];
+            let between = (0..97).map(|i| (u64::from(sequence) * i / 97) as u32);
+            let rows = ends.into_iter().flat_map(|end| end.saturating_sub(1)..=end).chain(between);
+            for packed in rows.filter(|&row| row < sequence) {
+                let row = layout.model_row(head, packed, valid_text);
+                assert!(row < sequence);
+                assert_eq!(layout.packed_row(head, row, valid_text), packed, "{layout:?} {head:?} {valid_text}");
+                let visible = layout.visible(head, packed, valid_text);
+                for key in [0, packed, visible.start, visible.end, visible.start.wrapping_sub(1), sequence - 1] {
+                    if key < sequence && packed < live {
+                        let key_row = layout.model_row(head, key, valid_text);
+                        let expected = rule::sees(layout, head, row, key_row, valid_text);
+                        assert_eq!(visible.sees(key), expected, "{layout:?} {head:?} {valid_text}: {packed} and {key}");
+                    }
+                }
+            }
+        }
+    }
+}

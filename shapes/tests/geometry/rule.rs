@@ -1,0 +1,61 @@
+//! The rule of visibility as the design words it, for tests: no code of `layout`.
+
+use framestride_shapes::layout::{HeadType, Layout, TextPosition};
+
+/// A token of the model's sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// Text token, counted from the first.
+    Text(u32),
+    /// Video token: frame and place in it.
+    Video(u32, u32),
+}
+
+/// The token at a row of the model's order.
+pub fn token(layout: &Layout, row: u32) -> Token {
+    let video = layout.frames * layout.tokens_per_frame;
+    let video_row = |row: u32| Token::Video(row / layout.tokens_per_frame, row % layout.tokens_per_frame);
+    match layout.text_position {
+        TextPosition::First if row < layout.text_tokens => Token::Text(row),
+        TextPosition::First => video_row(row - layout.text_tokens),
+        TextPosition::Last if row < video => video_row(row),
+        TextPosition::Last => Token::Text(row - video),
+    }
+}
+
+/// pos of a video token.
+pub fn position(layout: &Layout, head: HeadType, frame: u32, place: u32) -> i64 {
+    let (frame, place) = (i64::from(frame), i64::from(place));
+    match head {
+        HeadType::Dense | HeadType::Spatial => frame * i64::from(layout.tokens_per_frame) + place,
+        HeadType::Temporal => place * i64::from(layout.frames) + frame,
+    }
+}
+
+/// Whether the query at a row of the model's order sees the key at another, with a half width of its own.
+pub fn sees_with(layout: &Layout, head: HeadType, half_width: u32, query: u32, key: u32, valid_text: u32) -> bool {
+    let (query, key) = (token(layout, query), token(layout, key));
+    let invalid = |token| matches!(token, Token::Text(text) if text >= valid_text);
+    if invalid(query) || invalid(key) {
+        return false;
+    }
+    match (query, key) {
+        (Token::Text(_), _) | (_, Token::Text(_)) => true,
+        (Token::Video(..), Token::Video(frame, _)) if frame < layout.sink_frames => true,
+        (Token::Video(query_frame, query_place), Token::Video(key_frame, key_place)) => {
+            let distance =
+                position(layout, head, query_frame, query_place) - position(layout, head, key_frame, key_place);
+            head == HeadType::Dense || distance.abs() < i64::from(half_width)
+        }
+    }
+}
+
+/// [`sees_with`] the layout's own half width.
+pub fn sees(layout: &Layout, head: HeadType, query: u32, key: u32, valid_text: u32) -> bool {
+    let half_width = match head {
+        HeadType::Dense => 0,
+        HeadType::Spatial => layout.spatial_half_width,
+        HeadType::Temporal => layout.temporal_half_width,
+    };
+    sees_with(layout, head, half_width, query, key, valid_text)
+}

@@ -1,0 +1,93 @@
+//! Tiles visit every visible pair exactly once.
+
+use framestride_shapes::launch::Tiles;
+use framestride_shapes::layout::{ATOM_ROWS, HeadType};
+use framestride_shapes::tiling::{count_tiles, query_tiles};
+use proptest::prelude::*;
+
+use crate::{cases, heads, layouts_with_text, rule};
+
+fn key_rows() -> impl Strategy<Value = u32> {
+    prop::sample::select(vec![16, 64, 128, 176, 256])
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn visible_pairs_lie_in_one_tile(
+        (layout, valid_text) in layouts_with_text(),
+        head in heads(),
+        key_rows in key_rows(),
+        first in 0..240u32,
+        rows in 1..=200u32,
+    ) {
+        let range = layout.range_visible(head, first, rows, valid_text);
+        let tiles = layout.key_tiles(range, key_rows);
+        // How many tiles hold each key.
+        let mut holders = vec![0u32; layout.packed_rows() as usize];
+        for index in 0..tiles.tiles {
+            let first_row = tiles.first_row(index, key_rows);
+            prop_assert!(first_row.is_multiple_of(ATOM_ROWS), "tile {index} starts at {first_row}");
+            prop_assert!(first_row + key_rows <= layout.packed_rows(), "tile {index} ends at {}", first_row + key_rows);
+            holders[first_row as usize..(first_row + key_rows) as usize].iter_mut().for_each(|count| *count += 1);
+        }
+        prop_assert!(holders.iter().all(|&count| count <= 1), "tiles overlap");
+        for query in first..(first + rows).min(valid_text + layout.video_tokens()) {
+            let query_row = layout.model_row(head, query, valid_text);
+            for key in 0..layout.sequence() {
+                if rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text) {
+                    prop_assert_eq!(holders[key as usize], 1, "query {} and key {}", query, key);
+                }
+            }
+        }
+        // No more tiles than a dense head visits, and none for rows that see nothing.
+        prop_assert!(tiles.tiles <= (valid_text + layout.video_tokens()).div_ceil(key_rows));
+        prop_assert_eq!(tiles.tiles > 0, range.live);
+    }
+
+    /// `sees_all` holds exactly when every live row sees every key of the tile.
+    #[test]
+    fn full_tiles_are_full(
+        (layout, valid_text) in layouts_with_text(),
+        head in heads(),
+        key_rows in key_rows(),
+        first in 0..240u32,
+        rows in 1..=200u32,
+        tile in 0..240u32,
+    ) {
+        let range = layout.range_visible(head, first, rows, valid_text);
+        let tiles = layout.key_tiles(range, key_rows);
+        let live = valid_text + layout.video_tokens();
+        let queries = first..(first + rows).min(live);
+        if queries.is_empty() {
+            return Ok(());
+        }
+        let visited = (0..tiles.tiles).map(|index| (tiles.first_row(index, key_rows), key_rows));
+        // Besides the tiles visited, a narrow one anywhere, which is full more often.
+        for (first_key, keys) in visited.chain([(tile, 1), (tile, 8)]) {
+            let full = first_key + keys <= live && queries.clone().all(|query| {
+                let query_row = layout.model_row(head, query, valid_text);
+                (first_key..first_key + keys).all(|key| {
+                    rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text)
+                })
+            });
+            prop_assert_eq!(range.sees_all(first_key, keys), full, "keys {} to {}", first_key, first_key + keys);
+        }
+    }
+
+    #[test]
+    fn counts_add_up((layout, valid_text) in layouts_with_text(), head in heads(), head_dim in prop::sample::select(vec![64, 128])) {
+        let tiles = Tiles::for_head_dim(head_dim);
+        let counts = count_tiles(&layout, head, tiles, valid_text);
+        let dense = count_tiles(&layout, HeadType::Dense, tiles, valid_text);
+        let live = valid_text + layout.video_tokens();
+        let key_tiles = u64::from(live.div_ceil(tiles.key_rows));
+        prop_assert_eq!(counts.query_tiles, u64::from(layout.sequence().div_ceil(tiles.query_rows)));
+        prop_assert_eq!(counts.full + counts.edge + counts.skipped, counts.query_tiles * key_tiles);
+        prop_assert_eq!(dense.visited(), u64::from(live.div_ceil(tiles.query_rows)) * key_tiles);
+        prop_assert!(counts.visited() <= dense.visited());
+        let visited = query_tiles(&layout, head, tiles, valid_text).map(|tile| tile.key_tiles.len() as u64).sum::<u64>();
+        prop_assert_eq!(counts.visited(), visited);
+    }
+}

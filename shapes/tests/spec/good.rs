@@ -1,0 +1,333 @@
+//! Specs that are right.
+
+use std::fmt::Write;
+
+use framestride_shapes::layout::{HeadType, Layout, TextPosition};
+use framestride_shapes::models;
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, Width};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+const HUNYUAN: &str = r#"
+name = "hunyuan_video_720p"
+[video]
+frames = 33
+tokens_per_frame = 3600
+grid = [45, 80]
+[text]
+tokens = 256
+position = "last"
+[attention]
+heads = 24
+head_dim = 128
+dtype = "bf16"
+batch = 1
+[qk_norm]
+kind = "rms"
+over = "head"
+eps = 1e-6
+[rope]
+pairs = "interleaved"
+text = false
+per_head = false
+[masks.spatial]
+density = 0.25
+[masks.temporal]
+half_width = 15616
+[sink]
+frames = 0
+[profile]
+rows = 64
+seed = 0
+[schedule]
+steps = 50
+layers = 60
+dense_steps = 5
+dense_layers = 2
+"#;
+
+fn parse(text: &str) -> Spec {
+    match Spec::parse("good.toml", text) {
+        Ok(spec) => spec,
+        Err(error) => panic!("{error}\nin\n{text}"),
+    }
+}
+
+#[test]
+fn every_key_is_read() {
+    let spec = parse(HUNYUAN);
+    let expected = Spec {
+        name: "hunyuan_video_720p".into(),
+        layout: Layout {
+            frames: 33,
+            tokens_per_frame: 3600,
+            text_tokens: 256,
+            text_position: TextPosition::Last,
+            sink_frames: 0,
+            spatial_half_width: 15695,
+            temporal_half_width: 15616,
+        },
+        head_dim: 128,
+        heads: 24,
+        batch: 1,
+        dtype: Dtype::Bf16,
+        grid: Some([45, 80]),
+        qk_norm: Some(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 }),
+        rope: Some(Rope { pairs: Pairs::Interleaved, text: false, per_head: false }),
+        spatial: Width::Density(0.25),
+        temporal: Width::Tokens(15616),
+        profile: Profile { rows: 64, seed: 0 },
+        schedule: Schedule { steps: 50, layers: 60, dense_steps: 5, dense_layers: 2 },
+    };
+    assert_eq!(spec, expected);
+}
+
+#[test]
+fn what_is_not_written_has_its_default() {
+    let spec = parse(
+        r#"
+        name = "least"
+        video = { frames = 3, tokens_per_frame = 7 }
+        attention = { heads = 2, head_dim = 64 }
+        masks.spatial.half_width_frames = 1.5
+        masks.temporal.density = 1
+        "#,
+    );
+    let expected = Spec {
+        name: "least".into(),
+        layout: Layout {
+            frames: 3,
+            tokens_per_frame: 7,
+            text_tokens: 0,
+            text_position: TextPosition::Last,
+            sink_frames: 0,
+            // 10.5, rounded away from zero.
+            spatial_half_width: 11,
+            temporal_half_width: 21,
+        },
+        head_dim: 64,
+        heads: 2,
+        batch: 1,
+        dtype: Dtype::Bf16,
+        grid: None,
+        qk_norm: None,
+        rope: None,
+        spatial: Width::Frames(1.5),
+        temporal: Width::Density(1.0),
+        // As many as there are.
+        profile: Profile { rows: 21, seed: 0 },
+        schedule: Schedule { steps: 0, layers: 0, dense_steps: 0, dense_layers: 0 },
+    };
+    assert_eq!(spec, expected);
+    assert!(!spec.schedule.is_dense(0, 0));
+
+    let spec = parse(
+        r#"
+        name = "tables"
+        video = { frames = 30, tokens_per_frame = 7 }
+        text = { tokens = 5 }
+        attention = { heads = 2, head_dim = 128 }
+        qk_norm = { kind = "layer" }
+        rope = { pairs = "half" }
+        masks = { spatial.half_width = 8, temporal.half_width = 9 }
+        profile = {}
+        sink = {}
+        schedule = { steps = 10, layers = 20 }
+        "#,
+    );
+    assert_eq!(spec.layout.text_position, TextPosition::Last);
+    assert_eq!(spec.qk_norm, Some(QkNorm { kind: NormKind::Layer, over: NormOver::Head, eps: 1e-6 }));
+    assert_eq!(spec.rope, Some(Rope { pairs: Pairs::Half, text: false, per_head: false }));
+    assert_eq!(spec.profile, Profile { rows: 64, seed: 0 });
+    assert_eq!(spec.schedule, Schedule { steps: 10, layers: 20, dense_steps: 0, dense_layers: 0 });
+}
+
+/// All ways in which TOML writes a number.
+#[test]
+fn numbers_in_every_notation() {
+    let text = HUNYUAN
+        .replace("frames = 33", "frames = 0x21")
+        .replace("tokens_per_frame = 3600", "tokens_per_frame = 3_600")
+        .replace("heads = 24", "heads = +24")
+        .replace("batch = 1", "batch = 0b1")
+        .replace("density = 0.25", "density = 2.5e-1");
+    assert_eq!(parse(&text), parse(HUNYUAN));
+}
+
+#[test]
+fn schedule() {
+    let schedule = Schedule { steps: 50, layers: 60, dense_steps: 5, dense_layers: 2 };
+    let dense = |step, layer| schedule.is_dense(step, layer);
+    assert!(dense(0, 0) && dense(4, 59) && dense(5, 1) && dense(49, 0));
+    assert!(!dense(5, 2) && !dense(49, 59));
+}
+
+#[test]
+fn models_are_the_files_of_the_folder() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models");
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("shapes/models") {
+        let path = entry.expect("an entry of shapes/models").path();
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a UTF-8 name").to_owned();
+        let name = name.strip_suffix(".toml").unwrap_or_else(|| panic!("{name} is not a spec")).to_owned();
+        files.push((name, std::fs::read_to_string(&path).expect("a spec")));
+    }
+    files.sort();
+    let listed: Vec<_> = models().iter().map(|&(name, text)| (name.to_owned(), text.to_owned())).collect();
+    assert_eq!(
+        listed, files,
+        "`models()` in shapes/src/lib.rs and the files of shapes/models must agree, sorted by name"
+    );
+    for (name, text) in models() {
+        assert_eq!(parse(text).name, *name, "the file is called as its spec");
+    }
+}
+
+/// The shipped shapes and all that follows from them, for a person to review.
+#[test]
+fn shapes() {
+    let mut table = String::new();
+    for (_, text) in models() {
+        let spec = parse(text);
+        let layout = &spec.layout;
+        let text = match (layout.text_tokens, layout.text_position) {
+            (0, _) => "no text".into(),
+            (tokens, TextPosition::First) => format!("{tokens} text first"),
+            (tokens, TextPosition::Last) => format!("{tokens} text last"),
+        };
+        let _ = writeln!(
+            table,
+            "{}: batch {}, {} heads x {} {}, {} x {} video + {text} = {} tokens, {} sink frames",
+            spec.name,
+            spec.batch,
+            spec.heads,
+            spec.head_dim,
+            spec.dtype.as_str(),
+            layout.frames,
+            layout.tokens_per_frame,
+            layout.sequence(),
+            layout.sink_frames,
+        );
+        for head in HeadType::ALL {
+            let counts = spec.tile_counts(head);
+            let _ = writeln!(
+                table,
+                "    {:9}half width {:6}, density {:.6}, {:8.3} TFLOP a layer; key tiles: {:6} full, {:4} edge, {:6} skipped, {:.1}% of the visited pairs visible",
+                format!("{head:?}").to_lowercase(),
+                layout.half_width(head),
+                spec.density(head),
+                (spec.flops(head) * u128::from(spec.heads) * u128::from(spec.batch)) as f64 / 1e12,
+                counts.full,
+                counts.edge,
+                counts.skipped,
+                100.0 * spec.visible_pairs(head) as f64 / counts.visited_pairs(spec.tiles()) as f64,
+            );
+        }
+        let workspace = spec.workspace(spec.batch, spec.heads, 8);
+        let _ = writeln!(table, "    workspace {:.1} MiB", workspace.bytes as f64 / f64::from(1 << 20));
+    }
+    insta::assert_snapshot!(table);
+}
+
+/// Random specs as JSON of the same structure.
+fn specs() -> impl Strategy<Value = Value> {
+    let width = || {
+        prop_oneof![
+            (0.9..=1.0f64).prop_map(|density| json!({ "density": density })),
+            (1..=6u32).prop_map(|half_width| json!({ "half_width": half_width })),
+            (1.0..=2.0f64).prop_map(|frames| json!({ "half_width_frames": frames })),
+        ]
+    };
+    let name = |names: [&'static str; 2]| prop::sample::select(names.to_vec());
+    // At least as many tokens as the widths and rows below ask for.
+    let video = (6..=40u32, 1..=6u32, 1..=7u32).prop_map(|(frames, height, width)| {
+        json!({ "frames": frames, "tokens_per_frame": height * width, "grid": [height, width] })
+    });
+    let text = (1..=9u32, name(["first", "last"])).prop_map(|(tokens, at)| json!({ "tokens": tokens, "position": at }));
+    let attention = (1..=99u32, prop::sample::select(vec![64, 128]), name(["bf16", "f16"]), 1..=9u32).prop_map(
+        |(heads, dim, dtype, batch)| json!({ "heads": heads, "head_dim": dim, "dtype": dtype, "batch": batch }),
+    );
+    let norm = (name(["rms", "layer"]), name(["head", "heads"]), 1e-12..=1e-2f64)
+        .prop_map(|(kind, over, eps)| json!({ "kind": kind, "over": over, "eps": eps }));
+    let rope = (name(["interleaved", "half"]), any::<bool>(), any::<bool>())
+        .prop_map(|(pairs, text, per_head)| json!({ "pairs": pairs, "text": text, "per_head": per_head }));
+    let rest = (0..=1u32, 1..=2u32, 0..=i64::MAX as u64, 5..=9u32, 5..=9u32, 0..=5u32, 0..=5u32);
+    ("[a-z0-9_]{1,64}", video, text, attention, norm, rope, width(), width(), rest).prop_map(
+        |(name, video, text, attention, norm, rope, spatial, temporal, rest)| {
+            let (sinks, rows, seed, steps, layers, dense_steps, dense_layers) = rest;
+            json!({
+                "name": name, "video": video, "text": text, "attention": attention, "qk_norm": norm, "rope": rope,
+                "masks": { "spatial": spatial, "temporal": temporal },
+                "sink": { "frames": sinks }, "profile": { "rows": rows, "seed": seed },
+                "schedule": {
+                    "steps": steps, "layers": layers, "dense_steps": dense_steps, "dense_layers": dense_layers,
+                },
+            })
+        },
+    )
+}
+
+/// The spec as JSON again.
+fn written(spec: &Spec) -> Value {
+    let width = |width| match width {
+        Width::Density(density) => json!({ "density": density }),
+        Width::Tokens(tokens) => json!({ "half_width": tokens }),
+        Width::Frames(frames) => json!({ "half_width_frames": frames }),
+    };
+    let position = match spec.layout.text_position {
+        TextPosition::First => "first",
+        TextPosition::Last => "last",
+    };
+    json!({
+        "name": spec.name,
+        "video": { "frames": spec.layout.frames, "tokens_per_frame": spec.layout.tokens_per_frame, "grid": spec.grid },
+        "text": { "tokens": spec.layout.text_tokens, "position": position },
+        "attention": {
+            "heads": spec.heads, "head_dim": spec.head_dim, "dtype": spec.dtype.as_str(), "batch": spec.batch,
+        },
+        "qk_norm": spec.qk_norm.map(|norm| json!({
+            "kind": norm.kind.as_str(), "over": norm.over.as_str(), "eps": norm.eps,
+        })),
+        "rope": spec.rope.map(|rope| json!({
+            "pairs": rope.pairs.as_str(), "text": rope.text, "per_head": rope.per_head,
+        })),
+        "masks": { "spatial": width(spec.spatial), "temporal": width(spec.temporal) },
+        "sink": { "frames": spec.layout.sink_frames },
+        "profile": { "rows": spec.profile.rows, "seed": spec.profile.seed },
+        "schedule": {
+            "steps": spec.schedule.steps, "layers": spec.schedule.layers,
+            "dense_steps": spec.schedule.dense_steps, "dense_layers": spec.schedule.dense_layers,
+        },
+    })
+}
+
+proptest! {
+    /// Every value arrives where it belongs.
+    #[test]
+    fn random_specs_are_read_as_written(spec in specs()) {
+        prop_assert_eq!(written(&parse(&crate::toml(&spec))), spec);
+    }
+
+    /// Whatever the text, there is an answer and no panic.
+    #[test]
+    fn any_text_has_an_answer(text in "(\\[[a-z.]{0,8}\\]\n|[a-z_]{0,6} ?= ?[-0-9a-z\"'{}.]{0,6}\n|\\PC{0,12}\n|\u{feff}){0,12}") {
+        if let Err(error) = Spec::parse("any.toml", &text) {
+            prop_assert!(!error.problems.is_empty());
+            prop_assert!(error.to_string().contains("any.toml"));
+        }
+    }
+
+    /// A good spec with characters replaced, which gets further than any text.
+    #[test]
+    fn any_damage_has_an_answer(edits in prop::collection::vec((0..HUNYUAN.len(), "[ -~\n]"), 1..6)) {
+        let mut bytes = HUNYUAN.as_bytes().to_vec();
+        for (at, with) in edits {
+            bytes[at] = with.as_bytes()[0];
+        }
+        let text = String::from_utf8(bytes).expect("ASCII");
+        if let Err(error) = Spec::parse("any.toml", &text) {
+            prop_assert!(!error.problems.is_empty());
+            prop_assert!(error.problems.iter().all(|problem| problem.line > 0 && problem.column > 0));
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The manifest beside a PTX file, and the workspace whose size it names.
+
+use framestride_shapes::layout::HeadType;
+use framestride_shapes::manifest::{Compiler, Densities, FORMAT, Kernel, Manifest, Param, Ptxas};
+use framestride_shapes::models;
+use framestride_shapes::spec::Spec;
+
+fn demo() -> Spec {
+    let (name, text) = models().iter().find(|(name, _)| *name == "demo").expect("the demo");
+    Spec::parse(name, text).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn manifest() -> Manifest {
+    let spec = demo();
+    Manifest {
+        format: FORMAT,
+        name: spec.name.clone(),
+        spec: Some(models().iter().find(|(name, _)| *name == "demo").expect("the demo").1.into()),
+        arch: "sm_90a".into(),
+        compiler: Compiler { rustc: "1.96.0 (0123456)".into(), llvm: "22.1.2".into() },
+        ptx_sha256: "0123456789abcdef".repeat(4),
+        kernels: vec![Kernel {
+            entry: "attention".into(),
+            threads: 512,
+            min_blocks: 1,
+            shared_bytes: 156_672,
+            params_bytes: 104,
+            params: vec![Param { name: "params".into(), ty: "AttentionParams".into(), offset: 0, bytes: 104 }],
+            ptxas: Some(Ptxas { registers: 128, stack: 0, spill_stores: 0, spill_loads: 0, messages: vec![] }),
+        }],
+        densities: Some(Densities {
+            dense: 1.0,
+            spatial: spec.density(HeadType::Spatial),
+            temporal: spec.density(HeadType::Temporal),
+        }),
+        workspace_bytes: Some(spec.workspace(spec.batch, spec.heads, 1).bytes),
+    }
+}
+
+#[test]
+fn manifests_are_read_as_written() {
+    let manifest = manifest();
+    let text = manifest.to_json();
+    assert!(text.ends_with("}\n"));
+    assert_eq!(Manifest::parse("demo.json", &text), Ok(manifest.clone()));
+    assert_eq!(manifest.spec(), Ok(demo()));
+    assert_eq!(manifest.kernel("attention"), manifest.kernels.first());
+    assert_eq!(manifest.kernel("pack"), None);
+    // What may be absent is null.
+    let mut without = manifest;
+    without.kernels[0].ptxas = None;
+    (without.spec, without.densities, without.workspace_bytes) = (None, None, None);
+    assert!(without.spec().is_err());
+    assert_eq!(Manifest::parse("demo.json", &without.to_json()), Ok(without));
+}
+
+#[test]
+fn bad_manifests() {
+    let good = manifest().to_json();
+    let cases: &[(&str, &str, &str)] = &[
+        ("not JSON", "{", "["),
+        ("cut off", "\"workspace_bytes\"", "\u{0}"),
+        ("no format", "\"format\": 1,", ""),
+        ("another format", "\"format\": 1,", "\"format\": 2, \"kernel_ids\": [],"),
+        ("field missing", "\"arch\": \"sm_90a\",", ""),
+        ("unknown field", "\"arch\"", "\"target\": 1, \"arch\""),
+        ("wrong type", "\"threads\": 512", "\"threads\": \"512\""),
+        ("negative size", "\"shared_bytes\": 156672", "\"shared_bytes\": -1"),
+        ("digest", "0123456789abcdef", "0123456789ABCDEF"),
+        ("no threads", "\"threads\": 512", "\"threads\": 0"),
+        ("parameter outside", "\"offset\": 0", "\"offset\": 8"),
+        ("parameter at the end of the numbers", "\"offset\": 0", "\"offset\": 4294967295"),
+    ];
+    let mut report = String::new();
+    for (name, from, to) in cases {
+        assert!(good.contains(from), "{name}: nothing to replace");
+        let text = match *to {
+            "\u{0}" => good[..good.find(from).expect("found above")].to_owned(),
+            to => good.replacen(from, to, 1),
+        };
+        let error = Manifest::parse("demo.json", &text).expect_err(name);
+        report.push_str(&format!("## {name}\n\n{error}\n\n"));
+    }
+    let mut twice = manifest();
+    twice.kernels.push(twice.kernels[0].clone());
+    let error = Manifest::parse("demo.json", &twice.to_json()).expect_err("one kernel twice");
+    report.push_str(&format!("## one kernel twice\n\n{error}\n"));
+    insta::assert_snapshot!(report);
+}
+
+/// Parts are aligned, apart, in order, and as large as what they hold.
+#[test]
+fn workspaces() {
+    for (name, text) in models() {
+        let spec = Spec::parse(name, text).unwrap_or_else(|error| panic!("{error}"));
+        for (batch, heads, splits) in [(1, 1, 1), (spec.batch, spec.heads, 8), (3, 5, 33)] {
+            let workspace = spec.workspace(batch, heads, splits);
+            let all_heads = u64::from(batch * heads);
+            let packed = all_heads * u64::from(spec.layout.packed_rows()) * u64::from(spec.head_dim) * 2;
+            let samples = u64::from(spec.profile.rows.div_ceil(64)) * 64;
+            // Maximum, sum and output of each sample, for three masks, in f32.
+            let partials = all_heads * samples * u64::from(splits) * 3 * u64::from(spec.head_dim + 2) * 4;
+            let parts = [
+                (&workspace.packed_q, packed),
+                (&workspace.packed_k, packed),
+                (&workspace.packed_v, packed),
+                (&workspace.partials, partials),
+                (&workspace.errors, all_heads * 2 * 4),
+                (&workspace.head_types, all_heads * 4),
+            ];
+            let mut end = 0;
+            for (range, bytes) in parts {
+                assert_eq!(range.end - range.start, bytes, "{name}: {workspace:?}");
+                assert!(range.start.is_multiple_of(256) && range.start >= end && range.start < end + 256);
+                end = range.end;
+            }
+            assert_eq!(workspace.bytes, end.next_multiple_of(256));
+        }
+    }
+}
