@@ -342,21 +342,28 @@ impl RopeTables {
         }
     }
 
-    /// Turns a row back, so that the kernel's rotation gives `row`: what a planted input needs.
-    pub fn unrotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64]) {
+    /// Turns a row of Q or K as the tables say for `direction` 1, and back for -1: what the kernel will turn forth again.
+    /// `token` counts in the model's order.
+    pub fn rotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64], direction: f64) {
         let Some(rope) = &spec.rope else { return };
         let first_row = if rope.text { 0 } else { spec.layout.first_video_row() as usize };
         let Some(table_row) = token.checked_sub(first_row).filter(|&row| row < RopeTables::rows(spec)) else { return };
         let half = row.len() / 2;
         let table = if rope.per_head { table_row * heads + head } else { table_row };
         for pair in 0..half {
-            let (a, b) = match rope.pairs {
-                Pairs::Interleaved => (2 * pair, 2 * pair + 1),
-                Pairs::Half => (pair, pair + half),
-            };
+            let (a, b) = paired(rope.pairs, pair, half);
             let (cos, sin) = (f64::from(self.cos[table * half + pair]), f64::from(self.sin[table * half + pair]));
-            (row[a], row[b]) = (row[a] * cos + row[b] * sin, row[b] * cos - row[a] * sin);
+            let sin = direction * sin;
+            (row[a], row[b]) = (row[a] * cos - row[b] * sin, row[b] * cos + row[a] * sin);
         }
+    }
+}
+
+/// Channels of pair `pair` of `half`.
+pub(crate) fn paired(pairs: Pairs, pair: usize, half: usize) -> (usize, usize) {
+    match pairs {
+        Pairs::Interleaved => (2 * pair, 2 * pair + 1),
+        Pairs::Half => (pair, pair + half),
     }
 }
 
@@ -449,7 +456,7 @@ impl Inputs {
                 let mut generator = row_generator(seed.wrapping_add(4 + head as u64), code as u64);
                 values.fill_with(|| 2.0 * normal(&mut generator));
                 if let Some(tables) = &rope {
-                    tables.unrotate(spec, heads, row, head, values);
+                    tables.rotate(spec, heads, row, head, values, -1.0);
                 }
             });
         }

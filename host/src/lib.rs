@@ -4,10 +4,18 @@
 pub mod attention;
 pub mod device;
 pub mod error;
+pub mod files;
 pub mod inputs;
 pub mod launch;
+pub mod masks;
 pub mod module;
+pub mod place;
 pub mod reference;
+pub mod report;
+pub mod run;
+pub mod tolerance;
+pub mod verify;
+pub mod video;
 
 pub use attention::{HeadProfile, HeadTypes, Layer, SparseAttention, Workspace};
 pub use device::{Device, Stream};

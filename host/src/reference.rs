@@ -245,10 +245,10 @@ pub struct Attended {
     pub lse: f64,
     /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make.
     pub spread: f64,
-    /// sum over keys of weight |v|: no relative error of the weights makes a larger one.
-    pub reach: f64,
-    /// sqrt(sum over keys of weight^2): likewise for the sum of weights.
-    pub weight_spread: f64,
+    /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
+    pub flat_spread: f64,
+    /// sqrt(sum over keys of weight |v - out|^2).
+    pub dispersion: f64,
     /// Largest of |q| |k|, scaled: bounds every partial sum of every score.
     pub score_size: f64,
     /// Keys seen.
@@ -325,8 +325,8 @@ impl Head {
             out: vec![0.0; self.head_dim],
             lse: f64::NEG_INFINITY,
             spread: 0.0,
-            reach: 0.0,
-            weight_spread: 0.0,
+            flat_spread: 0.0,
+            dispersion: 0.0,
             score_size: 0.0,
             keys: seen.len(),
         };
@@ -338,7 +338,7 @@ impl Head {
         let sum: f64 = seen.iter().map(|&key| (scores[key] - maximum).exp()).sum();
         attended.lse = maximum + sum.ln();
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
-        let (mut square, mut weight_square) = (0.0, 0.0);
+        let (mut square, mut flat, mut second_moment) = (0.0, 0.0, 0.0);
         for key in seen {
             let value = &self.values[key * self.head_dim..][..self.head_dim];
             let weight = (scores[key] - maximum).exp() / sum;
@@ -347,12 +347,14 @@ impl Head {
             }
             let size = self.value_norms[key];
             square += (weight * size).powi(2);
-            attended.reach += weight * size;
-            weight_square += weight * weight;
+            flat += size * size;
+            second_moment += weight * size * size;
             attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
         }
         attended.spread = square.sqrt();
-        attended.weight_spread = weight_square.sqrt();
+        attended.flat_spread = flat.sqrt() / sum;
+        // sum w |v - out|^2 = sum w |v|^2 - |out|^2, since the weights add up to one.
+        attended.dispersion = (second_moment - norm(&attended.out).powi(2)).max(0.0).sqrt();
         attended
     }
 

@@ -1,0 +1,293 @@
+//! Which key tiles each query tile reads, and pictures of it.
+
+use embedded_graphics::mono_font::MonoTextStyle;
+use embedded_graphics::mono_font::ascii::FONT_7X13;
+use embedded_graphics::pixelcolor::Rgb888;
+use embedded_graphics::prelude::*;
+use embedded_graphics::text::{Baseline, Text};
+use framestride_shapes::layout::{HeadType, KeyTiles, RangeVisible};
+use framestride_shapes::spec::Spec;
+use image::{Rgb, RgbImage};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::name_of;
+
+/// Tiles of one head, all text valid.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TileCounts {
+    /// Tiles that are never read.
+    pub skipped: u64,
+    /// Tiles whose pairs are all visible: no element is tested.
+    pub full: u64,
+    /// Tiles on an edge, whose elements are tested.
+    pub edge: u64,
+}
+
+/// What becomes of a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Skipped,
+    Full,
+    Edge,
+}
+
+/// The tiles of one head type, all text valid.
+struct Tiling<'a> {
+    spec: &'a Spec,
+    head: HeadType,
+    /// What each query tile sees and reads.
+    tiles: Vec<(RangeVisible, KeyTiles)>,
+}
+
+impl<'a> Tiling<'a> {
+    fn new(spec: &'a Spec, head: HeadType) -> Tiling<'a> {
+        let (layout, tiles) = (&spec.layout, spec.tiles());
+        let tile = |index: u32| {
+            let (first, text) = (index * tiles.query_rows, layout.text_tokens);
+            let range = layout.range_visible(head, first, tiles.query_rows.min(layout.sequence() - first), text);
+            (range, layout.key_tiles(range, tiles.key_rows))
+        };
+        Tiling { spec, head, tiles: (0..layout.sequence().div_ceil(tiles.query_rows)).map(tile).collect() }
+    }
+
+    fn counts(&self) -> TileCounts {
+        let key_rows = self.spec.tiles().key_rows;
+        let of_row = u64::from(self.spec.layout.sequence().div_ceil(key_rows));
+        let mut counts = TileCounts::default();
+        for (range, keys) in &self.tiles {
+            let full = (0..keys.tiles).filter(|&tile| self.is_full(range, keys.first_row(tile, key_rows))).count() as u64;
+            counts.full += full;
+            counts.edge += u64::from(keys.tiles) - full;
+            counts.skipped += of_row.saturating_sub(u64::from(keys.tiles));
+        }
+        counts
+    }
+
+    /// A tile that hangs over the end of the sequence is full when all of it inside is seen; the kernel tests it all the same.
+    fn is_full(&self, range: &RangeVisible, first: u32) -> bool {
+        range.sees_all(first, self.spec.tiles().key_rows)
+    }
+
+    /// Fate of the tile that a pair of packed rows lies in.
+    fn fate(&self, query: u32, key: u32) -> Fate {
+        let tiles = self.spec.tiles();
+        let (range, keys) = &self.tiles[(query / tiles.query_rows) as usize];
+        let index = if key < keys.prefix_tiles * tiles.key_rows {
+            key / tiles.key_rows
+        } else if key >= keys.body_start {
+            keys.prefix_tiles + (key - keys.body_start) / tiles.key_rows
+        } else {
+            return Fate::Skipped;
+        };
+        if index >= keys.tiles {
+            Fate::Skipped
+        } else if self.is_full(range, keys.first_row(index, tiles.key_rows)) {
+            Fate::Full
+        } else {
+            Fate::Edge
+        }
+    }
+
+    /// Colour of a pair of packed rows.
+    fn colour(&self, query: u32, key: u32) -> Rgb<u8> {
+        let seen = self.spec.layout.visible(self.head, query, self.spec.layout.text_tokens).sees(key);
+        match (self.fate(query, key), seen) {
+            (Fate::Full, _) => FULL,
+            (Fate::Edge, true) => EDGE_SEEN,
+            (Fate::Edge, false) => EDGE_HIDDEN,
+            (Fate::Skipped, _) => SKIPPED,
+        }
+    }
+}
+
+/// Tiles of each kind for a head type.
+pub fn tile_counts(spec: &Spec, head: HeadType) -> TileCounts {
+    Tiling::new(spec, head).counts()
+}
+
+const BACKGROUND: Rgb<u8> = Rgb([250, 250, 248]);
+const INK: Rgb<u8> = Rgb([30, 34, 40]);
+const SKIPPED: Rgb<u8> = Rgb([38, 44, 56]);
+const FULL: Rgb<u8> = Rgb([42, 157, 143]);
+const EDGE_SEEN: Rgb<u8> = Rgb([244, 196, 92]);
+const EDGE_HIDDEN: Rgb<u8> = Rgb([160, 92, 60]);
+
+/// Order of rows and columns of a mask picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Model,
+    Packed,
+}
+
+/// Side of a mask picture in pixels, and samples a pixel takes along each axis when it covers several tokens.
+const SIDE: u32 = 480;
+const SAMPLES: u32 = 3;
+
+/// A picture to draw on with text.
+pub(crate) struct Canvas(pub RgbImage);
+
+impl OriginDimensions for Canvas {
+    fn size(&self) -> Size {
+        Size::new(self.0.width(), self.0.height())
+    }
+}
+
+impl DrawTarget for Canvas {
+    type Color = Rgb888;
+    type Error = std::convert::Infallible;
+
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
+        for Pixel(point, colour) in pixels {
+            if let (Ok(x), Ok(y)) = (u32::try_from(point.x), u32::try_from(point.y))
+                && x < self.0.width()
+                && y < self.0.height()
+            {
+                self.0.put_pixel(x, y, Rgb([colour.r(), colour.g(), colour.b()]));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Canvas {
+    pub fn new(width: u32, height: u32) -> Canvas {
+        Canvas(RgbImage::from_pixel(width, height, BACKGROUND))
+    }
+
+    /// Text with its upper left corner at a point.
+    pub fn text(&mut self, x: u32, y: u32, text: &str) {
+        let ink = Rgb888::new(INK.0[0], INK.0[1], INK.0[2]);
+        let style = MonoTextStyle::new(&FONT_7X13, ink);
+        let Ok(_) = Text::with_baseline(text, Point::new(x as i32, y as i32), style, Baseline::Top).draw(self);
+    }
+
+    pub fn rectangle(&mut self, x: u32, y: u32, width: u32, height: u32, colour: Rgb<u8>) {
+        for y in y..(y + height).min(self.0.height()) {
+            for x in x..(x + width).min(self.0.width()) {
+                self.0.put_pixel(x, y, colour);
+            }
+        }
+    }
+}
+
+fn draw_mask(canvas: &mut Canvas, left: u32, top: u32, tiling: &Tiling, order: Order) {
+    let (layout, sequence) = (&tiling.spec.layout, u64::from(tiling.spec.layout.sequence()));
+    let samples = if sequence <= u64::from(SIDE) { 1 } else { SAMPLES };
+    let packed = |pixel: u32, sample: u32| {
+        let row = (u64::from(pixel * samples + sample) * sequence / u64::from(SIDE * samples)) as u32;
+        match order {
+            Order::Model => layout.packed_row(tiling.head, row, layout.text_tokens),
+            Order::Packed => row,
+        }
+    };
+    let keys: Vec<u32> = (0..SIDE * samples).map(|x| packed(x / samples, x % samples)).collect();
+    let rows: Vec<Vec<Rgb<u8>>> = (0..SIDE)
+        .into_par_iter()
+        .map(|y| {
+            let pixel = |x: u32| {
+                let mut sum = [0u32; 3];
+                for query in 0..samples {
+                    let query = packed(y, query);
+                    for &key in &keys[(x * samples) as usize..][..samples as usize] {
+                        let colour = tiling.colour(query, key).0;
+                        (0..3).for_each(|channel| sum[channel] += u32::from(colour[channel]));
+                    }
+                }
+                Rgb(sum.map(|sum| (sum / (samples * samples)) as u8))
+            };
+            (0..SIDE).map(pixel).collect()
+        })
+        .collect();
+    for (y, row) in (0..).zip(rows) {
+        for (x, colour) in (0..).zip(row) {
+            canvas.0.put_pixel(left + x, top + y, colour);
+        }
+    }
+}
+
+/// A picture of the masks of `heads`: one row for each type, in model order on the left, in packed order on the right; queries go
+/// down, keys to the right.
+pub fn picture(spec: &Spec, heads: &[HeadType]) -> RgbImage {
+    const MARGIN: u32 = 16;
+    const LINE: u32 = 18;
+    let block = SIDE + 2 * LINE;
+    let mut canvas =
+        Canvas::new(3 * MARGIN + 2 * SIDE, 2 * MARGIN + 2 * LINE + heads.len() as u32 * (block + MARGIN));
+    let layout = &spec.layout;
+    canvas.text(
+        MARGIN,
+        MARGIN,
+        &format!(
+            "{}: {} frames x {} tokens, {} text, {} sink frames; query tiles of {}, key tiles of {} rows",
+            spec.name,
+            layout.frames,
+            layout.tokens_per_frame,
+            layout.text_tokens,
+            layout.sink_frames,
+            spec.tiles().query_rows,
+            spec.tiles().key_rows
+        ),
+    );
+    let mut x = MARGIN;
+    for (colour, label) in
+        [(SKIPPED, "skipped"), (FULL, "full tile"), (EDGE_SEEN, "edge tile, seen"), (EDGE_HIDDEN, "edge tile, hidden")]
+    {
+        canvas.rectangle(x, MARGIN + LINE + 2, 10, 10, colour);
+        canvas.text(x + 15, MARGIN + LINE, label);
+        x += 15 + 7 * label.len() as u32 + 24;
+    }
+    for (index, &head) in (0..).zip(heads) {
+        let tiling = Tiling::new(spec, head);
+        let counts = tiling.counts();
+        let top = 2 * MARGIN + 2 * LINE + index * (block + MARGIN);
+        canvas.text(
+            MARGIN,
+            top,
+            &format!(
+                "{}: half width {} tokens, density {:.4}; {} tiles skipped, {} full, {} on an edge",
+                name_of(head),
+                layout.half_width(head),
+                spec.density(head),
+                counts.skipped,
+                counts.full,
+                counts.edge
+            ),
+        );
+        for (column, order, label) in [(0, Order::Model, "model order"), (1, Order::Packed, "packed order")] {
+            let left = MARGIN + column * (SIDE + MARGIN);
+            canvas.text(left, top + LINE, label);
+            draw_mask(&mut canvas, left, top + 2 * LINE, &tiling, order);
+        }
+    }
+    canvas.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every visible pair lies in a tile that is read, and full tiles hold no hidden pair.
+    #[test]
+    fn fates_agree_with_the_rule() {
+        for (name, text) in framestride_shapes::models() {
+            if !name.starts_with("tiny") {
+                continue;
+            }
+            let spec = Spec::parse(name, text).expect("a shipped spec");
+            for head in HeadType::ALL {
+                let tiling = Tiling::new(&spec, head);
+                for query in (0..spec.layout.sequence()).step_by(7) {
+                    let visible = spec.layout.visible(head, query, spec.layout.text_tokens);
+                    for key in 0..spec.layout.sequence() {
+                        match tiling.fate(query, key) {
+                            Fate::Skipped => assert!(!visible.sees(key), "{name} {head:?} {query} {key}"),
+                            Fate::Full => assert!(visible.sees(key), "{name} {head:?} {query} {key}"),
+                            Fate::Edge => {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The main job: one profiled sparse layer on given inputs, compared with the f64 reference.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use framestride_shapes::layout::HeadType;
+use framestride_shapes::spec::Spec;
+use rand::RngExt;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::attention::{HeadTypes, SparseAttention, Workspace};
+use crate::device::Stream;
+use crate::error::Result;
+use crate::inputs::{Inputs, Tokens, row_generator};
+use crate::launch::Kernel;
+use crate::module::Module;
+use crate::name_of;
+use crate::place::{Arrangement, PlacedLayer};
+use crate::reference::{Attended, Head, Reference, distance, norm};
+use crate::tolerance;
+
+/// One head's result.
+#[derive(Clone, Debug, Serialize)]
+pub struct HeadResult {
+    /// Batch item.
+    pub batch: u32,
+    /// Head.
+    pub head: u32,
+    /// Mean squared error of the spatial mask against dense attention, over the sampled rows.
+    pub spatial_error: f32,
+    /// Of the temporal mask.
+    pub temporal_error: f32,
+    /// The mask chosen.
+    pub mask: &'static str,
+    /// Visible pairs over S^2 of that mask.
+    pub density: f64,
+    /// ||out - reference|| / ||reference|| over the compared rows: the reference has the same mask, in f64.
+    pub rel_error: f64,
+    /// What rounding to the spec's type explains.
+    pub tolerance: f64,
+    /// The same against dense attention: what the mask costs.
+    pub dense_rel_error: f64,
+}
+
+/// Time of one kernel.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelTime {
+    /// The kernel; pack runs twice.
+    pub kernel: &'static str,
+    /// Milliseconds.
+    pub milliseconds: f64,
+}
+
+/// What a run found.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunReport {
+    /// Whether every head is within its tolerance.
+    pub ok: bool,
+    /// Name of the spec.
+    pub spec: String,
+    /// Where the kernels ran.
+    pub device: String,
+    /// Batch items, tokens, heads, head_dim.
+    pub shape: [usize; 4],
+    /// Query rows of each head that were compared.
+    pub compared_rows: usize,
+    /// Mean density of the heads.
+    pub density: f64,
+    /// ||out - reference|| / ||reference|| over all heads.
+    pub rel_error: f64,
+    /// The heads, batch item by batch item.
+    pub heads: Vec<HeadResult>,
+    /// The kernels in the order they ran.
+    pub kernels: Vec<KernelTime>,
+}
+
+/// A run's report and tensors.
+pub struct Run {
+    /// For people and machines.
+    pub report: RunReport,
+    /// The output.
+    pub out: Tokens,
+    /// Log-sum-exp, `[B, H, S]`.
+    pub lse: Vec<f32>,
+    /// Head types, `[B, H]`.
+    pub types: Vec<HeadType>,
+}
+
+/// Multiply-adds that the comparison with the reference may cost; beyond it rows are drawn at random.
+const REFERENCE_OPERATIONS: f64 = 4e9;
+
+/// Runs one layer and compares it. `progress` hears what is being done, and the part done where it is known.
+pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option<f64>)) -> Result<Run> {
+    let (spec, device) = (module.spec(), module.device());
+    let [batch, sequence, heads, head_dim] = inputs.q.shape();
+    inputs.check(spec, "inputs")?;
+    progress("inputs to the device", None);
+    let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
+    let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
+    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+    let announce = |kernel: Kernel| progress(kernel.entry(), None);
+    // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
+    let times = unsafe {
+        attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, announce)?
+    };
+    let profiles = attention.read_profile(&workspace)?;
+    let (out, _) = placed.out.download(device)?;
+    let lse = placed.download_lse(device)?;
+
+    let reference = Reference::new(spec, inputs);
+    let operations_of_row = (sequence * head_dim * 4) as f64;
+    let affordable = (REFERENCE_OPERATIONS / operations_of_row / (batch * heads) as f64).ceil() as usize;
+    let rows = sampled_rows(affordable.max(16), sequence);
+    let mut results = Vec::with_capacity(profiles.len());
+    let (mut all_error, mut all_size) = (0.0, 0.0);
+    for (index, profile) in profiles.iter().enumerate() {
+        progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
+        let head = reference.head(profile.batch as usize, profile.head as usize);
+        let sums = rows
+            .par_iter()
+            .map(|&row| {
+                let found = out.row(profile.batch as usize, row, profile.head as usize);
+                compare_row(spec, &head, profile.head_type, row, inputs.scale(), &found)
+            })
+            .reduce(Sums::default, Sums::add);
+        all_error += sums.error;
+        all_size += sums.size;
+        results.push(HeadResult {
+            batch: profile.batch,
+            head: profile.head,
+            spatial_error: profile.spatial_error,
+            temporal_error: profile.temporal_error,
+            mask: name_of(profile.head_type),
+            density: spec.density(profile.head_type),
+            rel_error: (sums.error / sums.size).sqrt(),
+            tolerance: (sums.tolerance / sums.size).sqrt(),
+            dense_rel_error: (sums.dense_error / sums.dense_size).sqrt(),
+        });
+    }
+    progress("comparing with the f64 reference", Some(1.0));
+    let report = RunReport {
+        ok: results.iter().all(|head| head.rel_error <= head.tolerance),
+        spec: spec.name.clone(),
+        device: device.name(),
+        shape: inputs.q.shape(),
+        compared_rows: rows.len(),
+        density: results.iter().map(|head| head.density).sum::<f64>() / results.len() as f64,
+        rel_error: (all_error / all_size).sqrt(),
+        heads: results,
+        kernels: times
+            .iter()
+            .map(|&(kernel, milliseconds)| KernelTime { kernel: kernel.entry(), milliseconds })
+            .collect(),
+    };
+    Ok(Run { report, out, lse, types: profiles.iter().map(|profile| profile.head_type).collect() })
+}
+
+/// Rows to compare: all, or `count` drawn from a fixed seed.
+fn sampled_rows(count: usize, sequence: usize) -> Vec<usize> {
+    if count >= sequence {
+        return (0..sequence).collect();
+    }
+    let mut generator = row_generator(0, 0);
+    let mut rows = BTreeSet::new();
+    while rows.len() < count {
+        rows.insert(generator.random_range(0..sequence));
+    }
+    rows.into_iter().collect()
+}
+
+/// Squared norms over rows.
+#[derive(Default)]
+struct Sums {
+    error: f64,
+    size: f64,
+    tolerance: f64,
+    dense_error: f64,
+    dense_size: f64,
+}
+
+impl Sums {
+    fn add(self, other: Sums) -> Sums {
+        Sums {
+            error: self.error + other.error,
+            size: self.size + other.size,
+            tolerance: self.tolerance + other.tolerance,
+            dense_error: self.dense_error + other.dense_error,
+            dense_size: self.dense_size + other.dense_size,
+        }
+    }
+}
+
+fn compare_row(spec: &Spec, head: &Head, head_type: HeadType, row: usize, scale: f64, found: &[f64]) -> Sums {
+    let (expected, dense) = (head.attend(head_type, row, scale), head.attend(HeadType::Dense, row, scale));
+    let size = norm(&expected.out);
+    let tolerance = match expected.keys {
+        0 => 0.0,
+        _ => tolerance::layer_row(spec.dtype, &expected, score_rounding(spec, head, head_type, row, &expected, scale)) * size,
+    };
+    Sums {
+        error: distance(found, &expected.out).powi(2),
+        size: size * size,
+        tolerance: tolerance * tolerance,
+        dense_error: distance(found, &dense.out).powi(2),
+        dense_size: norm(&dense.out).powi(2),
+    }
+}
+
+/// Root mean square, under the weights, of the scores' errors when Q and K are rounded to the spec's type: see
+/// [`tolerance::layer_row`].
+fn score_rounding(spec: &Spec, head: &Head, head_type: HeadType, row: usize, attended: &Attended, scale: f64) -> f64 {
+    if spec.qk_norm.is_none() && spec.rope.is_none() {
+        // Nothing was computed, so nothing is rounded.
+        return 0.0;
+    }
+    let dim = head.head_dim;
+    let query = &head.queries[row * dim..][..dim];
+    let mask = head.mask(head_type);
+    let mut mean_square = 0.0;
+    for (_, key) in head.keys.chunks_exact(dim).enumerate().filter(|&(key, _)| mask.sees(row, key)) {
+        let (mut score, mut square) = (0.0, 0.0);
+        for (q, k) in query.iter().zip(key) {
+            score += q * k;
+            square += (q * k) * (q * k);
+        }
+        mean_square += (score * scale - attended.lse).exp() * square;
+    }
+    tolerance::unit_roundoff(spec.dtype) * (2.0f64 / 3.0).sqrt() * scale * mean_square.sqrt()
+}

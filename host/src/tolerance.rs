@@ -1,0 +1,130 @@
+//! How far a kernel's result may lie from the f64 reference, derived from its arithmetic.
+//!
+//! The reference gets the very numbers that the kernel reads, so only the kernel's own roundings count:
+//!
+//! * **Rounding to the 16-bit type** (precision p: 8 bits for bf16, 11 for f16): a relative error of at most u = 2^-p, and, over
+//!   many numbers, of mean zero and root mean square at most u / sqrt(3). f16 has a smallest step of 2^-24, so half of that is an
+//!   absolute error on top.
+//! * **f32 arithmetic**: at most 2^-24 for an operation that rounds; 2^-23 for tensor-core sums, which may truncate, and 2^-22 for
+//!   the approximate 2^x, log2, 1/x and 1/sqrt(x).
+//!
+//! Worst cases of sums of thousands of rounded terms are so wide that a wrong kernel would pass. So independent roundings are
+//! added as variances, as in the probabilistic analysis of Higham and Mary (2019), and a result may lie [`DEVIATIONS`] standard
+//! deviations away; errors that do not average out (truncation, scores) are added in full.
+//!
+//! * **pack** rounds once: u for each element, and so for the row. The statistic of n terms in f32 adds at most n / 2 roundings
+//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre; norm, affine part and
+//!   rotation add at most 16 roundings of values no larger than 4 times the row.
+//! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
+//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations and four
+//!   roundings of at most |q| |k| scale, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
+//!   and the sum over the keys one truncation for each 16 keys, of partial sums about as large as spread or out.
+//! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
+//! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
+//!   wrong by no more than the root mean square error of masked and dense output together.
+
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
+
+use crate::reference::{Attended, ProfileErrors, norm};
+
+/// Standard deviations that a sum of independent roundings may be away from zero.
+pub const DEVIATIONS: f64 = 3.0;
+
+const F32: f64 = 1.0 / (1 << 24) as f64;
+const TRUNCATION: f64 = 2.0 * F32;
+const APPROXIMATION: f64 = 4.0 * F32;
+
+/// Largest relative error of rounding to the type.
+pub fn unit_roundoff(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Bf16 => 1.0 / 256.0,
+        Dtype::F16 => 1.0 / 2048.0,
+    }
+}
+
+/// Largest absolute error of rounding a number too small for full precision.
+fn smallest_error(dtype: Dtype) -> f64 {
+    match dtype {
+        // The exponents are those of f32: nothing that small matters.
+        Dtype::Bf16 => 0.0,
+        Dtype::F16 => 1.0 / (1u64 << 25) as f64,
+    }
+}
+
+/// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given.
+pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
+    let mut tolerance = unit_roundoff(spec.dtype) + 64.0 * F32 + APPROXIMATION;
+    if let Some(qk_norm) = &spec.qk_norm {
+        let terms = match qk_norm.over {
+            NormOver::Head => spec.head_dim,
+            NormOver::Heads => spec.heads * spec.head_dim,
+        };
+        let off_centre = match qk_norm.kind {
+            NormKind::Rms => 1.0,
+            NormKind::Layer => {
+                let mean = input.iter().sum::<f64>() / input.len() as f64;
+                let centred: Vec<f64> = input.iter().map(|x| x - mean).collect();
+                1.0 + norm(input) / norm(&centred).max(f64::MIN_POSITIVE)
+            }
+        };
+        tolerance += f64::from(terms) / 2.0 * F32 * off_centre;
+    }
+    let steps = smallest_error(spec.dtype) * (output.len() as f64).sqrt();
+    tolerance + steps / norm(output).max(f64::MIN_POSITIVE)
+}
+
+/// Relative error of a weight that comes from its score.
+fn score_error(head_dim: usize, row: &Attended) -> f64 {
+    (head_dim as f64 / 8.0 * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
+}
+
+/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not.
+fn output_error(dtype: Dtype, row: &Attended) -> (f64, f64) {
+    let u = unit_roundoff(dtype);
+    let rounding = u / 3f64.sqrt() * row.spread;
+    let steps = smallest_error(dtype) * row.flat_spread;
+    let partial = row.spread.max(norm(&row.out));
+    let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / 16.0 * TRUNCATION * partial;
+    (rounding.hypot(steps), systematic)
+}
+
+/// A row of **attention**, relative to the row's norm.
+pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
+    let size = norm(&row.out).max(f64::MIN_POSITIVE);
+    let (deviation, systematic) = output_error(dtype, row);
+    let store = (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
+    (DEVIATIONS * deviation.hypot(store) + systematic) / size
+}
+
+/// A whole layer's output row from unrounded Q and K: rounding both disturbs each score by a relative error that need not be
+/// independent of V. To first order the row moves by `sum w e (v - out)`, which is at most the root mean square of e times
+/// `sqrt(sum w |v - out|^2)` by Cauchy and Schwarz. `score_rounding` is that root mean square: u times sqrt(2/3) times the norm of
+/// the elementwise product of q and k, scaled, averaged over the weights.
+pub fn layer_row(dtype: Dtype, row: &Attended, score_rounding: f64) -> f64 {
+    let size = norm(&row.out).max(f64::MIN_POSITIVE);
+    attention_row(dtype, row) + DEVIATIONS * score_rounding * row.dispersion / size
+}
+
+/// exp(lse), relative.
+pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
+    let sums = (row.keys as f64 / 4.0 + 2.0) * F32;
+    let logarithm = APPROXIMATION * (1.0 + row.lse.abs() + row.score_size);
+    sums + score_error(head_dim, row) + logarithm
+}
+
+/// Root mean squared error of **profile** for one mask (1 spatial, 2 temporal), relative to the dense output's root mean square.
+pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 {
+    let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
+    for rows in &profile.rows {
+        for row in [&rows[0], &rows[mask]] {
+            let (deviation, fixed) = output_error(dtype, row);
+            variance += deviation * deviation;
+            systematic += fixed * fixed;
+        }
+        count += rows[0].out.len() as f64;
+    }
+    // Merging splits and summing squares: at most one rounding for each row and element.
+    let sums = count * F32;
+    let root_mean = |sum: f64| (sum / count).sqrt();
+    (DEVIATIONS * root_mean(variance) + root_mean(systematic)) / profile.dense_rms.max(f64::MIN_POSITIVE) + sums
+}
