@@ -42,6 +42,24 @@ impl Kernels {
         Kernels::parse(&format!("{name}.json"), ptx, manifest)
     }
 
+    /// The kernels of a spec: the embedded ones when they were made from an equal spec, else built now with the device compiler
+    /// (20 to 40 s the first time). `file` is what messages call the text.
+    pub fn for_spec(file: &str, text: &str) -> Result<Kernels> {
+        let spec = Spec::parse(file, text)?;
+        for &(name, ptx, manifest) in SHIPPED {
+            if name == spec.name {
+                let shipped = Kernels::parse(&format!("{name}.json"), ptx, manifest)?;
+                if shipped.manifest.spec()? == spec {
+                    return Ok(shipped);
+                }
+            }
+        }
+        let built = framestride_builder::Kernels::from_text(file, text)
+            .build()
+            .map_err(|error| Error::Build(error.to_string()))?;
+        Kernels::new(&built.name, &built.ptx, built.manifest)
+    }
+
     /// Reads `NAME.ptx` and the `NAME.json` beside it.
     pub fn from_file(ptx: impl AsRef<Path>) -> Result<Kernels> {
         let ptx = ptx.as_ref();

@@ -1,0 +1,491 @@
+//! The `framestride` command. Exit codes: 0 done, 1 a check failed or a kernel faulted, 2 bad input.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clap::{Args, Parser, Subcommand};
+use framestride::device::DeviceChoice;
+use framestride::files::{load_frames, load_inputs, save_output};
+use framestride::inputs::Inputs;
+use framestride::masks::{self, TileCounts};
+use framestride::run::RunReport;
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Spec;
+use framestride::verify::{Effort, Report};
+use framestride::{Device, Error, Kernels, Module, Result, name_of, report, verify, video};
+use framestride_builder::toolchain;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Sparse attention for video diffusion transformers, on kernels made for the model's shape.
+///
+/// SPEC is a TOML file, or the name of a shipped spec, such as `demo`. Exit codes: 0 done, 1 a check failed, 2 bad input.
+#[derive(Parser)]
+#[command(version, name = "framestride")]
+struct Cli {
+    /// Print one JSON value instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec.
+    Describe {
+        /// The spec.
+        spec: String,
+    },
+    /// Builds the kernels of a spec: NAME.ptx and its manifest NAME.json.
+    Build {
+        /// The spec.
+        spec: String,
+        /// The GPU architecture.
+        #[arg(long, default_value = "sm_90a")]
+        arch: String,
+        /// Folder for the two files.
+        #[arg(long, default_value = ".")]
+        out: PathBuf,
+    },
+    /// Compares each kernel with the f64 reference, on fresh random inputs.
+    Verify {
+        /// The spec.
+        spec: String,
+        #[command(flatten)]
+        on: On,
+        /// Seed of the inputs; from the clock when not given.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with the f64 reference.
+    Run {
+        /// The spec.
+        spec: String,
+        #[command(flatten)]
+        on: On,
+        /// Frames: a safetensors file with `frames`, u8 [frames, height, width, 3].
+        #[arg(long, value_name = "FILE", conflicts_with = "qkv")]
+        video: Option<PathBuf>,
+        /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] in bf16, f16 or f32; optionally `cos`, `sin`,
+        /// `q_norm.weight`, `q_norm.bias`, the same for `k_norm`, `q_norm_text` and `k_norm_text`, and `text_lengths`.
+        #[arg(long, value_name = "FILE")]
+        qkv: Option<PathBuf>,
+        /// Where the output goes; with --qkv, FILE.out.safetensors beside it when not given.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// Folder for pictures and report.json.
+        #[arg(long, value_name = "DIR")]
+        report: Option<PathBuf>,
+    },
+    /// Draws the masks of a spec in model order and in packed order.
+    Plot {
+        /// The spec.
+        spec: String,
+        /// The PNG file.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Shows what was found on this machine and what is missing: device compiler, tools, GPU.
+    Doctor,
+}
+
+#[derive(Args)]
+struct On {
+    /// Where the kernels run.
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceChoice,
+    /// Kernels built before: NAME.ptx with NAME.json beside it.
+    #[arg(long, value_name = "FILE")]
+    ptx: Option<PathBuf>,
+}
+
+/// What a command found: text for people, a value for machines, and whether its checks passed.
+struct Outcome {
+    text: String,
+    json: Value,
+    ok: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Describe { spec } => describe(&spec),
+        Command::Build { spec, arch, out } => build(&spec, &arch, &out),
+        Command::Verify { spec, on, seed } => verify_spec(&spec, &on, seed),
+        Command::Run { spec, on, video, qkv, out, report } => {
+            run_spec(&spec, &on, video.as_deref(), qkv.as_deref(), out, report.as_deref())
+        }
+        Command::Plot { spec, out } => plot(&spec, out),
+        Command::Doctor => Ok(doctor()),
+    };
+    match outcome {
+        Ok(outcome) => {
+            print(&if cli.json { format!("{:#}\n", outcome.json) } else { outcome.text });
+            ExitCode::from(u8::from(!outcome.ok))
+        }
+        Err(error) => {
+            // A kernel that faults has failed its check; everything else is about what the command was given.
+            let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });
+            if cli.json {
+                print(&format!("{:#}\n", json!({ "ok": false, "error": error.to_string() })));
+            }
+            let text = error.to_string();
+            let prefix = if text.starts_with("error") { "" } else { "error: " };
+            eprintln!("{prefix}{}", text.trim_end());
+            ExitCode::from(if failed { 1 } else { 2 })
+        }
+    }
+}
+
+/// Writes to standard output; a reader that has gone away is no error.
+fn print(text: &str) {
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+}
+
+/// Name for messages and text of a spec that is a file, or the name of a shipped one.
+fn spec_text(argument: &str) -> Result<(String, String)> {
+    let shipped = framestride::shapes::models().iter().find(|(name, _)| *name == argument);
+    if let Some((name, text)) = shipped.filter(|_| !Path::new(argument).exists()) {
+        return Ok((format!("{name} (shipped)"), (*text).to_owned()));
+    }
+    // The reader of specs has the message for a file that is missing or no text.
+    Spec::from_file(argument)?;
+    let text = std::fs::read_to_string(argument).map_err(|error| Error::file(argument, error))?;
+    Ok((argument.to_owned(), text))
+}
+
+fn load(spec: &str, on: &On, bar: &Bar) -> Result<std::sync::Arc<Module>> {
+    let (file, text) = spec_text(spec)?;
+    let device = Device::choose(on.device)?;
+    bar.say("kernels", None);
+    let kernels = match &on.ptx {
+        None => Kernels::for_spec(&file, &text)?,
+        Some(ptx) => {
+            let kernels = Kernels::from_file(ptx)?;
+            if kernels.manifest.spec()? != Spec::parse(&file, &text)? {
+                return Err(Error::input(
+                    ptx.display(),
+                    format!("kernels of another spec, named {}", kernels.manifest.name),
+                    format!("kernels of {file}"),
+                    "Build them again from this spec",
+                ));
+            }
+            kernels
+        }
+    };
+    bar.say("loading kernels", None);
+    Module::load(&device, &kernels)
+}
+
+/// A progress bar on standard error, which shows itself when something takes more than a second.
+struct Bar {
+    bar: ProgressBar,
+    started: Instant,
+    shown: RefCell<bool>,
+}
+
+impl Bar {
+    fn new() -> Bar {
+        let bar = ProgressBar::hidden();
+        bar.set_length(1000);
+        let template = "{spinner} {msg:<60} [{bar:24}] {elapsed}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(120));
+        Bar { bar, started: Instant::now(), shown: RefCell::new(false) }
+    }
+
+    fn say(&self, what: &str, part: Option<f64>) {
+        self.bar.set_message(what.to_owned());
+        self.bar.set_position(part.map_or(0, |part| (part * 1000.0) as u64));
+        if !*self.shown.borrow() && self.started.elapsed() > Duration::from_millis(300) {
+            self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+            *self.shown.borrow_mut() = true;
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+#[derive(Serialize)]
+struct HeadDescription {
+    mask: &'static str,
+    half_width: u32,
+    visible_pairs: String,
+    density: f64,
+    /// 4 x visible pairs x head_dim x heads x batch: two products, a multiply and an add each.
+    flop: f64,
+    tiles: TileCounts,
+}
+
+fn describe(argument: &str) -> Result<Outcome> {
+    let (file, text) = spec_text(argument)?;
+    let spec = Spec::parse(&file, &text)?;
+    let layout = &spec.layout;
+    let work = 4.0 * f64::from(spec.head_dim) * f64::from(spec.heads) * f64::from(spec.batch);
+    let heads = HeadType::ALL.map(|head| HeadDescription {
+        mask: name_of(head),
+        half_width: layout.half_width(head),
+        visible_pairs: spec.visible_pairs(head).to_string(),
+        density: spec.density(head),
+        flop: spec.visible_pairs(head) as f64 * work,
+        tiles: masks::tile_counts(&spec, head),
+    });
+    let tiles = spec.tiles();
+    let workspace = spec.workspace(spec.batch, spec.heads, 1).bytes;
+    let mut out = format!(
+        "{}\n  sequence   {} = {} frames x {} tokens + {} text ({:?}); {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (keys profiled in one part)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
+        spec.name,
+        layout.sequence(),
+        layout.frames,
+        layout.tokens_per_frame,
+        layout.text_tokens,
+        layout.text_position,
+        layout.sink_frames,
+        spec.heads,
+        spec.head_dim,
+        spec.dtype.as_str(),
+        spec.batch,
+        tiles.query_rows,
+        tiles.key_rows,
+        tiles.stages,
+        workspace as f64 / f64::from(1 << 20),
+        "mask",
+        "half width",
+        "density",
+        "TFLOP",
+        "skipped",
+        "full",
+        "edge tiles",
+    );
+    for head in &heads {
+        out += &format!(
+            "  {:<9} {:>10} {:>10.6} {:>12.4} {:>10} {:>10} {:>10}\n",
+            head.mask,
+            head.half_width,
+            head.density,
+            head.flop / 1e12,
+            head.tiles.skipped,
+            head.tiles.full,
+            head.tiles.edge
+        );
+    }
+    let json = json!({
+        "name": spec.name,
+        "sequence": layout.sequence(),
+        "frames": layout.frames,
+        "tokens_per_frame": layout.tokens_per_frame,
+        "text_tokens": layout.text_tokens,
+        "sink_frames": layout.sink_frames,
+        "heads": spec.heads,
+        "head_dim": spec.head_dim,
+        "dtype": spec.dtype.as_str(),
+        "batch": spec.batch,
+        "query_tile_rows": tiles.query_rows,
+        "key_tile_rows": tiles.key_rows,
+        "workspace_bytes": workspace,
+        "masks": heads,
+    });
+    Ok(Outcome { text: out, json, ok: true })
+}
+
+fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
+    let build_error = |error: framestride_builder::BuildError| Error::Build(error.to_string());
+    let arch = arch.parse().map_err(build_error)?;
+    let (file, text) = spec_text(argument)?;
+    let bar = Bar::new();
+    bar.say(&format!("building {file}"), None);
+    let started = Instant::now();
+    let kernels = framestride_builder::Kernels::from_text(&file, &text).arch(arch).out_dir(out);
+    let built = kernels.build().map_err(build_error)?;
+    drop(bar);
+    let seconds = started.elapsed().as_secs_f64();
+    let files: Vec<String> =
+        built.files.iter().flat_map(|files| [&files.ptx, &files.manifest]).map(|path| path.display().to_string()).collect();
+    let mut lines = format!("{} in {seconds:.1} s: {}\n", built.name, files.join(", "));
+    for kernel in &built.manifest.kernels {
+        lines += &format!("  {:<10} {:>4} threads, {:>6} bytes shared", kernel.entry, kernel.threads, kernel.shared_bytes);
+        if let Some(ptxas) = &kernel.ptxas {
+            lines += &format!(", {} registers, {} stack, {} spilled", ptxas.registers, ptxas.stack, ptxas.spill_stores);
+        }
+        lines.push('\n');
+    }
+    let json = json!({ "name": built.name, "seconds": seconds, "files": files, "kernels": built.manifest.kernels });
+    Ok(Outcome { text: lines, json, ok: true })
+}
+
+fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
+    let bar = Bar::new();
+    let module = load(argument, on, &bar)?;
+    // Different each time unless asked for, and printed, so that what failed once can be had again.
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
+    let seed = seed.unwrap_or_else(clock);
+    let report = verify::verify(&module, seed, Effort::default(), &|what, part| bar.say(what, Some(part)))?;
+    drop(bar);
+    Ok(Outcome { text: verify_text(&report), ok: report.ok, json: to_json(&report) })
+}
+
+fn verify_text(report: &Report) -> String {
+    let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
+    for check in &report.checks {
+        let verdict = if check.ok { "ok    " } else { "FAILED" };
+        text += &format!(
+            "{verdict} {:<9} {:<62} error {:9.2e} of {:8.2e}",
+            check.kernel, check.case, check.rel_error, check.tolerance
+        );
+        if !check.ok {
+            text += &format!("  ({})", check.worst);
+        }
+        text.push('\n');
+    }
+    let failed = report.checks.iter().filter(|check| !check.ok).count();
+    text + &match failed {
+        0 => format!("all {} checks passed\n", report.checks.len()),
+        _ => format!("{failed} of {} checks failed\n", report.checks.len()),
+    }
+}
+
+fn to_json(value: &impl Serialize) -> Value {
+    // Strings, numbers and lists of them: there is nothing that JSON cannot hold.
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+fn run_spec(
+    argument: &str,
+    on: &On,
+    video: Option<&Path>,
+    qkv: Option<&Path>,
+    out: Option<PathBuf>,
+    folder: Option<&Path>,
+) -> Result<Outcome> {
+    let bar = Bar::new();
+    let (file, text) = spec_text(argument)?;
+    let spec = Spec::parse(&file, &text)?;
+    bar.say("inputs", None);
+    // Inputs first: what is wrong with them is said before anything is built.
+    let (inputs, frames) = match (video, qkv) {
+        (Some(path), _) => {
+            let frames = load_frames(path)?;
+            let source = path.display().to_string();
+            (video::inputs(&spec, spec.heads as usize, &frames, &source)?, Some(frames))
+        }
+        (None, Some(path)) => (load_inputs(path, &spec)?, None),
+        (None, None) => {
+            (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None)
+        }
+    };
+    let module = load(argument, on, &bar)?;
+    let place = module.device().name();
+    let run = framestride::run::run(&module, &inputs, &|what, part| bar.say(&format!("{what} ({place})"), part))?;
+    let out = out.or_else(|| qkv.map(|path| path.with_extension("out.safetensors")));
+    let mut files = Vec::new();
+    if let Some(out) = out {
+        bar.say("output", None);
+        save_output(&out, &run.out, Some(&run.lse))?;
+        files.push(out);
+    }
+    if let Some(folder) = folder {
+        bar.say("pictures", None);
+        files.extend(report::write(folder, &spec, &inputs, &run, frames.as_ref())?);
+    }
+    drop(bar);
+    let files: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+    let mut json = to_json(&run.report);
+    json["files"] = json!(files);
+    let mut text = run_text(&run.report);
+    for file in &files {
+        text += &format!("wrote {file}\n");
+    }
+    Ok(Outcome { text, ok: run.report.ok, json })
+}
+
+fn run_text(report: &RunReport) -> String {
+    let [batch, rows, heads, head_dim] = report.shape;
+    let mut text = format!(
+        "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}\n\n{:>5} {:>5} {:>14} {:>14} {:>9} {:>8} {:>12} {:>11} {:>10}\n",
+        report.spec,
+        report.device,
+        "batch",
+        "head",
+        "spatial error",
+        "temporal error",
+        "mask",
+        "density",
+        "vs reference",
+        "tolerance",
+        "vs dense"
+    );
+    for head in &report.heads {
+        text += &format!(
+            "{:>5} {:>5} {:>14.4e} {:>14.4e} {:>9} {:>8.4} {:>12.2e} {:>11.2e} {:>10.2e}{}\n",
+            head.batch,
+            head.head,
+            head.spatial_error,
+            head.temporal_error,
+            head.mask,
+            head.density,
+            head.rel_error,
+            head.tolerance,
+            head.dense_rel_error,
+            if head.rel_error <= head.tolerance { "" } else { "  FAILED" }
+        );
+    }
+    text += &format!(
+        "\nmean density {:.4}; relative error against the f64 reference {:.2e} over {} rows of each head\n\n",
+        report.density, report.rel_error, report.compared_rows
+    );
+    for kernel in &report.kernels {
+        text += &format!("{:<10} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);
+    }
+    text
+}
+
+fn plot(argument: &str, out: PathBuf) -> Result<Outcome> {
+    let (file, text) = spec_text(argument)?;
+    let spec = Spec::parse(&file, &text)?;
+    let bar = Bar::new();
+    bar.say("drawing masks", None);
+    let out = report::save(out, &masks::picture(&spec, &HeadType::ALL))?;
+    drop(bar);
+    let file = out.display().to_string();
+    Ok(Outcome { text: format!("wrote {file}\n"), json: json!({ "files": [file] }), ok: true })
+}
+
+fn doctor() -> Outcome {
+    let tools = toolchain::Report::new();
+    let gpu = Device::gpu(0);
+    let (gpu_text, gpu_json) = match &gpu {
+        Ok(Device::Gpu(gpu)) => {
+            let (major, minor) = gpu.capability();
+            let driver = gpu.driver_version();
+            let fit = if (major, minor) == (9, 0) { "runs the kernels" } else { "cannot run the kernels, which need 9.0" };
+            (
+                format!(
+                    "found   GPU        {}, compute capability {major}.{minor} ({fit}), driver for CUDA {}.{}\n",
+                    gpu.name(),
+                    driver / 1000,
+                    driver % 1000 / 10
+                ),
+                json!({ "name": gpu.name(), "capability": format!("{major}.{minor}"), "driver": driver }),
+            )
+        }
+        Ok(Device::Emulator(_)) => (String::new(), Value::Null),
+        Err(error) => (
+            format!("absent  GPU        {error}; the emulator takes its place\n"),
+            json!({ "missing": error.to_string() }),
+        ),
+    };
+    let shipped: Vec<&str> = Kernels::shipped_names().collect();
+    let text = format!("{tools}{gpu_text}shipped kernels: {}\n", shipped.join(", "));
+    let json = json!({ "can_build": tools.can_build(), "tools": tools, "gpu": gpu_json, "shipped": shipped });
+    Outcome { text, json, ok: true }
+}
