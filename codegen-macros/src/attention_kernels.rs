@@ -8,7 +8,7 @@ use framestride_shapes::launch::{
 };
 use framestride_shapes::layout::TextPosition;
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Problem, Spec, SpecError};
-use proc_macro2::{Ident, Span, TokenStream};
+use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::quote;
 use std::path::PathBuf;
 use syn::parse::{Parse, ParseStream, Parser};
@@ -20,12 +20,31 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
         let is_file = input.peek(syn::Ident) && input.fork().parse::<Ident>()? == "spec";
         if is_file { from_file(input) } else { spelled_out(input) }
     };
-    let (spec, file) = parse.parse2(input)?;
-    Ok(kernels(&spec, file.as_deref()))
+    let Shape { spec, text, file } = parse.parse2(input)?;
+    let kernels = kernels(&spec, file.as_deref());
+    let (length, bytes) = (text.len(), Literal::byte_string(text.as_bytes()));
+    Ok(quote! {
+        #kernels
+
+        #[doc(hidden)]
+        #[used]
+        #[unsafe(no_mangle)]
+        #[allow(non_upper_case_globals)]
+        pub static framestride_spec: [u8; #length] = *#bytes;
+    })
 }
 
-/// `spec = "path"`: the spec and the path, which the crate must be rebuilt for.
-fn from_file(input: ParseStream) -> Result<(Spec, Option<String>)> {
+/// What the macro was given.
+struct Shape {
+    spec: Spec,
+    /// The spec as TOML, which the builder takes out of the LLVM IR and copies to the manifest.
+    text: String,
+    /// The file it stands in, which the crate must be rebuilt for.
+    file: Option<String>,
+}
+
+/// `spec = "path"`.
+fn from_file(input: ParseStream) -> Result<Shape> {
     input.parse::<Ident>()?;
     input.parse::<Token![=]>()?;
     let path: LitStr = input.parse()?;
@@ -41,7 +60,8 @@ fn from_file(input: ParseStream) -> Result<(Spec, Option<String>)> {
             error.problems.iter().map(|problem| format!("{}:{}: {}", path.value(), problem.line, message(problem)));
         Error::new(path.span(), lines.collect::<Vec<_>>().join("\n"))
     })?;
-    Ok((spec, Some(file.display().to_string())))
+    let text = std::fs::read_to_string(&file).map_err(|error| Error::new(path.span(), error))?;
+    Ok(Shape { spec, text, file: Some(file.display().to_string()) })
 }
 
 /// `name = value`, or `name = kind { name = value, ... }`.
@@ -126,7 +146,7 @@ impl Lines {
     }
 }
 
-fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
+fn spelled_out(input: ParseStream) -> Result<Shape> {
     let whole = input.span();
     let mut lines = Lines::default();
     let mut named = false;
@@ -185,7 +205,7 @@ fn spelled_out(input: ParseStream) -> Result<(Spec, Option<String>)> {
     }
     let (text, spans) = lines.text(whole);
     let spec = Spec::parse("attention_kernels!", &text).map_err(|error| at_tokens(error, &spans, whole))?;
-    Ok((spec, None))
+    Ok(Shape { spec, text, file: None })
 }
 
 fn message(problem: &Problem) -> String {

@@ -1,1 +1,365 @@
+//! From a spec to PTX and its manifest, from a `build.rs` or at run time.
+//!
+//! ```no_run
+//! // build.rs
+//! fn main() {
+//!     let kernels = framestride_builder::Kernels::from_spec("shapes/my_model.toml");
+//!     if let Err(error) = kernels.arch(framestride_builder::Arch::Sm90a).build() {
+//!         eprintln!("{error}");
+//!         std::process::exit(1);
+//!     }
+//! }
+//! ```
+//!
+//! writes `<name>.ptx` and `<name>.json` into `OUT_DIR`, `<name>` being the spec's own, for
+//! `include_str!(concat!(env!("OUT_DIR"), "/my_model.ptx"))`, and tells cargo what to watch. Elsewhere the folder is named with
+//! [`Kernels::out_dir`], or nothing is written and the result is in memory.
+//!
+//! The way: a device crate of a few lines is generated ([`Kernels::from_spec`]) or given ([`Kernels::from_crate`]), compiled to
+//! LLVM IR by a nested cargo with the compiler that [`toolchain::find`] finds, finished ([`finish`]: launch bounds and convergent
+//! assembly), optimised and translated to PTX. Where ptxas is installed, its report goes into the manifest.
+#![warn(missing_docs)]
 
+use std::collections::BTreeSet;
+use std::env;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use framestride_shapes::layout::HeadType;
+pub use framestride_shapes::manifest::Manifest;
+use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
+use framestride_shapes::spec::Spec;
+
+mod device_crate;
+mod error;
+pub mod finish;
+mod pipeline;
+pub mod ptx;
+pub mod ptxas;
+pub mod toolchain;
+
+use device_crate::DeviceCrate;
+pub use error::BuildError;
+use error::at;
+use pipeline::Assembled;
+use toolchain::Toolchain;
+
+/// A GPU architecture that kernels exist for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Arch {
+    /// Hopper (H100, H200, GH200), with the instructions that only it has.
+    #[default]
+    Sm90a,
+}
+
+impl Arch {
+    /// All of them.
+    pub const ALL: [Arch; 1] = [Arch::Sm90a];
+
+    /// The compilers' name of it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Arch::Sm90a => "sm_90a",
+        }
+    }
+
+    /// LLVM's name of the PTX version to write: old enough for the drivers in use, new enough for the instructions.
+    const fn ptx_feature(self) -> &'static str {
+        match self {
+            Arch::Sm90a => "ptx83",
+        }
+    }
+
+    /// Names of all architectures, for messages.
+    fn names() -> String {
+        Arch::ALL.map(Arch::name).join(", ")
+    }
+}
+
+impl std::str::FromStr for Arch {
+    type Err = BuildError;
+
+    fn from_str(name: &str) -> Result<Arch, BuildError> {
+        let known = Arch::ALL.into_iter().find(|arch| arch.name() == name);
+        known.ok_or_else(|| BuildError::UnknownArch { found: name.into() })
+    }
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+enum Source {
+    /// A spec's file.
+    File(PathBuf),
+    /// A spec's text, and what messages call it.
+    Text { file: String, text: String },
+    /// A user's own device crate.
+    Crate(PathBuf),
+}
+
+/// Something that a build has reached, for whoever shows progress. Builds of several specs tell it from several threads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Progress {
+    /// rustc compiles the kernels of this name; the first time `core` too.
+    Compiling(String),
+    /// LLVM and ptxas work on them.
+    Assembling(String),
+    /// Done.
+    Done(String),
+}
+
+/// Builds kernels: names the sources, then [`build`](Kernels::build) or [`build_all`](Kernels::build_all).
+#[derive(Clone, Debug)]
+pub struct Kernels {
+    sources: Vec<Source>,
+    arch: Arch,
+    out_dir: Option<PathBuf>,
+    progress: Option<fn(Progress)>,
+}
+
+/// What a build made.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// Name of the kernels: the spec's, or the device crate's.
+    pub name: String,
+    /// The PTX of all kernels, one module.
+    pub ptx: String,
+    /// What is needed to launch them, and where they come from.
+    pub manifest: Manifest,
+    /// Where PTX and manifest were written; `None` when no folder was named.
+    pub files: Option<Files>,
+    /// The compiler's warnings about the device crate, rendered.
+    pub warnings: Vec<String>,
+    /// Every source file that the PTX depends on, the compiler's own left out.
+    pub inputs: Vec<PathBuf>,
+}
+
+/// The two files of a build.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// `<name>.ptx`.
+    pub ptx: PathBuf,
+    /// `<name>.json`.
+    pub manifest: PathBuf,
+}
+
+impl Kernels {
+    /// The kernels of a spec: pack, profile, select and attention.
+    pub fn from_spec(path: impl AsRef<Path>) -> Kernels {
+        Kernels::from_specs([path])
+    }
+
+    /// The kernels of several specs, each a PTX and a manifest of its own, built in parallel.
+    pub fn from_specs(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Kernels {
+        Kernels::of(paths.into_iter().map(|path| Source::File(path.as_ref().to_path_buf())).collect())
+    }
+
+    /// The kernels of a spec given as TOML text; `file` is what messages call it.
+    pub fn from_text(file: &str, text: &str) -> Kernels {
+        Kernels::of(vec![Source::Text { file: file.into(), text: text.into() }])
+    }
+
+    /// The kernels of a device crate of your own: `path` is its folder or its Cargo.toml. It is `no_std`, depends on
+    /// `framestride-kernels`, and has `attention_kernels!` or entries made with `#[kernel]`, or both, in its `lib.rs`; its
+    /// Cargo.toml needs no profile, no target and no crate type.
+    pub fn from_crate(path: impl AsRef<Path>) -> Kernels {
+        Kernels::of(vec![Source::Crate(path.as_ref().to_path_buf())])
+    }
+
+    fn of(sources: Vec<Source>) -> Kernels {
+        Kernels { sources, arch: Arch::default(), out_dir: None, progress: None }
+    }
+
+    /// The architecture to build for.
+    pub fn arch(mut self, arch: Arch) -> Kernels {
+        self.arch = arch;
+        self
+    }
+
+    /// Writes PTX and manifest into this folder, which is created. In a build script the default is `OUT_DIR`.
+    pub fn out_dir(mut self, folder: impl Into<PathBuf>) -> Kernels {
+        self.out_dir = Some(folder.into());
+        self
+    }
+
+    /// Calls `progress` with what the build reaches.
+    pub fn on_progress(mut self, progress: fn(Progress)) -> Kernels {
+        self.progress = Some(progress);
+        self
+    }
+
+    /// Builds one source. Of several, the first is returned; see [`build_all`](Kernels::build_all).
+    ///
+    /// # Errors
+    /// Any [`BuildError`].
+    pub fn build(self) -> Result<Built, BuildError> {
+        self.build_all().map(|mut built| built.swap_remove(0))
+    }
+
+    /// Builds every source, in parallel, and returns what was made in their order. In a build script it also tells cargo what
+    /// to watch and passes the compiler's warnings on.
+    ///
+    /// # Errors
+    /// Every spec is checked before anything is compiled. [`BuildError::Several`] when more than one build failed.
+    pub fn build_all(self) -> Result<Vec<Built>, BuildError> {
+        let script = BuildScript::detect();
+        let out_dir = self.out_dir.clone().or_else(|| script.as_ref().map(|script| script.out_dir.clone()));
+        if let Some(script) = &script {
+            script.watch_first(&self.sources);
+        }
+        let jobs = collect(self.sources.iter().map(Job::check))?;
+        let toolchain = toolchain::find()?;
+        if let Some(folder) = &out_dir {
+            std::fs::create_dir_all(folder).map_err(at("create", folder))?;
+        }
+        let results: Vec<Mutex<Option<Result<Built, BuildError>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
+        let next = AtomicUsize::new(0);
+        let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
+        thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    while let index = next.fetch_add(1, Ordering::Relaxed)
+                        && let Some(job) = jobs.get(index)
+                    {
+                        let built = self.build_one(job, &toolchain, out_dir.as_deref());
+                        if let Ok(mut place) = results[index].lock() {
+                            *place = Some(built);
+                        }
+                    }
+                });
+            }
+        });
+        let built = collect(results.into_iter().filter_map(|place| place.into_inner().ok().flatten()))?;
+        if let Some(script) = &script {
+            script.watch_inputs(&built);
+        }
+        Ok(built)
+    }
+}
+
+impl Kernels {
+    fn build_one(&self, job: &Job, toolchain: &Toolchain, out_dir: Option<&Path>) -> Result<Built, BuildError> {
+        let device = match job {
+            Job::Crate(path) => DeviceCrate::own(path, toolchain)?,
+            Job::Spec { name, text } => DeviceCrate::generate(name, text, toolchain)?,
+        };
+        let name = device.name.clone();
+        let tell = |stage: fn(String) -> Progress| {
+            if let Some(progress) = self.progress {
+                progress(stage(name.clone()));
+            }
+        };
+        tell(Progress::Compiling);
+        let compiled = device.compile(toolchain)?;
+        tell(Progress::Assembling);
+        let assembled = Assembled::make(&device, &compiled.ir, self.arch, toolchain)?;
+        tell(Progress::Done);
+        // A crate of one's own states its spec in `attention_kernels!`, or has none.
+        let spec = match &assembled.spec {
+            Some(text) => Some(Spec::parse(&format!("attention_kernels! of {name}"), text)?),
+            None => None,
+        };
+        let manifest = Manifest {
+            format: FORMAT,
+            name: name.clone(),
+            arch: self.arch.name().into(),
+            compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
+            ptx_sha256: device_crate::sha256(&assembled.ptx),
+            kernels: assembled.kernels(),
+            densities: spec.as_ref().map(|spec| Densities {
+                dense: spec.density(HeadType::Dense),
+                spatial: spec.density(HeadType::Spatial),
+                temporal: spec.density(HeadType::Temporal),
+            }),
+            workspace_bytes: spec.as_ref().map(|spec| spec.workspace(spec.batch, spec.heads, 1).bytes),
+            spec: assembled.spec,
+        };
+        let files = match out_dir {
+            Some(folder) => {
+                let files =
+                    Files { ptx: folder.join(format!("{name}.ptx")), manifest: folder.join(format!("{name}.json")) };
+                device_crate::write_atomically(&files.ptx, assembled.ptx.as_bytes())?;
+                device_crate::write_atomically(&files.manifest, manifest.to_json().as_bytes())?;
+                Some(files)
+            }
+            None => None,
+        };
+        Ok(Built { name, ptx: assembled.ptx, manifest, files, warnings: compiled.warnings, inputs: compiled.inputs })
+    }
+}
+
+/// A source that was found good.
+enum Job {
+    Spec { name: String, text: String },
+    Crate(PathBuf),
+}
+
+impl Job {
+    fn check(source: &Source) -> Result<Job, BuildError> {
+        Ok(match source {
+            Source::File(path) => {
+                // The reader of specs has the message for a file that is missing or is no text.
+                let name = Spec::from_file(path)?.name;
+                Job::Spec { name, text: std::fs::read_to_string(path).map_err(at("read", path))? }
+            }
+            Source::Text { file, text } => Job::Spec { name: Spec::parse(file, text)?.name, text: text.clone() },
+            Source::Crate(path) => Job::Crate(path.clone()),
+        })
+    }
+}
+
+/// All values, or the error; several errors become one.
+fn collect<T>(results: impl Iterator<Item = Result<T, BuildError>>) -> Result<Vec<T>, BuildError> {
+    let (mut values, mut errors) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(value) => values.push(value),
+            Err(error) => errors.push(error),
+        }
+    }
+    match errors.len() {
+        0 => Ok(values),
+        1 => Err(errors.remove(0)),
+        _ => Err(BuildError::Several(errors)),
+    }
+}
+
+/// The build script that this runs in, told by the variables that cargo sets for one.
+struct BuildScript {
+    out_dir: PathBuf,
+}
+
+impl BuildScript {
+    fn detect() -> Option<BuildScript> {
+        // `cargo run` and `cargo test` set some of these, but only a build script gets TARGET and HOST.
+        let all = ["CARGO_MANIFEST_DIR", "TARGET", "HOST"].into_iter().all(|name| env::var_os(name).is_some());
+        env::var_os("OUT_DIR").filter(|_| all).map(|out_dir| BuildScript { out_dir: out_dir.into() })
+    }
+
+    /// What must be watched whatever comes: said first, so that a failed build is tried again when it is mended.
+    fn watch_first(&self, sources: &[Source]) {
+        for variable in toolchain::VARIABLES {
+            println!("cargo::rerun-if-env-changed={variable}");
+        }
+        for source in sources {
+            match source {
+                Source::File(path) | Source::Crate(path) => println!("cargo::rerun-if-changed={}", path.display()),
+                Source::Text { .. } => {}
+            }
+        }
+    }
+
+    /// The sources of the kernels, the macros and the shapes, and the compiler's warnings.
+    fn watch_inputs(&self, built: &[Built]) {
+        let inputs: BTreeSet<&Path> = built.iter().flat_map(|built| &built.inputs).map(PathBuf::as_path).collect();
+        for input in inputs {
+            println!("cargo::rerun-if-changed={}", input.display());
+        }
+        for line in built.iter().flat_map(|built| &built.warnings).flat_map(|warning| warning.lines()) {
+            println!("cargo::warning={line}");
+        }
+    }
+}

@@ -39,8 +39,9 @@ pub struct Manifest {
     pub format: u32,
     /// Name of the spec, and of the two files.
     pub name: String,
-    /// The spec's TOML text.
-    pub spec: String,
+    /// The spec's TOML text; `null` for a device crate without attention kernels.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub spec: Option<String>,
     /// Target, as in `sm_90a`.
     pub arch: String,
     /// What made the PTX.
@@ -49,11 +50,13 @@ pub struct Manifest {
     pub ptx_sha256: String,
     /// The kernels, in the order of the PTX.
     pub kernels: Vec<Kernel>,
-    /// Exact densities of the head types.
-    pub densities: Densities,
+    /// Exact densities of the head types; `null` without a spec.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub densities: Option<Densities>,
     /// Bytes of the workspace for the spec's own batch and heads, with the keys profiled in one part; see
-    /// [`Spec::workspace`] for others.
-    pub workspace_bytes: u64,
+    /// [`Spec::workspace`] for others. `null` without a spec.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub workspace_bytes: Option<u64>,
 }
 
 /// Versions of the device compiler.
@@ -174,9 +177,9 @@ impl Manifest {
         text
     }
 
-    /// The spec, read again.
+    /// The spec, read again. Without one the error lists the keys that a spec must have.
     pub fn spec(&self) -> Result<Spec, SpecError> {
-        Spec::parse(&format!("{} (in its manifest)", self.name), &self.spec)
+        Spec::parse(&format!("{} (in its manifest)", self.name), self.spec.as_deref().unwrap_or_default())
     }
 
     /// The kernel of an entry.

@@ -1,0 +1,322 @@
+//! The crate that is compiled for the device, and the nested cargo that compiles it to LLVM IR.
+//!
+//! For a spec, a crate of a few lines is generated in the cache; a user's own crate is taken as it stands. Builds are kept
+//! between runs, so that `core` and the procedural macros are compiled once:
+//!
+//! ```text
+//! <cache>/builds/<key>/target/       cargo's target directory, shared by the generated crates (cargo locks it)
+//! <cache>/builds/<key>/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> the checkout
+//! <cache>/builds/<key>/<name>.work/  IR, PTX and what they were made from; locked while a build uses it
+//! ```
+//!
+//! The key is a digest of the compiler's versions and of the sources' place. The sources are reached through the symbolic link
+//! `source`, so that their path *relative to the crate* is the same on every machine: cargo derives the hashes in symbol names
+//! from it, and the PTX must not depend on where a checkout lies.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sha2::{Digest, Sha256};
+
+use crate::BuildError;
+use crate::error::at;
+use crate::toolchain::{self, Toolchain};
+
+/// A crate to compile, in its place in the cache.
+pub(crate) struct DeviceCrate {
+    /// Name of the kernels, for people.
+    pub name: String,
+    /// Its Cargo.toml.
+    pub manifest: PathBuf,
+    /// Cargo's target directory.
+    target: PathBuf,
+    /// Folder of this crate's IR and PTX.
+    pub work: PathBuf,
+    /// Held until the build is done.
+    _lock: File,
+}
+
+/// What the compiler made.
+pub(crate) struct Compiled {
+    /// LLVM IR of the whole crate graph, not optimised.
+    pub ir: PathBuf,
+    /// Source files that went into it, generated ones left out.
+    pub inputs: Vec<PathBuf>,
+    /// The compiler's warnings, rendered.
+    pub warnings: Vec<String>,
+}
+
+impl DeviceCrate {
+    /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
+    pub fn generate(name: &str, spec: &str, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+        let source = source_folder()?;
+        let folder = build_folder(toolchain, &source)?;
+        let (root, work) = (folder.join(name), folder.join(format!("{name}.work")));
+        let lock = lock(&work)?;
+        create(&root.join("src"))?;
+        link(&source, &root.join("source"))?;
+        write_if_new(&root.join("spec.toml"), spec.as_bytes())?;
+        let manifest = root.join("Cargo.toml");
+        write_if_new(&manifest, GENERATED_MANIFEST.replace("NAME", name).as_bytes())?;
+        let library = GENERATED_LIBRARY
+            .replace("SPEC", &root.join("spec.toml").display().to_string().escape_default().to_string())
+            .replace("DIGEST", &digest([spec]));
+        write_if_new(&root.join("src/lib.rs"), library.as_bytes())?;
+        let own_lock = root.join("Cargo.lock");
+        if !own_lock.exists() && source.join("Cargo.lock").is_file() {
+            // The versions that the checkout was tested with; cargo drops what the crate does not need.
+            fs::copy(source.join("Cargo.lock"), &own_lock).map_err(at("write", &own_lock))?;
+        }
+        Ok(DeviceCrate { name: name.into(), manifest, target: folder.join("target"), work, _lock: lock })
+    }
+
+    /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
+    pub fn own(path: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+        let manifest = if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() };
+        let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
+        let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let name = package_name(&manifest, toolchain)?;
+        let folder = build_folder(toolchain, &root)?;
+        let work = folder.join(format!("{name}.work"));
+        let lock = lock(&work)?;
+        Ok(DeviceCrate { name, manifest, target: folder.join("target"), work, _lock: lock })
+    }
+
+    /// Compiles the crate to LLVM IR. Nothing is compiled again that is still fresh.
+    pub fn compile(&self, toolchain: &Toolchain) -> Result<Compiled, BuildError> {
+        let ir = self.work.join("device.ll");
+        let mut compiled = self.run_cargo(toolchain, &ir)?;
+        if !ir.is_file() {
+            // Cargo takes its own outputs for fresh when only the IR was deleted.
+            let library = self.manifest.with_file_name("src").join("lib.rs");
+            let text = fs::read(&library).map_err(at("read", &library))?;
+            fs::write(&library, text).map_err(at("write", &library))?;
+            compiled = self.run_cargo(toolchain, &ir)?;
+        }
+        Ok(compiled)
+    }
+
+    fn run_cargo(&self, toolchain: &Toolchain, ir: &Path) -> Result<Compiled, BuildError> {
+        let mut cargo = Command::new(&toolchain.cargo);
+        toolchain::sanitise(&mut cargo);
+        cargo.args(["rustc", "--release", "--lib", "--crate-type", "cdylib", "--message-format", "json"]);
+        cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&self.target);
+        cargo.args(["--target", TARGET, "-Z", "build-std=core"]);
+        for setting in PROFILE {
+            cargo.arg("--config").arg(format!("profile.release.{setting}"));
+        }
+        cargo.arg("--").arg(format!("--emit=llvm-ir={}", ir.display()));
+        cargo.args(["-C", "no-prepopulate-passes", "-C", "linker=/bin/true"]);
+        // Unstable options of a release compiler; empty wrappers override those of a configuration file.
+        cargo.env("RUSTC_BOOTSTRAP", "1").env("RUSTC", &toolchain.rustc);
+        cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &self.target);
+        let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
+        let messages = Messages::read(&answer.stdout);
+        if !answer.status.success() {
+            let message = if messages.errors.is_empty() {
+                String::from_utf8_lossy(&answer.stderr).into_owned()
+            } else {
+                messages.errors.concat()
+            };
+            return Err(BuildError::Compile { name: self.name.clone(), manifest: self.manifest.clone(), message });
+        }
+        let inputs = self.inputs(messages.artifact.as_deref(), toolchain);
+        Ok(Compiled { ir: ir.to_path_buf(), inputs, warnings: messages.warnings })
+    }
+
+    /// The sources that cargo lists beside the artifact, without those of the compiler and the generated crate.
+    fn inputs(&self, artifact: Option<&Path>, toolchain: &Toolchain) -> Vec<PathBuf> {
+        let listed = artifact.and_then(|path| fs::read_to_string(path.with_extension("d")).ok()).unwrap_or_default();
+        let names = listed.split_once(": ").map_or("", |(_, names)| names).replace("\\ ", "\0");
+        let paths = names.split_whitespace().map(|name| PathBuf::from(name.replace('\0', " ")));
+        let generated = self.target.parent().unwrap_or(&self.target);
+        let mut inputs: Vec<PathBuf> = paths
+            .filter_map(|path| path.canonicalize().ok())
+            .filter(|path| !path.starts_with(&toolchain.sysroot) && !path.starts_with(generated))
+            .collect();
+        inputs.sort();
+        inputs.dedup();
+        inputs
+    }
+}
+
+/// Rust's name of the device.
+const TARGET: &str = "nvptx64-nvidia-cuda";
+
+/// For the whole crate graph: the feature set of the GPU, and panics that abort on the spot, without a message.
+const RUSTFLAGS: [&str; 3] = ["-Zunstable-options", "-Cpanic=immediate-abort", "-Ctarget-cpu=sm_90a"];
+
+/// One module with everything in it; given on the command line, so that neither a user's crate nor a configuration file changes it.
+const PROFILE: [&str; 7] = [
+    "lto=\"fat\"",
+    "codegen-units=1",
+    "opt-level=3",
+    "debug=0",
+    "debug-assertions=false",
+    "overflow-checks=false",
+    "incremental=false",
+];
+
+const GENERATED_MANIFEST: &str = r#"# Generated by framestride-builder.
+[package]
+name = "framestride-device-NAME"
+version = "0.0.0"
+edition = "2024"
+publish = false
+
+[lib]
+path = "src/lib.rs"
+
+[dependencies]
+framestride-kernels = { path = "source/gpu-kernels" }
+
+# Its own workspace, as framestride's is beyond the link.
+[workspace]
+exclude = ["source"]
+"#;
+
+const GENERATED_LIBRARY: &str = r#"// Generated by framestride-builder. Spec: DIGEST
+#![no_std]
+#![feature(abi_ptx, asm_experimental_arch)]
+framestride_kernels::attention_kernels!(spec = "SPEC");
+"#;
+
+/// What cargo says in JSON lines.
+#[derive(Default)]
+struct Messages {
+    errors: Vec<String>,
+    warnings: Vec<String>,
+    artifact: Option<PathBuf>,
+}
+
+impl Messages {
+    fn read(stdout: &[u8]) -> Messages {
+        let mut messages = Messages::default();
+        for line in String::from_utf8_lossy(stdout).lines() {
+            let Ok(value) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+            if value["reason"] == "compiler-artifact" && value["target"]["kind"][0] == "cdylib" {
+                messages.artifact = value["filenames"][0].as_str().map(PathBuf::from);
+            }
+            let Some(rendered) = value["message"]["rendered"].as_str() else { continue };
+            match value["message"]["level"].as_str() {
+                Some("error" | "error: internal compiler error") => messages.errors.push(rendered.into()),
+                Some("warning") => messages.warnings.push(rendered.into()),
+                _ => {}
+            }
+        }
+        messages
+    }
+}
+
+/// Folder of framestride's workspace, whose gpu-kernels, codegen-macros and shapes the generated crates use.
+pub(crate) fn source_folder() -> Result<PathBuf, BuildError> {
+    let named = std::env::var_os("FRAMESTRIDE_SOURCE").map(PathBuf::from);
+    let path = named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    match path.canonicalize() {
+        Ok(found) if found.join("gpu-kernels/Cargo.toml").is_file() => Ok(found),
+        _ => Err(BuildError::NoSource { path }),
+    }
+}
+
+/// Name of the package of a Cargo.toml, asked from cargo, which knows all ways to write it.
+fn package_name(manifest: &Path, toolchain: &Toolchain) -> Result<String, BuildError> {
+    let mut cargo = Command::new(&toolchain.cargo);
+    toolchain::sanitise(&mut cargo);
+    cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
+    let answer = cargo.env("RUSTC", &toolchain.rustc).output().map_err(at("start", &toolchain.cargo))?;
+    let wrong = |problem: String| BuildError::Crate { path: manifest.to_path_buf(), problem };
+    if !answer.status.success() {
+        return Err(wrong(format!("cargo cannot read it:\n{}", String::from_utf8_lossy(&answer.stderr).trim_end())));
+    }
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&answer.stdout).map_err(|error| wrong(format!("cargo's metadata: {error}")))?;
+    let packages = metadata["packages"].as_array().map(Vec::as_slice).unwrap_or_default();
+    packages
+        .iter()
+        .find(|package| package["manifest_path"].as_str().map(Path::new) == Some(manifest))
+        .and_then(|package| package["name"].as_str())
+        .map(String::from)
+        .ok_or_else(|| wrong("is no package: name the folder of the device crate itself".into()))
+}
+
+fn build_folder(toolchain: &Toolchain, source: &Path) -> Result<PathBuf, BuildError> {
+    let cache = toolchain::cache_folder().ok_or(BuildError::NoCache)?;
+    let key = digest([
+        env!("CARGO_PKG_VERSION"),
+        &toolchain.rustc_version,
+        &toolchain.sysroot.to_string_lossy(),
+        &source.to_string_lossy(),
+    ]);
+    let folder = cache.join("builds").join(&key[..16]);
+    create(&folder)?;
+    // Cargo reports canonical paths.
+    folder.canonicalize().map_err(at("read", &folder))
+}
+
+/// Creates `work` and locks it until the file is dropped.
+fn lock(work: &Path) -> Result<File, BuildError> {
+    create(work)?;
+    let path = work.join("lock");
+    let file = File::create(&path).map_err(at("create", &path))?;
+    file.lock().map_err(at("lock", &path))?;
+    Ok(file)
+}
+
+fn create(folder: &Path) -> Result<(), BuildError> {
+    fs::create_dir_all(folder).map_err(at("create", folder))
+}
+
+fn link(target: &Path, path: &Path) -> Result<(), BuildError> {
+    if fs::read_link(path).is_ok_and(|found| found == target) {
+        return Ok(());
+    }
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(at("remove", path)(error));
+    }
+    #[cfg(unix)]
+    let linked = std::os::unix::fs::symlink(target, path);
+    #[cfg(windows)]
+    let linked = std::os::windows::fs::symlink_dir(target, path);
+    linked.map_err(at("create", path))
+}
+
+/// Writes a file unless it already holds these bytes: cargo goes by the time of the last change.
+fn write_if_new(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+    if fs::read(path).is_ok_and(|found| found == bytes) {
+        return Ok(());
+    }
+    write_atomically(path, bytes)
+}
+
+/// Writes beside the file and renames: a reader sees the old bytes or the new ones.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.new", std::process::id()));
+    let beside = path.with_file_name(name);
+    fs::write(&beside, bytes).map_err(at("write", &beside))?;
+    fs::rename(&beside, path).map_err(at("write", path))
+}
+
+/// SHA-256 of texts, each ended by a zero byte, in lower-case hexadecimal.
+pub(crate) fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update(text);
+        hash.update([0]);
+    }
+    hex(&hash.finalize())
+}
+
+/// SHA-256 of a text in lower-case hexadecimal.
+pub(crate) fn sha256(text: &str) -> String {
+    hex(&Sha256::digest(text))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

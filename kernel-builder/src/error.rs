@@ -1,0 +1,104 @@
+//! What can go wrong on the way from a spec to PTX.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use framestride_shapes::spec::SpecError;
+
+use crate::finish::FinishError;
+use crate::toolchain::ToolchainError;
+
+/// Why there is no PTX. The message names the file, says what was found, and how to mend it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The spec is wrong; all its problems are listed.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// No device compiler on this machine.
+    #[error(transparent)]
+    Toolchain(#[from] ToolchainError),
+    /// An architecture that no kernels exist for.
+    #[error("there are no kernels for `{found}`: the architectures are {}", crate::Arch::names())]
+    UnknownArch {
+        /// What was asked for.
+        found: String,
+    },
+    /// The device crate does not compile.
+    #[error("{name}: the device crate {} does not compile:\n{}", manifest.display(), message.trim_end())]
+    Compile {
+        /// Name of the kernels.
+        name: String,
+        /// Its Cargo.toml.
+        manifest: PathBuf,
+        /// The compiler's own message, rendered as it prints it.
+        message: String,
+    },
+    /// The IR is not what the finishing step expects.
+    #[error("{name}: {source}")]
+    Finish {
+        /// Name of the kernels.
+        name: String,
+        /// What is surprising.
+        source: FinishError,
+    },
+    /// `opt`, `llc` or `ptxas` refused its input.
+    #[error("{name}: `{}` refused {}:\n{}", tool.display(), input.display(), message.trim_end())]
+    Tool {
+        /// Name of the kernels.
+        name: String,
+        /// The tool.
+        tool: PathBuf,
+        /// What it was given; kept for a look.
+        input: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// The PTX lacks what the launch tables promise.
+    #[error("{name}: the PTX of entry `{entry}` {problem}; this compiler does something new: please report it with {}", ptx.display())]
+    Ptx {
+        /// Name of the kernels.
+        name: String,
+        /// The entry.
+        entry: String,
+        /// What is wrong.
+        problem: String,
+        /// The PTX, kept for a look.
+        ptx: PathBuf,
+    },
+    /// The sources of the device crates are not where this crate was built.
+    #[error("the device crate's sources are not at {}: set FRAMESTRIDE_SOURCE to a checkout of framestride", path.display())]
+    NoSource {
+        /// Where they were expected.
+        path: PathBuf,
+    },
+    /// No folder to keep builds in.
+    #[error("no folder to keep builds in: set FRAMESTRIDE_CACHE to one (or XDG_CACHE_HOME, or HOME)")]
+    NoCache,
+    /// A user's device crate that cannot be used.
+    #[error("{}: {problem}", path.display())]
+    Crate {
+        /// Its folder or Cargo.toml.
+        path: PathBuf,
+        /// What is wrong, and the mend.
+        problem: String,
+    },
+    /// A file or folder cannot be read, written or locked.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: "write", "create", "start".
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Several builds failed.
+    #[error("{} builds failed:\n{}", .0.len(), .0.iter().map(|error| error.to_string()).collect::<Vec<_>>().join("\n"))]
+    Several(Vec<BuildError>),
+}
+
+/// Gives an I/O error its file.
+pub(crate) fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> BuildError + 'a {
+    move |source| BuildError::Io { action, path: path.to_path_buf(), source }
+}

@@ -1,0 +1,157 @@
+//! From LLVM IR to PTX: the finishing step, LLVM's `opt` and `llc`, and a look at what came out.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use framestride_shapes::manifest::{Kernel, Param, Ptxas};
+use serde::{Deserialize, Serialize};
+
+use crate::device_crate::{DeviceCrate, digest, write_atomically};
+use crate::error::at;
+use crate::finish::{self, LaunchTable};
+use crate::toolchain::{self, CudaTools, Toolchain};
+use crate::{Arch, BuildError, ptx, ptxas};
+
+/// PTX and what is known of its kernels, kept beside the IR so that a build without changes ends here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Assembled {
+    /// Digest of everything the PTX is made from.
+    made_from: String,
+    /// Launch tables of the entries.
+    tables: Vec<LaunchTable>,
+    /// The spec that the crate's `attention_kernels!` states.
+    pub spec: Option<String>,
+    /// The PTX.
+    pub ptx: String,
+    /// Version of ptxas and its report, when there was one.
+    ptxas: Option<(String, BTreeMap<String, Ptxas>)>,
+}
+
+impl Assembled {
+    /// Finishes, optimises and translates the IR of a crate, unless its PTX is already there.
+    pub fn make(device: &DeviceCrate, ir: &Path, arch: Arch, toolchain: &Toolchain) -> Result<Assembled, BuildError> {
+        let text = fs::read_to_string(ir).map_err(at("read", ir))?;
+        let (opt_flags, llc_flags) = (flags(arch, None), flags(arch, Some(arch.ptx_feature())));
+        let made_from = digest(
+            [text.as_str(), &toolchain.llvm_version, env!("CARGO_PKG_VERSION")]
+                .into_iter()
+                .chain(opt_flags.iter().chain(&llc_flags).map(String::as_str)),
+        );
+        let kept = device.work.join("assembled.json");
+        let found = fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice::<Assembled>(&bytes).ok());
+        let mut assembled = match found.filter(|found| found.made_from == made_from) {
+            Some(found) => found,
+            None => {
+                let finished =
+                    finish::finish(&text).map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
+                let path = |name: &str| device.work.join(name);
+                let (finished_ir, optimised, ptx) = (path("finished.ll"), path("optimised.bc"), path("kernels.ptx"));
+                fs::write(&finished_ir, &finished.ir).map_err(at("write", &finished_ir))?;
+                translate(device, &toolchain.opt, &opt_flags, &finished_ir, &optimised)?;
+                translate(device, &toolchain.llc, &llc_flags, &optimised, &ptx)?;
+                let text = fs::read_to_string(&ptx).map_err(at("read", &ptx))?;
+                check(device, &text, &finished.tables, ptx)?;
+                Assembled { made_from, tables: finished.tables, spec: finished.spec, ptx: text, ptxas: None }
+            }
+        };
+        let tool = CudaTools::find().ptxas;
+        let version = tool.as_deref().and_then(toolchain::cuda_version);
+        assembled.ptxas = match (tool, version, assembled.ptxas.take()) {
+            (None, ..) => None,
+            (Some(_), version, Some((known, report))) if version.as_ref() == Some(&known) => Some((known, report)),
+            (Some(tool), version, _) => {
+                let (ptx, cubin) = (device.work.join("kernels.ptx"), device.work.join("kernels.cubin"));
+                let report = ptxas::assemble(&device.name, &tool, arch, &ptx, &cubin)?;
+                Some((version.unwrap_or_default(), report))
+            }
+        };
+        let json = serde_json::to_vec(&assembled).map_err(|error| at("write", &kept)(error.into()))?;
+        write_atomically(&kept, &json)?;
+        Ok(assembled)
+    }
+
+    /// The kernels for the manifest, in the order of the PTX.
+    pub fn kernels(&self) -> Vec<Kernel> {
+        let kernel = |table: &LaunchTable| {
+            let places = ptx::params(&self.ptx, &table.entry).unwrap_or_default();
+            let params = table.params.iter().zip(&places).map(|(param, &(offset, bytes))| Param {
+                name: param.name.clone(),
+                ty: param.ty.clone(),
+                offset,
+                bytes,
+            });
+            Kernel {
+                entry: table.entry.clone(),
+                threads: table.threads,
+                min_blocks: table.min_blocks,
+                shared_bytes: table.shared_bytes,
+                params_bytes: places.last().map_or(0, |(offset, bytes)| offset + bytes),
+                params: params.collect(),
+                ptxas: self.ptxas.as_ref().and_then(|(_, reports)| reports.get(&table.entry).cloned()),
+            }
+        };
+        let order = ptx::entries(&self.ptx);
+        order.iter().filter_map(|name| self.tables.iter().find(|table| table.entry == *name)).map(kernel).collect()
+    }
+}
+
+/// Options of `opt` and `llc`.
+fn flags(arch: Arch, feature: Option<&str>) -> Vec<String> {
+    let mut flags = vec!["-O3".to_string(), format!("-mcpu={}", arch.name())];
+    flags.extend(feature.map(|feature| format!("-mattr=+{feature}")));
+    flags
+}
+
+fn translate(
+    device: &DeviceCrate,
+    tool: &Path,
+    flags: &[String],
+    input: &Path,
+    output: &Path,
+) -> Result<(), BuildError> {
+    let answer = Command::new(tool).args(flags).arg(input).arg("-o").arg(output).output().map_err(at("start", tool))?;
+    if answer.status.success() {
+        return Ok(());
+    }
+    Err(BuildError::Tool {
+        name: device.name.clone(),
+        tool: tool.into(),
+        input: input.into(),
+        message: String::from_utf8_lossy(&answer.stderr).into_owned(),
+    })
+}
+
+/// Whether the PTX has every entry with the bounds of its launch table, and no other entry.
+fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable], path: PathBuf) -> Result<(), BuildError> {
+    let entries = ptx::entries(text);
+    let wrong = |entry: &str, problem: String| BuildError::Ptx {
+        name: device.name.clone(),
+        entry: entry.into(),
+        problem,
+        ptx: path.clone(),
+    };
+    if let Some(extra) = entries.iter().find(|entry| !tables.iter().any(|table| table.entry == **entry)) {
+        return Err(wrong(extra, "is there without a launch table".into()));
+    }
+    for table in tables {
+        if !entries.contains(&table.entry) {
+            return Err(wrong(&table.entry, "is missing".into()));
+        }
+        let params = ptx::params(text, &table.entry).map(|places| places.len());
+        if params != Some(table.params.len()) {
+            let found =
+                params.map_or("parameters of an unknown form".to_string(), |count| format!("{count} parameters"));
+            return Err(wrong(&table.entry, format!("has {found}, its launch table {}", table.params.len())));
+        }
+        for (directive, expected) in [("maxntid", table.threads), ("minnctapersm", table.min_blocks)] {
+            let found = ptx::bound(text, &table.entry, directive);
+            if found != Some(expected) {
+                let found = found.map_or("nothing".to_string(), |found| found.to_string());
+                return Err(wrong(&table.entry, format!("says {found} for .{directive}, not {expected}")));
+            }
+        }
+    }
+    Ok(())
+}

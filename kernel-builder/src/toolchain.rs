@@ -1,0 +1,449 @@
+//! Finds the device compiler (rustc, cargo, the source of `core`, LLVM's `opt` and `llc`) and NVIDIA's optional `ptxas`,
+//! `cuobjdump` and `nvdisasm`.
+//!
+//! The device compiler is looked for in this order, and the first one that has everything is used:
+//!
+//! 1. `FRAMESTRIDE_RUSTC` (with `FRAMESTRIDE_CARGO`, `FRAMESTRIDE_OPT`, `FRAMESTRIDE_LLC` where they do not lie beside it);
+//! 2. the active `rustc`, then rustup's 1.96.0, then every other toolchain of rustup, newest first;
+//! 3. Debian's `/usr/bin/rustc`.
+//!
+//! A usable one is Rust 1.96 or later with the `rust-src` component, and an `opt` and `llc` of LLVM 22 or later that are not
+//! older than rustc's own LLVM: they read the IR that rustc writes.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::Serialize;
+
+/// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
+pub const MINIMUM_RUST: (u32, u32) = (1, 96);
+/// The oldest usable LLVM, for the same reason.
+pub const MINIMUM_LLVM: u32 = 22;
+/// How rustup provides a device compiler.
+pub const RUSTUP_INSTALL: &str = "rustup toolchain install 1.96.0 --profile minimal -c rust-src -c llvm-tools";
+/// How Debian provides one.
+pub const DEBIAN_INSTALL: &str = "apt-get install -y --no-install-recommends rustc-web rust-web-src cargo-web llvm-22";
+/// The Python packages that hold ptxas and the disassemblers.
+pub const CUDA_PACKAGES: [&str; 3] = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"];
+
+/// Environment variables that change what is found: a build script reruns when one of them changes.
+pub const VARIABLES: [&str; 8] = [
+    "FRAMESTRIDE_RUSTC",
+    "FRAMESTRIDE_CARGO",
+    "FRAMESTRIDE_OPT",
+    "FRAMESTRIDE_LLC",
+    "FRAMESTRIDE_PTXAS",
+    "FRAMESTRIDE_CUDA_BIN",
+    "FRAMESTRIDE_CACHE",
+    "FRAMESTRIDE_SOURCE",
+];
+
+/// A device compiler that has everything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Toolchain {
+    /// The compiler.
+    pub rustc: PathBuf,
+    /// Its cargo.
+    pub cargo: PathBuf,
+    /// LLVM's optimiser.
+    pub opt: PathBuf,
+    /// LLVM's code generator, with the NVPTX target.
+    pub llc: PathBuf,
+    /// Version of rustc with its commit: `1.96.0 (ac68faa20 2026-05-25)`.
+    pub rustc_version: String,
+    /// Version of `opt` and `llc`: `22.1.2`.
+    pub llvm_version: String,
+    /// Directory of the toolchain that holds `lib/rustlib`.
+    pub sysroot: PathBuf,
+    /// Where it was found, for people: `rustup toolchain 1.96.0-x86_64-unknown-linux-gnu`.
+    pub origin: String,
+}
+
+/// A place that was looked at and why it does not do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Rejected {
+    /// Where: `active rustc`, `rustup toolchain stable-...`, `/usr/bin/rustc`.
+    pub origin: String,
+    /// What it lacks.
+    pub reason: String,
+}
+
+/// No device compiler; says what was looked at and what to install.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no device compiler: it takes Rust {}.{} or later with rust-src, and `opt` and `llc` of LLVM {MINIMUM_LLVM} or later\n{}\ninstall one with either of\n    {RUSTUP_INSTALL}\n    {DEBIAN_INSTALL}\nor name one with FRAMESTRIDE_RUSTC (and FRAMESTRIDE_OPT, FRAMESTRIDE_LLC)",
+    MINIMUM_RUST.0,
+    MINIMUM_RUST.1,
+    list(&self.rejected)
+)]
+pub struct ToolchainError {
+    /// Every place looked at, in order.
+    pub rejected: Vec<Rejected>,
+}
+
+fn list(rejected: &[Rejected]) -> String {
+    if rejected.is_empty() {
+        return "looked at: nothing, no rustc was found at all".into();
+    }
+    let lines: Vec<String> = rejected.iter().map(|r| format!("    {}: {}", r.origin, r.reason)).collect();
+    format!("looked at:\n{}", lines.join("\n"))
+}
+
+/// Finds the device compiler.
+///
+/// # Errors
+/// [`ToolchainError`] when no candidate has everything. With `FRAMESTRIDE_RUSTC` set, only that one is a candidate.
+pub fn find() -> Result<Toolchain, ToolchainError> {
+    let mut rejected = Vec::new();
+    for (origin, rustc) in candidates() {
+        match examine(&rustc, &origin) {
+            Ok(toolchain) => return Ok(toolchain),
+            Err(reason) => rejected.push(Rejected { origin, reason }),
+        }
+    }
+    Err(ToolchainError { rejected })
+}
+
+/// Compilers to look at, with a name for people. The same toolchain may come twice (active and by its name); the second look
+/// costs a few milliseconds and only happens when the first failed.
+fn candidates() -> Vec<(String, PathBuf)> {
+    if let Some(rustc) = env::var_os("FRAMESTRIDE_RUSTC") {
+        return vec![("FRAMESTRIDE_RUSTC".into(), rustc.into())];
+    }
+    let mut found = Vec::new();
+    if let Some(rustc) = on_path("rustc") {
+        found.push(("active rustc".to_string(), rustc));
+    }
+    for name in rustup_toolchains() {
+        let rustc = rustup_home().join("toolchains").join(&name).join("bin/rustc");
+        if rustc.is_file() {
+            found.push((format!("rustup toolchain {name}"), rustc));
+        }
+    }
+    let debian = PathBuf::from("/usr/bin/rustc");
+    if debian.is_file() && !found.iter().any(|(_, rustc)| *rustc == debian) {
+        found.push(("/usr/bin/rustc".into(), debian));
+    }
+    found
+}
+
+fn rustup_home() -> PathBuf {
+    env::var_os("RUSTUP_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".rustup")))
+        .unwrap_or_default()
+}
+
+/// Names of rustup's toolchains: 1.96.0 first (the version the shipped kernels are made with), then versions from the newest,
+/// then channels.
+fn rustup_toolchains() -> Vec<String> {
+    let Ok(entries) = rustup_home().join("toolchains").read_dir() else { return Vec::new() };
+    let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort_by_key(|name| {
+        let version = parse_version(name);
+        (!name.starts_with("1.96.0"), std::cmp::Reverse(version), name.clone())
+    });
+    names
+}
+
+/// Whether the compiler at `rustc` has everything, or what it lacks.
+fn examine(rustc: &Path, origin: &str) -> Result<Toolchain, String> {
+    let verbose = output(rustc, &["-vV"])?;
+    let field =
+        |key: &str| verbose.lines().find_map(|line| line.strip_prefix(key)).map(|value| value.trim().to_string());
+    let rustc_version = field("rustc ").ok_or_else(|| format!("`{} -vV` is not rustc's answer", rustc.display()))?;
+    let host = field("host:").unwrap_or_default();
+    if parse_version(&rustc_version).is_none_or(|(major, minor, _)| (major, minor) < MINIMUM_RUST) {
+        return Err(format!("is Rust {rustc_version}, older than {}.{}", MINIMUM_RUST.0, MINIMUM_RUST.1));
+    }
+    let sysroot = PathBuf::from(output(rustc, &["--print", "sysroot"])?.trim());
+    if !sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file() {
+        return Err(format!("Rust {rustc_version} without the component rust-src"));
+    }
+    // rustup's `rustc` on the PATH is a proxy: the compiler itself lies in the sysroot.
+    let own = |name: &str| Some(sysroot.join("bin").join(name)).filter(|path| path.is_file());
+    let rustc = own("rustc").unwrap_or_else(|| rustc.to_path_buf());
+    let cargo = named("FRAMESTRIDE_CARGO")
+        .or_else(|| own("cargo"))
+        .or_else(|| Some(rustc.with_file_name("cargo")).filter(|path| path.is_file()))
+        .ok_or_else(|| format!("Rust {rustc_version} without a cargo beside it (FRAMESTRIDE_CARGO names one)"))?;
+    let cargo_version = output(&cargo, &["--version"])?;
+    if parse_version(&cargo_version).is_none_or(|(major, minor, _)| (major, minor) < MINIMUM_RUST) {
+        return Err(format!("its cargo is {}, older than {}.{}", cargo_version.trim(), MINIMUM_RUST.0, MINIMUM_RUST.1));
+    }
+    let rustc_llvm = field("LLVM version:").and_then(|version| parse_version(&version)).map_or(0, |version| version.0);
+    let least = rustc_llvm.max(MINIMUM_LLVM);
+    let tools = sysroot.join("lib/rustlib").join(host).join("bin");
+    let (opt, llvm_version) = llvm_tool("opt", "FRAMESTRIDE_OPT", &tools, least)?;
+    let (llc, llc_version) = llvm_tool("llc", "FRAMESTRIDE_LLC", &tools, least)?;
+    if llvm_version != llc_version {
+        return Err(format!("`{}` is LLVM {llvm_version}, but `{}` is {llc_version}", opt.display(), llc.display()));
+    }
+    if !output(&llc, &["--version"])?.contains("nvptx64") {
+        return Err(format!("`{}` was built without the NVPTX target", llc.display()));
+    }
+    Ok(Toolchain { rustc, cargo, opt, llc, rustc_version, llvm_version, sysroot, origin: origin.to_string() })
+}
+
+/// Finds `opt` or `llc` of at least LLVM `least`: named by `variable`, in the toolchain, or installed by a distribution.
+fn llvm_tool(name: &str, variable: &str, toolchain: &Path, least: u32) -> Result<(PathBuf, String), String> {
+    let mut places = Vec::new();
+    if let Some(path) = named(variable) {
+        places.push(path);
+    } else {
+        places.push(toolchain.join(name));
+        for version in least..least + 4 {
+            places.extend(on_path(&format!("{name}-{version}")));
+            places.push(format!("/usr/lib/llvm-{version}/bin/{name}").into());
+        }
+        places.extend(on_path(name));
+    }
+    let mut seen = Vec::new();
+    for path in places.iter().filter(|path| path.is_file()) {
+        let text = output(path, &["--version"])?;
+        let version = text.split("LLVM version ").nth(1).and_then(parse_version);
+        match version {
+            Some((major, minor, patch)) if major >= least => {
+                return Ok((path.clone(), format!("{major}.{minor}.{patch}")));
+            }
+            Some((major, minor, patch)) => seen.push(format!("{} is LLVM {major}.{minor}.{patch}", path.display())),
+            None => seen.push(format!("{} does not tell its LLVM version", path.display())),
+        }
+    }
+    let seen = if seen.is_empty() { String::new() } else { format!(" ({})", seen.join(", ")) };
+    Err(format!(
+        "has rust-src, but there is no `{name}` of LLVM {least} or later{seen}: the component llvm-tools has it"
+    ))
+}
+
+/// First `a.b.c` of a text; a missing `c` counts as 0.
+fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+    let start = text.find(|c: char| c.is_ascii_digit())?;
+    let mut numbers = text[start..].split(|c: char| !c.is_ascii_digit() && c != '.').next()?.split('.');
+    let major = numbers.next()?.parse().ok()?;
+    let minor = numbers.next()?.parse().ok()?;
+    Some((major, minor, numbers.next().and_then(|patch| patch.parse().ok()).unwrap_or(0)))
+}
+
+/// Path given by an environment variable.
+fn named(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// The first executable file of this name on the PATH.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+}
+
+/// What a tool prints, or why it cannot be asked. Rustup is told not to install what a `rust-toolchain.toml` may want.
+fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
+    let answer = Command::new(tool)
+        .args(arguments)
+        .env("RUSTUP_AUTO_INSTALL", "0")
+        .output()
+        .map_err(|error| format!("`{}` does not start: {error}", tool.display()))?;
+    if !answer.status.success() {
+        let message = String::from_utf8_lossy(&answer.stderr);
+        return Err(format!("`{} {}` failed: {}", tool.display(), arguments.join(" "), message.trim()));
+    }
+    Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
+}
+
+/// NVIDIA's assembler and disassemblers, each where it was found. None of them is needed to build kernels.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CudaTools {
+    /// PTX to machine code; reports registers, stack and spills.
+    pub ptxas: Option<PathBuf>,
+    /// Lists the machine code of a cubin.
+    pub cuobjdump: Option<PathBuf>,
+    /// Does the same with control flow.
+    pub nvdisasm: Option<PathBuf>,
+}
+
+impl CudaTools {
+    /// Looks in `FRAMESTRIDE_PTXAS` (ptxas only), `FRAMESTRIDE_CUDA_BIN`, the PATH, `CUDA_HOME` and `CUDA_PATH`,
+    /// `/usr/local/cuda`, and the place where `cargo xtask test` installs them ([`setup_folder`]).
+    pub fn find() -> CudaTools {
+        let mut folders: Vec<PathBuf> = named("FRAMESTRIDE_CUDA_BIN").into_iter().collect();
+        folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
+        folders.extend(["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(named).map(|home| home.join("bin")));
+        folders.push("/usr/local/cuda/bin".into());
+        folders.extend(setup_folder().and_then(|folder| venv_cuda_bin(&folder)));
+        let find = |name: &str| folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+        CudaTools {
+            ptxas: named("FRAMESTRIDE_PTXAS").filter(|path| path.is_file()).or_else(|| find("ptxas")),
+            cuobjdump: find("cuobjdump"),
+            nvdisasm: find("nvdisasm"),
+        }
+    }
+}
+
+/// Folder of the Python virtual environment with [`CUDA_PACKAGES`], in the cache; `None` when there is no cache folder.
+pub fn setup_folder() -> Option<PathBuf> {
+    cache_folder().map(|folder| folder.join("cuda-tools"))
+}
+
+/// `bin` of NVIDIA's packages in a Python virtual environment: `lib/python3.11/site-packages/nvidia/cu13/bin`.
+fn venv_cuda_bin(venv: &Path) -> Option<PathBuf> {
+    let entries = venv.join("lib").read_dir().ok()?;
+    entries.flatten().map(|entry| entry.path().join("site-packages/nvidia/cu13/bin")).find(|path| path.is_dir())
+}
+
+/// Where builds are kept between runs: `FRAMESTRIDE_CACHE`, else `$XDG_CACHE_HOME/framestride`, else `~/.cache/framestride`.
+pub fn cache_folder() -> Option<PathBuf> {
+    named("FRAMESTRIDE_CACHE")
+        .or_else(|| named("XDG_CACHE_HOME").map(|folder| folder.join("framestride")))
+        .or_else(|| named("HOME").map(|home| home.join(".cache/framestride")))
+}
+
+/// What a machine has of the tools, for `framestride doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// One per tool.
+    pub findings: Vec<Finding>,
+    /// Compilers that were looked at and do not do, when none does.
+    pub rejected: Vec<Rejected>,
+}
+
+/// One tool of a [`Report`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Its name.
+    pub tool: &'static str,
+    /// What it is for.
+    pub purpose: &'static str,
+    /// Whether kernels cannot be built without it.
+    pub required: bool,
+    /// Where it is; `None` when it is missing.
+    pub path: Option<PathBuf>,
+    /// Its version, when it is there.
+    pub version: Option<String>,
+    /// How to get it, when it is missing.
+    pub mend: Option<String>,
+}
+
+impl Report {
+    /// Looks at this machine.
+    pub fn new() -> Report {
+        let (toolchain, rejected) = match find() {
+            Ok(toolchain) => (Some(toolchain), Vec::new()),
+            Err(error) => (None, error.rejected),
+        };
+        let compiler = |tool, purpose, path: fn(&Toolchain) -> &PathBuf, version: fn(&Toolchain) -> &str| Finding {
+            tool,
+            purpose,
+            required: true,
+            path: toolchain.as_ref().map(|toolchain| path(toolchain).clone()),
+            version: toolchain.as_ref().map(|toolchain| version(toolchain).to_string()),
+            mend: toolchain.is_none().then(|| format!("{RUSTUP_INSTALL}   (or: {DEBIAN_INSTALL})")),
+        };
+        let tools = CudaTools::find();
+        let cuda = |tool, purpose, path: &Option<PathBuf>| Finding {
+            tool,
+            purpose,
+            required: false,
+            path: path.clone(),
+            version: path.as_ref().and_then(|path| cuda_version(path)),
+            mend: path.is_none().then(|| {
+                format!("cargo xtask test installs it; or pip install {} ", CUDA_PACKAGES.join(" ")).trim().to_string()
+            }),
+        };
+        Report {
+            findings: vec![
+                compiler("rustc", "compiles the kernels, with rust-src", |t| &t.rustc, |t| &t.rustc_version),
+                compiler("cargo", "builds core and the device crate", |t| &t.cargo, |t| &t.rustc_version),
+                compiler("opt", "optimises the finished IR", |t| &t.opt, |t| &t.llvm_version),
+                compiler("llc", "writes the PTX", |t| &t.llc, |t| &t.llvm_version),
+                cuda("ptxas", "reports registers, stack and spills", &tools.ptxas),
+                cuda("cuobjdump", "lists machine code, for tests", &tools.cuobjdump),
+                cuda("nvdisasm", "lists machine code, for tests", &tools.nvdisasm),
+            ],
+            rejected,
+        }
+    }
+
+    /// Whether kernels can be built here.
+    pub fn can_build(&self) -> bool {
+        self.findings.iter().all(|finding| !finding.required || finding.path.is_some())
+    }
+}
+
+impl Default for Report {
+    fn default() -> Report {
+        Report::new()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for finding in &self.findings {
+            let mark = match (&finding.path, finding.required) {
+                (Some(_), _) => "found  ",
+                (None, true) => "MISSING",
+                (None, false) => "absent ",
+            };
+            write!(f, "{mark} {:<10} {:<37}", finding.tool, finding.purpose)?;
+            match (&finding.path, &finding.mend) {
+                (Some(path), _) => writeln!(f, " {} {}", path.display(), finding.version.as_deref().unwrap_or(""))?,
+                (None, mend) => writeln!(f, " get it with: {}", mend.as_deref().unwrap_or(""))?,
+            }
+        }
+        if !self.can_build() {
+            writeln!(f, "{}", list(&self.rejected))?;
+        }
+        Ok(())
+    }
+}
+
+/// `13.0.88` of "Cuda compilation tools, release 13.0, V13.0.88".
+pub(crate) fn cuda_version(tool: &Path) -> Option<String> {
+    let text = output(tool, &["--version"]).ok()?;
+    let version = text.split(", V").nth(1)?;
+    Some(version.split(|c: char| !c.is_ascii_digit() && c != '.').next()?.to_string())
+}
+
+/// Removes from a command what cargo tells a build script about the crate it builds and how: the nested build is for another
+/// target with another compiler. What is about the network, the registries and the job server stays.
+pub(crate) fn sanitise(command: &mut Command) {
+    let keep =
+        ["CARGO_HOME", "CARGO_MAKEFLAGS", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_", "CARGO_TERM_"];
+    let drop = ["CARGO", "RUSTC", "RUSTFLAGS", "RUSTDOC", "RUSTUP_TOOLCHAIN", "DEP_"];
+    let exact = ["OUT_DIR", "TARGET", "HOST", "NUM_JOBS", "OPT_LEVEL", "PROFILE", "DEBUG", "LD_LIBRARY_PATH"];
+    let building = env::var_os("OUT_DIR").is_some() && env::var_os("CARGO_MANIFEST_DIR").is_some();
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        let starts = |list: &[&str]| list.iter().any(|prefix| text.starts_with(prefix));
+        if !starts(&keep) && starts(&drop) || building && exact.iter().any(|known| OsStr::new(known) == name) {
+            command.env_remove(&name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_the_answers_of_the_tools() {
+        assert_eq!(parse_version("1.96.0 (ac68faa20 2026-05-25)"), Some((1, 96, 0)));
+        assert_eq!(parse_version("22.1.2-rust-1.96.0-stable\n  Optimized build."), Some((22, 1, 2)));
+        assert_eq!(parse_version("cargo 1.97.0-nightly (x)"), Some((1, 97, 0)));
+        assert_eq!(parse_version("nightly-unknown-linux-gnu"), None);
+    }
+
+    #[test]
+    fn the_error_lists_what_was_looked_at_and_both_mends() {
+        let error = ToolchainError {
+            rejected: vec![Rejected {
+                origin: "active rustc".into(),
+                reason: "is Rust 1.95.0, older than 1.96".into(),
+            }],
+        };
+        let text = error.to_string();
+        assert!(text.contains("active rustc: is Rust 1.95.0, older than 1.96"), "{text}");
+        assert!(text.contains(RUSTUP_INSTALL) && text.contains(DEBIAN_INSTALL), "{text}");
+    }
+}
