@@ -50,9 +50,9 @@ pub(crate) struct Compiled {
 
 impl DeviceCrate {
     /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
-    pub fn generate(name: &str, spec: &str, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+    pub fn generate(name: &str, spec: &str, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
         let source = source_folder()?;
-        let folder = build_folder(toolchain, &source)?;
+        let folder = build_folder(cache, toolchain, &source)?;
         let (root, work) = (folder.join(name), folder.join(format!("{name}.work")));
         let lock = lock(&work)?;
         create(&root.join("src"))?;
@@ -73,12 +73,12 @@ impl DeviceCrate {
     }
 
     /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
-    pub fn own(path: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+    pub fn own(path: &Path, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
         let manifest = if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() };
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
         let name = package_name(&manifest, toolchain)?;
-        let folder = build_folder(toolchain, &root)?;
+        let folder = build_folder(cache, toolchain, &root)?;
         let work = folder.join(format!("{name}.work"));
         let lock = lock(&work)?;
         Ok(DeviceCrate { name, manifest, target: folder.join("target"), work, _lock: lock })
@@ -242,8 +242,7 @@ fn package_name(manifest: &Path, toolchain: &Toolchain) -> Result<String, BuildE
         .ok_or_else(|| wrong("is no package: name the folder of the device crate itself".into()))
 }
 
-fn build_folder(toolchain: &Toolchain, source: &Path) -> Result<PathBuf, BuildError> {
-    let cache = toolchain::cache_folder().ok_or(BuildError::NoCache)?;
+fn build_folder(cache: &Path, toolchain: &Toolchain, source: &Path) -> Result<PathBuf, BuildError> {
     let key = digest([
         env!("CARGO_PKG_VERSION"),
         &toolchain.rustc_version,

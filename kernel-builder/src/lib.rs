@@ -1,17 +1,15 @@
 //! From a spec to PTX and its manifest, from a `build.rs` or at run time.
 //!
 //! ```no_run
-//! // build.rs
-//! fn main() {
-//!     let kernels = framestride_builder::Kernels::from_spec("shapes/my_model.toml");
-//!     if let Err(error) = kernels.arch(framestride_builder::Arch::Sm90a).build() {
-//!         eprintln!("{error}");
-//!         std::process::exit(1);
-//!     }
+//! use framestride_builder::{Arch, Kernels};
+//!
+//! if let Err(error) = Kernels::from_spec("shapes/my_model.toml").arch(Arch::Sm90a).build() {
+//!     eprintln!("{error}");
+//!     std::process::exit(1);
 //! }
 //! ```
 //!
-//! writes `<name>.ptx` and `<name>.json` into `OUT_DIR`, `<name>` being the spec's own, for
+//! as the `main` of a `build.rs` writes `<name>.ptx` and `<name>.json` into `OUT_DIR`, `<name>` being the spec's own, for
 //! `include_str!(concat!(env!("OUT_DIR"), "/my_model.ptx"))`, and tells cargo what to watch. Elsewhere the folder is named with
 //! [`Kernels::out_dir`], or nothing is written and the result is in memory.
 //!
@@ -22,9 +20,10 @@
 
 use std::collections::BTreeSet;
 use std::env;
+use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use framestride_shapes::layout::HeadType;
@@ -99,7 +98,7 @@ enum Source {
     Crate(PathBuf),
 }
 
-/// Something that a build has reached, for whoever shows progress. Builds of several specs tell it from several threads.
+/// Something that a build has reached, for whoever shows progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
@@ -111,13 +110,24 @@ pub enum Progress {
     Done(String),
 }
 
+/// Whom a build tells its progress.
+#[derive(Clone)]
+struct Observer(Arc<dyn Fn(Progress) + Send + Sync>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 /// Builds kernels: names the sources, then [`build`](Kernels::build) or [`build_all`](Kernels::build_all).
 #[derive(Clone, Debug)]
 pub struct Kernels {
     sources: Vec<Source>,
     arch: Arch,
     out_dir: Option<PathBuf>,
-    progress: Option<fn(Progress)>,
+    cache: Option<PathBuf>,
+    observer: Option<Observer>,
 }
 
 /// What a build made.
@@ -170,7 +180,7 @@ impl Kernels {
     }
 
     fn of(sources: Vec<Source>) -> Kernels {
-        Kernels { sources, arch: Arch::default(), out_dir: None, progress: None }
+        Kernels { sources, arch: Arch::default(), out_dir: None, cache: None, observer: None }
     }
 
     /// The architecture to build for.
@@ -185,9 +195,15 @@ impl Kernels {
         self
     }
 
-    /// Calls `progress` with what the build reaches.
-    pub fn on_progress(mut self, progress: fn(Progress)) -> Kernels {
-        self.progress = Some(progress);
+    /// Keeps builds in this folder instead of [`toolchain::cache_folder`].
+    pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> Kernels {
+        self.cache = Some(folder.into());
+        self
+    }
+
+    /// Calls `observer` with what the build reaches, from one thread per spec that is being built.
+    pub fn on_progress(mut self, observer: impl Fn(Progress) + Send + Sync + 'static) -> Kernels {
+        self.observer = Some(Observer(Arc::new(observer)));
         self
     }
 
@@ -212,6 +228,7 @@ impl Kernels {
         }
         let jobs = collect(self.sources.iter().map(Job::check))?;
         let toolchain = toolchain::find()?;
+        let cache = self.cache.clone().or_else(toolchain::cache_folder).ok_or(BuildError::NoCache)?;
         if let Some(folder) = &out_dir {
             std::fs::create_dir_all(folder).map_err(at("create", folder))?;
         }
@@ -224,7 +241,7 @@ impl Kernels {
                     while let index = next.fetch_add(1, Ordering::Relaxed)
                         && let Some(job) = jobs.get(index)
                     {
-                        let built = self.build_one(job, &toolchain, out_dir.as_deref());
+                        let built = self.build_one(job, &toolchain, &cache, out_dir.as_deref());
                         if let Ok(mut place) = results[index].lock() {
                             *place = Some(built);
                         }
@@ -241,15 +258,21 @@ impl Kernels {
 }
 
 impl Kernels {
-    fn build_one(&self, job: &Job, toolchain: &Toolchain, out_dir: Option<&Path>) -> Result<Built, BuildError> {
+    fn build_one(
+        &self,
+        job: &Job,
+        toolchain: &Toolchain,
+        cache: &Path,
+        out_dir: Option<&Path>,
+    ) -> Result<Built, BuildError> {
         let device = match job {
-            Job::Crate(path) => DeviceCrate::own(path, toolchain)?,
-            Job::Spec { name, text } => DeviceCrate::generate(name, text, toolchain)?,
+            Job::Crate(path) => DeviceCrate::own(path, cache, toolchain)?,
+            Job::Spec { name, text } => DeviceCrate::generate(name, text, cache, toolchain)?,
         };
         let name = device.name.clone();
         let tell = |stage: fn(String) -> Progress| {
-            if let Some(progress) = self.progress {
-                progress(stage(name.clone()));
+            if let Some(Observer(observer)) = &self.observer {
+                observer(stage(name.clone()));
             }
         };
         tell(Progress::Compiling);

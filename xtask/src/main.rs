@@ -1,1 +1,109 @@
-fn main() {}
+//! `cargo xtask demo` and `cargo xtask test`, and what maintainers run: `kernels` and `bench-build`.
+
+mod bench;
+mod kernels;
+mod setup;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+
+  demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
+                pictures go to demo-report/
+  test [ARGS]   set up what is missing, ptxas and disassemblers included, and run every test; ARGS go to cargo test
+  kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
+  bench-build   time builds of kernels, from nothing and again
+  doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let (command, rest) = arguments.split_first().map_or(("", &[][..]), |(first, rest)| (first.as_str(), rest));
+    let result = match (command, rest) {
+        ("demo", []) => demo(),
+        ("test", rest) => test(rest),
+        ("kernels", []) => kernels::make(),
+        ("bench-build", []) => bench::run(),
+        ("doctor", []) => {
+            print!("{}", framestride_builder::toolchain::Report::new());
+            Ok(())
+        }
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask {command}: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Builds everything and runs the main job on real frames.
+fn demo() -> Result<(), String> {
+    setup::device_compiler()?;
+    step("building framestride (release)");
+    run(cargo().args(["build", "--release", "--package", "framestride"]))?;
+    step("running the main job on Big Buck Bunny: 16 frames of 72 x 128 pixels");
+    let arguments = [
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        "framestride",
+        "--",
+        "run",
+        "shapes/models/demo.toml",
+        "--video",
+        "host/data/bigbuckbunny_16x72x128.safetensors",
+        "--report",
+        "demo-report",
+    ];
+    run(cargo().args(arguments))?;
+    step(&format!("pictures: {}", root().join("demo-report").display()));
+    Ok(())
+}
+
+/// Runs every test.
+fn test(arguments: &[String]) -> Result<(), String> {
+    setup::device_compiler()?;
+    setup::cuda_tools()?;
+    step("running every test");
+    // A snapshot that differs is a failure, never a new file.
+    run(cargo().args(["test", "--workspace"]).args(arguments).env("INSTA_UPDATE", "no"))
+}
+
+/// One line about what is done next.
+fn step(text: &str) {
+    eprintln!("==> {text}");
+}
+
+/// The workspace's folder.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap_or_else(|_| PathBuf::from("."))
+}
+
+/// The cargo that runs this, in the workspace's folder.
+fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Runs a command to its end, its output on the terminal.
+fn run(command: &mut Command) -> Result<(), String> {
+    let shown = shown(command);
+    let status = command.status().map_err(|error| format!("`{shown}` does not start: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("`{shown}` failed ({status})")) }
+}
+
+/// A command as one would type it.
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}

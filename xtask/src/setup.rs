@@ -1,0 +1,114 @@
+//! Sets up what is missing, and only that: the device compiler, and for the tests ptxas and the disassemblers.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use framestride_builder::toolchain::{
+    self, CUDA_PACKAGES, CudaTools, DEBIAN_INSTALL, RUSTUP_INSTALL, Toolchain, on_path, setup_folder,
+};
+use indicatif::ProgressBar;
+
+use crate::{shown, step};
+
+/// Finds a device compiler, or installs one: with rustup where it is there, else with Debian's packages.
+pub fn device_compiler() -> Result<Toolchain, String> {
+    let missing = match toolchain::find() {
+        Ok(found) => return Ok(announce(found)),
+        Err(error) => error.to_string(),
+    };
+    let mut tried = Vec::new();
+    let mut attempt = |installer: &str, command: &str| {
+        on_path(installer)?;
+        match install(command) {
+            Ok(()) => toolchain::find().ok(),
+            Err(error) => {
+                tried.push(error);
+                None
+            }
+        }
+    };
+    // Package lists may be older than the packages: a second try follows an update.
+    let found = attempt("rustup", RUSTUP_INSTALL)
+        .or_else(|| attempt("apt-get", DEBIAN_INSTALL))
+        .or_else(|| attempt("apt-get", "apt-get update"))
+        .or_else(|| attempt("apt-get", DEBIAN_INSTALL));
+    found.map(announce).ok_or_else(|| format!("{missing}\n{}", tried.join("\n")))
+}
+
+fn announce(found: Toolchain) -> Toolchain {
+    step(&format!("device compiler: Rust {}, LLVM {} ({})", found.rustc_version, found.llvm_version, found.origin));
+    found
+}
+
+/// Finds ptxas, cuobjdump and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the cache.
+pub fn cuda_tools() -> Result<CudaTools, String> {
+    let complete = |tools: &CudaTools| tools.ptxas.is_some() && tools.cuobjdump.is_some() && tools.nvdisasm.is_some();
+    let found = CudaTools::find();
+    if complete(&found) {
+        return Ok(announce_tools(found));
+    }
+    let folder = setup_folder().ok_or("no folder for NVIDIA's tools: set FRAMESTRIDE_CACHE to one")?;
+    let mend = format!(
+        "install ptxas, cuobjdump and nvdisasm of CUDA 13 and set FRAMESTRIDE_CUDA_BIN to their folder, or provide python3 with venv and pip for\n    pip install {}",
+        CUDA_PACKAGES.join(" ")
+    );
+    if on_path("python3").is_none() {
+        install("apt-get install -y --no-install-recommends python3 python3-venv")
+            .map_err(|e| format!("{e}\n{mend}"))?;
+    }
+    if let Err(first) = virtual_environment(&folder) {
+        // Debian keeps venv's pip in a package of its own.
+        install("apt-get install -y --no-install-recommends python3-venv")
+            .and_then(|()| virtual_environment(&folder))
+            .map_err(|second| format!("{first}\n{second}\n{mend}"))?;
+    }
+    let found = CudaTools::find();
+    if complete(&found) {
+        Ok(announce_tools(found))
+    } else {
+        Err(format!("the packages are installed in {}, but do not hold the tools\n{mend}", folder.display()))
+    }
+}
+
+fn announce_tools(found: CudaTools) -> CudaTools {
+    if let Some(folder) = found.ptxas.as_deref().and_then(Path::parent) {
+        step(&format!("ptxas, cuobjdump, nvdisasm: {}", folder.display()));
+    }
+    found
+}
+
+fn virtual_environment(folder: &Path) -> Result<(), String> {
+    let folder = folder.display();
+    install(&format!("python3 -m venv --clear {folder}"))?;
+    install(&format!("{folder}/bin/python3 -m pip install --quiet {}", CUDA_PACKAGES.join(" ")))
+}
+
+/// Runs an installer, showing a spinner, and its output when it fails. Debian's needs root: as another user it goes through
+/// `sudo`, which must not ask.
+fn install(command: &str) -> Result<(), String> {
+    let mut words: Vec<&str> = command.split(' ').collect();
+    if words[0] == "apt-get" && !is_root() {
+        words.splice(0..0, ["sudo", "-n"]);
+    }
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+    let shown = shown(&command);
+    step(&shown);
+    let spinner = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let answer = command.output();
+    spinner.finish_and_clear();
+    let answer = answer.map_err(|error| format!("`{shown}` does not start: {error}"))?;
+    if answer.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&answer.stderr);
+    Err(format!("`{shown}` failed ({}):\n{}", answer.status, said.trim_end()))
+}
+
+fn is_root() -> bool {
+    let answer = Command::new("id").arg("-u").output();
+    answer.is_ok_and(|answer| answer.stdout.starts_with(b"0\n"))
+}
