@@ -7,7 +7,8 @@ use framestride_shapes::launch::{
     PACK_THREADS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, profile_shared_bytes,
 };
 use framestride_shapes::layout::TextPosition;
-use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Problem, Spec, SpecError};
+use framestride_shapes::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
+use framestride_shapes::spec::{Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::quote;
 use std::path::PathBuf;
@@ -56,8 +57,10 @@ fn from_file(input: ParseStream) -> Result<Shape> {
     let file = root.join(path.value());
     let spec = Spec::from_file(&file).map_err(|error| {
         // The path as the user wrote it, not where this build happens to stand.
-        let lines =
-            error.problems.iter().map(|problem| format!("{}:{}: {}", path.value(), problem.line, message(problem)));
+        let lines = error.problems.iter().map(|problem| match problem.line {
+            0 => format!("{}: {}", path.value(), message(problem).trim_start()),
+            line => format!("{}:{line}: {}", path.value(), message(problem)),
+        });
         Error::new(path.span(), lines.collect::<Vec<_>>().join("\n"))
     })?;
     let text = std::fs::read_to_string(&file).map_err(|error| Error::new(path.span(), error))?;
@@ -239,20 +242,31 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
         Dtype::Bf16 => quote!(Bf16),
         Dtype::F16 => quote!(F16),
     };
-    let norm = match spec.qk_norm.map(|norm| norm.kind) {
+    let operators = quote!(::framestride_kernels::shapes::operators);
+    let qk_norm = match spec.qk_norm {
         None => quote!(None),
-        Some(NormKind::Rms) => quote!(Rms),
-        Some(NormKind::Layer) => quote!(Layer),
+        Some(QkNorm { kind, over, eps }) => {
+            let kind = match kind {
+                NormKind::Rms => quote!(Rms),
+                NormKind::Layer => quote!(Layer),
+            };
+            let over = match over {
+                NormOver::Head => quote!(Head),
+                NormOver::Heads => quote!(Heads),
+            };
+            quote!(Some(#operators::QkNorm { kind: #operators::NormKind::#kind, over: #operators::NormOver::#over, eps: #eps }))
+        }
     };
-    let over_heads = spec.qk_norm.is_some_and(|norm| norm.over == NormOver::Heads);
-    let eps = spec.qk_norm.map_or(0.0, |norm| norm.eps as f32);
-    let rope = match spec.rope.map(|rope| rope.pairs) {
+    let rope = match spec.rope {
         None => quote!(None),
-        Some(Pairs::Interleaved) => quote!(Interleaved),
-        Some(Pairs::Half) => quote!(Half),
+        Some(Rope { pairs, text, per_head }) => {
+            let pairs = match pairs {
+                Pairs::Interleaved => quote!(Interleaved),
+                Pairs::Half => quote!(Half),
+            };
+            quote!(Some(#operators::Rope { pairs: #operators::Pairs::#pairs, text: #text, per_head: #per_head }))
+        }
     };
-    let rope_text = spec.rope.is_some_and(|rope| rope.text);
-    let rope_per_head = spec.rope.is_some_and(|rope| rope.per_head);
     let (attention_threads, attention_shared) = (tiles.threads(), tiles.shared_bytes(head_dim));
     let profile_shared = profile_shared_bytes(head_dim);
     let rebuilt_for = file.map(|file| {
@@ -286,12 +300,8 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
             };
             const HEADS: u32 = #heads;
             const HEAD_DIM: u32 = #head_dim;
-            const NORM: ::framestride_kernels::shape::Norm = ::framestride_kernels::shape::Norm::#norm;
-            const NORM_OVER_HEADS: bool = #over_heads;
-            const NORM_EPS: f32 = #eps;
-            const ROPE: ::framestride_kernels::shape::Rope = ::framestride_kernels::shape::Rope::#rope;
-            const ROPE_TEXT: bool = #rope_text;
-            const ROPE_PER_HEAD: bool = #rope_per_head;
+            const QK_NORM: Option<#operators::QkNorm> = #qk_norm;
+            const ROPE: Option<#operators::Rope> = #rope;
             const PROFILE_ROWS: u32 = #rows;
             const TILES: ::framestride_kernels::shapes::launch::Tiles =
                 ::framestride_kernels::shapes::launch::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };

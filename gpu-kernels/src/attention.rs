@@ -209,7 +209,12 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
             let stage = slot.stage;
             Plan::<T>::key_free(stage).wait(slot.parity);
             Plan::<T>::key_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
-            copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, Plan::<T>::KEY_BYTES, Plan::<T>::key_full(stage));
+            copy::to_shared(
+                Plan::<T>::key(stage),
+                params.packed_k + rows,
+                Plan::<T>::KEY_BYTES,
+                Plan::<T>::key_full(stage),
+            );
             Plan::<T>::value_free(stage).wait(slot.parity);
             Plan::<T>::value_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
             copy::to_shared(
@@ -269,8 +274,16 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 let last = slot;
                 slot = slot.next(T::TILES.stages);
                 Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                T::Attention::start_scores(&mut scores, query, Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM));
-                T::Attention::start_output(&mut output, &weights, Descriptor::image(Plan::<T>::value(last.stage), T::HEAD_DIM));
+                T::Attention::start_scores(
+                    &mut scores,
+                    query,
+                    Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM),
+                );
+                T::Attention::start_output(
+                    &mut output,
+                    &weights,
+                    Descriptor::image(Plan::<T>::value(last.stage), T::HEAD_DIM),
+                );
                 scores.wait::<1>();
                 release(Plan::<T>::key_free(slot.stage), lane);
                 mask(&mut scores, tile);
@@ -286,7 +299,11 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 tile += 1;
             }
             release(Plan::<T>::query_free(), lane);
-            T::Attention::start_output(&mut output, &weights, Descriptor::image(Plan::<T>::value(slot.stage), T::HEAD_DIM));
+            T::Attention::start_output(
+                &mut output,
+                &weights,
+                Descriptor::image(Plan::<T>::value(slot.stage), T::HEAD_DIM),
+            );
             T::Attention::wait_output(&mut output, &mut weights);
             release(Plan::<T>::value_free(slot.stage), lane);
             slot = slot.next(T::TILES.stages);
@@ -326,7 +343,10 @@ unsafe fn store<T: Shape>(
             if params.lse != 0 && lane % 4 == 0 {
                 let lse = (rows.max[row] * params.scale_log2 + math::log2(total[row])) * core::f32::consts::LN_2;
                 let lse = if live { lse } else { f32::NEG_INFINITY };
-                global::store_f32(params.lse + (work.head as u64 * T::LAYOUT.sequence() as u64 + model_row as u64) * 4, lse);
+                global::store_f32(
+                    params.lse + (work.head as u64 * T::LAYOUT.sequence() as u64 + model_row as u64) * 4,
+                    lse,
+                );
             }
         }
         row += 1;

@@ -5,14 +5,41 @@
 //! [`packed_bytes`](framestride_shapes::launch::packed_bytes). Grid: x = packed_rows / 8, y = Q, K, V, z = batch.
 
 use crate::attention::valid_text;
+use crate::cuda::mma::TileProducts;
 use crate::cuda::{global, math, thread, warp};
 use crate::element;
-use crate::cuda::mma::TileProducts;
-use crate::shape::{Norm, Rope, Shape};
+use crate::shape::Shape;
 use framestride_shapes::launch::{NormWeights, PackParams, PackPass, Tensor};
 use framestride_shapes::layout::{ATOM_ROWS, HeadType};
+use framestride_shapes::operators::{NormKind, NormOver, Pairs};
 
 type ElementOf<T> = <<T as Shape>::Attention as TileProducts>::Element;
+
+/// Whether the QK-norm has one statistic for all heads of a token.
+#[inline(always)]
+fn norm_over_heads<T: Shape>() -> bool {
+    T::QK_NORM.is_some_and(|norm| matches!(norm.over, NormOver::Heads))
+}
+
+#[inline(always)]
+fn is_layer_norm<T: Shape>() -> bool {
+    T::QK_NORM.is_some_and(|norm| matches!(norm.kind, NormKind::Layer))
+}
+
+#[inline(always)]
+fn rotates_text<T: Shape>() -> bool {
+    T::ROPE.is_some_and(|rope| rope.text)
+}
+
+#[inline(always)]
+fn rotates_per_head<T: Shape>() -> bool {
+    T::ROPE.is_some_and(|rope| rope.per_head)
+}
+
+#[inline(always)]
+fn is_interleaved<T: Shape>() -> bool {
+    T::ROPE.is_some_and(|rope| matches!(rope.pairs, Pairs::Interleaved))
+}
 
 /// A token and what all of its heads share.
 struct Token {
@@ -42,8 +69,8 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
     let valid_text = valid_text::<T>(params.text_lengths, item);
     let text = row.wrapping_sub(T::LAYOUT.first_text_row());
     let is_text = text < T::LAYOUT.text_tokens;
-    let rotated = !matches!(T::ROPE, Rope::None) && norm.is_some() && (T::ROPE_TEXT || !is_text);
-    let rope_row = if T::ROPE_TEXT { row } else { row - T::LAYOUT.first_video_row() };
+    let rotated = T::ROPE.is_some() && norm.is_some() && (rotates_text::<T>() || !is_text);
+    let rope_row = if rotates_text::<T>() { row } else { row - T::LAYOUT.first_video_row() };
     let token = Token {
         row,
         blank: row >= T::LAYOUT.sequence() || (is_text && text >= valid_text),
@@ -71,9 +98,9 @@ unsafe fn write_heads<T: Shape>(
     let heads_at_once = 32 / head_lanes;
     let lane = thread::lane();
     let (chunk, first_head) = (lane % head_lanes, lane / head_lanes);
-    let normed = normed && !matches!(T::NORM, Norm::None) && !token.blank;
+    let normed = normed && T::QK_NORM.is_some() && !token.blank;
 
-    let token_statistic = if normed && T::NORM_OVER_HEADS {
+    let token_statistic = if normed && norm_over_heads::<T>() {
         let mut sums = Moments::default();
         let mut head = first_head;
         while head < params.heads {
@@ -83,7 +110,7 @@ unsafe fn write_heads<T: Shape>(
         let sums = sums.summed::<32>();
         let mean = sums.mean(T::HEADS * T::HEAD_DIM);
         let mut squares = 0.0;
-        if matches!(T::NORM, Norm::Layer) {
+        if is_layer_norm::<T>() {
             let mut head = first_head;
             while head < params.heads {
                 squares += squared_distance(load::<T>(params, source, token.row, head, chunk), mean);
@@ -96,54 +123,84 @@ unsafe fn write_heads<T: Shape>(
         Statistic { mean: 0.0, factor: 1.0 }
     };
 
+    // What all heads of the token share stays in registers.
+    let shared_affine =
+        if normed && !norm_over_heads::<T>() { Affine::load(token.norm, chunk * 8) } else { Affine::IDENTITY };
+    let shared_rotation = match token.rope_row {
+        Some(row) if !rotates_per_head::<T>() && !token.blank => Rotation::load::<T>(params, row, chunk),
+        _ => Rotation::IDENTITY,
+    };
+    let packed_row = |head_type: HeadType| {
+        if token.row < T::LAYOUT.sequence() {
+            T::LAYOUT.packed_row(head_type, token.row, token.valid_text)
+        } else {
+            token.row
+        }
+    };
+    let packed_rows = [packed_row(HeadType::Spatial), packed_row(HeadType::Temporal)];
+
     // All lanes go round as often as the first head's, since they exchange values.
     let mut base = 0;
     while base < params.heads {
-        let head = base + first_head;
-        base += heads_at_once;
-        let exists = head < params.heads;
-        let head_type = if params.head_types == 0 || !exists {
-            HeadType::Spatial
-        } else {
-            HeadType::from_u32(global::load_u32(params.head_types + (item * params.heads + head) as u64 * 4))
+        let part = |i: u32| {
+            let head = base + i * heads_at_once + first_head;
+            let temporal = head < params.heads
+                && params.head_types != 0
+                && global::load_u32(params.head_types + (item * params.heads + head) as u64 * 4)
+                    == HeadType::Temporal as u32;
+            let wanted = head < params.heads && (temporal || params.pass != PackPass::Temporal as u32);
+            let values =
+                if wanted && !token.blank { load_raw::<T>(params, source, token.row, head, chunk) } else { [0; 4] };
+            Part { values, head, wanted, packed_row: packed_rows[temporal as usize] }
         };
-        let wanted = exists && (params.pass != PackPass::Temporal as u32 || matches!(head_type, HeadType::Temporal));
-        if !warp::any(wanted) {
-            continue;
-        }
-        let mut values = [0u32; 4];
-        if wanted && !token.blank {
-            values = load_raw::<T>(params, source, token.row, head, chunk);
-        }
-        if normed || token.rope_row.is_some() {
-            let mut x = element::widen::<ElementOf<T>>(values);
-            if normed {
-                let statistic = if T::NORM_OVER_HEADS { token_statistic } else { head_statistic::<T>(x) };
-                let weights_row = if T::NORM_OVER_HEADS { head } else { 0 };
-                x = affine(x, statistic, token.norm, weights_row * T::HEAD_DIM + chunk * 8, wanted);
+        let finish = |part: Part| {
+            let Part { mut values, head, wanted, packed_row } = part;
+            if (normed || token.rope_row.is_some()) && warp::any(wanted) {
+                let mut x = element::widen::<ElementOf<T>>(values);
+                if normed {
+                    let (statistic, affine) = if norm_over_heads::<T>() {
+                        let first = if wanted { head * T::HEAD_DIM + chunk * 8 } else { 0 };
+                        (token_statistic, Affine::load(token.norm, first))
+                    } else {
+                        (head_statistic::<T>(x), shared_affine)
+                    };
+                    x = affine.apply(x, statistic);
+                }
+                if let Some(row) = token.rope_row {
+                    let rotation = if rotates_per_head::<T>() && wanted && !token.blank {
+                        Rotation::load::<T>(params, row * params.heads + head, chunk)
+                    } else {
+                        shared_rotation
+                    };
+                    x = rotation.apply::<T>(x, chunk);
+                }
+                values = if token.blank { [0; 4] } else { element::narrow::<ElementOf<T>>(x) };
             }
-            if let Some(row) = token.rope_row {
-                let table_row = if T::ROPE_PER_HEAD { row * params.heads + head } else { row };
-                x = rotate::<T>(params, x, table_row, chunk, wanted && !token.blank);
+            if wanted {
+                let head_image = (item * params.heads + head) as u64 * (T::LAYOUT.packed_rows() * row_bytes) as u64;
+                let row_in_atom = packed_row % ATOM_ROWS;
+                let atom = packed_row / ATOM_ROWS * (T::HEAD_DIM / 64) + chunk / 8;
+                let place = atom as u64 * 1024 + (row_in_atom * 128 + (chunk % 8 ^ row_in_atom) * 16) as u64;
+                global::store16(packed + head_image + place, values);
             }
-            values = element::narrow::<ElementOf<T>>(x);
-        }
-        if wanted {
-            if token.blank {
-                values = [0; 4];
-            }
-            let packed_row = if token.row < T::LAYOUT.sequence() {
-                T::LAYOUT.packed_row(head_type, token.row, token.valid_text)
-            } else {
-                token.row
-            };
-            let head_image = (item * params.heads + head) as u64 * (T::LAYOUT.packed_rows() as u64 * row_bytes as u64);
-            let row_in_atom = packed_row % ATOM_ROWS;
-            let atom = packed_row / ATOM_ROWS * (T::HEAD_DIM / 64) + chunk / 8;
-            let place = atom as u64 * 1024 + (row_in_atom * 128 + (chunk % 8 ^ row_in_atom) * 16) as u64;
-            global::store16(packed + head_image + place, values);
-        }
+        };
+        // All loads before the first use: what is in flight hides the latency of memory.
+        let (a, b, c, d) = (part(0), part(1), part(2), part(3));
+        finish(a);
+        finish(b);
+        finish(c);
+        finish(d);
+        base += 4 * heads_at_once;
     }
+}
+
+/// A lane's eight elements of one head's row, on their way.
+struct Part {
+    values: [u32; 4],
+    head: u32,
+    /// Whether this launch writes the head.
+    wanted: bool,
+    packed_row: u32,
 }
 
 /// Eight elements of a head's row.
@@ -211,12 +268,14 @@ impl Statistic {
     /// difference of moments would cancel).
     #[inline(always)]
     fn new<T: Shape>(sums: Moments, distance: f32, count: u32) -> Statistic {
-        match T::NORM {
-            Norm::Layer => Statistic {
-                mean: sums.mean(count),
-                factor: math::reciprocal_sqrt(distance / count as f32 + T::NORM_EPS),
-            },
-            _ => Statistic { mean: 0.0, factor: math::reciprocal_sqrt(sums.squares / count as f32 + T::NORM_EPS) },
+        let eps = match T::QK_NORM {
+            Some(norm) => norm.eps as f32,
+            None => 0.0,
+        };
+        if is_layer_norm::<T>() {
+            Statistic { mean: sums.mean(count), factor: math::reciprocal_sqrt(distance / count as f32 + eps) }
+        } else {
+            Statistic { mean: 0.0, factor: math::reciprocal_sqrt(sums.squares / count as f32 + eps) }
         }
     }
 }
@@ -230,30 +289,43 @@ unsafe fn head_statistic<T: Shape>(x: [f32; 8]) -> Statistic {
 #[inline(always)]
 unsafe fn head_statistic_over<T: Shape, const LANES: u32>(x: [f32; 8]) -> Statistic {
     let sums = Moments::of(x).summed::<LANES>();
-    let distance = match T::NORM {
-        Norm::Layer => warp::sum::<LANES>(squared_distance(x, sums.mean(T::HEAD_DIM))),
-        _ => 0.0,
-    };
+    let distance =
+        if is_layer_norm::<T>() { warp::sum::<LANES>(squared_distance(x, sums.mean(T::HEAD_DIM))) } else { 0.0 };
     Statistic::new::<T>(sums, distance, T::HEAD_DIM)
 }
 
-/// Applies the statistic, and weight and bias from element `first` on.
-#[inline(always)]
-unsafe fn affine(mut x: [f32; 8], statistic: Statistic, norm: NormWeights, first: u32, wanted: bool) -> [f32; 8] {
-    let mut weight = [1.0; 8];
-    let mut bias = [0.0; 8];
-    if wanted && norm.weight != 0 {
-        weight = load8(norm.weight + first as u64 * 4);
+/// Weight and bias of a lane's eight elements.
+#[derive(Clone, Copy)]
+struct Affine {
+    weight: [f32; 8],
+    bias: [f32; 8],
+}
+
+impl Affine {
+    const IDENTITY: Affine = Affine { weight: [1.0; 8], bias: [0.0; 8] };
+
+    /// From element `first` on.
+    #[inline(always)]
+    unsafe fn load(norm: NormWeights, first: u32) -> Affine {
+        let mut affine = Affine::IDENTITY;
+        if norm.weight != 0 {
+            affine.weight = load8(norm.weight + first as u64 * 4);
+        }
+        if norm.bias != 0 {
+            affine.bias = load8(norm.bias + first as u64 * 4);
+        }
+        affine
     }
-    if wanted && norm.bias != 0 {
-        bias = load8(norm.bias + first as u64 * 4);
+
+    #[inline(always)]
+    fn apply(&self, mut x: [f32; 8], statistic: Statistic) -> [f32; 8] {
+        let mut i = 0;
+        while i < 8 {
+            x[i] = math::fma((x[i] - statistic.mean) * statistic.factor, self.weight[i], self.bias[i]);
+            i += 1;
+        }
+        x
     }
-    let mut i = 0;
-    while i < 8 {
-        x[i] = math::fma((x[i] - statistic.mean) * statistic.factor, weight[i], bias[i]);
-        i += 1;
-    }
-    x
 }
 
 /// Eight f32.
@@ -263,47 +335,58 @@ unsafe fn load8(address: u64) -> [f32; 8] {
     [a, b, c, d, e, f, g, h]
 }
 
-/// Rotates a lane's eight elements: (a, b) -> (a cos - b sin, a sin + b cos).
-#[inline(always)]
-unsafe fn rotate<T: Shape>(params: &PackParams, x: [f32; 8], table_row: u32, chunk: u32, wanted: bool) -> [f32; 8] {
-    let row = table_row as u64 * (T::HEAD_DIM / 2 * 4) as u64;
-    let mut out = x;
-    if matches!(T::ROPE, Rope::Interleaved) {
-        if wanted {
+/// Cosines and sines of a lane's eight elements. Interleaved pairs share one: there the first four are used.
+#[derive(Clone, Copy)]
+struct Rotation {
+    cos: [f32; 8],
+    sin: [f32; 8],
+}
+
+impl Rotation {
+    const IDENTITY: Rotation = Rotation { cos: [1.0; 8], sin: [0.0; 8] };
+
+    /// From row `row` of the tables.
+    #[inline(always)]
+    unsafe fn load<T: Shape>(params: &PackParams, row: u32, chunk: u32) -> Rotation {
+        let row = row as u64 * (T::HEAD_DIM / 2 * 4) as u64;
+        let mut rotation = Rotation::IDENTITY;
+        if is_interleaved::<T>() {
             let place = row + (chunk * 16) as u64;
             let (cos, sin) = (global::load_f32x4(params.cos + place), global::load_f32x4(params.sin + place));
+            let mut i = 0;
+            while i < 4 {
+                (rotation.cos[i], rotation.sin[i]) = (cos[i], sin[i]);
+                i += 1;
+            }
+        } else {
+            let place = row + (chunk % (T::HEAD_DIM / 16) * 32) as u64;
+            rotation = Rotation { cos: load8(params.cos + place), sin: load8(params.sin + place) };
+        }
+        rotation
+    }
+
+    /// Rotates (a, b) -> (a cos - b sin, a sin + b cos). All lanes of the warp take part.
+    #[inline(always)]
+    unsafe fn apply<T: Shape>(&self, x: [f32; 8], chunk: u32) -> [f32; 8] {
+        let Rotation { cos, sin } = self;
+        let mut out = x;
+        if is_interleaved::<T>() {
             let mut i = 0;
             while i < 4 {
                 out[2 * i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
                 out[2 * i + 1] = x[2 * i] * sin[i] + x[2 * i + 1] * cos[i];
                 i += 1;
             }
-        }
-    } else {
-        let half_lanes = T::HEAD_DIM / 16;
-        let partner = exchange8(x, half_lanes);
-        if wanted {
-            let place = row + (chunk % half_lanes * 32) as u64;
-            let (cos, sin) = (load8(params.cos + place), load8(params.sin + place));
-            // The first half holds a, the second b.
+        } else {
+            // The lower half of a head's lanes holds a, the upper half b.
+            let half_lanes = T::HEAD_DIM / 16;
             let sign = if chunk < half_lanes { -1.0 } else { 1.0 };
             let mut i = 0;
             while i < 8 {
-                out[i] = x[i] * cos[i] + sign * partner[i] * sin[i];
+                out[i] = x[i] * cos[i] + sign * warp::exchange(x[i], half_lanes) * sin[i];
                 i += 1;
             }
         }
+        out
     }
-    out
-}
-
-#[inline(always)]
-unsafe fn exchange8(x: [f32; 8], mask: u32) -> [f32; 8] {
-    let mut out = x;
-    let mut i = 0;
-    while i < 8 {
-        out[i] = warp::exchange(x[i], mask);
-        i += 1;
-    }
-    out
 }

@@ -13,8 +13,8 @@ use crate::cuda::{copy, global, math, shared, thread, warp};
 use crate::shape::Shape;
 use crate::softmax::{self, Rows};
 use framestride_shapes::launch::{
-    PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_STAGES as STAGES, PROFILE_THREADS, ProfileParams, ProfilePlan, SAMPLE_ROWS, SELECT_THREADS,
-    SelectParams,
+    PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_STAGES as STAGES, PROFILE_THREADS, ProfileParams, ProfilePlan, SAMPLE_ROWS,
+    SELECT_THREADS, SelectParams,
 };
 use framestride_shapes::layout::{ATOM_ROWS, HeadType};
 
@@ -209,9 +209,8 @@ unsafe fn store_partial<T: Shape>(
     output.for_each_group(
         #[inline(always)]
         |group, [a, b, c, d]| {
-            let place = |row: usize| {
-                partial + (2 * SAMPLE_ROWS + samples[row] * T::HEAD_DIM + group * 8 + column) as u64 * 4
-            };
+            let place =
+                |row: usize| partial + (2 * SAMPLE_ROWS + samples[row] * T::HEAD_DIM + group * 8 + column) as u64 * 4;
             global::store_f32x2(place(0), [*a, *b]);
             global::store_f32x2(place(1), [*c, *d]);
         },
@@ -246,7 +245,10 @@ pub unsafe fn select<T: Shape>(params: &SelectParams) {
             column += 64;
         }
     }
-    let errors = errors.map(#[inline(always)] |error| warp::sum::<32>(error));
+    let errors = errors.map(
+        #[inline(always)]
+        |error| warp::sum::<32>(error),
+    );
     if lane == 0 {
         shared::store_f32(shared::base() + own_warp * 8, errors[0]);
         shared::store_f32(shared::base() + own_warp * 8 + 4, errors[1]);

@@ -3,28 +3,7 @@
 use crate::cuda::mma::TileProducts;
 use framestride_shapes::launch::Tiles;
 use framestride_shapes::layout::Layout;
-
-/// A QK-norm.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Norm {
-    /// None.
-    None,
-    /// x / sqrt(mean(x^2) + eps), times the weight.
-    Rms,
-    /// (x - mean) / sqrt(variance + eps), times the weight, plus the bias.
-    Layer,
-}
-
-/// Which elements RoPE rotates together.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Rope {
-    /// None.
-    None,
-    /// 2 i with 2 i + 1.
-    Interleaved,
-    /// i with i + head_dim / 2.
-    Half,
-}
+use framestride_shapes::operators::{QkNorm, Rope};
 
 /// One spec.
 pub trait Shape {
@@ -35,17 +14,9 @@ pub trait Shape {
     /// 64 or 128.
     const HEAD_DIM: u32;
     /// QK-norm.
-    const NORM: Norm;
-    /// One statistic over heads x head_dim, instead of one for each head.
-    const NORM_OVER_HEADS: bool;
-    /// Added to the mean square or variance.
-    const NORM_EPS: f32;
+    const QK_NORM: Option<QkNorm>;
     /// Rotary embedding.
-    const ROPE: Rope;
-    /// Text rows are rotated too.
-    const ROPE_TEXT: bool;
-    /// Each head has its own tables.
-    const ROPE_PER_HEAD: bool;
+    const ROPE: Option<Rope>;
     /// Sampled rows a head.
     const PROFILE_ROWS: u32;
     /// Tiles of the attention kernel.

@@ -3,6 +3,7 @@
 //! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees. `no_std`: the kernels
 //!   compile this very code, and the host plans with it.
 //! * [`launch`]: the parameter blocks that the host writes and the kernels read. `no_std`.
+//! * [`operators`]: QK-norm, RoPE and the type of the elements. `no_std`.
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
 //! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
@@ -17,6 +18,7 @@ pub mod launch;
 pub mod layout;
 #[cfg(feature = "serde")]
 pub mod manifest;
+pub mod operators;
 #[cfg(feature = "std")]
 pub mod spec;
 #[cfg(feature = "std")]
