@@ -54,6 +54,14 @@ pub enum BuildError {
         /// What it said.
         message: String,
     },
+    /// A tool of NVIDIA's that is needed to look at machine code.
+    #[error("{tool} was not found: {mend}")]
+    MissingTool {
+        /// Its name.
+        tool: &'static str,
+        /// How to get it.
+        mend: String,
+    },
     /// The PTX lacks what the launch tables promise.
     #[error("{name}: the PTX of entry `{entry}` {problem}; this compiler does something new: please report it with {}", ptx.display())]
     Ptx {

@@ -37,6 +37,7 @@ pub mod finish;
 mod pipeline;
 pub mod ptx;
 pub mod ptxas;
+pub mod sass;
 pub mod toolchain;
 
 use device_crate::DeviceCrate;

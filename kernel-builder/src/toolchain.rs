@@ -1,5 +1,5 @@
-//! Finds the device compiler (rustc, cargo, the source of `core`, LLVM's `opt` and `llc`) and NVIDIA's optional `ptxas`,
-//! `cuobjdump` and `nvdisasm`.
+//! Finds the device compiler (rustc, cargo, the source of `core`, LLVM's `opt` and `llc`) and NVIDIA's optional `ptxas` and
+//! `nvdisasm`.
 //!
 //! The device compiler is looked for in this order, and the first one that has everything is used:
 //!
@@ -18,6 +18,8 @@ use std::process::Command;
 
 use serde::Serialize;
 
+use crate::BuildError;
+
 /// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
 pub const MINIMUM_RUST: (u32, u32) = (1, 96);
 /// The oldest usable LLVM, for the same reason.
@@ -26,8 +28,8 @@ pub const MINIMUM_LLVM: u32 = 22;
 pub const RUSTUP_INSTALL: &str = "rustup toolchain install 1.96.0 --profile minimal -c rust-src -c llvm-tools";
 /// How Debian provides one.
 pub const DEBIAN_INSTALL: &str = "apt-get install -y --no-install-recommends rustc-web rust-web-src cargo-web llvm-22";
-/// The Python packages that hold ptxas and the disassemblers.
-pub const CUDA_PACKAGES: [&str; 3] = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"];
+/// The Python packages that hold ptxas and the disassembler.
+pub const CUDA_PACKAGES: [&str; 2] = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-nvdisasm"];
 
 /// Environment variables that change what is found: a build script reruns when one of them changes.
 pub const VARIABLES: [&str; 8] = [
@@ -252,14 +254,12 @@ fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
 
-/// NVIDIA's assembler and disassemblers, each where it was found. None of them is needed to build kernels.
+/// NVIDIA's assembler and disassembler, each where it was found. Neither is needed to build kernels.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CudaTools {
     /// PTX to machine code; reports registers, stack and spills.
     pub ptxas: Option<PathBuf>,
-    /// Lists the machine code of a cubin.
-    pub cuobjdump: Option<PathBuf>,
-    /// Does the same with control flow.
+    /// Lists the machine code that ptxas makes.
     pub nvdisasm: Option<PathBuf>,
 }
 
@@ -275,7 +275,6 @@ impl CudaTools {
         let find = |name: &str| folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
         CudaTools {
             ptxas: named("FRAMESTRIDE_PTXAS").filter(|path| path.is_file()).or_else(|| find("ptxas")),
-            cuobjdump: find("cuobjdump"),
             nvdisasm: find("nvdisasm"),
         }
     }
@@ -297,6 +296,15 @@ pub fn cache_folder() -> Option<PathBuf> {
     named("FRAMESTRIDE_CACHE")
         .or_else(|| named("XDG_CACHE_HOME").map(|folder| folder.join("framestride")))
         .or_else(|| named("HOME").map(|home| home.join(".cache/framestride")))
+}
+
+/// The error for one of [`CudaTools`] that is missing, with its mend.
+pub(crate) fn cuda_missing(tool: &'static str) -> BuildError {
+    BuildError::MissingTool { tool, mend: cuda_mend() }
+}
+
+fn cuda_mend() -> String {
+    format!("`cargo xtask test` installs it; or: pip install {}", CUDA_PACKAGES.join(" "))
 }
 
 /// What a machine has of the tools, for `framestride doctor`.
@@ -347,9 +355,7 @@ impl Report {
             required: false,
             path: path.clone(),
             version: path.as_ref().and_then(|path| cuda_version(path)),
-            mend: path.is_none().then(|| {
-                format!("cargo xtask test installs it; or pip install {} ", CUDA_PACKAGES.join(" ")).trim().to_string()
-            }),
+            mend: path.is_none().then(cuda_mend),
         };
         Report {
             findings: vec![
@@ -358,7 +364,6 @@ impl Report {
                 compiler("opt", "optimises the finished IR", |t| &t.opt, |t| &t.llvm_version),
                 compiler("llc", "writes the PTX", |t| &t.llc, |t| &t.llvm_version),
                 cuda("ptxas", "reports registers, stack and spills", &tools.ptxas),
-                cuda("cuobjdump", "lists machine code, for tests", &tools.cuobjdump),
                 cuda("nvdisasm", "lists machine code, for tests", &tools.nvdisasm),
             ],
             rejected,

@@ -12,7 +12,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
                 pictures go to demo-report/
-  test [ARGS]   set up what is missing, ptxas and disassemblers included, and run every test; ARGS go to cargo test
+  test [ARGS]   set up what is missing, ptxas and disassembler included, and run every test; ARGS go to cargo test
   kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)

@@ -1,4 +1,4 @@
-//! Sets up what is missing, and only that: the device compiler, and for the tests ptxas and the disassemblers.
+//! Sets up what is missing, and only that: the device compiler, and for the tests ptxas and the disassembler.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -42,16 +42,16 @@ fn announce(found: Toolchain) -> Toolchain {
     found
 }
 
-/// Finds ptxas, cuobjdump and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the cache.
+/// Finds ptxas and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the cache.
 pub fn cuda_tools() -> Result<CudaTools, String> {
-    let complete = |tools: &CudaTools| tools.ptxas.is_some() && tools.cuobjdump.is_some() && tools.nvdisasm.is_some();
+    let complete = |tools: &CudaTools| tools.ptxas.is_some() && tools.nvdisasm.is_some();
     let found = CudaTools::find();
     if complete(&found) {
         return Ok(announce_tools(found));
     }
     let folder = setup_folder().ok_or("no folder for NVIDIA's tools: set FRAMESTRIDE_CACHE to one")?;
     let mend = format!(
-        "install ptxas, cuobjdump and nvdisasm of CUDA 13 and set FRAMESTRIDE_CUDA_BIN to their folder, or provide python3 with venv and pip for\n    pip install {}",
+        "install ptxas and nvdisasm of CUDA 13 and set FRAMESTRIDE_CUDA_BIN to their folder, or provide python3 with venv and pip for\n    pip install {}",
         CUDA_PACKAGES.join(" ")
     );
     if on_path("python3").is_none() {
@@ -74,7 +74,7 @@ pub fn cuda_tools() -> Result<CudaTools, String> {
 
 fn announce_tools(found: CudaTools) -> CudaTools {
     if let Some(folder) = found.ptxas.as_deref().and_then(Path::parent) {
-        step(&format!("ptxas, cuobjdump, nvdisasm: {}", folder.display()));
+        step(&format!("ptxas and nvdisasm: {}", folder.display()));
     }
     found
 }

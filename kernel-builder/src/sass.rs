@@ -1,0 +1,237 @@
+//! The machine code that ptxas makes, read for tests: instructions, loops, and whether the softmax of the attention kernel runs
+//! under the matrix products.
+//!
+//! ptxas may move code across the waits of asynchronous products, and the kernel is then right but slow. What the source wants:
+//! in the main loop two groups of products are issued, the first wait (`WARPGROUP.DEPBAR.LE gsb0, 0x1`) is for the scores, and
+//! every `MUFU.EX2` of the softmax stands before the second (`gsb0, 0x0`), so that it runs while the second group is in flight.
+//! [`Function::overlap`] tells.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::ops::Range;
+use std::process::Command;
+
+use crate::error::at;
+use crate::toolchain::{CudaTools, cuda_missing};
+use crate::{Arch, BuildError, ptxas};
+
+/// The machine code of a module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// Its kernels, in the order of the disassembly.
+    pub functions: Vec<Function>,
+}
+
+/// The machine code of one kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Name of the entry.
+    pub name: String,
+    /// Its instructions.
+    pub instructions: Vec<Instruction>,
+}
+
+/// One instruction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    /// Byte offset in the function.
+    pub address: u64,
+    /// Guard, as in `@!P0`.
+    pub predicate: Option<String>,
+    /// Opcode with modifiers: `WARPGROUP.DEPBAR.LE`.
+    pub opcode: String,
+    /// Operands as they are printed.
+    pub operands: String,
+    /// Index of the instruction that it may jump to.
+    pub target: Option<usize>,
+}
+
+/// What of the softmax runs under the matrix products, in the innermost loop that waits for one group of two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlap {
+    /// The loop, as indices into the instructions.
+    pub main_loop: Range<usize>,
+    /// `HGMMA` in the loop.
+    pub products: usize,
+    /// `MUFU.EX2` in the loop.
+    pub exponentials: usize,
+    /// Those between the wait for the first group and the wait for the second.
+    pub between_waits: usize,
+}
+
+impl Listing {
+    /// Assembles PTX and disassembles the result.
+    ///
+    /// # Errors
+    /// [`BuildError::MissingTool`] without ptxas or nvdisasm, [`BuildError::Tool`] with the message of the one that fails.
+    pub fn from_ptx(name: &str, ptx: &str, arch: Arch, tools: &CudaTools) -> Result<Listing, BuildError> {
+        let assembler = tools.ptxas.as_deref().ok_or_else(|| cuda_missing("ptxas"))?;
+        let disassembler = tools.nvdisasm.as_deref().ok_or_else(|| cuda_missing("nvdisasm"))?;
+        let folder = tempfile::tempdir().map_err(at("create a folder in", &std::env::temp_dir()))?;
+        let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
+        fs::write(&source, ptx).map_err(at("write", &source))?;
+        ptxas::assemble(name, assembler, arch, &source, &cubin)?;
+        let answer = Command::new(disassembler).arg("-c").arg(&cubin).output().map_err(at("start", disassembler))?;
+        if !answer.status.success() {
+            return Err(BuildError::Tool {
+                name: name.into(),
+                tool: disassembler.into(),
+                input: cubin,
+                message: String::from_utf8_lossy(&answer.stderr).into_owned(),
+            });
+        }
+        Ok(Listing::parse(&String::from_utf8_lossy(&answer.stdout)))
+    }
+
+    /// Reads what `nvdisasm -c` prints.
+    pub fn parse(text: &str) -> Listing {
+        let mut functions = Vec::new();
+        let mut open: Option<(Function, HashMap<&str, usize>)> = None;
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix(".text.").and_then(|rest| rest.strip_suffix(':')) {
+                functions.extend(open.take().map(resolve));
+                open = Some((Function { name: name.into(), instructions: Vec::new() }, HashMap::new()));
+            } else if let Some((function, labels)) = &mut open {
+                if let Some(label) = line.strip_prefix(".L_").and_then(|_| line.strip_suffix(':')) {
+                    labels.insert(label, function.instructions.len());
+                } else {
+                    function.instructions.extend(instruction(line));
+                }
+            }
+        }
+        functions.extend(open.take().map(resolve));
+        Listing { functions }
+    }
+
+    /// The kernel of this name.
+    pub fn function(&self, name: &str) -> Option<&Function> {
+        self.functions.iter().find(|function| function.name == name)
+    }
+}
+
+/// `/*0340*/  @!P1 BRA `(.L_x_209) ;`
+fn instruction(line: &str) -> Option<Instruction> {
+    let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
+    let address = u64::from_str_radix(address, 16).ok()?;
+    let mut rest = rest.trim().trim_end_matches(';').trim_end();
+    let mut predicate = None;
+    if rest.starts_with('@') {
+        let (guard, tail) = rest.split_once(' ')?;
+        (predicate, rest) = (Some(guard.to_string()), tail.trim_start());
+    }
+    let (opcode, operands) = rest.split_once(' ').unwrap_or((rest, ""));
+    Some(Instruction { address, predicate, opcode: opcode.into(), operands: operands.trim().into(), target: None })
+}
+
+/// Turns the labels that instructions name into indices.
+fn resolve((mut function, labels): (Function, HashMap<&str, usize>)) -> Function {
+    for instruction in &mut function.instructions {
+        let label = instruction.operands.split_once("`(").and_then(|(_, rest)| rest.split_once(')'));
+        instruction.target = label.and_then(|(label, _)| labels.get(label).copied());
+    }
+    function
+}
+
+impl Function {
+    /// Instructions by opcode with modifiers.
+    pub fn histogram(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for instruction in &self.instructions {
+            *counts.entry(instruction.opcode.clone()).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    /// Instructions whose opcode is `name` or begins with it and a dot.
+    pub fn count(&self, name: &str) -> usize {
+        self.instructions.iter().filter(|instruction| instruction.is(name)).count()
+    }
+
+    /// Every loop, as the range from the target of a backward branch to the branch. A branch to itself, which pads the end of a
+    /// kernel, is none.
+    pub fn loops(&self) -> Vec<Range<usize>> {
+        let branches = self.instructions.iter().enumerate().filter(|(_, instruction)| instruction.is("BRA"));
+        branches
+            .filter_map(|(at, branch)| branch.target.filter(|target| *target < at).map(|target| target..at + 1))
+            .collect()
+    }
+
+    /// The overlap of softmax and products; `None` when no loop waits for the first of two groups, and then for the second.
+    pub fn overlap(&self) -> Option<Overlap> {
+        let waits = |range: &Range<usize>| {
+            let wait = |groups: &str| {
+                let found = |i: &Instruction| i.is("WARPGROUP.DEPBAR") && i.operands.ends_with(groups);
+                range.clone().find(|&at| found(&self.instructions[at]))
+            };
+            let (first, second) = (wait(", 0x1")?, wait(", 0x0")?);
+            (first < second).then_some(first..second)
+        };
+        let main = self.loops().into_iter().filter_map(|range| Some((waits(&range)?, range)));
+        let (between, main_loop) = main.min_by_key(|(_, range)| range.len())?;
+        let count = |range: &Range<usize>, name| self.instructions[range.clone()].iter().filter(|i| i.is(name)).count();
+        Some(Overlap {
+            products: count(&main_loop, "HGMMA"),
+            exponentials: count(&main_loop, "MUFU.EX2"),
+            between_waits: count(&between, "MUFU.EX2"),
+            main_loop,
+        })
+    }
+}
+
+impl Instruction {
+    /// Whether the opcode is `name`, or `name` with more modifiers.
+    pub fn is(&self, name: &str) -> bool {
+        self.opcode.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LISTING: &str = "
+//--------------------- .text.attention --------------------------
+attention:
+.text.attention:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_9:
+        /*0010*/                   MUFU.EX2 R0, R0 ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x176x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+.L_x_5:
+        /*0040*/                   MUFU.EX2 R2, R2 ;
+        /*0050*/                   MUFU.EX2.F16 R2, R2 ;
+        /*0060*/              @!P3 BRA `(.L_x_6) ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   MUFU.EX2 R3, R3 ;
+        /*0090*/               @P3 BRA P0, `(.L_x_1) ;
+        /*00a0*/               @P0 BRA.U.ANY `(.L_x_9) ;
+.L_x_6:
+        /*00b0*/                   EXIT ;
+.L_x_7:
+        /*00c0*/                   BRA `(.L_x_7);
+.L_x_8:
+.text.other:
+        /*0000*/                   EXIT ;
+";
+
+    #[test]
+    fn instructions_loops_and_overlap_are_read() {
+        let listing = Listing::parse(LISTING);
+        assert_eq!(listing.functions.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["attention", "other"]);
+        let attention = listing.function("attention").unwrap();
+        assert_eq!(attention.instructions.len(), 13);
+        let branch = &attention.instructions[6];
+        assert_eq!(
+            (branch.predicate.as_deref(), branch.opcode.as_str(), branch.target),
+            (Some("@!P3"), "BRA", Some(11))
+        );
+        assert_eq!(attention.loops(), [2..10, 1..11]);
+        let expected = Overlap { main_loop: 2..10, products: 1, exponentials: 3, between_waits: 2 };
+        assert_eq!(attention.overlap(), Some(expected));
+        assert_eq!((attention.count("MUFU.EX2"), attention.count("MUFU")), (4, 4));
+        assert_eq!(attention.histogram()["MUFU.EX2"], 3);
+        assert_eq!(listing.function("other").unwrap().overlap(), None);
+    }
+}
