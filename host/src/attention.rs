@@ -143,9 +143,10 @@ impl SparseAttention {
     pub fn new(module: &Arc<Module>, batch: u32, heads: u32) -> Result<SparseAttention> {
         let spec = module.spec();
         check_heads(spec, heads as usize, "heads")?;
-        // The kernels' grids have one z for each batch item and head.
-        if batch == 0 || u64::from(batch) * u64::from(heads) > 65535 {
-            return Err(Error::input("batch", batch, "1 or more, batch x heads at most 65535", "Split the batch"));
+        let most = spec.most_launch_heads();
+        if batch == 0 || u64::from(batch) * u64::from(heads) > u64::from(most) {
+            let allowed = format!("1 or more, batch x heads at most {most}");
+            return Err(Error::input("batch", batch, allowed, "Split the batch over several calls"));
         }
         let groups = spec.profile_plan(1).groups;
         let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);

@@ -57,7 +57,10 @@ impl<'a> File<'a> {
             names.sort_unstable();
             Error::input(
                 self.subject(key),
-                format!("no such tensor; the file has {}", if names.is_empty() { "none".into() } else { names.join(", ") }),
+                format!(
+                    "no such tensor; the file has {}",
+                    if names.is_empty() { "none".into() } else { names.join(", ") }
+                ),
                 "a tensor of this name",
                 "Store it under this name",
             )

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use framestride::device::DeviceChoice;
 use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
-use framestride::masks::{self, TileCounts};
+use framestride::masks;
 use framestride::run::RunReport;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
@@ -222,23 +222,29 @@ struct HeadDescription {
     half_width: u32,
     visible_pairs: String,
     density: f64,
-    /// 4 x visible pairs x head_dim x heads x batch: two products, a multiply and an add each.
+    /// Of the whole layer, were all heads of this type.
     flop: f64,
-    tiles: TileCounts,
+    tiles_skipped: u64,
+    tiles_full: u64,
+    tiles_edge: u64,
 }
 
 fn describe(argument: &str) -> Result<Outcome> {
     let (file, text) = spec_text(argument)?;
     let spec = Spec::parse(&file, &text)?;
     let layout = &spec.layout;
-    let work = 4.0 * f64::from(spec.head_dim) * f64::from(spec.heads) * f64::from(spec.batch);
-    let heads = HeadType::ALL.map(|head| HeadDescription {
-        mask: name_of(head),
-        half_width: layout.half_width(head),
-        visible_pairs: spec.visible_pairs(head).to_string(),
-        density: spec.density(head),
-        flop: spec.visible_pairs(head) as f64 * work,
-        tiles: masks::tile_counts(&spec, head),
+    let heads = HeadType::ALL.map(|head| {
+        let tiles = spec.tile_counts(head);
+        HeadDescription {
+            mask: name_of(head),
+            half_width: layout.half_width(head),
+            visible_pairs: spec.visible_pairs(head).to_string(),
+            density: spec.density(head),
+            flop: spec.flops(head) as f64 * f64::from(spec.heads) * f64::from(spec.batch),
+            tiles_skipped: tiles.skipped,
+            tiles_full: tiles.full,
+            tiles_edge: tiles.edge,
+        }
     });
     let tiles = spec.tiles();
     let workspace = spec.workspace(spec.batch, spec.heads, 1).bytes;
@@ -274,9 +280,9 @@ fn describe(argument: &str) -> Result<Outcome> {
             head.half_width,
             head.density,
             head.flop / 1e12,
-            head.tiles.skipped,
-            head.tiles.full,
-            head.tiles.edge
+            head.tiles_skipped,
+            head.tiles_full,
+            head.tiles_edge
         );
     }
     let json = json!({
@@ -309,11 +315,16 @@ fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
     let built = kernels.build().map_err(build_error)?;
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
-    let files: Vec<String> =
-        built.files.iter().flat_map(|files| [&files.ptx, &files.manifest]).map(|path| path.display().to_string()).collect();
+    let files: Vec<String> = built
+        .files
+        .iter()
+        .flat_map(|files| [&files.ptx, &files.manifest])
+        .map(|path| path.display().to_string())
+        .collect();
     let mut lines = format!("{} in {seconds:.1} s: {}\n", built.name, files.join(", "));
     for kernel in &built.manifest.kernels {
-        lines += &format!("  {:<10} {:>4} threads, {:>6} bytes shared", kernel.entry, kernel.threads, kernel.shared_bytes);
+        lines +=
+            &format!("  {:<10} {:>4} threads, {:>6} bytes shared", kernel.entry, kernel.threads, kernel.shared_bytes);
         if let Some(ptxas) = &kernel.ptxas {
             lines += &format!(", {} registers, {} stack, {} spilled", ptxas.registers, ptxas.stack, ptxas.spill_stores);
         }
@@ -327,7 +338,8 @@ fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
     let bar = Bar::new();
     let module = load(argument, on, &bar)?;
     // Different each time unless asked for, and printed, so that what failed once can be had again.
-    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
+    let clock =
+        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
     let seed = seed.unwrap_or_else(clock);
     let report = verify::verify(&module, seed, Effort::default(), &|what, part| bar.say(what, Some(part)))?;
     drop(bar);
@@ -379,9 +391,7 @@ fn run_spec(
             (video::inputs(&spec, spec.heads as usize, &frames, &source)?, Some(frames))
         }
         (None, Some(path)) => (load_inputs(path, &spec)?, None),
-        (None, None) => {
-            (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None)
-        }
+        (None, None) => (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None),
     };
     let module = load(argument, on, &bar)?;
     let place = module.device().name();
@@ -467,7 +477,8 @@ fn doctor() -> Outcome {
         Ok(Device::Gpu(gpu)) => {
             let (major, minor) = gpu.capability();
             let driver = gpu.driver_version();
-            let fit = if (major, minor) == (9, 0) { "runs the kernels" } else { "cannot run the kernels, which need 9.0" };
+            let fit =
+                if (major, minor) == (9, 0) { "runs the kernels" } else { "cannot run the kernels, which need 9.0" };
             (
                 format!(
                     "found   GPU        {}, compute capability {major}.{minor} ({fit}), driver for CUDA {}.{}\n",

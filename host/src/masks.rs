@@ -5,24 +5,13 @@ use embedded_graphics::mono_font::ascii::FONT_7X13;
 use embedded_graphics::pixelcolor::Rgb888;
 use embedded_graphics::prelude::*;
 use embedded_graphics::text::{Baseline, Text};
-use framestride_shapes::layout::{HeadType, KeyTiles, RangeVisible};
+use framestride_shapes::layout::HeadType;
 use framestride_shapes::spec::Spec;
+use framestride_shapes::tiling::{QueryTile, query_tiles};
 use image::{Rgb, RgbImage};
 use rayon::prelude::*;
-use serde::Serialize;
 
 use crate::name_of;
-
-/// Tiles of one head, all text valid.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct TileCounts {
-    /// Tiles that are never read.
-    pub skipped: u64,
-    /// Tiles whose pairs are all visible: no element is tested.
-    pub full: u64,
-    /// Tiles on an edge, whose elements are tested.
-    pub edge: u64,
-}
 
 /// What becomes of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,56 +25,30 @@ enum Fate {
 struct Tiling<'a> {
     spec: &'a Spec,
     head: HeadType,
-    /// What each query tile sees and reads.
-    tiles: Vec<(RangeVisible, KeyTiles)>,
+    tiles: Vec<QueryTile>,
 }
 
 impl<'a> Tiling<'a> {
     fn new(spec: &'a Spec, head: HeadType) -> Tiling<'a> {
-        let (layout, tiles) = (&spec.layout, spec.tiles());
-        let tile = |index: u32| {
-            let (first, text) = (index * tiles.query_rows, layout.text_tokens);
-            let range = layout.range_visible(head, first, tiles.query_rows.min(layout.sequence() - first), text);
-            (range, layout.key_tiles(range, tiles.key_rows))
-        };
-        Tiling { spec, head, tiles: (0..layout.sequence().div_ceil(tiles.query_rows)).map(tile).collect() }
-    }
-
-    fn counts(&self) -> TileCounts {
-        let key_rows = self.spec.tiles().key_rows;
-        let of_row = u64::from(self.spec.layout.sequence().div_ceil(key_rows));
-        let mut counts = TileCounts::default();
-        for (range, keys) in &self.tiles {
-            let full = (0..keys.tiles).filter(|&tile| self.is_full(range, keys.first_row(tile, key_rows))).count() as u64;
-            counts.full += full;
-            counts.edge += u64::from(keys.tiles) - full;
-            counts.skipped += of_row.saturating_sub(u64::from(keys.tiles));
-        }
-        counts
-    }
-
-    /// A tile that hangs over the end of the sequence is full when all of it inside is seen; the kernel tests it all the same.
-    fn is_full(&self, range: &RangeVisible, first: u32) -> bool {
-        range.sees_all(first, self.spec.tiles().key_rows)
+        let layout = &spec.layout;
+        let tiles = query_tiles(layout, head, spec.tiles(), layout.text_tokens).collect();
+        Tiling { spec, head, tiles }
     }
 
     /// Fate of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
-        let tiles = self.spec.tiles();
-        let (range, keys) = &self.tiles[(query / tiles.query_rows) as usize];
-        let index = if key < keys.prefix_tiles * tiles.key_rows {
-            key / tiles.key_rows
-        } else if key >= keys.body_start {
-            keys.prefix_tiles + (key - keys.body_start) / tiles.key_rows
-        } else {
-            return Fate::Skipped;
-        };
-        if index >= keys.tiles {
-            Fate::Skipped
-        } else if self.is_full(range, keys.first_row(index, tiles.key_rows)) {
-            Fate::Full
-        } else {
-            Fate::Edge
+        let keys = &self.tiles[(query / self.spec.tiles().query_rows) as usize].key_tiles;
+        // Key tiles come in the order of their rows.
+        let after = keys.partition_point(|tile| tile.first_row <= key);
+        match after.checked_sub(1).map(|index| keys[index]) {
+            Some(tile) if key < tile.first_row + tile.rows => {
+                if tile.full {
+                    Fate::Full
+                } else {
+                    Fate::Edge
+                }
+            }
+            _ => Fate::Skipped,
         }
     }
 
@@ -99,11 +62,6 @@ impl<'a> Tiling<'a> {
             (Fate::Skipped, _) => SKIPPED,
         }
     }
-}
-
-/// Tiles of each kind for a head type.
-pub fn tile_counts(spec: &Spec, head: HeadType) -> TileCounts {
-    Tiling::new(spec, head).counts()
 }
 
 const BACKGROUND: Rgb<u8> = Rgb([250, 250, 248]);
@@ -212,8 +170,7 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> RgbImage {
     const MARGIN: u32 = 16;
     const LINE: u32 = 18;
     let block = SIDE + 2 * LINE;
-    let mut canvas =
-        Canvas::new(3 * MARGIN + 2 * SIDE, 2 * MARGIN + 2 * LINE + heads.len() as u32 * (block + MARGIN));
+    let mut canvas = Canvas::new(3 * MARGIN + 2 * SIDE, 2 * MARGIN + 2 * LINE + heads.len() as u32 * (block + MARGIN));
     let layout = &spec.layout;
     canvas.text(
         MARGIN,
@@ -239,7 +196,7 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> RgbImage {
     }
     for (index, &head) in (0..).zip(heads) {
         let tiling = Tiling::new(spec, head);
-        let counts = tiling.counts();
+        let counts = spec.tile_counts(head);
         let top = 2 * MARGIN + 2 * LINE + index * (block + MARGIN);
         canvas.text(
             MARGIN,

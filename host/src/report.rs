@@ -38,7 +38,8 @@ pub fn write(folder: &Path, spec: &Spec, inputs: &Inputs, run: &Run, frames: Opt
             let first_video = spec.layout.first_video_row() as usize;
             let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
             let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
-            let picture = attention_picture(frames, grid, query, weights, &format!("head {head}, {}", name_of(head_type)));
+            let picture =
+                attention_picture(frames, grid, query, weights, &format!("head {head}, {}", name_of(head_type)));
             files.push(save(folder.join(format!("attention_head_{head}.png")), &picture)?);
         }
     }

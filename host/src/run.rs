@@ -101,9 +101,8 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
     let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
     let announce = |kernel: Kernel| progress(kernel.entry(), None);
     // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
-    let times = unsafe {
-        attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, announce)?
-    };
+    let times =
+        unsafe { attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, announce)? };
     let profiles = attention.read_profile(&workspace)?;
     let (out, _) = placed.out.download(device)?;
     let lse = placed.download_lse(device)?;
@@ -196,7 +195,10 @@ fn compare_row(spec: &Spec, head: &Head, head_type: HeadType, row: usize, scale:
     let size = norm(&expected.out);
     let tolerance = match expected.keys {
         0 => 0.0,
-        _ => tolerance::layer_row(spec.dtype, &expected, score_rounding(spec, head, head_type, row, &expected, scale)) * size,
+        _ => {
+            tolerance::layer_row(spec.dtype, &expected, score_rounding(spec, head, head_type, row, &expected, scale))
+                * size
+        }
     };
     Sums {
         error: distance(found, &expected.out).powi(2),

@@ -92,7 +92,8 @@ fn output_error(dtype: Dtype, row: &Attended) -> (f64, f64) {
 pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
     let (deviation, systematic) = output_error(dtype, row);
-    let store = (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
+    let store =
+        (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
 }
 

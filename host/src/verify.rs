@@ -291,7 +291,13 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
             let mut rows: Vec<usize> = (0..rows_of_head).map(|_| generator.random_range(0..sequence)).collect();
             // Both ends of video and text are worth a look in any case.
             let text = text as usize;
-            rows.extend([0, text.saturating_sub(1), text.min(sequence - 1), sequence - 1 - text.min(sequence - 1), sequence - 1]);
+            rows.extend([
+                0,
+                text.saturating_sub(1),
+                text.min(sequence - 1),
+                sequence - 1 - text.min(sequence - 1),
+                sequence - 1,
+            ]);
             rows
         };
         let (worst_out, worst_sum) = rows
@@ -299,8 +305,7 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
             .map(|&row| {
                 let expected = head.attend(head_type, row, scale);
                 let (mut worst_out, mut worst_sum) = (Worst::new(), Worst::new());
-                let tolerance =
-                    if expected.keys == 0 { 0.0 } else { tolerance::attention_row(spec.dtype, &expected) };
+                let tolerance = if expected.keys == 0 { 0.0 } else { tolerance::attention_row(spec.dtype, &expected) };
                 let found = out.row(item, row, head_index);
                 worst_out.add(row_error(&found, &expected.out), tolerance, || place.row(row));
                 let found = f64::from(lse[(index * sequence) + row]);
@@ -348,13 +353,7 @@ struct Images {
 }
 
 impl Images {
-    fn of(
-        packed: &[Vec<u8>; 3],
-        index: usize,
-        sequence: usize,
-        head_dim: usize,
-        dtype: Dtype,
-    ) -> Images {
+    fn of(packed: &[Vec<u8>; 3], index: usize, sequence: usize, head_dim: usize, dtype: Dtype) -> Images {
         let packed_rows = sequence.next_multiple_of(ATOM_ROWS as usize) + PAD_ROWS as usize;
         let bytes = packed_rows * head_dim * 2;
         let rows = packed.each_ref().map(|image| {
@@ -463,7 +462,5 @@ fn compare_profile(
     let wrong = found.head_type != own
         || (clear && found.head_type != expected.head_type())
         || (planted && found.head_type != plant);
-    types.add(wrong.into(), 0.0, || {
-        format!("batch {}, head {}: {}", place.item, place.head, name_of(found.head_type))
-    });
+    types.add(wrong.into(), 0.0, || format!("batch {}, head {}: {}", place.item, place.head, name_of(found.head_type)));
 }

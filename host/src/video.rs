@@ -93,8 +93,10 @@ pub fn features(frames: &Frames, count: usize, [grid_height, grid_width]: [usize
     features
 }
 
-/// Constant vector of a head of norm 1: pair `i` of an emphasised axis holds 0.6^i in its first channel, so that the fastest
-/// turning pairs, which tell near places apart, count most. Signs alternate, so that a layer norm's mean takes nothing away.
+/// Constant vector of a head, of norm 1: pair `i` of an emphasised axis holds sqrt(0.5^i) in its first channel, so that the fastest
+/// turning pairs, which tell near places apart, count most. Height counts three times as much as width: in the temporal layout
+/// patches follow each other along the width, so that a step in height is as far as many in width. Signs alternate, so that a
+/// layer norm's mean takes nothing away.
 fn place_vector(pairs: Pairs, head: usize, head_dim: usize) -> Vec<f64> {
     let half = head_dim / 2;
     let mut vector = vec![0.0; head_dim];
@@ -102,7 +104,8 @@ fn place_vector(pairs: Pairs, head: usize, head_dim: usize) -> Vec<f64> {
         let (axis, index, _) = rope_axis(pair, half);
         if (axis == 0) == head.is_multiple_of(2) {
             let sign = if index % 2 == 0 { 1.0 } else { -1.0 };
-            vector[paired(pairs, pair, half).0] = sign * 0.6f64.powi(index as i32).sqrt();
+            let share = if axis == 1 { 3.0 } else { 1.0 };
+            vector[paired(pairs, pair, half).0] = sign * (share * 0.5f64.powi(index as i32)).sqrt();
         }
     }
     scale_to(&mut vector, 1.0);

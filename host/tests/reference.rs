@@ -1,0 +1,166 @@
+//! The f64 reference against what can be worked out by hand, and the inputs that are made to be of a kind.
+
+use framestride::files::load_frames;
+use framestride::inputs::{Inputs, Norm, RopeTables, Tokens, narrow, widen};
+use framestride::reference::{Mask, Operand, Reference, norm};
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::{Dtype, Spec};
+use framestride::video;
+
+fn tiny_specs() -> impl Iterator<Item = Spec> {
+    let tiny = framestride::shapes::models().iter().filter(|(name, _)| name.starts_with("tiny_"));
+    tiny.map(|(name, text)| Spec::parse(name, text).unwrap())
+}
+
+fn spec(name: &str) -> Spec {
+    let (_, text) = framestride::shapes::models().iter().find(|(found, _)| *found == name).unwrap();
+    Spec::parse(name, text).unwrap()
+}
+
+/// Two independent counts: pair by pair from the rule, and the formula of the spec.
+#[test]
+fn visible_pairs_are_those_of_the_formula() {
+    for spec in tiny_specs() {
+        for head in HeadType::ALL {
+            let mask = Mask::new(&spec.layout, head, spec.layout.text_tokens as usize);
+            assert_eq!(mask.visible_pairs(), spec.visible_pairs(head), "{} {head:?}", spec.name);
+        }
+    }
+}
+
+/// Two independent orders: sorted by the rule's positions, and computed by the layout that the kernels use.
+#[test]
+fn packed_order_is_that_of_the_kernels() {
+    for spec in tiny_specs() {
+        for head in HeadType::ALL {
+            for valid in [0, spec.layout.text_tokens / 2, spec.layout.text_tokens] {
+                let order = Mask::new(&spec.layout, head, valid as usize).packed_order();
+                for (packed, row) in order.into_iter().enumerate() {
+                    let by_layout = spec.layout.model_row(head, packed as u32, valid);
+                    assert_eq!(row, by_layout as usize, "{} {head:?} packed row {packed}", spec.name);
+                }
+            }
+        }
+    }
+}
+
+/// With Q zero, every seen key has the same weight.
+#[test]
+fn equal_scores_average_the_seen_values() {
+    let spec = spec("tiny_plain");
+    let mut inputs = Inputs::random(&spec, 1, 1, 1);
+    inputs.q = Tokens::zeros(spec.dtype, inputs.q.shape());
+    let head = Reference::new(&spec, &inputs).head(0, 0);
+    for head_type in HeadType::ALL {
+        for row in [0, 100, 383] {
+            let seen: Vec<usize> = (0..head.rows()).filter(|&key| head.mask(head_type).sees(row, key)).collect();
+            let attended = head.attend(head_type, row, inputs.scale());
+            assert!((attended.lse - (seen.len() as f64).ln()).abs() < 1e-12);
+            for (d, out) in attended.out.iter().enumerate() {
+                let mean = seen.iter().map(|key| head.values[key * 128 + d]).sum::<f64>() / seen.len() as f64;
+                assert!((out - mean).abs() < 1e-12);
+            }
+        }
+    }
+}
+
+/// A row's norm gives mean 0 (layer) and mean square 1; over heads, that of the whole token.
+#[test]
+fn norms_normalise() {
+    for spec in tiny_specs().filter(|spec| spec.qk_norm.is_some()) {
+        let mut inputs = Inputs::random(&spec, 1, spec.heads as usize, 2);
+        (inputs.q_norm, inputs.k_norm) = (Norm::default(), Norm::default());
+        (inputs.q_norm_text, inputs.k_norm_text) = (None, None);
+        let reference = Reference::new(&spec, &inputs);
+        let over_heads = spec.name == "tiny_heads_sinks" || spec.name == "tiny_text_rope";
+        for row in [0, 5, 100] {
+            let squares: Vec<f64> = (0..spec.heads as usize)
+                .map(|head| norm(&reference.row(Operand::Key, 0, row, head)).powi(2) / f64::from(spec.head_dim))
+                .collect();
+            let mean = squares.iter().sum::<f64>() / squares.len() as f64;
+            // eps takes a little off.
+            assert!((mean - 1.0).abs() < 1e-3, "{}: {squares:?}", spec.name);
+            assert_eq!(squares.iter().all(|square| (square - 1.0).abs() < 1e-3), !over_heads, "{}", spec.name);
+        }
+    }
+}
+
+/// Products of rotated rows depend on the distance of their tokens alone, and rotating back undoes it.
+#[test]
+fn rope_is_relative() {
+    let spec = spec("tiny_text_last");
+    let tables = RopeTables::from_grid(&spec, 2);
+    let row: Vec<f64> = (0..64).map(|d| (d as f64 * 0.7).sin()).collect();
+    let turned = |token: usize| {
+        let mut row = row.clone();
+        tables.rotate(&spec, 2, token, 0, &mut row, 1.0);
+        row
+    };
+    let product = |a: usize, b: usize| turned(a).iter().zip(turned(b)).map(|(a, b)| a * b).sum::<f64>();
+    // Frames of 23 tokens: (0, 0) to (2, 4) is as far as (1, 7) to (3, 11).
+    assert!((product(0, 50) - product(30, 80)).abs() < 1e-4);
+    assert!((product(0, 50) - product(0, 51)).abs() > 1e-2);
+    let mut back = turned(77);
+    tables.rotate(&spec, 2, 77, 0, &mut back, -1.0);
+    assert!(back.iter().zip(&row).all(|(a, b)| (a - b).abs() < 1e-6));
+    assert_eq!(turned(115), row, "text is not rotated");
+}
+
+#[test]
+fn rounding_is_to_nearest_even_and_carries_nan() {
+    assert_eq!(widen(Dtype::Bf16, narrow(Dtype::Bf16, 1.0 + 1.0 / 256.0)), 1.0);
+    assert_eq!(widen(Dtype::Bf16, narrow(Dtype::Bf16, 1.0 + 3.0 / 256.0)), 1.0 + 4.0 / 256.0);
+    assert_eq!(widen(Dtype::F16, narrow(Dtype::F16, 1.0 + 1.0 / 2048.0)), 1.0);
+    for dtype in Dtype::ALL {
+        assert!(widen(dtype, narrow(dtype, f64::NAN)).is_nan());
+    }
+}
+
+/// NaN in one key reaches every row that sees it, and no other.
+#[test]
+fn nan_is_carried_to_those_who_see_it() {
+    let spec = spec("tiny_plain");
+    let mut inputs = Inputs::random(&spec, 1, 1, 3);
+    let poisoned = 200;
+    let element = inputs.k.index(0, poisoned, 0);
+    inputs.k.bits[element] = narrow(spec.dtype, f64::NAN);
+    let head = Reference::new(&spec, &inputs).head(0, 0);
+    for row in [0, 150, 199, 250, 383] {
+        let out = head.attend(HeadType::Spatial, row, inputs.scale()).out;
+        assert_eq!(out[0].is_nan(), head.mask(HeadType::Spatial).sees(row, poisoned), "row {row}");
+    }
+}
+
+#[test]
+fn planted_heads_are_of_their_type() {
+    for spec in tiny_specs() {
+        let inputs = Inputs::planted(&spec, 1, spec.heads as usize, 4);
+        let reference = Reference::new(&spec, &inputs);
+        for head in 0..spec.heads {
+            let rows = reference.head(0, head as usize);
+            let profile = rows.profile(&spec.layout, inputs.scale(), spec.profile.seed, head, spec.profile.rows);
+            let planted = if head % 2 == 0 { HeadType::Spatial } else { HeadType::Temporal };
+            assert_eq!(profile.head_type(), planted, "{} head {head}: {:?}", spec.name, profile.errors);
+        }
+    }
+}
+
+/// Heads made from Big Buck Bunny: even ones spatial, odd ones temporal, each by a clear margin.
+#[test]
+fn video_makes_heads_of_both_types() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/data/bigbuckbunny_16x72x128.safetensors");
+    let spec = spec("demo");
+    let inputs = video::inputs(&spec, spec.heads as usize, &load_frames(path.as_ref()).unwrap(), path).unwrap();
+    inputs.check(&spec, "video").unwrap();
+    let reference = Reference::new(&spec, &inputs);
+    for head in 0..spec.heads {
+        let rows = reference.head(0, head as usize);
+        let [spatial, temporal] = rows.profile(&spec.layout, inputs.scale(), 0, head, 64).errors;
+        println!("head {head}: {spatial:.3e} {temporal:.3e}");
+        if head % 2 == 0 {
+            assert!(spatial < 0.5 * temporal, "head {head}: {spatial} {temporal}");
+        } else {
+            assert!(temporal < 0.5 * spatial, "head {head}: {spatial} {temporal}");
+        }
+    }
+}
