@@ -234,7 +234,8 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
 unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
-    let query = Descriptor::image(Plan::<T>::query() + warpgroup * 64 * T::HEAD_DIM * 2, T::HEAD_DIM);
+    let image = |address| Descriptor::image(address, T::HEAD_DIM);
+    let query = image(Plan::<T>::query() + warpgroup * 64 * T::HEAD_DIM * 2);
     let mut query_parity = 0;
     let mut slot = Slot { stage: 0, parity: 0 };
     let mut index = thread::block_x();
@@ -261,7 +262,7 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             query_parity ^= 1;
             Plan::<T>::key_full(slot.stage).wait(slot.parity);
             let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
-            T::Attention::start_scores(&mut scores, query, Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM));
+            T::Attention::start_scores(&mut scores, query, image(Plan::<T>::key(slot.stage)));
             scores.wait::<0>();
             release(Plan::<T>::key_free(slot.stage), lane);
             mask(&mut scores, 0);
@@ -274,16 +275,8 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 let last = slot;
                 slot = slot.next(T::TILES.stages);
                 Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                T::Attention::start_scores(
-                    &mut scores,
-                    query,
-                    Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM),
-                );
-                T::Attention::start_output(
-                    &mut output,
-                    &weights,
-                    Descriptor::image(Plan::<T>::value(last.stage), T::HEAD_DIM),
-                );
+                T::Attention::start_scores(&mut scores, query, image(Plan::<T>::key(slot.stage)));
+                T::Attention::start_output(&mut output, &weights, image(Plan::<T>::value(last.stage)));
                 scores.wait::<1>();
                 release(Plan::<T>::key_free(slot.stage), lane);
                 mask(&mut scores, tile);
@@ -294,16 +287,15 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 Plan::<T>::value_full(slot.stage).wait(slot.parity ^ sums_first);
                 T::Attention::wait_output(&mut output, &mut weights);
                 release(Plan::<T>::value_free(last.stage), lane);
-                softmax::scale_rows(&mut output, rescale);
+                // After the first few tiles the maximum of a row rarely moves.
+                if warp::any(rescale[0] != 1.0 || rescale[1] != 1.0) {
+                    softmax::scale_rows(&mut output, rescale);
+                }
                 weights = T::Attention::weights(&scores);
                 tile += 1;
             }
             release(Plan::<T>::query_free(), lane);
-            T::Attention::start_output(
-                &mut output,
-                &weights,
-                Descriptor::image(Plan::<T>::value(slot.stage), T::HEAD_DIM),
-            );
+            T::Attention::start_output(&mut output, &weights, image(Plan::<T>::value(slot.stage)));
             T::Attention::wait_output(&mut output, &mut weights);
             release(Plan::<T>::value_free(slot.stage), lane);
             slot = slot.next(T::TILES.stages);
