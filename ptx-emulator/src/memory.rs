@@ -1,0 +1,245 @@
+//! Global memory: allocations that all blocks of a launch share.
+//!
+//! Words are relaxed atomics, so that blocks on several CPU threads may race as they may on a GPU, without undefined behaviour.
+//! Narrower stores update their word atomically; 64-bit accesses are two words, and 64-bit atomics exclude each other by a lock.
+
+use crate::isa::MODULE_BASE;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+/// First address handed out.
+const FIRST: u64 = 0x10_0000_0000;
+/// Bytes left free between allocations, so that running over an end hits nothing.
+const GAP: u64 = 64 * 1024;
+
+/// A request that [`Memory`] cannot serve.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The alignment is not a power of two of at most 1 MiB.
+    #[error("alignment {0} is not a power of two up to 1048576")]
+    Alignment(u64),
+    /// More than the machine can give.
+    #[error("{0} bytes are more than the emulator's memory can hold")]
+    Size(u64),
+    /// The range does not lie in one allocation.
+    #[error("[{address:#x}, {address:#x} + {bytes}) does not lie in one allocation{hint}")]
+    Range {
+        /// First address asked for.
+        address: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The nearest allocation below, if any.
+        hint: String,
+    },
+    /// No allocation starts at this address.
+    #[error("no allocation starts at {0:#x}")]
+    NotAllocated(u64),
+}
+
+#[derive(Debug)]
+struct Allocation {
+    bytes: u64,
+    words: Box<[AtomicU32]>,
+}
+
+/// Device global memory. Fresh allocations hold 0xff bytes (NaN in every float format), so that reading what nobody wrote shows.
+#[derive(Debug, Default)]
+pub struct Memory {
+    allocations: BTreeMap<u64, Allocation>,
+    end: u64,
+}
+
+fn words(bytes: u64, fill: u8) -> Box<[AtomicU32]> {
+    (0..bytes.div_ceil(4)).map(|_| AtomicU32::new(u32::from_ne_bytes([fill; 4]))).collect()
+}
+
+impl Memory {
+    /// Empty memory.
+    pub fn new() -> Memory {
+        Memory::default()
+    }
+
+    /// Reserves `bytes` at a multiple of `alignment` (a power of two; at least 256 is given) and returns the address.
+    ///
+    /// # Errors
+    /// A bad alignment, or a size beyond 1 TiB.
+    pub fn alloc(&mut self, bytes: u64, alignment: u64) -> Result<u64, MemoryError> {
+        if !alignment.is_power_of_two() || alignment > 1 << 20 {
+            return Err(MemoryError::Alignment(alignment));
+        }
+        if bytes > 1 << 40 {
+            return Err(MemoryError::Size(bytes));
+        }
+        let address = self.end.max(FIRST).next_multiple_of(alignment.max(256));
+        self.allocations.insert(address, Allocation { bytes, words: words(bytes, 0xff) });
+        self.end = address + bytes + GAP;
+        Ok(address)
+    }
+
+    /// Gives back the allocation that starts at `address`.
+    ///
+    /// # Errors
+    /// No allocation starts there.
+    pub fn free(&mut self, address: u64) -> Result<(), MemoryError> {
+        self.allocations.remove(&address).map(|_| ()).ok_or(MemoryError::NotAllocated(address))
+    }
+
+    /// The allocation that holds all of a range, and the offset in it.
+    fn find(&self, address: u64, bytes: u64) -> Result<(&Allocation, usize), MemoryError> {
+        let below = self.allocations.range(..=address).next_back();
+        if let Some((base, allocation)) = below {
+            let offset = address - base;
+            if offset <= allocation.bytes && bytes <= allocation.bytes - offset {
+                return Ok((allocation, offset as usize));
+            }
+        }
+        let hint = below.map(|(base, a)| format!("; the nearest below is [{base:#x}, {base:#x} + {})", a.bytes));
+        Err(MemoryError::Range { address, bytes, hint: hint.unwrap_or_default() })
+    }
+
+    /// Copies `data` to `address`.
+    ///
+    /// # Errors
+    /// The range does not lie in one allocation.
+    pub fn write(&self, address: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let (allocation, offset) = self.find(address, data.len() as u64)?;
+        write_bytes(&allocation.words, offset, data);
+        Ok(())
+    }
+
+    /// The `bytes` at `address`.
+    ///
+    /// # Errors
+    /// The range does not lie in one allocation.
+    pub fn read(&self, address: u64, bytes: u64) -> Result<Vec<u8>, MemoryError> {
+        let (allocation, offset) = self.find(address, bytes)?;
+        let mut out = Vec::with_capacity(bytes as usize + 8);
+        for word in &allocation.words[offset / 4..(offset + bytes as usize).div_ceil(4)] {
+            out.extend_from_slice(&word.load(Relaxed).to_le_bytes());
+        }
+        out.drain(..offset % 4);
+        out.truncate(bytes as usize);
+        Ok(out)
+    }
+
+    /// Sets every byte of a range.
+    ///
+    /// # Errors
+    /// The range does not lie in one allocation.
+    pub fn fill(&self, address: u64, bytes: u64, byte: u8) -> Result<(), MemoryError> {
+        let (allocation, offset) = self.find(address, bytes)?;
+        write_bytes(&allocation.words, offset, &vec![byte; bytes as usize]);
+        Ok(())
+    }
+}
+
+fn write_bytes(words: &[AtomicU32], offset: usize, data: &[u8]) {
+    let mut at = 0;
+    while at < data.len() {
+        let byte = offset + at;
+        if byte % 4 == 0 && data.len() - at >= 4 {
+            words[byte / 4].store(u32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]), Relaxed);
+            at += 4;
+        } else {
+            store_part(&words[byte / 4], byte % 4, 1, data[at] as u32);
+            at += 1;
+        }
+    }
+}
+
+/// Stores the low `bytes` (1 or 2) of `value` at byte `at` of a word, leaving its other bytes to whoever writes them.
+#[inline]
+pub(crate) fn store_part(word: &AtomicU32, at: usize, bytes: usize, value: u32) {
+    let mask = if bytes == 1 { 0xff } else { 0xffff } << (8 * at);
+    let value = value << (8 * at) & mask;
+    let _ = word.fetch_update(Relaxed, Relaxed, |old| Some(old & !mask | value));
+}
+
+/// The module's own global and constant variables.
+#[derive(Debug, Default)]
+pub(crate) struct ModuleData {
+    spans: Vec<(u64, Allocation)>,
+}
+
+impl ModuleData {
+    /// Reserves zeroed bytes; addresses grow from [`MODULE_BASE`].
+    pub fn alloc(&mut self, bytes: u64, align: u64) -> u64 {
+        let end = self.spans.last().map_or(MODULE_BASE, |(base, allocation)| base + allocation.bytes + 256);
+        let address = end.next_multiple_of(align.max(16));
+        self.spans.push((address, Allocation { bytes, words: words(bytes, 0) }));
+        address
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) {
+        let (base, allocation) = self.spans.iter().find(|(base, _)| *base == address).expect("an address it gave");
+        write_bytes(&allocation.words, (address - base) as usize, data);
+    }
+}
+
+/// One allocation as kernels see it.
+#[derive(Clone, Copy)]
+pub(crate) struct Span<'a> {
+    pub base: u64,
+    pub bytes: u64,
+    pub words: &'a [AtomicU32],
+}
+
+impl<'a> Span<'a> {
+    /// Whether `[address, address + bytes)` lies inside.
+    #[inline]
+    pub fn holds(&self, address: u64, bytes: u64) -> bool {
+        let offset = address.wrapping_sub(self.base);
+        offset <= self.bytes && bytes <= self.bytes - offset
+    }
+
+    #[inline]
+    pub fn word(&self, address: u64) -> &'a AtomicU32 {
+        &self.words[((address - self.base) / 4) as usize]
+    }
+}
+
+/// Everything a launch can address in the global space.
+pub(crate) struct Global<'a> {
+    spans: Vec<Span<'a>>,
+    /// Held during a 64-bit atomic.
+    pub wide: Mutex<()>,
+}
+
+impl<'a> Global<'a> {
+    pub fn new(memory: &'a Memory, data: &'a ModuleData) -> Global<'a> {
+        let span = |(base, a): (&u64, &'a Allocation)| Span { base: *base, bytes: a.bytes, words: &a.words };
+        let spans = memory.allocations.iter().chain(data.spans.iter().map(|(base, a)| (base, a))).map(span);
+        // Ascending: module data lie above every address that `Memory` gives.
+        Global { spans: spans.collect(), wide: Mutex::new(()) }
+    }
+
+    /// Index of the span that holds a range; `hint` is tried first.
+    #[inline]
+    pub fn find(&self, address: u64, bytes: u64, hint: usize) -> Option<(usize, Span<'a>)> {
+        if let Some(span) = self.spans.get(hint)
+            && span.holds(address, bytes)
+        {
+            return Some((hint, *span));
+        }
+        let at = self.spans.partition_point(|span| span.base <= address).checked_sub(1)?;
+        self.spans[at].holds(address, bytes).then(|| (at, self.spans[at]))
+    }
+
+    /// Where an address lies relative to the nearest allocations, for messages.
+    pub fn describe(&self, address: u64) -> String {
+        let at = self.spans.partition_point(|span| span.base <= address);
+        let below = at.checked_sub(1).map(|at| self.spans[at]);
+        match below {
+            Some(span) => format!(
+                "{} bytes past the start of the allocation [{:#x}, {:#x} + {})",
+                address - span.base,
+                span.base,
+                span.base,
+                span.bytes
+            ),
+            None => "below every allocation".into(),
+        }
+    }
+}

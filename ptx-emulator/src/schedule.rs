@@ -1,0 +1,301 @@
+//! Blocks over the CPU's threads, and the warps of a block in turn.
+//!
+//! The order is deterministic and unkind: a warp runs until it must wait, a completed barrier hands over to those who waited for
+//! it at once (so that a stage released too early is overwritten while it is still read), and bulk copies land only when no warp
+//! can go on without them.
+
+use crate::block::{Block, Counters};
+use crate::fault::{Fault, FaultKind, Trouble};
+use crate::isa::{Kernel, SHARED_BASE};
+use crate::memory::Global;
+use crate::shared;
+use crate::warp::{Group, Start, Stop, Wait, Warp};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Operations a warp executes before another has its turn.
+const SLICE: u64 = 20_000;
+/// Operations without progress after which copies land for warps that poll instead of waiting.
+const POLLING: u64 = 100_000;
+/// Rounds in which every blocked test gives up, without progress, before the block is declared dead.
+const TIMEOUTS: u32 = 16;
+/// Multiprocessors that `%nsmid` tells of (H100 SXM).
+const MULTIPROCESSORS: u32 = 132;
+
+/// Sizes of a launch. See [`crate::Module::launch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory of each block.
+    pub shared_bytes: u32,
+}
+
+/// When to give up on a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Warp instructions that a block may execute without any store, barrier, copy or product before that is called a livelock.
+    pub idle_instructions: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { idle_instructions: 200_000_000 }
+    }
+}
+
+/// A checked launch.
+pub(crate) struct Job<'a> {
+    pub kernel: &'a Kernel,
+    pub global: Global<'a>,
+    pub params: &'a [u8],
+    pub launch: Launch,
+    pub limits: Limits,
+}
+
+impl Job<'_> {
+    /// Runs all blocks; of several faults the one of the lowest block is returned.
+    pub fn run(&self) -> Result<Counters, Fault> {
+        let blocks: u64 = self.launch.grid.iter().map(|size| *size as u64).product();
+        let next = AtomicU64::new(0);
+        let first_fault: Mutex<Option<(u64, Fault)>> = Mutex::new(None);
+        let stop_at = AtomicU64::new(blocks);
+        let total = Mutex::new(Counters { operations: vec![0; self.kernel.code.len()], ..Counters::default() });
+        let work = || {
+            let mut runner = Runner::new(self);
+            loop {
+                // Numbers are handed out in order, so every block below a faulty one is run to its end.
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= stop_at.load(Ordering::Relaxed) {
+                    break;
+                }
+                if let Err(fault) = runner.run(index) {
+                    stop_at.fetch_min(index, Ordering::Relaxed);
+                    let mut found = first_fault.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                    if found.as_ref().is_none_or(|(other, _)| index < *other) {
+                        *found = Some((index, fault));
+                    }
+                }
+            }
+            let counters = &runner.block.counters;
+            let mut total = total.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            total.operations.iter_mut().zip(&counters.operations).for_each(|(sum, count)| *sum += count);
+            total.bulk_in += counters.bulk_in;
+            total.bulk_out += counters.bulk_out;
+            total.loaded += counters.loaded;
+            total.stored += counters.stored;
+            total.products += counters.products;
+        };
+        let workers = (rayon::current_num_threads() as u64).min(blocks);
+        if workers <= 1 {
+            work();
+        } else {
+            rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| work())));
+        }
+        match first_fault.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+            Some((_, fault)) => Err(fault),
+            None => Ok(total.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())),
+        }
+    }
+
+    /// Bytes of shared memory of a block: static, and dynamic at its alignment.
+    pub fn shared_bytes(kernel: &Kernel, dynamic: u32) -> u32 {
+        let end = SHARED_BASE + kernel.static_shared;
+        if dynamic == 0 {
+            return kernel.static_shared;
+        }
+        end.next_multiple_of(kernel.dynamic_align) - SHARED_BASE + dynamic
+    }
+}
+
+/// Runs blocks one after the other, reusing their state.
+struct Runner<'a> {
+    job: &'a Job<'a>,
+    block: Block<'a>,
+    warps: Vec<Warp>,
+    index: [u32; 3],
+}
+
+impl<'a> Runner<'a> {
+    fn new(job: &'a Job<'a>) -> Runner<'a> {
+        let threads: u32 = job.launch.block.iter().product();
+        let shared_bytes = Job::shared_bytes(job.kernel, job.launch.shared_bytes);
+        let block = Block::new(job.kernel, &job.global, job.params, shared_bytes, threads);
+        let warps = (0..threads.div_ceil(32) as usize).map(|index| Warp::new(index, job.kernel)).collect();
+        Runner { job, block, warps, index: [0; 3] }
+    }
+
+    fn run(&mut self, index: u64) -> Result<(), Fault> {
+        let [x, y, _] = self.job.launch.grid.map(u64::from);
+        self.index = [(index % x) as u32, (index / x % y) as u32, (index / x / y) as u32];
+        self.block.reset();
+        let entry_registers = self.block.entry_registers().unwrap_or(0);
+        for warp in &mut self.warps {
+            warp.start(&Start {
+                kernel: self.job.kernel,
+                grid: self.job.launch.grid,
+                block: self.job.launch.block,
+                index: self.index,
+                dynamic_shared: self.job.launch.shared_bytes,
+                shared_bytes: Job::shared_bytes(self.job.kernel, self.job.launch.shared_bytes),
+                multiprocessor: ((index % MULTIPROCESSORS as u64) as u32, MULTIPROCESSORS),
+            });
+            warp.registers = entry_registers;
+        }
+        self.schedule()?;
+        self.block.check_end().map_err(|trouble| self.fault(None, None, trouble))
+    }
+
+    fn schedule(&mut self) -> Result<(), Fault> {
+        let count = self.warps.len();
+        let (mut next, mut overtake, mut timeouts) = (0, false, 0);
+        // Progress and clock when something last happened.
+        let mut last = (self.block.progress, self.block.clock);
+        loop {
+            let runnable = (0..count).map(|i| (next + i) % count).find(|i| self.warps[*i].runnable(&self.block, overtake));
+            if let Some(warp) = runnable {
+                self.block.preempt = false;
+                let stop = self.warps[warp].run(&mut self.block, SLICE, overtake);
+                let stop = stop.map_err(|(pc, trouble)| self.fault(Some(warp), Some(pc), trouble))?;
+                let paused = stop == Stop::Paused;
+                overtake = false;
+                // A warp that is done or blocked is passed over; one that paused had its turn.
+                next = (warp + 1) % count;
+                if self.block.preempt {
+                    let waiting = |warp: &Warp| {
+                        let at_barrier =
+                            |group: &Group| matches!(group.wait, Wait::Mbarrier { .. } | Wait::Named { .. });
+                        warp.groups.iter().any(at_barrier) && warp.runnable(&self.block, false)
+                    };
+                    let woken = (0..count).map(|i| (warp + 1 + i) % count).find(|i| waiting(&self.warps[*i]));
+                    // Without anyone to wake, the warp goes on where it was.
+                    next = woken.unwrap_or(if paused { warp } else { next });
+                }
+                if self.block.progress != last.0 {
+                    last = (self.block.progress, self.block.clock);
+                    timeouts = 0;
+                    continue;
+                }
+                let idle = self.block.clock - last.1;
+                if idle > POLLING && self.land()? {
+                    last = (self.block.progress, self.block.clock);
+                } else if idle > self.job.limits.idle_instructions {
+                    let what = format!(
+                        "{idle} warp instructions without a store, barrier, copy or product:{}",
+                        self.describe_warps()
+                    );
+                    return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Livelock, what)));
+                }
+                continue;
+            }
+            if self.warps.iter().all(|warp| warp.groups.is_empty()) {
+                return Ok(());
+            }
+            if self.land()? {
+                continue;
+            }
+            if !overtake && self.warps.iter().any(|warp| warp.runnable(&self.block, true)) {
+                overtake = true;
+                continue;
+            }
+            // `try_wait` may give up after a while; a kernel may do something else then.
+            let mut groups = self.warps.iter_mut().flat_map(|warp| &mut warp.groups);
+            if timeouts < TIMEOUTS
+                && groups.by_ref().fold(false, |any, group| {
+                    let waits = matches!(group.wait, Wait::Mbarrier { .. });
+                    group.timeout |= waits;
+                    any | waits
+                })
+            {
+                timeouts += 1;
+                continue;
+            }
+            let what = format!("no warp can ever go on:{}", self.describe_warps());
+            let warp = self.warps.iter().position(|warp| !warp.groups.is_empty()).unwrap_or(0);
+            return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Deadlock, what)));
+        }
+    }
+
+    fn land(&mut self) -> Result<bool, Fault> {
+        self.block.land_one().map_err(|trouble| self.fault(None, None, trouble))
+    }
+
+    fn place(&self, warp: usize) -> Option<usize> {
+        self.warps[warp].groups.first().map(|group| group.pc)
+    }
+
+    fn fault(&self, warp: Option<usize>, pc: Option<usize>, trouble: Box<Trouble>) -> Fault {
+        let kernel = self.job.kernel;
+        let (warp, statement) = match trouble.place {
+            Some((warp, statement)) => (Some(warp), Some(statement)),
+            None => (warp.map(|warp| warp as u32), pc.map(|pc| kernel.code[pc].statement)),
+        };
+        let line = statement.map(|statement| &kernel.lines[statement as usize]);
+        Fault {
+            kind: trouble.kind,
+            kernel: kernel.name.clone(),
+            block: self.index,
+            warp,
+            lane: trouble.lane,
+            line: line.map_or(0, |line| line.line),
+            instruction: line.map_or(String::new(), |line| line.text.clone()),
+            what: trouble.what,
+        }
+    }
+
+    /// Where each warp stands and what it waits for, one line each.
+    fn describe_warps(&self) -> String {
+        let mut out = String::new();
+        for warp in &self.warps {
+            if warp.groups.is_empty() {
+                out += &format!("\n  warp {}: exited", warp.index);
+            }
+            for group in &warp.groups {
+                let line = &self.job.kernel.lines[self.job.kernel.code[group.pc].statement as usize];
+                let wait = self.describe_wait(warp, group);
+                let text = crate::fault::shorten(&line.text);
+                out += &format!(
+                    "\n  warp {} lanes {:#010x}: line {}: `{text}`: {wait}",
+                    warp.index, group.mask, line.line
+                );
+            }
+        }
+        out
+    }
+
+    fn describe_wait(&self, warp: &Warp, group: &Group) -> String {
+        match group.wait {
+            Wait::Ready => "runs".into(),
+            Wait::Lanes => format!("waits for other lanes of {:#010x}", warp.live & !group.mask),
+            Wait::Mbarrier { offset, parity, phase } => {
+                let state = match self.block.mbarriers.get(&offset) {
+                    Some(barrier) => barrier.describe(),
+                    None => "invalidated".into(),
+                };
+                let wanted = match parity {
+                    Some(parity) => format!("a phase of parity {parity}"),
+                    None => format!("phase {phase}"),
+                };
+                format!("waits for {wanted} of the mbarrier at shared {:#x} ({state})", shared::address(offset))
+            }
+            Wait::Named { id, .. } => {
+                let named = &self.block.named[id as usize];
+                format!("waits at named barrier {id}, where {} of {} threads are", named.arrived, named.threads)
+            }
+            Wait::Products(products) => {
+                let first = warp.index / 4 * 4;
+                let lacking: Vec<String> = (first..first + 4)
+                    .filter(|i| self.block.warpgroups[warp.index / 4].issued[i % 4] < products)
+                    .map(|i| i.to_string())
+                    .collect();
+                format!("waits for products that warp {} of its warpgroup has not issued", lacking.join(", "))
+            }
+            Wait::Registers(more) => format!(
+                "waits for {more} more registers a thread; {} are free",
+                self.block.free_registers.unwrap_or(0)
+            ),
+        }
+    }
+}

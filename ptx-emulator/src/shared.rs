@@ -1,0 +1,251 @@
+//! Shared memory of a block, with a shadow that knows what was written, by whom, and what an asynchronous copy still holds.
+
+use crate::fault::{FaultKind, Step, Trouble};
+use crate::isa::SHARED_BASE;
+
+/// Shadow flags of a byte; 0 is a byte that was written and that nothing holds.
+mod flag {
+    /// Never written.
+    pub const BLANK: u8 = 1;
+    /// A bulk copy to it has not completed.
+    pub const INCOMING: u8 = 2;
+    /// Part of an mbarrier.
+    pub const BARRIER: u8 = 4;
+    /// A bulk copy from it has not completed.
+    pub const OUTGOING: u8 = 8;
+}
+pub(crate) use flag::{BARRIER, INCOMING, OUTGOING};
+
+/// Flags that forbid a read.
+const UNREADABLE: u8 = flag::BLANK | flag::INCOMING | flag::BARRIER;
+/// Flags that forbid a write.
+const UNWRITABLE: u8 = flag::INCOMING | flag::BARRIER | flag::OUTGOING;
+
+/// An ordinary store, as the asynchronous proxy must know it: writer and time.
+#[derive(Clone, Copy, Default)]
+struct Written {
+    warp: u8,
+    /// 0 for never.
+    time: u32,
+}
+
+/// Shared memory and its shadow. Addresses count from the start of the shared window; the first [`SHARED_BASE`] are invalid.
+pub(crate) struct Shared {
+    words: Vec<u32>,
+    flags: Vec<u8>,
+    /// Last ordinary store to each 16 bytes.
+    written: Vec<Written>,
+    /// Changes of each KiB.
+    versions: Vec<u32>,
+    bytes: u32,
+    /// Counts ordinary stores and proxy fences.
+    time: u32,
+    /// Time of each warp's last `fence.proxy.async`.
+    fences: Vec<u32>,
+}
+
+impl Shared {
+    pub fn new(bytes: u32, warps: usize) -> Shared {
+        let size = bytes.next_multiple_of(16) as usize;
+        Shared {
+            words: vec![0; size / 4],
+            flags: vec![flag::BLANK; size],
+            written: vec![Written::default(); size / 16],
+            versions: vec![0; size.div_ceil(1024)],
+            bytes,
+            time: 0,
+            fences: vec![0; warps],
+        }
+    }
+
+    /// As new, for the next block.
+    pub fn reset(&mut self) {
+        self.flags.fill(flag::BLANK);
+        self.written.fill(Written::default());
+        self.versions.iter_mut().for_each(|version| *version += 1);
+        self.fences.fill(0);
+        self.time = 0;
+    }
+
+    /// Offset of an access that is inside and aligned.
+    #[inline]
+    pub fn offset(&self, address: u64, bytes: usize, align: usize, lane: usize) -> Step<usize> {
+        let offset = address.wrapping_sub(SHARED_BASE as u64);
+        if offset > self.bytes as u64 || bytes as u64 > self.bytes as u64 - offset {
+            return Err(Trouble::lane(
+                FaultKind::OutOfBounds,
+                lane,
+                format!(
+                    "{bytes} bytes at shared address {address:#x}, outside the block's [{SHARED_BASE:#x}, {:#x})",
+                    SHARED_BASE + self.bytes
+                ),
+            ));
+        }
+        if !address.is_multiple_of(align as u64) {
+            return Err(misaligned(address, align, lane, "shared"));
+        }
+        Ok(offset as usize)
+    }
+
+    #[inline]
+    fn flagged(&self, offset: usize, bytes: usize, mask: u8) -> bool {
+        // Aligned power-of-two sizes, and whole 16-byte chunks.
+        let flags = &self.flags[offset..offset + bytes];
+        match bytes {
+            4 => u32::from_le_bytes(flags.try_into().unwrap()) & 0x0101_0101 * mask as u32 != 0,
+            8 => u64::from_le_bytes(flags.try_into().unwrap()) & 0x0101_0101_0101_0101 * mask as u64 != 0,
+            _ => flags.iter().fold(0, |all, flag| all | flag) & mask != 0,
+        }
+    }
+
+    /// Why a range may not be read or written; called when some flag of `mask` is set in it.
+    #[cold]
+    fn refuse(&self, offset: usize, bytes: usize, mask: u8, lane: Option<usize>, doing: &str) -> Box<Trouble> {
+        let at = (offset..offset + bytes).find(|at| self.flags[*at] & mask != 0).unwrap_or(offset);
+        let flags = self.flags[at] & mask;
+        let (kind, why) = if flags & flag::BARRIER != 0 {
+            (FaultKind::Barrier, "belongs to an mbarrier, which only mbarrier instructions may touch")
+        } else if flags & flag::INCOMING != 0 {
+            (FaultKind::Race, "is the target of a bulk copy that no wait has seen complete")
+        } else if flags & flag::OUTGOING != 0 {
+            (FaultKind::Race, "is the source of a bulk copy that no wait has seen complete")
+        } else {
+            (FaultKind::Uninitialised, "was never written")
+        };
+        let what = format!("{doing} of {bytes} bytes at shared {:#x}: byte {:#x} {why}", address(offset), address(at));
+        match lane {
+            Some(lane) => Trouble::lane(kind, lane, what),
+            None => Trouble::new(kind, what),
+        }
+    }
+
+    /// Checks that bytes may be read by an ordinary access.
+    #[inline]
+    pub fn readable(&self, offset: usize, bytes: usize, lane: Option<usize>, doing: &str) -> Step {
+        if self.flagged(offset, bytes, UNREADABLE) {
+            return Err(self.refuse(offset, bytes, UNREADABLE, lane, doing));
+        }
+        Ok(())
+    }
+
+    /// Checks that bytes may be written.
+    #[inline]
+    pub fn writable(&self, offset: usize, bytes: usize, lane: Option<usize>, doing: &str) -> Step {
+        if self.flagged(offset, bytes, UNWRITABLE) {
+            return Err(self.refuse(offset, bytes, UNWRITABLE, lane, doing));
+        }
+        Ok(())
+    }
+
+    /// Checks that the asynchronous proxy may read a range: written, and if by ordinary stores, a proxy fence of the writer or of
+    /// the reader came after.
+    pub fn readable_by_proxy(&self, offset: usize, bytes: usize, warp: usize, doing: &str) -> Step {
+        self.readable(offset, bytes, None, doing)?;
+        for chunk in &self.written[offset / 16..(offset + bytes).div_ceil(16)] {
+            if chunk.time > self.fences[chunk.warp as usize] && chunk.time > self.fences[warp] {
+                return Err(Trouble::new(
+                    FaultKind::MissingFence,
+                    format!(
+                        "{doing} of {bytes} bytes at shared {:#x}, which warp {} wrote with ordinary stores and no \
+                         fence.proxy.async after them",
+                        address(offset),
+                        chunk.warp
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A warp's `fence.proxy.async`.
+    pub fn proxy_fence(&mut self, warp: usize) {
+        self.time += 1;
+        self.fences[warp] = self.time;
+    }
+
+    #[inline]
+    pub fn word(&self, offset: usize) -> u32 {
+        self.words[offset / 4]
+    }
+
+    /// The 16 bytes at a 16-byte aligned offset.
+    #[inline]
+    pub fn chunk(&self, offset: usize) -> [u32; 4] {
+        let words = &self.words[offset / 4..offset / 4 + 4];
+        [words[0], words[1], words[2], words[3]]
+    }
+
+    /// One more ordinary store instruction.
+    pub fn tick(&mut self) {
+        self.time += 1;
+    }
+
+    /// An ordinary store of `bytes` (1, 2, or a multiple of 4) that was found writable.
+    #[inline]
+    pub fn store(&mut self, offset: usize, bytes: usize, words: &[u32; 8], warp: usize) {
+        if bytes < 4 {
+            let (shift, mask) = (8 * (offset % 4), if bytes == 1 { 0xff } else { 0xffff });
+            let word = &mut self.words[offset / 4];
+            *word = *word & !(mask << shift) | (words[0] & mask) << shift;
+        } else {
+            self.words[offset / 4..(offset + bytes) / 4].copy_from_slice(&words[..bytes / 4]);
+        }
+        self.flags[offset..offset + bytes].fill(0);
+        let written = Written { warp: warp as u8, time: self.time };
+        self.written[offset / 16] = written;
+        if bytes > 16 {
+            self.written[offset / 16 + 1] = written;
+        }
+        self.versions[offset / 1024] = self.versions[offset / 1024].wrapping_add(1);
+    }
+
+    /// Writes what a bulk copy brought: no longer incoming, no fence needed.
+    pub fn land(&mut self, offset: usize, words: impl Iterator<Item = u32>, bytes: usize) {
+        for (to, from) in self.words[offset / 4..(offset + bytes) / 4].iter_mut().zip(words) {
+            *to = from;
+        }
+        self.flags[offset..offset + bytes].fill(0);
+        self.written[offset / 16..(offset + bytes) / 16].fill(Written::default());
+        self.changed(offset, bytes);
+    }
+
+    /// Sets a flag on a range.
+    pub fn mark(&mut self, offset: usize, bytes: usize, flag: u8) {
+        self.flags[offset..offset + bytes].iter_mut().for_each(|flags| *flags |= flag);
+        self.changed(offset, bytes);
+    }
+
+    /// Clears a flag on a range.
+    pub fn unmark(&mut self, offset: usize, bytes: usize, flag: u8) {
+        self.flags[offset..offset + bytes].iter_mut().for_each(|flags| *flags &= !flag);
+    }
+
+    /// Forgets what a range held: its next read must be preceded by a write.
+    pub fn blank(&mut self, offset: usize, bytes: usize) {
+        self.flags[offset..offset + bytes].fill(flag::BLANK);
+        self.changed(offset, bytes);
+    }
+
+    fn changed(&mut self, offset: usize, bytes: usize) {
+        if bytes > 0 {
+            let range = offset / 1024..(offset + bytes - 1) / 1024 + 1;
+            self.versions[range].iter_mut().for_each(|version| *version = version.wrapping_add(1));
+        }
+    }
+
+    /// A number that changes whenever something in the range does.
+    pub fn version(&self, offset: usize, bytes: usize) -> u64 {
+        self.versions[offset / 1024..(offset + bytes).div_ceil(1024)].iter().map(|version| *version as u64).sum()
+    }
+}
+
+/// Shared address of an offset.
+pub(crate) fn address(offset: usize) -> usize {
+    offset + SHARED_BASE as usize
+}
+
+#[cold]
+pub(crate) fn misaligned(address: u64, align: usize, lane: usize, space: &str) -> Box<Trouble> {
+    let what = format!("{space} address {address:#x} is not a multiple of {align}");
+    Trouble::lane(FaultKind::Misaligned, lane, what)
+}
