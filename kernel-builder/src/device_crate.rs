@@ -13,6 +13,7 @@
 //! `source`, so that their path *relative to the crate* is the same on every machine: cargo derives the hashes in symbol names
 //! from it, and the PTX must not depend on where a checkout lies.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -74,7 +75,7 @@ impl DeviceCrate {
 
     /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
     pub fn own(path: &Path, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
-        let manifest = if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() };
+        let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
         let name = package_name(&manifest, toolchain)?;
@@ -100,7 +101,7 @@ impl DeviceCrate {
 
     fn run_cargo(&self, toolchain: &Toolchain, ir: &Path) -> Result<Compiled, BuildError> {
         let mut cargo = Command::new(&toolchain.cargo);
-        toolchain::sanitise(&mut cargo);
+        toolchain::sanitise(&mut cargo, toolchain);
         cargo.args(["rustc", "--release", "--lib", "--crate-type", "cdylib", "--message-format", "json"]);
         cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&self.target);
         cargo.args(["--target", TARGET, "-Z", "build-std=core"]);
@@ -110,11 +111,11 @@ impl DeviceCrate {
         cargo.arg("--").arg(format!("--emit=llvm-ir={}", ir.display()));
         cargo.args(["-C", "no-prepopulate-passes", "-C", "linker=/bin/true"]);
         // Unstable options of a release compiler; empty wrappers override those of a configuration file.
-        cargo.env("RUSTC_BOOTSTRAP", "1").env("RUSTC", &toolchain.rustc);
+        cargo.env("RUSTC_BOOTSTRAP", "1");
         cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
         cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &self.target);
         let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
-        let messages = Messages::read(&answer.stdout);
+        let messages = Messages::read(&answer.stdout, &self.manifest);
         if !answer.status.success() {
             let message = if messages.errors.is_empty() {
                 String::from_utf8_lossy(&answer.stderr).into_owned()
@@ -123,23 +124,27 @@ impl DeviceCrate {
             };
             return Err(BuildError::Compile { name: self.name.clone(), manifest: self.manifest.clone(), message });
         }
-        let inputs = self.inputs(messages.artifact.as_deref(), toolchain);
+        let inputs = self.inputs(&messages.library, toolchain)?;
         Ok(Compiled { ir: ir.to_path_buf(), inputs, warnings: messages.warnings })
     }
 
-    /// The sources that cargo lists beside the artifact, without those of the compiler and the generated crate.
-    fn inputs(&self, artifact: Option<&Path>, toolchain: &Toolchain) -> Vec<PathBuf> {
-        let listed = artifact.and_then(|path| fs::read_to_string(path.with_extension("d")).ok()).unwrap_or_default();
+    /// The sources that cargo lists for the library, and the Cargo.toml of each; without those of the compiler and the generated
+    /// crate.
+    fn inputs(&self, library: &str, toolchain: &Toolchain) -> Result<Vec<PathBuf>, BuildError> {
+        let list = self.target.join(TARGET).join("release").join(format!("{library}.d"));
+        let listed = fs::read_to_string(&list).map_err(at("read", &list))?;
         let names = listed.split_once(": ").map_or("", |(_, names)| names).replace("\\ ", "\0");
         let paths = names.split_whitespace().map(|name| PathBuf::from(name.replace('\0', " ")));
         let generated = self.target.parent().unwrap_or(&self.target);
-        let mut inputs: Vec<PathBuf> = paths
+        let sources = paths
             .filter_map(|path| path.canonicalize().ok())
-            .filter(|path| !path.starts_with(&toolchain.sysroot) && !path.starts_with(generated))
-            .collect();
-        inputs.sort();
-        inputs.dedup();
-        inputs
+            .filter(|path| !path.starts_with(&toolchain.sysroot) && !path.starts_with(generated));
+        let mut inputs = BTreeSet::new();
+        for source in sources {
+            inputs.extend(source.ancestors().map(|folder| folder.join("Cargo.toml")).find(|path| path.is_file()));
+            inputs.insert(source);
+        }
+        Ok(inputs.into_iter().collect())
     }
 }
 
@@ -189,16 +194,20 @@ framestride_kernels::attention_kernels!(spec = "SPEC");
 struct Messages {
     errors: Vec<String>,
     warnings: Vec<String>,
-    artifact: Option<PathBuf>,
+    /// Name of the library that the manifest makes.
+    library: String,
 }
 
 impl Messages {
-    fn read(stdout: &[u8]) -> Messages {
+    fn read(stdout: &[u8], manifest: &Path) -> Messages {
         let mut messages = Messages::default();
         for line in String::from_utf8_lossy(stdout).lines() {
             let Ok(value) = serde_json::from_str::<serde_json::Value>(line) else { continue };
-            if value["reason"] == "compiler-artifact" && value["target"]["kind"][0] == "cdylib" {
-                messages.artifact = value["filenames"][0].as_str().map(PathBuf::from);
+            if value["reason"] == "compiler-artifact"
+                && value["manifest_path"].as_str().map(Path::new) == Some(manifest)
+                && let Some(name) = value["target"]["name"].as_str()
+            {
+                messages.library = name.into();
             }
             let Some(rendered) = value["message"]["rendered"].as_str() else { continue };
             match value["message"]["level"].as_str() {
@@ -221,12 +230,17 @@ pub(crate) fn source_folder() -> Result<PathBuf, BuildError> {
     }
 }
 
+/// The Cargo.toml of a crate named by its folder or by its Cargo.toml.
+pub(crate) fn manifest_of(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() }
+}
+
 /// Name of the package of a Cargo.toml, asked from cargo, which knows all ways to write it.
 fn package_name(manifest: &Path, toolchain: &Toolchain) -> Result<String, BuildError> {
     let mut cargo = Command::new(&toolchain.cargo);
-    toolchain::sanitise(&mut cargo);
+    toolchain::sanitise(&mut cargo, toolchain);
     cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
-    let answer = cargo.env("RUSTC", &toolchain.rustc).output().map_err(at("start", &toolchain.cargo))?;
+    let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
     let wrong = |problem: String| BuildError::Crate { path: manifest.to_path_buf(), problem };
     if !answer.status.success() {
         return Err(wrong(format!("cargo cannot read it:\n{}", String::from_utf8_lossy(&answer.stderr).trim_end())));

@@ -368,9 +368,16 @@ impl BuildScript {
         for variable in toolchain::VARIABLES {
             println!("cargo::rerun-if-env-changed={variable}");
         }
+        let watch = |path: &Path| println!("cargo::rerun-if-changed={}", path.display());
         for source in sources {
             match source {
-                Source::File(path) | Source::Crate(path) => println!("cargo::rerun-if-changed={}", path.display()),
+                Source::File(path) => watch(path),
+                // Not the whole folder: a Cargo.lock or target directory in it changes by itself.
+                Source::Crate(path) => {
+                    let manifest = device_crate::manifest_of(path);
+                    watch(&manifest.with_file_name("src"));
+                    watch(&manifest);
+                }
                 Source::Text { .. } => {}
             }
         }

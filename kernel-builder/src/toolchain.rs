@@ -411,8 +411,10 @@ pub(crate) fn cuda_version(tool: &Path) -> Option<String> {
 }
 
 /// Removes from a command what cargo tells a build script about the crate it builds and how: the nested build is for another
-/// target with another compiler. What is about the network, the registries and the job server stays.
-pub(crate) fn sanitise(command: &mut Command) {
+/// target with another compiler. What is about the network, the registries and the job server stays. The compiler is named, and
+/// stands first on the PATH: a build script that calls plain `rustc` must not reach a rustup proxy, which may then choose, update
+/// or install a toolchain of its own accord; that is also forbidden outright.
+pub(crate) fn sanitise(command: &mut Command, toolchain: &Toolchain) {
     let keep =
         ["CARGO_HOME", "CARGO_MAKEFLAGS", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_", "CARGO_TERM_"];
     let drop = ["CARGO", "RUSTC", "RUSTFLAGS", "RUSTDOC", "RUSTUP_TOOLCHAIN", "DEP_"];
@@ -424,6 +426,13 @@ pub(crate) fn sanitise(command: &mut Command) {
         if !starts(&keep) && starts(&drop) || building && exact.iter().any(|known| OsStr::new(known) == name) {
             command.env_remove(&name);
         }
+    }
+    command.env("RUSTC", &toolchain.rustc).env("RUSTUP_AUTO_INSTALL", "0");
+    let first = toolchain.rustc.parent().map(Path::to_path_buf);
+    let path = env::var_os("PATH").unwrap_or_default();
+    // Joining fails only for a folder with a separator in its name: then the PATH stays as it is.
+    if let Ok(path) = env::join_paths(first.into_iter().chain(env::split_paths(&path))) {
+        command.env("PATH", path);
     }
 }
 

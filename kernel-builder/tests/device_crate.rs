@@ -1,0 +1,132 @@
+//! Builds of a device crate written by hand (`fixtures/device`): what comes out, and what a wrong one is told. Needs a device
+//! compiler.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use framestride_builder::finish::FinishError;
+use framestride_builder::{Arch, BuildError, Built, Kernels, ptx};
+
+/// A copy of the fixture whose library is changed by `edit`. It lies in the target folder, at the same place each time: builds of
+/// it are kept, and `core` is compiled once.
+fn device(edit: impl Fn(&str) -> String) -> (std::sync::MutexGuard<'static, ()>, PathBuf) {
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/device");
+    let copy = Path::new(env!("CARGO_TARGET_TMPDIR")).join("device");
+    fs::create_dir_all(copy.join("src")).unwrap();
+    fs::copy(fixture.join("Cargo.toml"), copy.join("Cargo.toml")).unwrap();
+    let library = fs::read_to_string(fixture.join("src/lib.rs")).unwrap();
+    fs::write(copy.join("src/lib.rs"), edit(&library)).unwrap();
+    (guard, copy)
+}
+
+fn build(edit: impl Fn(&str) -> String) -> Result<Built, BuildError> {
+    let (_guard, folder) = device(edit);
+    Kernels::from_crate(folder).arch(Arch::Sm90a).build()
+}
+
+/// `text` with `from` replaced, which must be there.
+fn replaced(text: &str, from: &str, to: &str) -> String {
+    assert!(text.contains(from), "the fixture has no `{from}`");
+    text.replace(from, to)
+}
+
+/// The body of one entry.
+fn body<'a>(ptx: &'a str, entry: &str) -> &'a str {
+    let (_, rest) = ptx.split_once(&format!(".entry {entry}(")).expect("the entry is there");
+    rest.split(".entry ").next().unwrap()
+}
+
+#[test]
+fn a_barrier_between_branches_stays_one() {
+    let built = build(str::to_string).unwrap();
+    let histogram = ptx::histogram(body(&built.ptx, "barrier_between"));
+    assert_eq!(histogram.get("bar.sync"), Some(&1), "{}", built.ptx);
+    assert_eq!(histogram.get("st.volatile.global.b32"), Some(&2));
+}
+
+#[test]
+fn launch_tables_reach_ptx_and_manifest() {
+    let built = build(str::to_string).unwrap();
+    assert_eq!(ptx::entries(&built.ptx), ["barrier_between", "second"]);
+    assert_eq!(ptx::bound(&built.ptx, "barrier_between", "maxntid"), Some(256));
+    assert_eq!(ptx::bound(&built.ptx, "barrier_between", "minnctapersm"), Some(2));
+    assert_eq!(ptx::bound(&built.ptx, "second", "maxntid"), Some(128));
+    assert!(!built.ptx.contains("framestride_launch"), "the tables must leave the module");
+    assert_eq!((built.name.as_str(), built.manifest.spec.as_ref()), ("handwritten-device", None));
+    let [first, second] = &built.manifest.kernels[..] else { panic!("{:?}", built.manifest.kernels) };
+    assert_eq!((first.threads, first.min_blocks, first.shared_bytes, first.params_bytes), (256, 2, 0, 12));
+    assert_eq!((second.threads, second.shared_bytes), (128, 1024));
+    let params: Vec<_> = first.params.iter().map(|p| (p.name.as_str(), p.ty.as_str(), p.offset, p.bytes)).collect();
+    assert_eq!(params, [("out", "*mut u32", 0, 8), ("c", "u32", 8, 4)]);
+}
+
+#[test]
+fn only_sources_of_the_crate_are_watched() {
+    let built = build(str::to_string).unwrap();
+    let names: Vec<_> =
+        built.inputs.iter().map(|path| path.strip_prefix(env!("CARGO_TARGET_TMPDIR")).unwrap()).collect();
+    assert_eq!(names, [Path::new("device/Cargo.toml"), Path::new("device/src/lib.rs")]);
+}
+
+#[test]
+fn an_error_is_the_compilers_own() {
+    let error = build(|library| replaced(library, "out.write_volatile(c)", "out.write_volatile(missing)")).unwrap_err();
+    let BuildError::Compile { name, manifest, message } = &error else { panic!("{error}") };
+    assert_eq!(name, "handwritten-device");
+    assert!(manifest.ends_with("device/Cargo.toml"));
+    assert!(message.contains("error[E0425]: cannot find value `missing`"), "{message}");
+    assert!(message.contains("src/lib.rs:") && message.contains("^^^^^^^"), "{message}");
+    assert!(error.to_string().contains(message.trim_end()));
+}
+
+#[test]
+fn a_broken_manifest_is_explained_by_cargo() {
+    let (_guard, folder) = device(str::to_string);
+    fs::write(folder.join("Cargo.toml"), "[package]\nname = \"broken\"\nedition = \"2025\"\n").unwrap();
+    let error = Kernels::from_crate(&folder).build().unwrap_err();
+    assert!(matches!(error, BuildError::Crate { .. }), "{error}");
+    assert!(error.to_string().contains("device/Cargo.toml") && error.to_string().contains("2025"), "{error}");
+    let missing = Kernels::from_crate(folder.join("nowhere")).build().unwrap_err().to_string();
+    assert!(missing.starts_with("cannot read ") && missing.contains("device/nowhere"), "{missing}");
+}
+
+#[test]
+fn a_kernel_without_launch_table_is_refused() {
+    let error =
+        build(|library| replaced(library, "launch_table!(framestride_launch_second", "launch_table!(second_table"));
+    let Err(BuildError::Finish { source, .. }) = error else { panic!("{error:?}") };
+    assert_eq!(source, FinishError::EntryWithoutTable { entry: "second".into() });
+}
+
+#[test]
+fn a_launch_table_of_other_parameters_is_refused() {
+    let error = build(|library| replaced(library, r#","params":[{"name":"out","type":"*mut u32"},"#, r#","params":["#));
+    let Err(BuildError::Ptx { entry, problem, .. }) = error else { panic!("{error:?}") };
+    assert_eq!((entry.as_str(), problem.as_str()), ("barrier_between", "has 2 parameters, its launch table 1"));
+}
+
+#[test]
+fn machine_code_that_is_no_ptx_is_refused_by_the_tool_that_reads_it() {
+    let error = build(|library| replaced(library, "\"bar.sync 0;\"", "\"bar.synk 0;\""));
+    // ptxas is the first that reads inline assembly; without it nobody does.
+    match (framestride_builder::toolchain::CudaTools::find().ptxas, error) {
+        (Some(ptxas), Err(BuildError::Tool { tool, message, .. })) => {
+            assert_eq!(tool, ptxas);
+            assert!(message.contains("bar.synk"), "{message}");
+        }
+        (None, Ok(built)) => assert!(built.manifest.kernels.iter().all(|kernel| kernel.ptxas.is_none())),
+        (ptxas, result) => panic!("ptxas {ptxas:?}, but {result:?}"),
+    }
+}
+
+#[test]
+fn bad_specs_and_architectures_are_told_before_anything_is_built() {
+    let bad = Kernels::from_specs(["/nowhere/a.toml", "/nowhere/b.toml"]).build_all().unwrap_err();
+    let BuildError::Several(errors) = &bad else { panic!("{bad}") };
+    assert!(errors.len() == 2 && errors.iter().all(|error| matches!(error, BuildError::Spec(_))), "{bad}");
+    assert!(bad.to_string().contains("/nowhere/a.toml") && bad.to_string().contains("/nowhere/b.toml"), "{bad}");
+    let unknown = "sm_80".parse::<Arch>().unwrap_err().to_string();
+    assert_eq!(unknown, "there are no kernels for `sm_80`: the architectures are sm_90a");
+}
