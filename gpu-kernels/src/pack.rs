@@ -132,7 +132,8 @@ unsafe fn write_heads<T: Shape>(
     };
     let packed_row = |head_type: HeadType| {
         if token.row < T::LAYOUT.sequence() {
-            T::LAYOUT.packed_row(head_type, token.row, token.valid_text)
+            let order = if thread::block_y() == 0 { T::LAYOUT.query_order() } else { T::LAYOUT };
+            order.packed_row(head_type, token.row, token.valid_text)
         } else {
             token.row
         }

@@ -5,7 +5,7 @@ use embedded_graphics::mono_font::ascii::FONT_7X13;
 use embedded_graphics::pixelcolor::Rgb888;
 use embedded_graphics::prelude::*;
 use embedded_graphics::text::{Baseline, Text};
-use framestride_shapes::layout::HeadType;
+use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::tiling::{QueryTile, query_tiles};
 use image::{Rgb, RgbImage};
@@ -132,21 +132,21 @@ impl Canvas {
 fn draw_mask(canvas: &mut Canvas, left: u32, top: u32, tiling: &Tiling, order: Order) {
     let (layout, sequence) = (&tiling.spec.layout, u64::from(tiling.spec.layout.sequence()));
     let samples = if sequence <= u64::from(SIDE) { 1 } else { SAMPLES };
-    let packed = |pixel: u32, sample: u32| {
+    let packed = |by: &Layout, pixel: u32, sample: u32| {
         let row = (u64::from(pixel * samples + sample) * sequence / u64::from(SIDE * samples)) as u32;
         match order {
-            Order::Model => layout.packed_row(tiling.head, row, layout.text_tokens),
+            Order::Model => by.packed_row(tiling.head, row, layout.text_tokens),
             Order::Packed => row,
         }
     };
-    let keys: Vec<u32> = (0..SIDE * samples).map(|x| packed(x / samples, x % samples)).collect();
+    let keys: Vec<u32> = (0..SIDE * samples).map(|x| packed(layout, x / samples, x % samples)).collect();
     let rows: Vec<Vec<Rgb<u8>>> = (0..SIDE)
         .into_par_iter()
         .map(|y| {
             let pixel = |x: u32| {
                 let mut sum = [0u32; 3];
                 for query in 0..samples {
-                    let query = packed(y, query);
+                    let query = packed(&layout.query_order(), y, query);
                     for &key in &keys[(x * samples) as usize..][..samples as usize] {
                         let colour = tiling.colour(query, key).0;
                         (0..3).for_each(|channel| sum[channel] += u32::from(colour[channel]));

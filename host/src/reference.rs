@@ -6,10 +6,10 @@
 //! Everything starts from inputs already rounded to the spec's type ([`Tokens`]), and nothing is rounded on the way.
 
 use framestride_shapes::layout::{HeadType, Layout, TextPosition};
-use framestride_shapes::spec::{NormKind, NormOver, Pairs, Spec};
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
 use rayon::prelude::*;
 
-use crate::inputs::{Inputs, Norm, Tokens};
+use crate::inputs::{Inputs, Norm, Tokens, narrow, widen};
 
 /// Mean and reciprocal deviation of a QK-norm's statistic.
 #[derive(Clone, Copy)]
@@ -198,8 +198,9 @@ impl Mask {
         }
     }
 
-    /// Rows of the model's order in packed order: valid text, sink frames and the other video tokens by position, invalid text.
-    pub fn packed_order(&self) -> Vec<usize> {
+    /// Rows of the model's order in the packed order of keys: valid text, sink frames and the other video tokens by position,
+    /// invalid text.
+    pub fn key_order(&self) -> Vec<usize> {
         let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
         // A stable sort: text keeps its order.
         rows.sort_by_key(|&row| match self.tokens[row] {
@@ -207,6 +208,17 @@ impl Mask {
             Token::Video { sink: true, position } => (1, position),
             Token::Video { sink: false, position } => (2, position),
             Token::Invalid => (3, 0),
+        });
+        rows
+    }
+
+    /// Rows of the model's order in the packed order of queries: valid text, video tokens by position, invalid text.
+    pub fn query_order(&self) -> Vec<usize> {
+        let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
+        rows.sort_by_key(|&row| match self.tokens[row] {
+            Token::Text => (0, 0),
+            Token::Video { position, .. } => (1, position),
+            Token::Invalid => (2, 0),
         });
         rows
     }
@@ -247,8 +259,6 @@ pub struct Attended {
     pub spread: f64,
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
     pub flat_spread: f64,
-    /// sqrt(sum over keys of weight |v - out|^2).
-    pub dispersion: f64,
     /// Largest of |q| |k|, scaled: bounds every partial sum of every score.
     pub score_size: f64,
     /// Keys seen.
@@ -289,6 +299,13 @@ impl Head {
         Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
     }
 
+    /// The head with Q and K rounded to a 16-bit type, as the kernels store them.
+    pub fn rounded(&self, layout: &Layout, dtype: Dtype) -> Head {
+        let round = |rows: &[f64]| rows.iter().map(|&x| widen(dtype, narrow(dtype, x))).collect();
+        let (queries, keys) = (round(&self.queries), round(&self.keys));
+        Head::new(layout, self.head_dim, self.valid_text, queries, keys, self.values.clone())
+    }
+
     /// Rows of the sequence.
     pub fn rows(&self) -> usize {
         self.values.len() / self.head_dim
@@ -318,7 +335,8 @@ impl Head {
         self.scores(row, scale).iter().enumerate().map(probability).collect()
     }
 
-    fn attend_scores(&self, head: HeadType, row: usize, scale: f64, scores: &[f64]) -> Attended {
+    /// [`Head::attend`] for scores that are already there.
+    pub fn attend_scores(&self, head: HeadType, row: usize, scale: f64, scores: &[f64]) -> Attended {
         let mask = self.mask(head);
         let seen: Vec<usize> = (0..scores.len()).filter(|&key| mask.sees(row, key)).collect();
         let mut attended = Attended {
@@ -326,7 +344,6 @@ impl Head {
             lse: f64::NEG_INFINITY,
             spread: 0.0,
             flat_spread: 0.0,
-            dispersion: 0.0,
             score_size: 0.0,
             keys: seen.len(),
         };
@@ -338,7 +355,7 @@ impl Head {
         let sum: f64 = seen.iter().map(|&key| (scores[key] - maximum).exp()).sum();
         attended.lse = maximum + sum.ln();
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
-        let (mut square, mut flat, mut second_moment) = (0.0, 0.0, 0.0);
+        let (mut square, mut flat) = (0.0, 0.0);
         for key in seen {
             let value = &self.values[key * self.head_dim..][..self.head_dim];
             let weight = (scores[key] - maximum).exp() / sum;
@@ -348,13 +365,10 @@ impl Head {
             let size = self.value_norms[key];
             square += (weight * size).powi(2);
             flat += size * size;
-            second_moment += weight * size * size;
             attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
         }
         attended.spread = square.sqrt();
         attended.flat_spread = flat.sqrt() / sum;
-        // sum w |v - out|^2 = sum w |v|^2 - |out|^2, since the weights add up to one.
-        attended.dispersion = (second_moment - norm(&attended.out).powi(2)).max(0.0).sqrt();
         attended
     }
 

@@ -26,8 +26,10 @@ use crate::tolerance;
 pub struct Check {
     /// The kernel that made the result.
     pub kernel: &'static str,
-    /// Inputs, and what of the result was compared.
+    /// Head types, valid text, arrangement of inputs and output.
     pub case: String,
+    /// What of the result was compared.
+    pub quantity: &'static str,
     /// Relative error of the worst row (the one whose error is the largest part of its tolerance); null when not a number.
     pub rel_error: f64,
     /// Tolerance of that row.
@@ -182,9 +184,17 @@ impl Worst {
         self
     }
 
-    fn check(self, kernel: &'static str, case: String) -> Check {
+    fn check(self, kernel: &'static str, case: &str, quantity: &'static str) -> Check {
         let Worst { rel_error, tolerance, place } = self;
-        Check { kernel, case, rel_error, tolerance, ok: rel_error <= tolerance, worst: place }
+        Check {
+            kernel,
+            case: case.to_owned(),
+            quantity,
+            rel_error,
+            tolerance,
+            ok: rel_error <= tolerance,
+            worst: place,
+        }
     }
 }
 
@@ -281,7 +291,8 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
         compare_packed(spec, &inputs, &head, head_type, &images, place, &mut packs);
 
         // From here on the reference gets the numbers that the kernels read.
-        let order = head.mask(head_type).packed_order();
+        let mask = head.mask(head_type);
+        let orders = [mask.query_order(), mask.key_order(), mask.key_order()];
         let (queries, keys) = (images.unpacked(0, &order), images.unpacked(1, &order));
         let head = Head::new(&spec.layout, head.head_dim, head.valid_text, queries, keys, head.values);
         let scale = inputs.scale();
@@ -330,17 +341,17 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     }
     let mut checks = Vec::new();
     for (worst, operand) in packs.into_iter().zip(["packed q", "packed k", "packed v"]) {
-        checks.push(worst.check("pack", format!("{name}: {operand}")));
+        checks.push(worst.check("pack", &name, operand));
     }
     if case.types == CaseTypes::Profiled {
-        checks.push(errors.check("profile", format!("{name}: mean squared errors")));
-        checks.push(selected.check("select", format!("{name}: head types")));
+        checks.push(errors.check("profile", &name, "mean squared errors"));
+        checks.push(selected.check("select", &name, "head types"));
     }
-    checks.push(outputs.check("attention", format!("{name}: output")));
-    checks.push(sums.check("attention", format!("{name}: log-sum-exp")));
+    checks.push(outputs.check("attention", &name, "output"));
+    checks.push(sums.check("attention", &name, "log-sum-exp"));
     let mut around = Worst::new();
     around.add(stray as f64, 0.0, || "bytes around the output".into());
-    checks.push(around.check("attention", format!("{name}: bytes written beside the output")));
+    checks.push(around.check("attention", &name, "bytes beside the output"));
     Ok(checks)
 }
 
@@ -406,14 +417,15 @@ fn compare_packed(
     worst: &mut [Worst; 3],
 ) {
     let dim = head.head_dim;
-    let order = head.mask(head_type).packed_order();
+    let mask = head.mask(head_type);
+    let orders = [mask.query_order(), mask.key_order(), mask.key_order()];
     let live = head.valid_text + (spec.layout.frames * spec.layout.tokens_per_frame) as usize;
     let exact = spec.qk_norm.is_none() && spec.rope.is_none();
     let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
     for (operand, worst) in worst.iter_mut().enumerate() {
         let given = [&head.queries, &head.keys, &head.values][operand];
         for (packed, found) in images.rows[operand].chunks_exact(dim).enumerate() {
-            let Some(&row) = order[..live].get(packed) else {
+            let Some(&row) = orders[operand][..live].get(packed) else {
                 let error = if found.iter().all(|&x| x == 0.0) { 0.0 } else { f64::INFINITY };
                 worst.add(error, 0.0, || format!("{} of the packed head, beyond what is valid", place.row(packed)));
                 continue;

@@ -34,10 +34,13 @@ fn packed_order_is_that_of_the_kernels() {
     for spec in tiny_specs() {
         for head in HeadType::ALL {
             for valid in [0, spec.layout.text_tokens / 2, spec.layout.text_tokens] {
-                let order = Mask::new(&spec.layout, head, valid as usize).packed_order();
-                for (packed, row) in order.into_iter().enumerate() {
-                    let by_layout = spec.layout.model_row(head, packed as u32, valid);
-                    assert_eq!(row, by_layout as usize, "{} {head:?} packed row {packed}", spec.name);
+                let mask = Mask::new(&spec.layout, head, valid as usize);
+                let orders = [(mask.key_order(), spec.layout), (mask.query_order(), spec.layout.query_order())];
+                for (order, layout) in orders {
+                    for (packed, row) in order.into_iter().enumerate() {
+                        let by_layout = layout.model_row(head, packed as u32, valid);
+                        assert_eq!(row, by_layout as usize, "{} {head:?} packed row {packed}", spec.name);
+                    }
                 }
             }
         }

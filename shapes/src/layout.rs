@@ -6,8 +6,10 @@
 //! * **Position** of video token (f, p): `f P + p` in the spatial layout, `p F + f` in the temporal one.
 //! * **Rule**: a query sees a key when either is text, or the key lies in a sink frame, or their positions differ by less than
 //!   the half width. Text beyond the valid length of its batch item is seen by nobody.
-//! * **Packed order**: `[valid text | sink-frame tokens | the other video tokens ("body") | invalid text | padding]`, video
+//! * **Packed order of keys**: `[valid text | sink-frame tokens | the other video tokens ("body") | invalid text | padding]`, video
 //!   tokens by position. In it, what any query sees is a prefix (text and sinks) and one contiguous run of the body.
+//! * **Packed order of queries**: the same without setting sinks apart, so that neighbours in a query tile are neighbours in
+//!   position and see nearly the same keys: [`Layout::query_order`].
 //!
 //! Everything is plain `u32` arithmetic without panics, so that the kernels compile it with the shape as constants. The valid
 //! text length is an argument everywhere: it is known only at launch, and differs between batch items.
@@ -195,7 +197,13 @@ impl Layout {
         }
     }
 
-    /// Packed row of row `row` of the model's order, with `valid_text` valid text tokens.
+    /// The layout whose packed order is that of the queries: this one without sinks. What its rows see is asked of this one.
+    #[inline(always)]
+    pub const fn query_order(&self) -> Layout {
+        Layout { sink_frames: 0, ..*self }
+    }
+
+    /// Packed row, among keys, of row `row` of the model's order, with `valid_text` valid text tokens.
     #[inline(always)]
     pub const fn packed_row(&self, head: HeadType, row: u32, valid_text: u32) -> u32 {
         let text = row.wrapping_sub(self.first_text_row());
@@ -237,9 +245,9 @@ impl Layout {
         }
     }
 
-    /// Position in the head's layout of the video token at `order` in the packed order of video tokens (sinks, then body).
+    /// Position in the head's layout of the video token at `order` in the packed order of the keys' video tokens (sinks, then body).
     #[inline(always)]
-    pub const fn position(&self, head: HeadType, order: u32) -> u32 {
+    const fn position(&self, head: HeadType, order: u32) -> u32 {
         match head {
             HeadType::Dense | HeadType::Spatial => order,
             HeadType::Temporal => {
@@ -268,7 +276,7 @@ impl Layout {
         }
     }
 
-    /// What the query at packed row `row` sees. A row of invalid text or padding is told that it sees everything: its result is
+    /// What the query at packed row `row` (in [`Layout::query_order`]) sees. A row of invalid text or padding is told that it sees everything: its result is
     /// discarded, and so it never forces an element test on its neighbours.
     #[inline(always)]
     pub const fn visible(&self, head: HeadType, row: u32, valid_text: u32) -> Visible {
@@ -277,7 +285,7 @@ impl Layout {
         if row < valid_text || row >= end || matches!(head, HeadType::Dense) {
             return Visible { prefix, start: prefix, end };
         }
-        let position = self.position(head, row - valid_text);
+        let position = row - valid_text;
         let half_width = self.half_width(head);
         let past = position + half_width;
         let past = if past < self.video_tokens() { past } else { self.video_tokens() };
@@ -288,17 +296,15 @@ impl Layout {
         }
     }
 
-    /// What the query rows `[first, first + rows)` see. Start and end of a row's run grow with the row within the text, the sinks
-    /// and the body, so the ends of these three groups decide.
+    /// What the query rows `[first, first + rows)` see. Start and end of a row's run grow with the row within the video, and text
+    /// sees everything, so the ends of these two groups decide.
     #[inline(always)]
     pub const fn range_visible(&self, head: HeadType, first: u32, rows: u32, valid_text: u32) -> RangeVisible {
         let prefix = valid_text + self.sink_tokens();
         let end = valid_text + self.video_tokens();
-        let mut range =
-            RangeVisible { prefix, any_start: end, any_end: 0, all_start: prefix, all_end: end, live: false };
-        range = self.extend(range, head, first, rows, 0, valid_text, valid_text);
-        range = self.extend(range, head, first, rows, valid_text, prefix, valid_text);
-        self.extend(range, head, first, rows, prefix, end, valid_text)
+        let none = RangeVisible { prefix, any_start: end, any_end: 0, all_start: prefix, all_end: end, live: false };
+        let text = self.extend(none, head, first, rows, 0, valid_text, valid_text);
+        self.extend(text, head, first, rows, valid_text, end, valid_text)
     }
 
     /// [`RangeVisible`] extended by the rows of `[first, first + rows)` that lie in the group `[from, to)`.

@@ -36,15 +36,16 @@ proptest! {
         prop_assert!(rows.is_multiple_of(ATOM_ROWS) && rows >= layout.sequence() + 256);
     }
 
+    /// Queries: valid text, video by position, invalid text.
     #[test]
-    fn position_of_packed_tokens((layout, valid_text) in layouts_with_text(), head in heads()) {
-        for order in 0..layout.video_tokens() {
-            match rule::token(&layout, layout.model_row(head, valid_text + order, valid_text)) {
-                Token::Video(frame, place) => prop_assert_eq!(
-                    i64::from(layout.position(head, order)),
-                    rule::position(&layout, head, frame, place)
-                ),
-                text => prop_assert!(false, "{text:?} among video tokens"),
+    fn query_order_is_as_documented((layout, valid_text) in layouts_with_text(), head in heads()) {
+        for packed in 0..layout.sequence() {
+            match rule::token(&layout, layout.query_order().model_row(head, packed, valid_text)) {
+                Token::Text(text) if text < valid_text => prop_assert_eq!(packed, text),
+                Token::Text(text) => prop_assert_eq!(packed, layout.video_tokens() + text),
+                Token::Video(frame, place) => {
+                    prop_assert_eq!(i64::from(packed - valid_text), rule::position(&layout, head, frame, place))
+                }
             }
         }
     }
@@ -55,7 +56,7 @@ proptest! {
         for query in 0..live {
             let visible = layout.visible(head, query, valid_text);
             prop_assert!(visible.prefix <= visible.start && visible.start <= visible.end && visible.end <= live);
-            let query_row = layout.model_row(head, query, valid_text);
+            let query_row = layout.query_order().model_row(head, query, valid_text);
             for key in 0..layout.sequence() {
                 let key_row = layout.model_row(head, key, valid_text);
                 let expected = rule::sees(&layout, head, query_row, key_row, valid_text);
@@ -177,11 +178,12 @@ fn check_ends(layout: &Layout) {
                 let row = layout.model_row(head, packed, valid_text);
                 assert!(row < sequence);
                 assert_eq!(layout.packed_row(head, row, valid_text), packed, "{layout:?} {head:?} {valid_text}");
+                let query_row = layout.query_order().model_row(head, packed, valid_text);
                 let visible = layout.visible(head, packed, valid_text);
                 for key in [0, packed, visible.start, visible.end, visible.start.wrapping_sub(1), sequence - 1] {
                     if key < sequence && packed < live {
                         let key_row = layout.model_row(head, key, valid_text);
-                        let expected = rule::sees(layout, head, row, key_row, valid_text);
+                        let expected = rule::sees(layout, head, query_row, key_row, valid_text);
                         assert_eq!(visible.sees(key), expected, "{layout:?} {head:?} {valid_text}: {packed} and {key}");
                     }
                 }

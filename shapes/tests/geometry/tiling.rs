@@ -34,7 +34,7 @@ proptest! {
         }
         prop_assert!(holders.iter().all(|&count| count <= 1), "tiles overlap");
         for query in first..(first + rows).min(valid_text + layout.video_tokens()) {
-            let query_row = layout.model_row(head, query, valid_text);
+            let query_row = layout.query_order().model_row(head, query, valid_text);
             for key in 0..layout.sequence() {
                 if rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text) {
                     prop_assert_eq!(holders[key as usize], 1, "query {} and key {}", query, key);
@@ -67,7 +67,7 @@ proptest! {
         // Besides the tiles visited, a narrow one anywhere, which is full more often.
         for (first_key, keys) in visited.chain([(tile, 1), (tile, 8)]) {
             let full = first_key + keys <= live && queries.clone().all(|query| {
-                let query_row = layout.model_row(head, query, valid_text);
+                let query_row = layout.query_order().model_row(head, query, valid_text);
                 (first_key..first_key + keys).all(|key| {
                     rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text)
                 })
