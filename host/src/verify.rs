@@ -292,8 +292,8 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
 
         // From here on the reference gets the numbers that the kernels read.
         let mask = head.mask(head_type);
-        let orders = [mask.query_order(), mask.key_order(), mask.key_order()];
-        let (queries, keys) = (images.unpacked(0, &order), images.unpacked(1, &order));
+        let queries = images.unpacked(0, &mask.query_order());
+        let keys = images.unpacked(1, &mask.key_order());
         let head = Head::new(&spec.layout, head.head_dim, head.valid_text, queries, keys, head.values);
         let scale = inputs.scale();
         let rows: Vec<usize> = if rows_of_head >= sequence {
