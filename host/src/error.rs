@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::path::PathBuf;
 
+use framestride_shapes::manifest::ManifestError;
 use framestride_shapes::spec::SpecError;
 
 /// Errors of the library. Nothing here panics on bad input, a missing GPU or a broken file.
@@ -12,8 +13,11 @@ pub enum Error {
     /// The spec file is wrong; the message lists every problem with file, line and key.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A manifest cannot be read, or is of another version.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// An argument, a tensor or a key of a file is not what it must be.
-    #[error("{subject}: found {found}; allowed: {allowed}. {mend}")]
+    #[error("{subject}: found {found}\n = allowed: {allowed}\n = mend: {mend}")]
     Input {
         /// The argument, or file and key.
         subject: String,

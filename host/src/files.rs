@@ -147,7 +147,19 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
     let bytes = read(path)?;
     let file = File::parse(path, &bytes)?;
     let q = file.tokens("q", spec)?;
-    let tables = |key: &str| file.find(key).map(|view| file.floats(key, &view)).transpose();
+    let table_shape = RopeTables::shape(spec, q.heads);
+    let tables = |key: &str| -> Result<Option<Vec<f32>>> {
+        let Some(view) = file.find(key) else { return Ok(None) };
+        if spec.rope.is_some() && view.shape() != table_shape {
+            return Err(Error::input(
+                file.subject(key),
+                format!("shape {:?}", view.shape()),
+                format!("shape {table_shape:?}"),
+                "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true",
+            ));
+        }
+        file.floats(key, &view).map(Some)
+    };
     let rope = match (tables("cos")?, tables("sin")?) {
         (Some(cos), Some(sin)) => Some(RopeTables { cos, sin }),
         (None, None) => spec.rope.as_ref().map(|_| RopeTables::from_grid(spec, q.heads)),
@@ -228,7 +240,11 @@ pub fn save_output(path: &Path, out: &Tokens, lse: Option<&[f32]>) -> Result<()>
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        // Readable as any new file is; what is secret is kept so by the process' umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(folder)?;
         std::io::Write::write_all(&mut file, bytes)?;
         file.persist(path)?;
         Ok(())

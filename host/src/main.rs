@@ -348,17 +348,23 @@ fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
 
 fn verify_text(report: &Report) -> String {
     let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
+    let mut case = "";
     for check in &report.checks {
+        if check.case != case {
+            case = &check.case;
+            text += &format!("\n{case}\n");
+        }
         let verdict = if check.ok { "ok    " } else { "FAILED" };
         text += &format!(
-            "{verdict} {:<9} {:<62} error {:9.2e} of {:8.2e}",
-            check.kernel, check.case, check.rel_error, check.tolerance
+            "  {verdict} {:<9} {:<24} error {:9.2e} of {:8.2e}",
+            check.kernel, check.quantity, check.rel_error, check.tolerance
         );
         if !check.ok {
             text += &format!("  ({})", check.worst);
         }
         text.push('\n');
     }
+    text.push('\n');
     let failed = report.checks.iter().filter(|check| !check.ok).count();
     text + &match failed {
         0 => format!("all {} checks passed\n", report.checks.len()),

@@ -70,9 +70,7 @@ impl Kernels {
 
     /// Checks a manifest against its PTX and against this host: digest, kernels and parameter sizes. `file` names it in errors.
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
-        let manifest = Manifest::parse(file, manifest)
-            .map_err(|error| Error::input(file, error, "a manifest of this version", "Build the kernels again"))?;
-        Kernels::new(file, ptx, manifest)
+        Kernels::new(file, ptx, Manifest::parse(file, manifest)?)
     }
 
     /// [`Kernels::parse`] for a manifest that is already read.

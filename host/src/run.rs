@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::spec::Spec;
+use framestride_shapes::spec::Dtype;
 use rand::RngExt;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::launch::Kernel;
 use crate::module::Module;
 use crate::name_of;
 use crate::place::{Arrangement, PlacedLayer};
-use crate::reference::{Attended, Head, Reference, distance, norm};
+use crate::reference::{Head, Reference, distance, norm};
 use crate::tolerance;
 
 /// One head's result.
@@ -116,11 +116,12 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
+        let rounded = head.rounded(&spec.layout, spec.dtype);
         let sums = rows
             .par_iter()
             .map(|&row| {
                 let found = out.row(profile.batch as usize, row, profile.head as usize);
-                compare_row(spec, &head, profile.head_type, row, inputs.scale(), &found)
+                compare_row(spec.dtype, &head, &rounded, profile.head_type, row, inputs.scale(), &found)
             })
             .reduce(Sums::default, Sums::add);
         all_error += sums.error;
@@ -190,43 +191,29 @@ impl Sums {
     }
 }
 
-fn compare_row(spec: &Spec, head: &Head, head_type: HeadType, row: usize, scale: f64, found: &[f64]) -> Sums {
-    let (expected, dense) = (head.attend(head_type, row, scale), head.attend(HeadType::Dense, row, scale));
-    let size = norm(&expected.out);
+fn compare_row(
+    dtype: Dtype,
+    head: &Head,
+    rounded: &Head,
+    head_type: HeadType,
+    row: usize,
+    scale: f64,
+    found: &[f64],
+) -> Sums {
+    let scores = head.scores(row, scale);
+    let [expected, dense] = [head_type, HeadType::Dense].map(|mask| head.attend_scores(mask, row, scale, &scores));
     let tolerance = match expected.keys {
         0 => 0.0,
         _ => {
-            tolerance::layer_row(spec.dtype, &expected, score_rounding(spec, head, head_type, row, &expected, scale))
-                * size
+            let rounded = rounded.attend(head_type, row, scale);
+            tolerance::layer_row(dtype, &rounded, distance(&rounded.out, &expected.out))
         }
     };
     Sums {
         error: distance(found, &expected.out).powi(2),
-        size: size * size,
+        size: norm(&expected.out).powi(2),
         tolerance: tolerance * tolerance,
         dense_error: distance(found, &dense.out).powi(2),
         dense_size: norm(&dense.out).powi(2),
     }
-}
-
-/// Root mean square, under the weights, of the scores' errors when Q and K are rounded to the spec's type: see
-/// [`tolerance::layer_row`].
-fn score_rounding(spec: &Spec, head: &Head, head_type: HeadType, row: usize, attended: &Attended, scale: f64) -> f64 {
-    if spec.qk_norm.is_none() && spec.rope.is_none() {
-        // Nothing was computed, so nothing is rounded.
-        return 0.0;
-    }
-    let dim = head.head_dim;
-    let query = &head.queries[row * dim..][..dim];
-    let mask = head.mask(head_type);
-    let mut mean_square = 0.0;
-    for (_, key) in head.keys.chunks_exact(dim).enumerate().filter(|&(key, _)| mask.sees(row, key)) {
-        let (mut score, mut square) = (0.0, 0.0);
-        for (q, k) in query.iter().zip(key) {
-            score += q * k;
-            square += (q * k) * (q * k);
-        }
-        mean_square += (score * scale - attended.lse).exp() * square;
-    }
-    tolerance::unit_roundoff(spec.dtype) * (2.0f64 / 3.0).sqrt() * scale * mean_square.sqrt()
 }

@@ -97,13 +97,17 @@ pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
 }
 
-/// A whole layer's output row from unrounded Q and K: rounding both disturbs each score by a relative error that need not be
-/// independent of V. To first order the row moves by `sum w e (v - out)`, which is at most the root mean square of e times
-/// `sqrt(sum w |v - out|^2)` by Cauchy and Schwarz. `score_rounding` is that root mean square: u times sqrt(2/3) times the norm of
-/// the elementwise product of q and k, scaled, averaged over the weights.
-pub fn layer_row(dtype: Dtype, row: &Attended, score_rounding: f64) -> f64 {
-    let size = norm(&row.out).max(f64::MIN_POSITIVE);
-    attention_row(dtype, row) + DEVIATIONS * score_rounding * row.dispersion / size
+/// A whole layer's output row against a reference that never rounds Q and K, as an absolute error. `rounded` is the reference with
+/// Q and K rounded once they are normalised and rotated, as the kernels store them, and `moved` its distance to the unrounded one.
+///
+/// By the triangle inequality that distance is all that rounding Q and K explains, where f32 and f64 round alike. They do not
+/// where the f64 value lies within the f32 error (64 roundings at most, e = 64 2^-24) of a boundary between two 16-bit numbers,
+/// 2 u apart: that is a fraction e / u of the elements, each then wrong by 2 u, so a root mean square of 2 sqrt(e u), beside the
+/// u / sqrt(3) of rounding itself.
+pub fn layer_row(dtype: Dtype, rounded: &Attended, moved: f64) -> f64 {
+    let u = unit_roundoff(dtype);
+    let other_side = 2.0 * (64.0 * F32 * u).sqrt() / (u / 3f64.sqrt());
+    attention_row(dtype, rounded) * norm(&rounded.out) + moved * (1.0 + DEVIATIONS * other_side)
 }
 
 /// exp(lse), relative.

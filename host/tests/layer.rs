@@ -1,0 +1,166 @@
+//! Whole layers of the shipped tiny specs in the emulator, against the reference: every case of `verify`, and what it leaves out.
+
+use std::sync::Arc;
+
+use framestride::inputs::{Inputs, Tokens, narrow, widen};
+use framestride::place::{Arrangement, POISON, Placed, PlacedLayer};
+use framestride::shapes::layout::HeadType;
+use framestride::verify::{Case, CaseText, CaseTypes, Effort, verify_case};
+use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
+
+fn module(name: &str) -> Arc<Module> {
+    Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap()
+}
+
+/// Different each time; printed, so that a failure can be had again.
+fn fresh_seed() -> u64 {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();
+    println!("seed {seed}");
+    seed
+}
+
+fn passes(name: &str, cases: &[Case]) {
+    let (module, seed) = (module(name), fresh_seed());
+    for case in cases {
+        for check in verify_case(&module, case, seed, Effort::default()).unwrap() {
+            assert!(check.ok, "{name}, seed {seed}: {check:?}");
+        }
+    }
+}
+
+macro_rules! shipped {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            let spec = module(stringify!($name));
+            passes(stringify!($name), &Case::all(spec.spec().layout.text_tokens > 0));
+        }
+    )*};
+}
+
+shipped!(tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
+
+/// Every arrangement of the inputs into every arrangement of the output.
+#[test]
+fn arrangements() {
+    let cases: Vec<Case> = Arrangement::ALL
+        .into_iter()
+        .flat_map(|inputs| Arrangement::ALL.map(|out| (inputs, out)))
+        .map(|(inputs, out)| Case { types: CaseTypes::Mixed, text: CaseText::Partial, inputs, out, planted: false })
+        .collect();
+    passes("tiny_text_last", &cases);
+}
+
+/// Every mask with every length of text.
+#[test]
+fn masks_and_text_lengths() {
+    let types = HeadType::ALL.map(CaseTypes::All).into_iter().chain([CaseTypes::Profiled]);
+    let cases: Vec<Case> = types
+        .flat_map(|types| [CaseText::Empty, CaseText::Partial, CaseText::FullGiven].map(|text| (types, text)))
+        .map(|(types, text)| Case {
+            types,
+            text,
+            inputs: Arrangement::TokensFirst,
+            out: Arrangement::TokensFirst,
+            planted: false,
+        })
+        .collect();
+    passes("tiny_heads_sinks", &cases);
+}
+
+/// Output of one layer.
+fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
+    let device = module.device();
+    let attention = SparseAttention::new(module, inputs.q.batch as u32, inputs.q.heads as u32).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+    placed.out.download(device).unwrap().0
+}
+
+/// Any subset of the heads gives, bit for bit, what all heads give for them.
+#[test]
+fn a_subset_of_heads() {
+    let module = module("tiny_text_last");
+    let inputs = Inputs::random(module.spec(), 1, 2, 6);
+    let second = |tokens: &Tokens| {
+        let mut one = Tokens::zeros(tokens.dtype, [1, tokens.rows, 1, tokens.head_dim]);
+        one.fill(|batch, row, _, values| values.copy_from_slice(&tokens.row(batch, row, 1)));
+        one
+    };
+    let subset = Inputs { q: second(&inputs.q), k: second(&inputs.k), v: second(&inputs.v), ..inputs.clone() };
+    let types = module.device().upload(&[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+    let all = forward(&module, &inputs, HeadTypes::Given(types.address()));
+    let one = forward(&module, &subset, HeadTypes::Given(types.address() + 4));
+    assert_eq!(second(&all), one);
+}
+
+/// The output may take the place of Q.
+#[test]
+fn in_place() {
+    let module = module("tiny_layer_half");
+    let inputs = Inputs::random(module.spec(), 2, 2, 7);
+    let apart = forward(&module, &inputs, HeadTypes::Profiled);
+    let device = module.device();
+    let attention = SparseAttention::new(&module, 2, 2).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let mut placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let q = Placed::upload(device, &inputs.q, Arrangement::TokensFirst).unwrap();
+    (placed.layer.q, placed.layer.out) = (q.tensor(), q.tensor());
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
+    assert_eq!(q.download(device).unwrap().0, apart);
+}
+
+/// What the schedule keeps dense is dense, and borrowed memory serves as a workspace.
+#[test]
+fn the_schedule_and_a_borrowed_workspace() {
+    let module = module("tiny_text_rope");
+    let attention = SparseAttention::new(&module, 1, 2).unwrap();
+    assert_eq!(attention.head_types(0, 5), HeadTypes::Dense);
+    assert_eq!(attention.head_types(1, 1), HeadTypes::Dense);
+    assert_eq!(attention.head_types(1, 2), HeadTypes::Profiled);
+    let inputs = Inputs::random(module.spec(), 1, 2, 8);
+    let device = module.device();
+    let memory = device.allocate(attention.workspace_bytes()).unwrap();
+    device.fill(&memory, POISON).unwrap();
+    let workspace = Workspace::borrow(memory.address(), memory.bytes());
+    let placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, attention.head_types(0, 0), &workspace).unwrap() };
+    let zeros = device.upload(&[0; 8]).unwrap();
+    let expected = forward(&module, &inputs, HeadTypes::Given(zeros.address()));
+    assert_eq!(placed.out.download(device).unwrap().0, expected);
+}
+
+/// NaN in V reaches the rows that see it and no other, invalid text included.
+#[test]
+fn nan_is_carried() {
+    let module = module("tiny_text_last");
+    let spec = module.spec();
+    let mut inputs = Inputs::random(spec, 1, 2, 5);
+    inputs.text_lengths = Some(vec![10]);
+    let (sick, invalid) = (40, 130);
+    for row in [sick, invalid] {
+        for head in 0..2 {
+            let element = inputs.v.index(0, row, head);
+            inputs.v.bits[element] = narrow(spec.dtype, f64::NAN);
+        }
+    }
+    let types = module.device().upload(&[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+    let out = forward(&module, &inputs, HeadTypes::Given(types.address()));
+    for (head, head_type) in [HeadType::Spatial, HeadType::Temporal].into_iter().enumerate() {
+        let mask = framestride::reference::Mask::new(&spec.layout, head_type, 10);
+        for row in 0..spec.layout.sequence() as usize {
+            let found = widen(spec.dtype, out.bits[out.index(0, row, head)]);
+            // 0 x NaN is NaN on the tensor cores: rows of the same tile may catch it, rows beyond may not.
+            if mask.sees(row, sick) {
+                assert!(found.is_nan(), "head {head} row {row}");
+            }
+            if row >= 125 {
+                assert_eq!(found, 0.0, "invalid text, head {head} row {row}");
+            }
+        }
+    }
+}
