@@ -6,7 +6,7 @@
 use proc_macro2::{Literal, TokenStream};
 use quote::{ToTokens, format_ident, quote};
 use syn::spanned::Spanned;
-use syn::{Error, FnArg, ItemFn, LitInt, Pat, Result, ReturnType, parse::Parser};
+use syn::{Error, FnArg, ItemFn, LitInt, Pat, Result, ReturnType, Type, TypePath, parse::Parser};
 
 /// Arguments of the attribute.
 struct Bounds {
@@ -81,15 +81,23 @@ fn valid_parameters(function: &ItemFn) -> Result<Vec<(String, String)>> {
         .map(|input| match input {
             FnArg::Receiver(receiver) => Err(Error::new_spanned(receiver, "a kernel has no `self`")),
             FnArg::Typed(typed) => match (&*typed.pat, &*typed.ty) {
-                (_, syn::Type::Reference(reference)) => Err(Error::new_spanned(
+                (_, Type::Reference(reference)) => Err(Error::new_spanned(
                     reference,
                     "a kernel's argument is copied at launch: pass a device address as `u64`, or a value",
                 )),
-                (Pat::Ident(name), ty) => Ok((name.ident.to_string(), ty.to_token_stream().to_string())),
+                (Pat::Ident(name), ty) => Ok((name.ident.to_string(), type_name(ty))),
                 (pattern, _) => Err(Error::new_spanned(pattern, "name this argument: the manifest lists it")),
             },
         })
         .collect()
+}
+
+/// A type as the manifest names it: a block of parameters by its own name, wherever it lies.
+fn type_name(ty: &Type) -> String {
+    match ty {
+        Type::Path(TypePath { qself: None, path }) => path.segments.last().to_token_stream().to_string(),
+        _ => ty.to_token_stream().to_string(),
+    }
 }
 
 /// One row of the launch table, as JSON.

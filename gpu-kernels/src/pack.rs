@@ -243,7 +243,8 @@ impl Moments {
     }
     #[inline(always)]
     fn mean(self, count: u32) -> f32 {
-        self.sum / count as f32
+        // The reciprocal of a constant: a division in full precision would be a call.
+        self.sum * (1.0 / count as f32)
     }
 }
 
@@ -274,9 +275,9 @@ impl Statistic {
             None => 0.0,
         };
         if is_layer_norm::<T>() {
-            Statistic { mean: sums.mean(count), factor: math::reciprocal_sqrt(distance / count as f32 + eps) }
+            Statistic { mean: sums.mean(count), factor: math::reciprocal_sqrt(distance * (1.0 / count as f32) + eps) }
         } else {
-            Statistic { mean: 0.0, factor: math::reciprocal_sqrt(sums.squares / count as f32 + eps) }
+            Statistic { mean: 0.0, factor: math::reciprocal_sqrt(sums.squares * (1.0 / count as f32) + eps) }
         }
     }
 }

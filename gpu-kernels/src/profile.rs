@@ -55,8 +55,10 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
     let valid_text = valid_text::<T>(params.text_lengths, head / params.heads);
     let end = valid_text + T::LAYOUT.video_tokens();
     let tiles = end.div_ceil(KEY_ROWS);
-    let first_tile = (split as u64 * tiles as u64 / params.splits as u64) as u32;
-    let last_tile = ((split + 1) as u64 * tiles as u64 / params.splits as u64) as u32;
+    // Parts that differ by one tile at most.
+    let (part, rest) = (tiles / params.splits, tiles % params.splits);
+    let first_tile = split * part + split.min(rest);
+    let last_tile = first_tile + part + (split < rest) as u32;
     let row_bytes = T::HEAD_DIM * 2;
     let head_bytes = T::LAYOUT.packed_rows() as u64 * row_bytes as u64 * head as u64;
 
@@ -262,7 +264,7 @@ pub unsafe fn select<T: Shape>(params: &SelectParams) {
             total[1] += shared::load_f32(shared::base() + other * 8 + 4);
             other += 1;
         }
-        let mean = total.map(|error| error / (T::PROFILE_ROWS * T::HEAD_DIM) as f32);
+        let mean = total.map(|error| error * (1.0 / (T::PROFILE_ROWS * T::HEAD_DIM) as f32));
         global::store_f32x2(params.errors + head as u64 * 8, mean);
         let head_type = if mean[1] < mean[0] { HeadType::Temporal } else { HeadType::Spatial };
         global::store_u32(params.head_types + head as u64 * 4, head_type as u32);
@@ -295,5 +297,7 @@ unsafe fn merged_pair(
         output[1] = math::fma(weight, global::load_f32(values + 4), output[1]);
         split += 1;
     }
-    output.map(|value| value / total)
+    // A division in full precision would be a call.
+    let factor = math::reciprocal(total);
+    output.map(|value| value * factor)
 }
