@@ -1,1 +1,108 @@
+//! Tests across crates: what the generator makes of every shipped spec, down to the machine code.
+//!
+//! * `snapshots`: one reviewed file a spec, `snapshots/NAME.snap`, with its manifest, launch table, ptxas report and
+//!   instructions; the whole PTX of two small specs.
+//! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the softmax under the products.
+//! * `shipped`: `host/kernels` holds what the generator makes today.
+//! * `own_crate`: a device crate of a user's own (`device/`), with the shape spelled out and a kernel written by hand.
+//!
+//! Needs a device compiler, ptxas and nvdisasm, which `cargo xtask test` sets up. The kernels are built once for all tests.
+//!
+//! After a change to kernels, macros or specs, look at what it did to the generated code, and keep it, with
+//!
+//! ```text
+//! cargo xtask kernels
+//! INSTA_UPDATE=always cargo test -p framestride-tests
+//! git diff tests/snapshots
+//! ```
+//!
+//! Whole texts are compared only under the compiler that they were recorded with: another one may name a register differently.
+//! Under it, instructions and resources are compared; what ptxas says, under the recorded ptxas.
+#![cfg(test)]
 
+mod machine_code;
+mod own_crate;
+mod shipped;
+mod snapshots;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use framestride_builder::sass::Listing;
+use framestride_builder::toolchain::{CudaTools, Report};
+use framestride_builder::{Arch, Built, Kernels};
+use framestride_shapes::spec::Spec;
+use rayon::prelude::*;
+
+/// One shipped spec and everything made of it.
+struct Model {
+    spec: Spec,
+    built: Built,
+    machine_code: Listing,
+}
+
+/// Every shipped spec, in the order of their names, built by the first test that asks.
+fn models() -> &'static [Model] {
+    static MODELS: OnceLock<Result<Vec<Model>, String>> = OnceLock::new();
+    match MODELS.get_or_init(make_models) {
+        Ok(models) => models,
+        Err(message) => panic!("{message}"),
+    }
+}
+
+fn make_models() -> Result<Vec<Model>, String> {
+    let tools = CudaTools::find();
+    if tools.ptxas.is_none() || tools.nvdisasm.is_none() {
+        return Err("these tests need ptxas and nvdisasm: `cargo xtask test` installs them, `cargo xtask doctor` \
+                    shows where they are looked for"
+            .into());
+    }
+    let names = framestride_shapes::models().iter().map(|(name, _)| name);
+    let files: Vec<PathBuf> = names.map(|name| checkout(&format!("shapes/models/{name}.toml"))).collect();
+    let built = Kernels::from_specs(&files).arch(Arch::Sm90a).build_all().map_err(|error| error.to_string())?;
+    let model = |built: Built| {
+        let machine_code =
+            Listing::from_ptx(&built.name, &built.ptx, Arch::Sm90a, &tools).map_err(|e| e.to_string())?;
+        let spec = built.manifest.spec().map_err(|error| error.to_string())?;
+        Ok(Model { spec, built, machine_code })
+    };
+    built.into_par_iter().map(model).collect()
+}
+
+/// The model of this name.
+fn model(name: &str) -> &'static Model {
+    models().iter().find(|model| model.built.name == name).unwrap_or_else(|| panic!("no shipped spec `{name}`"))
+}
+
+/// A path of the checkout.
+fn checkout(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// Version of the ptxas in use, as in `13.0.88`.
+fn ptxas_version() -> String {
+    let findings = Report::new().findings;
+    let version = findings.into_iter().find(|finding| finding.tool == "ptxas").and_then(|finding| finding.version);
+    version.expect("ptxas tells its version")
+}
+
+/// The text of one entry in a module's PTX, from its name to the next entry.
+fn entry_text<'a>(ptx: &'a str, entry: &str) -> &'a str {
+    let (_, rest) = ptx.split_once(&format!(".entry {entry}(")).unwrap_or_else(|| panic!("no entry `{entry}`"));
+    rest.split_once(".entry ").map_or(rest, |(text, _)| text)
+}
+
+/// PTX without comments and empty lines. LLVM's comments carry mangled names, with hashes of compiler and crate.
+fn without_comments(ptx: &str) -> String {
+    let lines =
+        ptx.lines().map(|line| line.split("//").next().unwrap_or("").trim_end()).filter(|line| !line.is_empty());
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+/// Names and messages of the models for which `check` finds something wrong, all of them.
+fn wrong_models(check: impl Fn(&Model) -> Vec<String> + Sync) -> Vec<String> {
+    let models = models().par_iter();
+    models
+        .flat_map_iter(|model| check(model).into_iter().map(|wrong| format!("{}: {wrong}", model.built.name)))
+        .collect()
+}

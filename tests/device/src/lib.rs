@@ -1,0 +1,60 @@
+//! A user's own kernels: the attention of a shape that is spelled out, and beside it one written by hand on the same layer.
+#![no_std]
+#![feature(abi_ptx, asm_experimental_arch)]
+
+use framestride_kernels::cuda::{global, shared, thread, warp};
+use framestride_kernels::{attention_kernels, kernel};
+
+// shapes/models/tiny_text_rope.toml, key for key.
+attention_kernels!(
+    name = "tiny_text_rope", frames = 13, tokens_per_frame = 41, text = first { tokens = 40 },
+    heads = 2, head_dim = 128, dtype = bf16, batch = 1,
+    qk_norm = layer { over = heads, eps = 1e-3 }, rope = half { text = true },
+    mask = spatial { half_width_frames = 2 }, mask = temporal { half_width = 60 }, sink_frames = 1,
+    profile = { rows = 100, seed = 7 },
+    schedule = { steps = 4, layers = 6, dense_steps = 1, dense_layers = 2 },
+);
+
+const THREADS: u32 = 256;
+
+/// How much a tensor changed from one denoising step to the next, which engines that skip steps ask: each block writes its part
+/// of the sums of |after - before| and |before|.
+///
+/// `before`, `after`: f32 \[count\], 16-byte aligned, `count` a multiple of 4. `sums`: f32 \[blocks, 2\], 8-byte aligned.
+///
+/// # Safety
+/// As the addresses say; no other kernel writes the inputs meanwhile.
+#[kernel(threads = 256, min_blocks = 4, shared_bytes = 64)]
+pub unsafe fn change(before: u64, after: u64, sums: u64, count: u32) {
+    let (mut difference, mut size) = (0.0, 0.0);
+    let mut index = (thread::block_x() * THREADS + thread::index()) * 4;
+    while index < count {
+        let offset = u64::from(index) * 4;
+        // SAFETY: inside the tensors, whose addresses the caller vouches for.
+        let (old, new) = unsafe { (global::load_f32x4(before + offset), global::load_f32x4(after + offset)) };
+        for (old, new) in old.into_iter().zip(new) {
+            difference += (new - old).abs();
+            size += old.abs();
+        }
+        index += thread::blocks_x() * THREADS * 4;
+    }
+    let (warp_index, lane) = (thread::warp(), thread::lane());
+    let part = |warp_index: u32| shared::base() + warp_index * 8;
+    // SAFETY: every thread of the block comes here and through the barrier; 8 warps have 8 bytes each.
+    unsafe {
+        (difference, size) = (warp::sum::<32>(difference), warp::sum::<32>(size));
+        if lane == 0 {
+            shared::store_f32(part(warp_index), difference);
+            shared::store_f32(part(warp_index) + 4, size);
+        }
+        thread::sync_block();
+        if warp_index == 0 {
+            // Each group of 8 lanes sums the 8 parts.
+            let part = part(lane % 8);
+            (difference, size) = (warp::sum::<8>(shared::load_f32(part)), warp::sum::<8>(shared::load_f32(part + 4)));
+            if lane == 0 {
+                global::store_f32x2(sums + u64::from(thread::block_x()) * 8, [difference, size]);
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What the machine code of every shipped kernel must and must not have.
+
+use framestride_builder::ptx;
+
+use crate::{Model, wrong_models};
+
+/// Fails with every complaint about every model.
+fn gate(what: &str, check: impl Fn(&Model) -> Vec<String> + Sync) {
+    let wrong = wrong_models(check);
+    assert!(wrong.is_empty(), "{what}:\n{}", wrong.join("\n"));
+}
+
+/// A spilled or stacked register costs a trip to memory each time; a product whose fragment lies there is serialised, and ptxas
+/// says so, as it says that it dropped a `setmaxnreg` (C7508 to C7519). No remark is expected at all.
+#[test]
+fn no_stack_no_spill_no_remark() {
+    gate("ptxas reports what no kernel may have", |model| {
+        let mut wrong = Vec::new();
+        for kernel in &model.built.manifest.kernels {
+            let Some(report) = &kernel.ptxas else {
+                wrong.push(format!("{} has no report", kernel.entry));
+                continue;
+            };
+            for (what, bytes) in
+                [("stack", report.stack), ("spill stores", report.spill_stores), ("spill loads", report.spill_loads)]
+            {
+                if bytes != 0 {
+                    wrong.push(format!("{} has {bytes} bytes of {what}", kernel.entry));
+                }
+            }
+            wrong.extend(report.messages.iter().map(|message| format!("{}: {message}", kernel.entry)));
+        }
+        wrong
+    });
+}
+
+/// A call is a bounds check with a message, an integer division or a memcpy that was left in.
+#[test]
+fn no_call() {
+    gate("functions are called", |model| {
+        let calls = ptx::calls(&model.built.ptx);
+        let mut wrong: Vec<String> =
+            calls.iter().map(|(line, call)| format!("line {line} of the PTX: {call}")).collect();
+        for kernel in &model.built.manifest.kernels {
+            match model.machine_code.function(&kernel.entry) {
+                Some(function) if function.count("CALL") == 0 => {}
+                Some(function) => wrong.push(format!("{} has {} CALL", kernel.entry, function.count("CALL"))),
+                None => wrong.push(format!("{} has no machine code", kernel.entry)),
+            }
+        }
+        wrong.extend((model.machine_code.functions.len() != model.built.manifest.kernels.len()).then(|| {
+            let names: Vec<&str> = model.machine_code.functions.iter().map(|function| function.name.as_str()).collect();
+            format!("the machine code has the functions {}, more than the entries", names.join(", "))
+        }));
+        wrong
+    });
+}
+
+/// Each round of the attention kernel's main loop starts S = Q Kᵀ of a tile and O += P V of the last, waits for the first, and
+/// computes the softmax while the second runs: every weight of the tile (64 rows by `key_rows` over 128 threads) and the factors
+/// of both rows are exponentials between the two waits. ptxas once sank them all below the second.
+///
+/// A sequence of two tiles has no such loop: its second round is straight code, and not what these kernels are fast for.
+#[test]
+fn the_softmax_runs_under_the_products() {
+    gate("the softmax does not stand between the two waits of the main loop", |model| {
+        let tiles = model.spec.tiles();
+        if model.spec.layout.sequence() <= 2 * tiles.key_rows {
+            return Vec::new();
+        }
+        let Some(attention) = model.machine_code.function("attention") else {
+            return vec!["attention has no machine code".into()];
+        };
+        let Some(overlap) = attention.overlap() else {
+            return vec!["attention has no loop with a wait for one group and a wait for none".into()];
+        };
+        let exponentials = (tiles.key_rows / 2 + 2) as usize;
+        // k-steps of 16: head_dim for the scores, key_rows for the output.
+        let products = (model.spec.head_dim / 16 + tiles.key_rows / 16) as usize;
+        let expected = [
+            ("MUFU.EX2 between the waits", overlap.between_waits, exponentials),
+            ("MUFU.EX2 in the loop", overlap.exponentials, exponentials),
+            ("HGMMA in the loop", overlap.products, products),
+            // The first tile's softmax stands before the loop, and nothing else: the loop is there once.
+            ("MUFU.EX2 in the kernel", attention.count("MUFU.EX2"), 2 * exponentials),
+        ];
+        let wrong = expected.into_iter().filter(|(_, found, expected)| found != expected);
+        wrong.map(|(what, found, expected)| format!("{found} {what}, expected {expected}")).collect()
+    });
+}

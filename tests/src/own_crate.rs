@@ -1,0 +1,109 @@
+//! A device crate of a user's own, `device/`: attention of a spelled-out shape beside a kernel written by hand.
+
+use std::sync::OnceLock;
+
+use framestride_builder::{Arch, Built, Kernels, ptx};
+use ptx_emulator::{Launch, Memory, Module};
+
+use crate::{checkout, entry_text, model, without_comments};
+
+/// The crate, built once.
+fn device() -> &'static Built {
+    static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
+    let build = || Kernels::from_crate(checkout("tests/device")).arch(Arch::Sm90a).build();
+    match BUILT.get_or_init(|| build().map_err(|error| error.to_string())) {
+        Ok(built) => built,
+        Err(message) => panic!("{message}"),
+    }
+}
+
+#[test]
+fn own_kernels_stand_beside_generated_ones() {
+    let built = device();
+    let mut entries = ptx::entries(&built.ptx);
+    entries.sort();
+    assert_eq!(entries, ["attention", "change", "pack", "profile", "select"]);
+    let change = built.manifest.kernel("change").expect("the manifest lists it");
+    assert_eq!((change.threads, change.min_blocks, change.shared_bytes, change.params_bytes), (256, 4, 64, 28));
+    let params: Vec<_> = change.params.iter().map(|p| (p.name.as_str(), p.ty.as_str(), p.offset, p.bytes)).collect();
+    assert_eq!(
+        params,
+        [("before", "u64", 0, 8), ("after", "u64", 8, 8), ("sums", "u64", 16, 8), ("count", "u32", 24, 4)]
+    );
+    assert_eq!(built.warnings, [String::new(); 0]);
+}
+
+/// The shape spelled out in the macro and the TOML file give the same kernels, launched alike, with the same spec.
+#[test]
+fn spelled_out_is_the_same_as_toml() {
+    let (own, toml) = (device(), model("tiny_text_rope"));
+    for kernel in &toml.built.manifest.kernels {
+        let code = |built: &Built| {
+            let text = without_comments(entry_text(&built.ptx, &kernel.entry));
+            // Labels count the functions of the module, and one more stands in this one.
+            let line = |line: &str| match line.split_once("$L__BB") {
+                Some((head, tail)) => format!("{head}$L{}\n", tail.trim_start_matches(|c: char| c.is_ascii_digit())),
+                None => format!("{line}\n"),
+            };
+            text.lines().map(line).collect::<String>()
+        };
+        let same = code(own) == code(&toml.built);
+        assert!(same, "{}: the spelled-out shape gives other PTX than the TOML file", kernel.entry);
+        assert_eq!(own.manifest.kernel(&kernel.entry), Some(kernel));
+    }
+    assert_eq!(own.manifest.spec().expect("the crate states its spec"), toml.spec);
+}
+
+/// The kernel written by hand, run by the emulator on odd sizes, against sums in f64.
+#[test]
+fn an_own_kernel_runs_in_the_emulator() {
+    let built = device();
+    let table = built.manifest.kernel("change").expect("the manifest lists it");
+    let module = Module::parse("change.ptx", &built.ptx).unwrap_or_else(|error| panic!("{error}"));
+    let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_nanos() as u64);
+    println!("seed {seed}");
+    let mut state = seed;
+    // Counts below one block's round, of several rounds, and with blocks that have nothing to do.
+    for (count, blocks) in [(4, 1), (1020, 1), (1028, 2), (10_000, 3), (8, 4)] {
+        let mut memory = Memory::new();
+        let mut tensor = || -> (u64, Vec<f32>) {
+            let values: Vec<f32> = (0..count).map(|_| uniform(&mut state)).collect();
+            let address = memory.alloc(u64::from(count) * 4, 16).unwrap_or_else(|error| panic!("{error}"));
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            memory.write(address, &bytes).unwrap_or_else(|error| panic!("{error}"));
+            (address, values)
+        };
+        let ((before, old), (after, new)) = (tensor(), tensor());
+        let bytes = u64::from(blocks) * 8;
+        let sums = memory.alloc(bytes, 8).unwrap_or_else(|error| panic!("{error}"));
+        // A sum that is not written stays NaN.
+        memory.fill(sums, bytes, 0xff).unwrap_or_else(|error| panic!("{error}"));
+        let mut params: Vec<u8> = [before, after, sums].iter().flat_map(|address| address.to_le_bytes()).collect();
+        params.extend(u32::to_le_bytes(count));
+        let launch = Launch { grid: [blocks, 1, 1], block: [table.threads, 1, 1], shared_bytes: table.shared_bytes };
+        module.launch(&memory, "change", launch, &params).unwrap_or_else(|fault| panic!("{fault}"));
+        let written = memory.read(sums, bytes).unwrap_or_else(|error| panic!("{error}"));
+        let parts: Vec<f64> = written
+            .chunks_exact(4)
+            .map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]]).into())
+            .collect();
+        let pairs = || old.iter().zip(&new).map(|(&old, &new)| (f64::from(old), f64::from(new)));
+        let expected =
+            [pairs().map(|(old, new)| (new - old).abs()).sum(), pairs().map(|(old, _)| old.abs()).sum::<f64>()];
+        for (which, expected) in expected.into_iter().enumerate() {
+            let found: f64 = parts.iter().skip(which).step_by(2).sum();
+            // Sums of `count` terms of one sign in f32, in a tree of depth below 64.
+            let tolerance = 64.0 * f64::from(f32::EPSILON) * expected;
+            assert!((found - expected).abs() <= tolerance, "count {count}, sum {which}: {found}, expected {expected}");
+        }
+    }
+}
+
+/// A number in -1..1 (splitmix64).
+fn uniform(state: &mut u64) -> f32 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+}

@@ -1,0 +1,87 @@
+//! `host/kernels` holds what the generator makes today.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use framestride_builder::toolchain::CUDA_PACKAGES;
+use framestride_builder::{Manifest, ptx};
+
+use crate::{Model, checkout, ptxas_version, wrong_models};
+
+#[test]
+fn shipped_kernels_are_what_the_generator_makes() {
+    let ptxas_counts = is_the_packages_ptxas(&ptxas_version());
+    let mut wrong = wrong_models(|model| compare(model, ptxas_counts).err().into_iter().collect());
+    let expected: BTreeSet<String> = framestride_shapes::models()
+        .iter()
+        .flat_map(|(name, _)| [format!("{name}.ptx"), format!("{name}.json")])
+        .chain(["README.md".to_string()])
+        .collect();
+    let folder = checkout("host/kernels");
+    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("cannot read {}: {error}", folder.display()));
+    let found: BTreeSet<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    wrong.extend(found.difference(&expected).map(|file| format!("{file} belongs to no spec of shapes/models")));
+    assert!(
+        wrong.is_empty(),
+        "host/kernels is not what the generator makes today:\n{}\nmake it again: cargo xtask kernels",
+        wrong.join("\n")
+    );
+}
+
+/// What is different, if anything. `ptxas_counts`: the shipped reports are this ptxas's.
+fn compare(model: &Model, ptxas_counts: bool) -> Result<(), String> {
+    let name = &model.built.name;
+    let read = |extension: &str| {
+        let file = format!("host/kernels/{name}.{extension}");
+        fs::read_to_string(checkout(&file)).map_err(|error| format!("cannot read {file}: {error}"))
+    };
+    let (shipped_ptx, json) = (read("ptx")?, read("json")?);
+    let shipped = Manifest::parse(&format!("host/kernels/{name}.json"), &json).map_err(|error| error.to_string())?;
+    let mut made = model.built.manifest.clone();
+    if !ptxas_counts {
+        for (made, shipped) in made.kernels.iter_mut().zip(&shipped.kernels) {
+            made.ptxas = shipped.ptxas.clone();
+        }
+    }
+    if shipped.compiler == made.compiler {
+        same_text("PTX", &shipped_ptx, &model.built.ptx)?;
+    } else {
+        // Another compiler: the same instructions, each as often.
+        let list = |ptx: &str| ptx::histogram(ptx).iter().map(|(code, n)| format!("{n} {code}\n")).collect::<String>();
+        same_text("histogram of instructions", &list(&shipped_ptx), &list(&model.built.ptx))?;
+        made.compiler = shipped.compiler.clone();
+        made.ptx_sha256 = shipped.ptx_sha256.clone();
+    }
+    same_text("manifest", &json, &made.to_json())
+}
+
+/// Whether this is the ptxas that `cargo xtask kernels` gets: the shipped reports are of that series.
+fn is_the_packages_ptxas(version: &str) -> bool {
+    let packages = CUDA_PACKAGES.iter().find_map(|package| package.split_once("=="));
+    let (_, series) = packages.expect("the packages of ptxas have a version");
+    version.starts_with(series.trim_end_matches('*'))
+}
+
+/// Names the first line that differs.
+fn same_text(what: &str, shipped: &str, made: &str) -> Result<(), String> {
+    if shipped == made {
+        return Ok(());
+    }
+    let (mut old, mut new) = (shipped.lines(), made.lines());
+    let mut line = 1;
+    loop {
+        match (old.next(), new.next()) {
+            (Some(old), Some(new)) if old == new => line += 1,
+            (None, None) => return Err(format!("the {what} differs in its line ends")),
+            (old, new) => {
+                let shown = |line: Option<&str>| line.map_or("<end>".to_string(), |line| line.trim().to_string());
+                return Err(format!(
+                    "the {what} differs from line {line} on: shipped `{}`, made `{}`",
+                    shown(old),
+                    shown(new)
+                ));
+            }
+        }
+    }
+}
