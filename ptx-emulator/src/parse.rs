@@ -735,12 +735,14 @@ impl<'a> Parser<'a> {
 
     fn operand(&mut self, scopes: &[Scope]) -> Result<Operand, Error> {
         let operand = match self.peek() {
-            Kind::Mark(b'{') => {
+            // Parentheses hold the lists of a call.
+            Kind::Mark(open @ (b'{' | b'(')) => {
                 self.next();
+                let close = if open == b'{' { b'}' } else { b')' };
                 let mut elements = Vec::new();
-                while !self.accept(b'}') {
+                while !self.accept(close) {
                     elements.push(self.operand(scopes)?);
-                    if self.peek() != Kind::Mark(b'}') {
+                    if self.peek() != Kind::Mark(close) {
                         self.expect(b',')?;
                     }
                 }

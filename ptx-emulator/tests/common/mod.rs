@@ -1,0 +1,120 @@
+//! What the tests share: a kernel around a body, random numbers, and ptxas as a second opinion.
+//!
+//! With `PTXAS` set to the path of ptxas, every module that a test runs is given to it first, so that the programs are known to
+//! be PTX and not just what the emulator takes for it.
+
+#![allow(dead_code)]
+
+use ptx_emulator::{Fault, FaultKind, Launch, Memory, Module, Stats};
+
+/// Version, target, and nothing else.
+pub const HEADER: &str = ".version 8.3\n.target sm_90a\n.address_size 64\n";
+
+/// Registers a body may use, and what they hold at its start: `%rd1` the output, `%rd2` the input, `%r1` the thread of the block.
+const PROLOGUE: &str = "
+    .reg .pred %p<32>;
+    .reg .b16 %h<32>;
+    .reg .b32 %r<64>;
+    .reg .f32 %f<64>;
+    .reg .b64 %rd<64>;
+    .reg .f64 %fd<32>;
+    ld.param.u64 %rd1, [out];
+    ld.param.u64 %rd2, [in];
+    mov.u32 %r1, %tid.x;
+";
+
+/// Gives a module to ptxas if there is one, and parses it.
+pub fn module(ptx: &str) -> Module {
+    if let Some(ptxas) = std::env::var_os("PTXAS") {
+        let mut path = std::env::temp_dir();
+        path.push(format!("ptx-emulator-{}-{:p}.ptx", std::process::id(), ptx));
+        std::fs::write(&path, ptx).expect("a temporary file");
+        let output = std::process::Command::new(ptxas)
+            .args(["-arch=sm_90a", "-o", "/dev/null"])
+            .arg(&path)
+            .output()
+            .expect("ptxas runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        std::fs::remove_file(&path).expect("the temporary file");
+        assert!(output.status.success(), "ptxas refuses the program: {said}\n{ptx}");
+    }
+    Module::parse("test.ptx", ptx).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A module with one entry `test(out, in)`; `directives` stand between parameters and body, `outside` before the entry.
+pub fn kernel_with(outside: &str, directives: &str, body: &str) -> String {
+    format!(
+        "{HEADER}{outside}\n.visible .entry test(.param .u64 out, .param .u64 in)\n{directives}\n{{{PROLOGUE}{body}\nret;\n}}\n"
+    )
+}
+
+/// A launch of one block.
+pub fn one_block(threads: u32, shared_bytes: u32) -> Launch {
+    Launch { grid: [1, 1, 1], block: [threads, 1, 1], shared_bytes }
+}
+
+/// Runs a module's `test` with an input and an output of `bytes` zero bytes.
+pub fn launch(ptx: &str, launch: Launch, input: &[u8], bytes: u64) -> Result<(Vec<u8>, Stats), Fault> {
+    let module = module(ptx);
+    let mut memory = Memory::new();
+    let out = memory.alloc(bytes, 1024).expect("memory");
+    memory.fill(out, bytes, 0).expect("memory");
+    let source = memory.alloc(input.len() as u64, 1024).expect("memory");
+    memory.write(source, input).expect("memory");
+    let params = [out.to_le_bytes(), source.to_le_bytes()].concat();
+    let stats = module.launch(&memory, "test", launch, &params)?;
+    Ok((memory.read(out, bytes).expect("memory"), stats))
+}
+
+/// Runs a body on one warp; the output is one u32 a lane.
+pub fn warp(body: &str, input: &[u8]) -> Vec<u32> {
+    let (out, _) = launch(&kernel_with("", "", body), one_block(32, 0), input, 128).unwrap_or_else(|f| panic!("{f}"));
+    u32s(&out)
+}
+
+/// A body that must fault; checks its kind and words of its message.
+pub fn fault(outside: &str, directives: &str, body: &str, with: Launch, kind: FaultKind, words: &[&str]) -> Fault {
+    let found = launch(&kernel_with(outside, directives, body), with, &[0; 4096], 4096);
+    let fault = found.expect_err("the kernel must fault");
+    let message = fault.to_string();
+    assert_eq!(fault.kind, kind, "{message}");
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in: {message}");
+    }
+    fault
+}
+
+/// Stores `%r<n>` of each lane.
+pub fn store(register: &str) -> String {
+    format!("\n mad.wide.u32 %rd60, %r1, 4, %rd1;\n st.global.b32 [%rd60], {register};\n")
+}
+
+pub fn u32s(bytes: &[u8]) -> Vec<u32> {
+    bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+pub fn u64s(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+pub fn bytes32(words: impl IntoIterator<Item = u32>) -> Vec<u8> {
+    words.into_iter().flat_map(u32::to_le_bytes).collect()
+}
+
+/// splitmix64 (Steele, Lea, Flood 2014).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Uniform in [-1, 1).
+    pub fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}
