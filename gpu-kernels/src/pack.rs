@@ -186,13 +186,23 @@ unsafe fn write_heads<T: Shape>(
             }
         };
         // All loads before the first use: what is in flight hides the latency of memory.
-        let (a, b, c, d) = (part(0), part(1), part(2), part(3));
+        let (a, b) = (part(0), part(1));
+        let more = if loads_in_flight::<T>() == 4 { Some((part(2), part(3))) } else { None };
         finish(a);
         finish(b);
-        finish(c);
-        finish(d);
-        base += 4 * heads_at_once;
+        if let Some((c, d)) = more {
+            finish(c);
+            finish(d);
+        }
+        base += loads_in_flight::<T>() * heads_at_once;
     }
+}
+
+/// How many heads' rows a lane loads before it uses the first. Weights of a norm per head and tables of RoPE in halves take 32
+/// registers, and with four loads beside them some would spill.
+fn loads_in_flight<T: Shape>() -> u32 {
+    let halves = T::ROPE.is_some() && !is_interleaved::<T>();
+    if halves && T::QK_NORM.is_some() && !norm_over_heads::<T>() { 2 } else { 4 }
 }
 
 /// A lane's eight elements of one head's row, on their way.
