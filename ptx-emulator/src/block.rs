@@ -445,7 +445,8 @@ impl<'a> Block<'a> {
             return Err(Trouble::new(FaultKind::Barrier, what));
         }
         if barrier.arrived > 0 && barrier.threads != threads {
-            let what = format!("named barrier {id} is for {threads} threads here, and for {} elsewhere", barrier.threads);
+            let what =
+                format!("named barrier {id} is for {threads} threads here, and for {} elsewhere", barrier.threads);
             return Err(Trouble::new(FaultKind::Barrier, what));
         }
         barrier.threads = threads;

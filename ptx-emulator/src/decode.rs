@@ -117,9 +117,33 @@ impl<'a> Mods<'a> {
     /// Memory-model words, which change nothing where every access is in order; cache hints likewise.
     fn memory_words(&mut self) {
         const KNOWN: [&str; 27] = [
-            "relaxed", "acquire", "release", "acq_rel", "weak", "volatile", "mmio", "cta", "cluster", "gpu", "sys", "nc", "ca",
-            "cg", "cs", "lu", "cv", "wb", "wt", "sc", "noftz", "unified", "L1::evict_first", "L1::evict_last",
-            "L1::no_allocate", "L1::evict_normal", "L1::evict_unchanged",
+            "relaxed",
+            "acquire",
+            "release",
+            "acq_rel",
+            "weak",
+            "volatile",
+            "mmio",
+            "cta",
+            "cluster",
+            "gpu",
+            "sys",
+            "nc",
+            "ca",
+            "cg",
+            "cs",
+            "lu",
+            "cv",
+            "wb",
+            "wt",
+            "sc",
+            "noftz",
+            "unified",
+            "L1::evict_first",
+            "L1::evict_last",
+            "L1::no_allocate",
+            "L1::evict_normal",
+            "L1::evict_unchanged",
         ];
         self.parts.retain(|part| {
             let l2 = part.starts_with("L2::") && *part != "L2::cache_hint";
@@ -341,9 +365,8 @@ impl<'a> Decoder<'a> {
 
     fn statement(&mut self, index: u32, statement: &Statement) -> Result<(), Error> {
         let first = self.code.len();
-        let fail = |what: String| {
-            Error::at(self.module, statement.line, format!("{what}, in `{}`", shorten(&statement.text)))
-        };
+        let fail =
+            |what: String| Error::at(self.module, statement.line, format!("{what}, in `{}`", shorten(&statement.text)));
         self.instruction(statement).map_err(fail)?;
         if self.code.len() == first {
             self.push(Op::Nop);
@@ -536,8 +559,8 @@ impl<'a> Decoder<'a> {
             | "copysign" => self.binary(root, s, &mut m)?,
             "addc" | "subc" => self.carry(s, root == "subc", true, &mut m)?,
             "mad" | "fma" | "mad24" | "sad" | "dp4a" => self.ternary(root, s, &mut m)?,
-            "abs" | "neg" | "not" | "cnot" | "brev" | "popc" | "clz" | "rcp" | "ex2" | "lg2" | "sqrt" | "rsqrt" | "sin"
-            | "cos" | "tanh" => self.unary(root, s, &mut m)?,
+            "abs" | "neg" | "not" | "cnot" | "brev" | "popc" | "clz" | "rcp" | "ex2" | "lg2" | "sqrt" | "rsqrt"
+            | "sin" | "cos" | "tanh" => self.unary(root, s, &mut m)?,
             "bfind" | "bfe" | "bfi" | "shf" | "prmt" | "lop3" | "bmsk" => self.bits(root, s, &mut m)?,
             "setp" | "set" => self.compare(root, s, &mut m)?,
             "testp" => self.testp(s, &mut m)?,
@@ -996,33 +1019,111 @@ impl<'a> Decoder<'a> {
                     _ => return unknown(),
                 }
             }
-            ("add", Ty::F32) => if ftz { B::AddFtzF32 } else { B::AddF32 },
-            ("sub", Ty::F32) => if ftz { B::SubFtzF32 } else { B::SubF32 },
-            ("mul", Ty::F32) => if ftz { B::MulFtzF32 } else { B::MulF32 },
+            ("add", Ty::F32) => {
+                if ftz {
+                    B::AddFtzF32
+                } else {
+                    B::AddF32
+                }
+            }
+            ("sub", Ty::F32) => {
+                if ftz {
+                    B::SubFtzF32
+                } else {
+                    B::SubF32
+                }
+            }
+            ("mul", Ty::F32) => {
+                if ftz {
+                    B::MulFtzF32
+                } else {
+                    B::MulF32
+                }
+            }
             ("div", Ty::F32) => B::DivF32,
-            ("min", Ty::F32) => if nan { B::MinNanF32 } else { B::MinF32 },
-            ("max", Ty::F32) => if nan { B::MaxNanF32 } else { B::MaxF32 },
+            ("min", Ty::F32) => {
+                if nan {
+                    B::MinNanF32
+                } else {
+                    B::MinF32
+                }
+            }
+            ("max", Ty::F32) => {
+                if nan {
+                    B::MaxNanF32
+                } else {
+                    B::MaxF32
+                }
+            }
             ("copysign", Ty::F32) => B::CopysignF32,
             ("add", Ty::F16) => B::AddF16,
             ("sub", Ty::F16) => B::SubF16,
             ("mul", Ty::F16) => B::MulF16,
-            ("min", Ty::F16) => if nan { B::MinNanF16 } else { B::MinF16 },
-            ("max", Ty::F16) => if nan { B::MaxNanF16 } else { B::MaxF16 },
+            ("min", Ty::F16) => {
+                if nan {
+                    B::MinNanF16
+                } else {
+                    B::MinF16
+                }
+            }
+            ("max", Ty::F16) => {
+                if nan {
+                    B::MaxNanF16
+                } else {
+                    B::MaxF16
+                }
+            }
             ("add", Ty::Bf16) => B::AddBf16,
             ("sub", Ty::Bf16) => B::SubBf16,
             ("mul", Ty::Bf16) => B::MulBf16,
-            ("min", Ty::Bf16) => if nan { B::MinNanBf16 } else { B::MinBf16 },
-            ("max", Ty::Bf16) => if nan { B::MaxNanBf16 } else { B::MaxBf16 },
+            ("min", Ty::Bf16) => {
+                if nan {
+                    B::MinNanBf16
+                } else {
+                    B::MinBf16
+                }
+            }
+            ("max", Ty::Bf16) => {
+                if nan {
+                    B::MaxNanBf16
+                } else {
+                    B::MaxBf16
+                }
+            }
             ("add", Ty::F16x2) => B::AddF16x2,
             ("sub", Ty::F16x2) => B::SubF16x2,
             ("mul", Ty::F16x2) => B::MulF16x2,
-            ("min", Ty::F16x2) => if nan { B::MinNanF16x2 } else { B::MinF16x2 },
-            ("max", Ty::F16x2) => if nan { B::MaxNanF16x2 } else { B::MaxF16x2 },
+            ("min", Ty::F16x2) => {
+                if nan {
+                    B::MinNanF16x2
+                } else {
+                    B::MinF16x2
+                }
+            }
+            ("max", Ty::F16x2) => {
+                if nan {
+                    B::MaxNanF16x2
+                } else {
+                    B::MaxF16x2
+                }
+            }
             ("add", Ty::Bf16x2) => B::AddBf16x2,
             ("sub", Ty::Bf16x2) => B::SubBf16x2,
             ("mul", Ty::Bf16x2) => B::MulBf16x2,
-            ("min", Ty::Bf16x2) => if nan { B::MinNanBf16x2 } else { B::MinBf16x2 },
-            ("max", Ty::Bf16x2) => if nan { B::MaxNanBf16x2 } else { B::MaxBf16x2 },
+            ("min", Ty::Bf16x2) => {
+                if nan {
+                    B::MinNanBf16x2
+                } else {
+                    B::MinBf16x2
+                }
+            }
+            ("max", Ty::Bf16x2) => {
+                if nan {
+                    B::MaxNanBf16x2
+                } else {
+                    B::MaxBf16x2
+                }
+            }
             _ => return unknown(),
         };
         if ty == Ty::F32 && ftz && matches!(root, "div" | "min" | "max") {
@@ -1110,7 +1211,13 @@ impl<'a> Decoder<'a> {
             return self.saturate(s, saturate);
         }
         let op = match (root, ty) {
-            ("fma" | "mad", Ty::F32) => if ftz { T::FmaFtzF32 } else { T::FmaF32 },
+            ("fma" | "mad", Ty::F32) => {
+                if ftz {
+                    T::FmaFtzF32
+                } else {
+                    T::FmaF32
+                }
+            }
             ("fma", Ty::F16) => T::FmaF16,
             ("fma", Ty::Bf16) => T::FmaBf16,
             ("fma", Ty::F16x2) => T::FmaF16x2,
@@ -2231,11 +2338,8 @@ impl<'a> Decoder<'a> {
             }
             "test_wait" | "try_wait" => {
                 let p = self.dst(s, 0, Class::Pred)?;
-                let phase = if parity {
-                    Phase::Parity(self.u32_at(s, 2)?)
-                } else {
-                    Phase::State(self.a64(s, 2, Ty::B(64))?)
-                };
+                let phase =
+                    if parity { Phase::Parity(self.u32_at(s, 2)?) } else { Phase::State(self.a64(s, 2, Ty::B(64))?) };
                 (MbarrierKind::Test { p, phase, blocking: name == "try_wait" }, 1)
             }
             _ => return Err(format!("unknown instruction `mbarrier.{name}`")),
@@ -2401,10 +2505,8 @@ impl<'a> Decoder<'a> {
         if elements.len() != count {
             return Err(format!("{} registers for {count} matrices", elements.len()));
         }
-        let registers = elements
-            .iter()
-            .map(|element| Ok(self.reg(element, Class::R32)?.index))
-            .collect::<Decode<Vec<R>>>()?;
+        let registers =
+            elements.iter().map(|element| Ok(self.reg(element, Class::R32)?.index)).collect::<Decode<Vec<R>>>()?;
         let address = self.address(s, at, space)?;
         self.push(Op::Matrix(Box::new(Matrix { space, address, registers, transpose, store })));
         Ok(())
@@ -2444,7 +2546,8 @@ fn special(name: &str) -> Option<Special> {
         "z" => Some(2),
         _ => None,
     };
-    let (register, dimension) = name.strip_prefix('%')?.split_once('.').map_or((&name[1..], None), |(r, d)| (r, axis(d)));
+    let (register, dimension) =
+        name.strip_prefix('%')?.split_once('.').map_or((&name[1..], None), |(r, d)| (r, axis(d)));
     Some(match (register, dimension) {
         ("tid", Some(d)) => Special::Tid(d),
         ("ntid", Some(d)) => Special::Ntid(d),

@@ -29,9 +29,11 @@ pub(crate) struct Format {
 }
 
 pub(crate) const F32: Format = Format { precision: 24, min_exponent: -126, max: f32::MAX as f64, infinite: true };
-pub(crate) const TF32: Format = Format { precision: 11, min_exponent: -126, max: 3.401_162_134_214_653e38, infinite: true };
+pub(crate) const TF32: Format =
+    Format { precision: 11, min_exponent: -126, max: 3.401_162_134_214_653e38, infinite: true };
 pub(crate) const F16: Format = Format { precision: 11, min_exponent: -14, max: 65504.0, infinite: true };
-pub(crate) const BF16: Format = Format { precision: 8, min_exponent: -126, max: 3.389_531_389_251_535_5e38, infinite: true };
+pub(crate) const BF16: Format =
+    Format { precision: 8, min_exponent: -126, max: 3.389_531_389_251_535_5e38, infinite: true };
 pub(crate) const E4M3: Format = Format { precision: 4, min_exponent: -6, max: 448.0, infinite: false };
 pub(crate) const E5M2: Format = Format { precision: 3, min_exponent: -14, max: 57344.0, infinite: true };
 

@@ -310,7 +310,16 @@ pub(crate) enum Op {
     Select32(R, R, R, R),
     Select64(R, R, R, R),
     /// Destination, a, b and carry predicate; `in`, `out`: whether the carry is read and written.
-    Carry { wide: bool, subtract: bool, d: R, a: R, b: R, carry: R, read: bool, write: bool },
+    Carry {
+        wide: bool,
+        subtract: bool,
+        d: R,
+        a: R,
+        b: R,
+        carry: R,
+        read: bool,
+        write: bool,
+    },
     Pred(PredOp, R, R, R),
     /// A counter that moves with every instruction.
     Clock(R),
@@ -331,17 +340,30 @@ pub(crate) enum Op {
     /// Mode, result (32-bit register for a ballot, else predicate), predicate, negated, mask.
     Vote(VoteMode, R, R, bool, R),
     /// All, 64 bits wide, result, predicate, value, mask.
-    Match { all: bool, wide: bool, d: R, p: Option<R>, a: R, mask: R },
+    Match {
+        all: bool,
+        wide: bool,
+        d: R,
+        p: Option<R>,
+        a: R,
+        mask: R,
+    },
     Redux(ReduxOp, R, R, R),
     /// Leader's lane (32-bit register) and the predicate of being it.
-    Elect { d: Option<R>, p: R, mask: R },
+    Elect {
+        d: Option<R>,
+        p: R,
+        mask: R,
+    },
     ActiveMask(R),
     WarpSync(R),
     NamedBarrier(Box<NamedBarrier>),
     Mbarrier(Box<Mbarrier>),
     Bulk(Box<Bulk>),
     BulkCommit,
-    BulkWait { pending: u32 },
+    BulkWait {
+        pending: u32,
+    },
     ProxyFence,
     MbarrierInitFence,
     WgmmaFence,

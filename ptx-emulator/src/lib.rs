@@ -108,7 +108,8 @@ impl Stats {
 
     /// Executed warp instructions whose opcode is `prefix` or starts with it and a dot: `count("wgmma.mma_async")`.
     pub fn count(&self, prefix: &str) -> u64 {
-        let matches = |opcode: &str| opcode.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let matches =
+            |opcode: &str| opcode.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
         self.instructions.iter().filter(|(opcode, _)| matches(opcode)).map(|(_, count)| count).sum()
     }
 
@@ -165,7 +166,8 @@ impl Module {
                     Init::Bytes(value) => bytes.extend_from_slice(value),
                     Init::Address(symbol, offset, size) => {
                         let Some(found) = symbols.get(symbol) else {
-                            let what = format!("`{symbol}`, in the initial value of `{}`, is not declared", variable.name);
+                            let what =
+                                format!("`{symbol}`, in the initial value of `{}`, is not declared", variable.name);
                             return Err(Error::at(name, 0, what));
                         };
                         let address = found.address.wrapping_add(*offset as u64).to_le_bytes();
@@ -267,7 +269,10 @@ fn check(kernel: &Kernel, launch: Launch, params: &[u8]) -> Result<(), String> {
         return Err(format!("{threads} threads a block; the entry allows {}", kernel.max_threads.unwrap_or(0)));
     }
     if kernel.required_block.is_some_and(|required| required != launch.block) {
-        return Err(format!("block {x} x {y} x {z}; the entry requires {:?}", kernel.required_block.unwrap_or_default()));
+        return Err(format!(
+            "block {x} x {y} x {z}; the entry requires {:?}",
+            kernel.required_block.unwrap_or_default()
+        ));
     }
     if launch.shared_bytes > MAX_SHARED || Job::shared_bytes(kernel, launch.shared_bytes) > MAX_SHARED {
         return Err(format!(

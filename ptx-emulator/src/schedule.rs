@@ -154,7 +154,8 @@ impl<'a> Runner<'a> {
         // Progress and clock when something last happened.
         let mut last = (self.block.progress, self.block.clock);
         loop {
-            let runnable = (0..count).map(|i| (next + i) % count).find(|i| self.warps[*i].runnable(&self.block, overtake));
+            let runnable =
+                (0..count).map(|i| (next + i) % count).find(|i| self.warps[*i].runnable(&self.block, overtake));
             if let Some(warp) = runnable {
                 self.block.preempt = false;
                 let stop = self.warps[warp].run(&mut self.block, SLICE, overtake);
@@ -292,10 +293,9 @@ impl<'a> Runner<'a> {
                     .collect();
                 format!("waits for products that warp {} of its warpgroup has not issued", lacking.join(", "))
             }
-            Wait::Registers(more) => format!(
-                "waits for {more} more registers a thread; {} are free",
-                self.block.free_registers.unwrap_or(0)
-            ),
+            Wait::Registers(more) => {
+                format!("waits for {more} more registers a thread; {} are free", self.block.free_registers.unwrap_or(0))
+            }
         }
     }
 }

@@ -266,12 +266,7 @@ impl Warp {
     }
 
     #[inline(always)]
-    fn interpret(
-        &mut self,
-        block: &mut Block,
-        budget: u64,
-        overtake: bool,
-    ) -> Result<Stop, (usize, Box<Trouble>)> {
+    fn interpret(&mut self, block: &mut Block, budget: u64, overtake: bool) -> Result<Stop, (usize, Box<Trouble>)> {
         let kernel = block.kernel;
         let code = &kernel.code[..];
         let end = block.clock + budget;
@@ -863,10 +858,7 @@ impl Warp {
         doing: &str,
     ) -> Step<Span<'a>> {
         let Some((hint, span)) = block.global.find(address, bytes as u64, block.hint) else {
-            let what = format!(
-                "{doing} of {bytes} bytes at global {address:#x}: {}",
-                block.global.describe(address)
-            );
+            let what = format!("{doing} of {bytes} bytes at global {address:#x}: {}", block.global.describe(address));
             return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
         };
         block.hint = hint;
@@ -1102,7 +1094,11 @@ impl Warp {
                         }
                     }
                     Space::Local | Space::Param => {
-                        return Err(Trouble::lane(FaultKind::OutOfBounds, lane, "atomic outside global and shared memory"));
+                        return Err(Trouble::lane(
+                            FaultKind::OutOfBounds,
+                            lane,
+                            "atomic outside global and shared memory",
+                        ));
                     }
                 };
                 if let Some(slot) = atomic.old.get(i) {
@@ -1114,7 +1110,15 @@ impl Warp {
         Ok(())
     }
 
-    fn carry(&mut self, wide: bool, subtract: bool, regs: (R, R, R), carry: R, (read, write): (bool, bool), active: u32) {
+    fn carry(
+        &mut self,
+        wide: bool,
+        subtract: bool,
+        regs: (R, R, R),
+        carry: R,
+        (read, write): (bool, bool),
+        active: u32,
+    ) {
         let (d, a, b) = regs;
         let carry_in = if read { self.predicates[carry as usize] } else { 0 };
         let mut carry_out = 0;
@@ -1317,10 +1321,8 @@ impl Warp {
             }
             let offset = block.shared.offset(shared, bytes, 16, lane)?;
             let Some((hint, _)) = block.global.find(global, bytes as u64, block.hint) else {
-                let what = format!(
-                    "bulk copy of {bytes} bytes at global {global:#x}: {}",
-                    block.global.describe(global)
-                );
+                let what =
+                    format!("bulk copy of {bytes} bytes at global {global:#x}: {}", block.global.describe(global));
                 return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
             };
             block.hint = hint;
@@ -1394,7 +1396,8 @@ impl Warp {
         };
         let held = self.registers;
         if (increase && count < held) || (!increase && count > held) {
-            let what = format!("{count} registers, from {held}: not a{}", if increase { "n increase" } else { " decrease" });
+            let what =
+                format!("{count} registers, from {held}: not a{}", if increase { "n increase" } else { " decrease" });
             return Err(Trouble::new(FaultKind::Operand, what));
         }
         if increase && free < count - held {

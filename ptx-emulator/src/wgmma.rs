@@ -35,7 +35,8 @@ impl Operand {
     fn new(descriptor: u64, transpose: bool, rows: usize) -> Step<Operand> {
         let field = |low: u32| ((descriptor >> low & 0x3fff) << 4) as usize;
         if descriptor >> 49 & 7 != 0 {
-            let what = format!("descriptor {descriptor:#x} has base offset {}: only 0 is emulated", descriptor >> 49 & 7);
+            let what =
+                format!("descriptor {descriptor:#x} has base offset {}: only 0 is emulated", descriptor >> 49 & 7);
             return Err(Trouble::new(FaultKind::Operand, what));
         }
         let pitch = match descriptor >> 62 {
@@ -185,7 +186,10 @@ fn uniform(lanes: &Lanes<u64>, what: &str) -> Step<u64> {
         Some(lane) => Err(Trouble::lane(
             FaultKind::Operand,
             lane,
-            format!("{what} is {:#x} here and {:#x} in lane 0: it must be the same in all lanes", lanes[lane], lanes[0]),
+            format!(
+                "{what} is {:#x} here and {:#x} in lane 0: it must be the same in all lanes",
+                lanes[lane], lanes[0]
+            ),
         )),
     }
 }
@@ -393,9 +397,11 @@ fn start(
     let warp = place.0 as usize;
     let b = Operand::new(descriptors.1, op.transpose_b, op.n)?;
     let key = (descriptors.1, op.n, op.transpose_b, op.half == Half::Bf16);
-    let known = block.panels.known.get(&key).filter(|panel| {
-        panel.version == block.shared.version(panel.range.low, panel.range.high - panel.range.low)
-    });
+    let known = block
+        .panels
+        .known
+        .get(&key)
+        .filter(|panel| panel.version == block.shared.version(panel.range.low, panel.range.high - panel.range.low));
     let panel = match known {
         Some(panel) => panel.clone(),
         None => {

@@ -41,12 +41,64 @@ impl Kind {
             I16 | I32 | I64 => {
                 let bits = self.bits();
                 let top = 1u64 << (bits - 1);
-                vec![0, 1, 2, top, top - 1, top | 1, top.wrapping_mul(2).wrapping_sub(1), 0x55, 0xff, 0x80, 0x7fff, 0x8000]
+                vec![
+                    0,
+                    1,
+                    2,
+                    top,
+                    top - 1,
+                    top | 1,
+                    top.wrapping_mul(2).wrapping_sub(1),
+                    0x55,
+                    0xff,
+                    0x80,
+                    0x7fff,
+                    0x8000,
+                ]
             }
-            F32 => [0.0f32, -0.0, 1.0, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-40, -1e-40, f32::MAX, 0.5, 2.5, -2.5, 3e9, -3e9, 1e20]
-                .iter().map(|v| v.to_bits() as u64).collect(),
-            F64 => [0.0f64, -0.0, 1.0, -1.5, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 5e-324, 1e300, 2.5, -2.5, 3e9, -3e9, 1e20, 65520.0, 1.0 + 1.0 / 2048.0]
-                .iter().map(|v| v.to_bits()).collect(),
+            F32 => [
+                0.0f32,
+                -0.0,
+                1.0,
+                -1.5,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::NAN,
+                f32::MIN_POSITIVE,
+                1e-40,
+                -1e-40,
+                f32::MAX,
+                0.5,
+                2.5,
+                -2.5,
+                3e9,
+                -3e9,
+                1e20,
+            ]
+            .iter()
+            .map(|v| v.to_bits() as u64)
+            .collect(),
+            F64 => [
+                0.0f64,
+                -0.0,
+                1.0,
+                -1.5,
+                f64::INFINITY,
+                f64::NEG_INFINITY,
+                f64::NAN,
+                5e-324,
+                1e300,
+                2.5,
+                -2.5,
+                3e9,
+                -3e9,
+                1e20,
+                65520.0,
+                1.0 + 1.0 / 2048.0,
+            ]
+            .iter()
+            .map(|v| v.to_bits())
+            .collect(),
             F16 => vec![0, 0x8000, 0x3c00, 0xbc00, 0x7c00, 0xfc00, 0x7e00, 1, 0x8001, 0x7bff, 0x0400, 0x03ff],
             Bf16 => vec![0, 0x8000, 0x3f80, 0xbf80, 0x7f80, 0xff80, 0x7fc0, 1, 0x8001, 0x7f7f, 0x0080, 0x007f],
             F16x2 => vec![0x3c00_0000, 0x8000_7c00, 0x7e00_bc00, 0x7bff_0001],
@@ -101,11 +153,21 @@ struct Case {
     tolerance: f64,
 }
 
-fn case(text: &'static str, d: Kind, operands: &'static [Kind], expected: impl Fn(u64, u64, u64) -> u64 + 'static) -> Case {
+fn case(
+    text: &'static str,
+    d: Kind,
+    operands: &'static [Kind],
+    expected: impl Fn(u64, u64, u64) -> u64 + 'static,
+) -> Case {
     Case { text, d, operands, expected: Box::new(expected), tolerance: 0.0 }
 }
 
-fn near(text: &'static str, operands: &'static [Kind], tolerance: f64, expected: impl Fn(f64) -> f64 + 'static) -> Case {
+fn near(
+    text: &'static str,
+    operands: &'static [Kind],
+    tolerance: f64,
+    expected: impl Fn(f64) -> f64 + 'static,
+) -> Case {
     let expected = move |a: u64, _: u64, _: u64| (expected(f32::from_bits(a as u32) as f64) as f32).to_bits() as u64;
     Case { text, d: F32, operands, expected: Box::new(expected), tolerance }
 }
@@ -148,7 +210,8 @@ fn check(cases: &[Case], seed: u64) {
     let module = module(&ptx);
     let mut memory = Memory::new();
     let input: Vec<u8> = inputs.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
-    let (source, out) = (memory.alloc(input.len() as u64, 8).unwrap(), memory.alloc(cases.len() as u64 * 256, 8).unwrap());
+    let (source, out) =
+        (memory.alloc(input.len() as u64, 8).unwrap(), memory.alloc(cases.len() as u64 * 256, 8).unwrap());
     memory.write(source, &input).unwrap();
     memory.fill(out, cases.len() as u64 * 256, 0).unwrap();
     let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
@@ -178,7 +241,8 @@ fn same(kind: Kind, found: u64, expected: u64, tolerance: f64) -> bool {
     };
     if let Kind::F16x2 | Kind::Bf16x2 = kind {
         let half = if kind == F16x2 { F16 } else { Bf16 };
-        return same(half, found & 0xffff, expected & 0xffff, tolerance) && same(half, found >> 16, expected >> 16, tolerance);
+        return same(half, found & 0xffff, expected & 0xffff, tolerance)
+            && same(half, found >> 16, expected >> 16, tolerance);
     }
     match (value(found), value(expected)) {
         (Some(x), Some(y)) if x.is_nan() || y.is_nan() => x.is_nan() && y.is_nan(),
@@ -238,7 +302,13 @@ fn nearest(value: f64, value_of: impl Fn(u64) -> f64, infinity: u64) -> u64 {
     }
     let (below, above) = (magnitude - at(low), at(high) - magnitude);
     let even = if low % 2 == 0 { low } else { high };
-    sign | if below < above { low } else if above < below { high } else { even }
+    sign | if below < above {
+        low
+    } else if above < below {
+        high
+    } else {
+        even
+    }
 }
 
 fn to_h(value: f64) -> u64 {
@@ -380,14 +450,21 @@ fn bits_and_bytes() {
     };
     let inserted = |a: u64, b: u64, pos: u64, len: u64, width: u64| {
         let (pos, len) = (pos & 0xff, len & 0xff);
-        (0..width).fold(0u64, |out, i| out | (if i >= pos && i < pos + len { a >> (i - pos) & 1 } else { b >> i & 1 }) << i)
+        (0..width)
+            .fold(0u64, |out, i| out | (if i >= pos && i < pos + len { a >> (i - pos) & 1 } else { b >> i & 1 }) << i)
     };
     let permuted = |a: u64, b: u64, selector: u64| {
         let bytes = (b << 32 | a).to_le_bytes();
         (0..4).fold(0u64, |out, i| {
             let nibble = selector >> (4 * i) & 15;
             let byte = bytes[(nibble & 7) as usize];
-            let byte = if nibble & 8 == 0 { byte } else if byte & 0x80 != 0 { 0xff } else { 0 };
+            let byte = if nibble & 8 == 0 {
+                byte
+            } else if byte & 0x80 != 0 {
+                0xff
+            } else {
+                0
+            };
             out | (byte as u64) << (8 * i)
         })
     };
@@ -399,14 +476,18 @@ fn bits_and_bytes() {
             case("popc.b64 $d, $a", I32, &[I64], |a, _, _| a.count_ones() as u64),
             case("clz.b32 $d, $a", I32, &[I32], |a, _, _| (a as u32).leading_zeros() as u64),
             case("clz.b64 $d, $a", I32, &[I64], |a, _, _| a.leading_zeros() as u64),
-            case("bfind.u32 $d, $a", I32, &[I32], |a, _, _| (0..32).rev().find(|i| a >> i & 1 == 1).unwrap_or(u64::MAX)),
+            case("bfind.u32 $d, $a", I32, &[I32], |a, _, _| {
+                (0..32).rev().find(|i| a >> i & 1 == 1).unwrap_or(u64::MAX)
+            }),
             case("bfind.s32 $d, $a", I32, &[I32], |a, _, _| {
                 (0..32).rev().find(|i| a >> i & 1 != a >> 31 & 1).unwrap_or(u64::MAX)
             }),
             case("bfind.shiftamt.u32 $d, $a", I32, &[I32], |a, _, _| {
                 (0..32).rev().find(|i| a >> i & 1 == 1).map_or(u64::MAX, |i| 31 - i)
             }),
-            case("bfind.u64 $d, $a", I32, &[I64], |a, _, _| (0..64).rev().find(|i| a >> i & 1 == 1).unwrap_or(u64::MAX)),
+            case("bfind.u64 $d, $a", I32, &[I64], |a, _, _| {
+                (0..64).rev().find(|i| a >> i & 1 == 1).unwrap_or(u64::MAX)
+            }),
             case("bfe.u32 $d, $a, $b, $c", I32, &[I32, Small, Small], move |a, p, l| field(a, p, l, 32, false)),
             case("bfe.s32 $d, $a, $b, $c", I32, &[I32, Small, Small], move |a, p, l| field(a, p, l, 32, true)),
             case("bfe.u64 $d, $a, $b, $c", I64, &[I64, Small, Small], move |a, p, l| field(a, p, l, 64, false)),
@@ -425,7 +506,9 @@ fn bits_and_bytes() {
             case("shf.r.wrap.b32 $d, $a, $b, $c", I32, &[I32, I32, Small], |a, b, c| (b << 32 | a) >> (c & 31)),
             case("shf.r.clamp.b32 $d, $a, $b, $c", I32, &[I32, I32, Small], |a, b, c| (b << 32 | a) >> c.min(32)),
             case("prmt.b32 $d, $a, $b, $c", I32, &[I32, I32, I32], permuted),
-            case("prmt.b32.f4e $d, $a, $b, $c", I32, &[I32, I32, I32], move |a, b, c| permuted(a, b, 0x3210 + 0x1111 * (c & 3))),
+            case("prmt.b32.f4e $d, $a, $b, $c", I32, &[I32, I32, I32], move |a, b, c| {
+                permuted(a, b, 0x3210 + 0x1111 * (c & 3))
+            }),
             case("prmt.b32.b4e $d, $a, $b, $c", I32, &[I32, I32, I32], move |a, b, c| {
                 permuted(a, b, [0x5670, 0x6701, 0x7012, 0x0123][(c & 3) as usize])
             }),
@@ -463,11 +546,17 @@ fn comparisons_and_selections() {
             case("setp.lt.s16 $d, $a, $b", Pred, &[I16, I16], |x, y, _| b(s16(x) < s16(y))),
             case("setp.ge.u16 $d, $a, $b", Pred, &[I16, I16], |x, y, _| b(x >= y)),
             case("setp.eq.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) == f(y))),
-            case("setp.ne.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) != f(y) && !f(x).is_nan() && !f(y).is_nan())),
+            case("setp.ne.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| {
+                b(f(x) != f(y) && !f(x).is_nan() && !f(y).is_nan())
+            }),
             case("setp.neu.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) != f(y))),
             case("setp.lt.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) < f(y))),
-            case("setp.geu.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) >= f(y) || f(x).is_nan() || f(y).is_nan())),
-            case("setp.equ.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x) == f(y) || f(x).is_nan() || f(y).is_nan())),
+            case("setp.geu.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| {
+                b(f(x) >= f(y) || f(x).is_nan() || f(y).is_nan())
+            }),
+            case("setp.equ.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| {
+                b(f(x) == f(y) || f(x).is_nan() || f(y).is_nan())
+            }),
             case("setp.num.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(!f(x).is_nan() && !f(y).is_nan())),
             case("setp.nan.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x).is_nan() || f(y).is_nan())),
             case("setp.ltu.f64 $d, $a, $b", Pred, &[F64, F64], |x, y, _| b(!(d(x) >= d(y)))),
@@ -480,7 +569,12 @@ fn comparisons_and_selections() {
             // The second result is the negated comparison, combined likewise.
             case("setp.lt.and.s32 %p20|$d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) >= s32(y)) & p),
             case("setp.lt.u32 $d|%p20, $a, $b", Pred, &[I32, I32], |x, y, _| b(x < y)),
-            case("set.lt.u32.s32 $d, $a, $b", I32, &[I32, I32], |x, y, _| if s32(x) < s32(y) { 0xffff_ffff } else { 0 }),
+            case(
+                "set.lt.u32.s32 $d, $a, $b",
+                I32,
+                &[I32, I32],
+                |x, y, _| if s32(x) < s32(y) { 0xffff_ffff } else { 0 },
+            ),
             case("set.gt.f32.f32 $d, $a, $b", F32, &[F32, F32], |x, y, _| bits(if f(x) > f(y) { 1.0 } else { 0.0 })),
             case("testp.finite.f32 $d, $a", Pred, &[F32], |x, _, _| b(f(x).is_finite())),
             case("testp.infinite.f32 $d, $a", Pred, &[F32], |x, _, _| b(f(x).is_infinite())),
@@ -508,7 +602,13 @@ fn floats_of_32_and_64_bits() {
     let least = |x: f32, y: f32| match (x.is_nan(), y.is_nan()) {
         (true, _) => y,
         (_, true) => x,
-        _ if x == y => if x.is_sign_negative() { x } else { y },
+        _ if x == y => {
+            if x.is_sign_negative() {
+                x
+            } else {
+                y
+            }
+        }
         _ => x.min(y),
     };
     let most = move |x: f32, y: f32| -least(-x, -y);
@@ -524,7 +624,9 @@ fn floats_of_32_and_64_bits() {
             case("fma.rn.ftz.f32 $d, $a, $b, $c", F32, &[F32, F32, F32], move |x, y, w| {
                 bits(z(z(f(x)).mul_add(z(f(y)), z(f(w)))))
             }),
-            case("fma.rn.sat.f32 $d, $a, $b, $c", F32, &[F32, F32, F32], move |x, y, w| bits(sat(f(x).mul_add(f(y), f(w))))),
+            case("fma.rn.sat.f32 $d, $a, $b, $c", F32, &[F32, F32, F32], move |x, y, w| {
+                bits(sat(f(x).mul_add(f(y), f(w))))
+            }),
             case("mad.rn.f32 $d, $a, $b, $c", F32, &[F32, F32, F32], |x, y, w| bits(f(x).mul_add(f(y), f(w)))),
             case("div.rn.f32 $d, $a, $b", F32, &[F32, F32], |x, y, _| bits(f(x) / f(y))),
             case("min.f32 $d, $a, $b", F32, &[F32, F32], move |x, y, _| bits(least(f(x), f(y)))),
@@ -575,7 +677,8 @@ fn floats_of_32_and_64_bits() {
 #[test]
 fn exp2_over_its_whole_range() {
     // Every integer power is exact; between them the error stays within the ISA's 2^-22.5, subnormal results included.
-    let points: Vec<f32> = (-155 * 8..=130 * 8).map(|i| i as f32 / 8.0 + if i % 3 == 0 { 0.0 } else { 0.001 }).collect();
+    let points: Vec<f32> =
+        (-155 * 8..=130 * 8).map(|i| i as f32 / 8.0 + if i % 3 == 0 { 0.0 } else { 0.001 }).collect();
     for chunk in points.chunks(32) {
         let mut chunk = chunk.to_vec();
         chunk.resize(32, 0.0);
@@ -656,8 +759,12 @@ fn halves() {
             }),
             case("add.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| pair(x, y, &|x, y| x + y, &hd, &to_h)),
             case("mul.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| pair(x, y, &|x, y| x * y, &hd, &to_h)),
-            case("mul.bf16x2 $d, $a, $b", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| pair(x, y, &|x, y| x * y, &bd, &to_bf)),
-            case("sub.bf16x2 $d, $a, $b", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| pair(x, y, &|x, y| x - y, &bd, &to_bf)),
+            case("mul.bf16x2 $d, $a, $b", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| {
+                pair(x, y, &|x, y| x * y, &bd, &to_bf)
+            }),
+            case("sub.bf16x2 $d, $a, $b", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| {
+                pair(x, y, &|x, y| x - y, &bd, &to_bf)
+            }),
             case("fma.rn.bf16x2 $d, $a, $b, $a", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| {
                 pair(x, y, &|x, y| x.mul_add(y, x), &bd, &to_bf)
             }),
@@ -669,7 +776,10 @@ fn halves() {
             case("neg.f16x2 $d, $a", F16x2, &[F16x2], |x, _, _| x ^ 0x8000_8000),
             case("abs.bf16x2 $d, $a", Bf16x2, &[Bf16x2], |x, _, _| x & 0x7fff_7fff),
             case("neg.bf16 $d, $a", Bf16, &[Bf16], |x, _, _| x ^ 0x8000),
-            Case { tolerance: 1e-3, ..case("ex2.approx.f16 $d, $a", F16, &[F16], |x, _, _| to_h((h(x) as f64).exp2())) },
+            Case {
+                tolerance: 1e-3,
+                ..case("ex2.approx.f16 $d, $a", F16, &[F16], |x, _, _| to_h((h(x) as f64).exp2()))
+            },
         ]
     });
 }
@@ -708,12 +818,24 @@ fn conversions() {
             case("cvt.rni.s32.f32 $d, $a", I32, &[F32], |x, _, _| f(x).round_ties_even() as i32 as u64),
             case("cvt.rmi.s32.f32 $d, $a", I32, &[F32], |x, _, _| f(x).floor() as i32 as u64),
             case("cvt.rpi.u32.f32 $d, $a", I32, &[F32], |x, _, _| f(x).ceil() as u32 as u64),
-            case("cvt.rzi.s64.f32 $d, $a", I64, &[F32], |x, _, _| if f(x).is_nan() { 1 << 63 } else { f(x) as i64 as u64 }),
-            case("cvt.rzi.u16.f32 $d, $a", I16, &[F32], move |x, _, _| rounded(f(x).trunc() as f64, 0.0, 65535.0) as u64),
+            case(
+                "cvt.rzi.s64.f32 $d, $a",
+                I64,
+                &[F32],
+                |x, _, _| if f(x).is_nan() { 1 << 63 } else { f(x) as i64 as u64 },
+            ),
+            case("cvt.rzi.u16.f32 $d, $a", I16, &[F32], move |x, _, _| {
+                rounded(f(x).trunc() as f64, 0.0, 65535.0) as u64
+            }),
             case("cvt.rzi.s16.f32 $d, $a", I16, &[F32], move |x, _, _| {
                 rounded(f(x).trunc() as f64, -32768.0, 32767.0) as i64 as u64
             }),
-            case("cvt.rzi.s32.f64 $d, $a", I32, &[F64], |x, _, _| if d(x).is_nan() { 1 << 31 } else { d(x) as i32 as u64 }),
+            case(
+                "cvt.rzi.s32.f64 $d, $a",
+                I32,
+                &[F64],
+                |x, _, _| if d(x).is_nan() { 1 << 31 } else { d(x) as i32 as u64 },
+            ),
             case("cvt.rpi.s64.f64 $d, $a", I64, &[F64], |x, _, _| {
                 if d(x).is_nan() { 1 << 63 } else { d(x).ceil() as i64 as u64 }
             }),
@@ -737,11 +859,15 @@ fn conversions() {
             case("cvt.rn.f16.f64 $d, $a", F16, &[F64], |x, _, _| to_h(d(x))),
             case("cvt.rn.bf16.f32 $d, $a", Bf16, &[F32], |x, _, _| to_bf(f(x) as f64)),
             case("cvt.rz.bf16.f32 $d, $a", Bf16, &[F32], |x, _, _| if f(x).is_nan() { 0x7fff } else { x >> 16 }),
-            case("cvt.rn.relu.bf16.f32 $d, $a", Bf16, &[F32], |x, _, _| to_bf(if f(x) < 0.0 { 0.0 } else { f(x) as f64 + 0.0 })),
+            case("cvt.rn.relu.bf16.f32 $d, $a", Bf16, &[F32], |x, _, _| {
+                to_bf(if f(x) < 0.0 { 0.0 } else { f(x) as f64 + 0.0 })
+            }),
             case("cvt.rn.bf16x2.f32 $d, $a, $b", Bf16x2, &[F32, F32], |x, y, _| {
                 to_bf(f(x) as f64) << 16 | to_bf(f(y) as f64)
             }),
-            case("cvt.rn.f16x2.f32 $d, $a, $b", F16x2, &[F32, F32], |x, y, _| to_h(f(x) as f64) << 16 | to_h(f(y) as f64)),
+            case("cvt.rn.f16x2.f32 $d, $a, $b", F16x2, &[F32, F32], |x, y, _| {
+                to_h(f(x) as f64) << 16 | to_h(f(y) as f64)
+            }),
             case("cvt.rz.f16x2.f32 $d, $a, $b", F16x2, &[F32, F32], |x, y, _| {
                 let cut = |x: f32| {
                     let near = to_h(x as f64);

@@ -84,9 +84,27 @@ fn indexed_branches() {
 #[test]
 fn special_registers_of_a_three_dimensional_launch() {
     let names = [
-        "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
-        "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
-        "%lanemask_ge", "%dynamic_smem_size", "%cluster_nctarank",
+        "%tid.x",
+        "%tid.y",
+        "%tid.z",
+        "%ntid.x",
+        "%ntid.y",
+        "%ntid.z",
+        "%ctaid.x",
+        "%ctaid.y",
+        "%ctaid.z",
+        "%nctaid.x",
+        "%nctaid.y",
+        "%nctaid.z",
+        "%laneid",
+        "%warpid",
+        "%lanemask_eq",
+        "%lanemask_lt",
+        "%lanemask_le",
+        "%lanemask_gt",
+        "%lanemask_ge",
+        "%dynamic_smem_size",
+        "%cluster_nctarank",
     ];
     // Thread and block numbers by hand, so that they check themselves.
     let mut body = String::from(
@@ -105,9 +123,27 @@ fn special_registers_of_a_three_dimensional_launch() {
         for (thread, found) in threads.chunks(21).enumerate() {
             let (b, t, lane) = (block as u32, thread as u32, thread as u32 % 32);
             let expected = [
-                t % 5, t / 5 % 4, t / 20, 5, 4, 3, b % 2, b / 2 % 3, b / 6, 2, 3, 2, lane, t / 32, 1 << lane,
-                (1u64 << lane) as u32 - 1, ((2u64 << lane) - 1) as u32, !((2u64 << lane) - 1) as u32,
-                !((1u64 << lane) - 1) as u32, 48, 1,
+                t % 5,
+                t / 5 % 4,
+                t / 20,
+                5,
+                4,
+                3,
+                b % 2,
+                b / 2 % 3,
+                b / 6,
+                2,
+                3,
+                2,
+                lane,
+                t / 32,
+                1 << lane,
+                (1u64 << lane) as u32 - 1,
+                ((2u64 << lane) - 1) as u32,
+                !((2u64 << lane) - 1) as u32,
+                !((1u64 << lane) - 1) as u32,
+                48,
+                1,
             ];
             assert_eq!(found, expected, "block {block} thread {thread}");
         }
@@ -177,7 +213,10 @@ fn unknown_things_are_named_with_their_line() {
         ("bra NOWHERE;", ["test:5", "no label `NOWHERE`"]),
         ("@%r1 bra X; X:", ["test:5", "not a declared predicate"]),
         ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1}, {%r1}, {%r1}, {%r1};", ["test:5", "`mma`"]),
-        ("wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%r1}, %rd1, %rd1, 1, 1, 1, 0, 0;", ["test:5", "multiple of 8"]),
+        (
+            "wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%r1}, %rd1, %rd1, 1, 1, 1, 0, 0;",
+            ["test:5", "multiple of 8"],
+        ),
         ("setmaxnreg.inc.sync.aligned.u32 100;", ["test:5", "multiple of 8"]),
         ("ld.global.v2.u32 %r1, [%rd1];", ["test:5", "1 registers for 2 elements"]),
         (".weird 3;", ["test:5", "unknown directive `.weird`"]),
@@ -197,8 +236,10 @@ fn unknown_things_are_named_with_their_line() {
 
 #[test]
 fn launches_that_do_not_fit_are_refused() {
-    let ptx = format!("{HEADER}.visible .entry e(.param .u32 a) .maxntid 64, 1, 1 {{ .shared .align 4 .b8 s[1024]; ret; }}
-        .visible .entry fixed() .reqntid 32, 2 {{ ret; }}");
+    let ptx = format!(
+        "{HEADER}.visible .entry e(.param .u32 a) .maxntid 64, 1, 1 {{ .shared .align 4 .b8 s[1024]; ret; }}
+        .visible .entry fixed() .reqntid 32, 2 {{ ret; }}"
+    );
     let module = Module::parse("m", &ptx).unwrap();
     let memory = Memory::new();
     let launch = |entry: &str, grid, block, shared_bytes, params: &[u8]| {
@@ -255,7 +296,13 @@ fn a_spinning_group_of_lanes_does_not_starve_the_others() {
 fn module_parse_accepts_every_number_form() {
     let body = |value: &str| format!("mov.b32 %r2, {value}; {}", store("%r2"));
     for (text, value) in [
-        ("17", 17), ("0x1F", 31), ("0b101", 5), ("017", 15), ("42U", 42), ("-1", u32::MAX), ("0f3F800000", 0x3f80_0000),
+        ("17", 17),
+        ("0x1F", 31),
+        ("0b101", 5),
+        ("017", 15),
+        ("42U", 42),
+        ("-1", u32::MAX),
+        ("0f3F800000", 0x3f80_0000),
         ("0x80000000", 1 << 31),
     ] {
         assert_eq!(warp(&body(text), &[])[3], value, "{text}");

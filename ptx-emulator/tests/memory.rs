@@ -16,7 +16,9 @@ fn host_memory() {
     memory.fill(a + 3, 2, 0).unwrap();
     assert_eq!(memory.read(a + 2, 4).unwrap(), [2, 0, 0, 5]);
     assert!(matches!(memory.read(a, 11), Err(MemoryError::Range { bytes: 11, .. })));
-    assert!(memory.write(b + (1 << 20) - 1, &[0; 2]).unwrap_err().to_string().contains("does not lie in one allocation"));
+    assert!(
+        memory.write(b + (1 << 20) - 1, &[0; 2]).unwrap_err().to_string().contains("does not lie in one allocation")
+    );
     assert_eq!(memory.alloc(1, 3), Err(MemoryError::Alignment(3)));
     assert_eq!(memory.free(b + 1), Err(MemoryError::NotAllocated(b + 1)));
     memory.free(b).unwrap();
@@ -28,11 +30,16 @@ fn every_width_through_every_space() {
     // Each lane writes 32 bytes of a pattern and reads them back as other widths; signs extend on the way.
     for (space, address, outside) in [
         ("global", "mad.wide.u32 %rd3, %r1, 32, %rd1; add.s64 %rd3, %rd3, 8192;", ""),
-        ("shared", "mov.u32 %r3, buffer; mad.lo.u32 %r3, %r1, 32, %r3; cvt.u64.u32 %rd3, %r3;", ".shared .align 32 .b8 buffer[1024];"),
+        (
+            "shared",
+            "mov.u32 %r3, buffer; mad.lo.u32 %r3, %r1, 32, %r3; cvt.u64.u32 %rd3, %r3;",
+            ".shared .align 32 .b8 buffer[1024];",
+        ),
         ("local", "mov.u64 %rd3, buffer;", ""),
     ] {
         let declaration = if space == "local" { ".local .align 16 .b8 buffer[32];" } else { "" };
-        let generic = if space == "global" { "mov.u64 %rd4, %rd3;".to_string() } else { format!("cvta.{space}.u64 %rd4, %rd3;") };
+        let generic =
+            if space == "global" { "mov.u64 %rd4, %rd3;".to_string() } else { format!("cvta.{space}.u64 %rd4, %rd3;") };
         let body = format!(
             "{declaration} {address} {generic}
              mov.u32 %r4, 0x80f17f02; mov.u32 %r5, 0x11223344; add.u32 %r5, %r5, %r1; mov.b64 %rd5, {{%r4, %r5}};
@@ -50,8 +57,22 @@ fn every_width_through_every_space() {
         for lane in 0..32 {
             let five = 0x1122_3344 + lane as u32;
             let expected = [
-                five as u8 as i8 as i32 as u32, 0xffff_ff9c, 0xbeef, 0xffff_beef, 0x02, 0x7f, 0xf1, 0x80, 0x80f1_7f02,
-                0xffff_ffff, 0x80f1_7f02, five, 0x80f1_7f02, five, five as u16 as i16 as i32 as u32, 0x1122,
+                five as u8 as i8 as i32 as u32,
+                0xffff_ff9c,
+                0xbeef,
+                0xffff_beef,
+                0x02,
+                0x7f,
+                0xf1,
+                0x80,
+                0x80f1_7f02,
+                0xffff_ffff,
+                0x80f1_7f02,
+                five,
+                0x80f1_7f02,
+                five,
+                five as u16 as i16 as i32 as u32,
+                0x1122,
             ];
             assert_eq!(u32s(&out[lane * 64..][..64]), expected, "{space} lane {lane}");
         }

@@ -24,8 +24,16 @@ fn shuffles() {
             .collect()
     };
     for (mode, b, c) in [
-        ("bfly", 1, 31), ("bfly", 16, 31), ("bfly", 3, 0x1c03), ("down", 4, 31), ("down", 1, 0x1807), ("up", 2, 0),
-        ("up", 3, 0x1000), ("idx", 5, 31), ("idx", 2, 0x1c03), ("idx", 9, 7),
+        ("bfly", 1, 31),
+        ("bfly", 16, 31),
+        ("bfly", 3, 0x1c03),
+        ("down", 4, 31),
+        ("down", 1, 0x1807),
+        ("up", 2, 0),
+        ("up", 3, 0x1000),
+        ("idx", 5, 31),
+        ("idx", 2, 0x1c03),
+        ("idx", 9, 7),
     ] {
         let body = format!(
             "add.u32 %r2, %r1, 100; shfl.sync.{mode}.b32 %r3|%p1, %r2, {b}, {c}, 0xffffffff; selp.u32 %r4, 0x10000, 0, %p1;
@@ -49,7 +57,10 @@ fn shuffle_within_a_part_of_the_warp() {
 #[test]
 fn votes_matches_reductions_elections() {
     let test = |text: &str, register: &str, expected: &dyn Fn(u32) -> u32| {
-        let body = format!("setp.lt.u32 %p1, %r1, 5; and.b32 %r2, %r1, 3; setp.ge.u32 %p5, %r1, 0; {text}; {}", store(register));
+        let body = format!(
+            "setp.lt.u32 %p1, %r1, 5; and.b32 %r2, %r1, 3; setp.ge.u32 %p5, %r1, 0; {text}; {}",
+            store(register)
+        );
         assert_eq!(warp(&body, &[]), (0..32).map(expected).collect::<Vec<u32>>(), "{text}");
     };
     let p = |text: &str| format!("{text}; selp.u32 %r9, 1, 0, %p9");
@@ -79,7 +90,17 @@ fn elected_lane_of_a_part() {
          elect.sync %r3|%p2, %r2; @%p2 add.u32 %r3, %r3, 100; OUT: {}",
         store("%r3")
     );
-    let expected: Vec<u32> = (0..32).map(|lane| if lane == 4 { 104 } else if (5..8).contains(&lane) { 4 } else { 50 }).collect();
+    let expected: Vec<u32> = (0..32)
+        .map(|lane| {
+            if lane == 4 {
+                104
+            } else if (5..8).contains(&lane) {
+                4
+            } else {
+                50
+            }
+        })
+        .collect();
     assert_eq!(warp(&body, &[]), expected);
 }
 

@@ -97,7 +97,11 @@ fn half(value: f32, f16: bool) -> (u16, f32) {
     if f16 {
         // Exact for the multiples of 1/16 below 4 that the tests use.
         let bits = value.to_bits();
-        let half = if value == 0.0 { 0 } else { (bits >> 16 & 0x8000) | ((bits >> 23 & 0xff) - 112) << 10 | bits >> 13 & 0x3ff };
+        let half = if value == 0.0 {
+            0
+        } else {
+            (bits >> 16 & 0x8000) | ((bits >> 23 & 0xff) - 112) << 10 | bits >> 13 & 0x3ff
+        };
         (half as u16, value)
     } else {
         let bits = value.to_bits() & 0xffff_0000;
@@ -169,9 +173,7 @@ fn check(product: &Product, seed: u64) {
     }
     let load_a: String = match product.a {
         Some(_) => String::new(),
-        None => (0..depth / 4)
-            .map(|i| format!("ld.global.b32 %a{i}, [%rd5+{}];\n", shared + i * 512))
-            .collect(),
+        None => (0..depth / 4).map(|i| format!("ld.global.b32 %a{i}, [%rd5+{}];\n", shared + i * 512)).collect(),
     };
     let initial: String = (0..n / 2).map(|i| format!("mov.f32 %d{i}, 0f{:08X};\n", (i as f32).to_bits())).collect();
     let stores: String = (0..n / 2).map(|i| format!("st.global.f32 [%rd6+{}], %d{i};\n", i * 512)).collect();
@@ -219,7 +221,15 @@ const MN_MAJOR: Layout = Layout { swizzle: 128, transpose: true };
 fn shapes() {
     for (i, n) in [8, 16, 24, 64, 72, 128, 136, 176, 192, 256].into_iter().enumerate() {
         for f16 in [false, true] {
-            let product = Product { n, depth: 64, f16, a: Some(K_MAJOR), b: K_MAJOR, negate: (false, false), accumulate: i % 2 == 0 };
+            let product = Product {
+                n,
+                depth: 64,
+                f16,
+                a: Some(K_MAJOR),
+                b: K_MAJOR,
+                negate: (false, false),
+                accumulate: i % 2 == 0,
+            };
             check(&product, n as u64);
         }
     }
@@ -264,6 +274,28 @@ fn signs() {
 #[test]
 fn wide_tiles_and_several_blocks_of_columns() {
     // MN-major B of 256 columns is four blocks of 64 at the leading offset; K-major of depth 192 three blocks of columns.
-    check(&Product { n: 256, depth: 48, f16: false, a: Some(MN_MAJOR), b: MN_MAJOR, negate: (false, false), accumulate: false }, 1);
-    check(&Product { n: 160, depth: 192, f16: false, a: Some(K_MAJOR), b: K_MAJOR, negate: (false, false), accumulate: false }, 2);
+    check(
+        &Product {
+            n: 256,
+            depth: 48,
+            f16: false,
+            a: Some(MN_MAJOR),
+            b: MN_MAJOR,
+            negate: (false, false),
+            accumulate: false,
+        },
+        1,
+    );
+    check(
+        &Product {
+            n: 160,
+            depth: 192,
+            f16: false,
+            a: Some(K_MAJOR),
+            b: K_MAJOR,
+            negate: (false, false),
+            accumulate: false,
+        },
+        2,
+    );
 }
