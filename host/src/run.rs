@@ -28,9 +28,9 @@ pub struct HeadResult {
     /// Head.
     pub head: u32,
     /// Mean squared error of the spatial mask against dense attention, over the sampled rows.
-    pub spatial_error: f32,
+    pub spatial_error: f64,
     /// Of the temporal mask.
-    pub temporal_error: f32,
+    pub temporal_error: f64,
     /// The mask chosen.
     pub mask: &'static str,
     /// Visible pairs over S^2 of that mask.
@@ -129,8 +129,8 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
         results.push(HeadResult {
             batch: profile.batch,
             head: profile.head,
-            spatial_error: profile.spatial_error,
-            temporal_error: profile.temporal_error,
+            spatial_error: profile.spatial_error.into(),
+            temporal_error: profile.temporal_error.into(),
             mask: name_of(profile.head_type),
             density: spec.density(profile.head_type),
             rel_error: (sums.error / sums.size).sqrt(),

@@ -1,0 +1,184 @@
+//! The command as users run it: output, files and exit codes.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use framestride::files::load_inputs;
+use framestride::inputs::{Inputs, Tokens};
+use framestride::shapes::spec::Spec;
+use framestride::{Kernels, run};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+fn framestride(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_framestride")).args(arguments).output().unwrap()
+}
+
+/// Standard output as JSON, and the exit code.
+fn json(arguments: &[&str]) -> (Value, i32) {
+    let output = framestride(&[&["--json"], arguments].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let value = serde_json::from_str(&text)
+        .unwrap_or_else(|error| panic!("{error}: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    (value, output.status.code().unwrap())
+}
+
+fn tiny() -> Spec {
+    Kernels::shipped("tiny_text_last").unwrap().manifest.spec().unwrap()
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn describe() {
+    let output = framestride(&["describe", "demo"]);
+    assert!(output.status.success());
+    insta::assert_snapshot!(String::from_utf8(output.stdout).unwrap());
+    let (value, code) = json(&["describe", "wan_14b_720p"]);
+    assert_eq!((value["sequence"].as_u64(), code), (Some(75600), 0));
+    assert_eq!(value["masks"][0]["density"], 1.0);
+}
+
+#[test]
+fn verify() {
+    let (report, code) = json(&["verify", "tiny_text_last", "--device", "emulator", "--seed", "3"]);
+    assert_eq!((report["ok"].as_bool(), report["device"].as_str(), code), (Some(true), Some("emulator"), 0));
+    assert_eq!(report["seed"], 3);
+    let checks = report["checks"].as_array().unwrap();
+    for kernel in ["pack", "profile", "select", "attention"] {
+        assert!(checks.iter().any(|check| check["kernel"] == kernel), "{kernel}");
+    }
+    for check in checks {
+        assert!(check["case"].is_string() && check["ok"].as_bool() == Some(true));
+        assert!(check["rel_error"].as_f64().unwrap() <= check["tolerance"].as_f64().unwrap());
+    }
+}
+
+/// Kernels with one wrong instruction: verify must say so, whatever the instruction is for.
+#[test]
+fn verify_finds_wrong_kernels() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernels = Kernels::shipped("tiny_text_last").unwrap();
+    // Position of the body of an entry.
+    let entry = |name: &str| kernels.ptx.find(&format!(".entry {name}(")).unwrap();
+    let changes = [
+        ("pack", 0, "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
+        // The first exponentials rescale what was summed before the first tile, which is nothing.
+        ("attention", 8, "ex2.approx.ftz.f32", "neg.ftz.f32"),
+        ("attention", 0, "rcp.approx.ftz.f32", "neg.ftz.f32"),
+        ("select", 0, "setp.lt.f32", "setp.gt.f32"),
+    ];
+    for (kernel, nth, right, wrong) in changes {
+        let places = kernels.ptx[entry(kernel)..].match_indices(right);
+        let at = entry(kernel) + places.map(|(at, _)| at).nth(nth).unwrap_or_else(|| panic!("{kernel} has no {right}"));
+        let ptx = format!("{}{wrong}{}", &kernels.ptx[..at], &kernels.ptx[at + right.len()..]);
+        let mut manifest = kernels.manifest.clone();
+        manifest.ptx_sha256 = Sha256::digest(&ptx).iter().map(|byte| format!("{byte:02x}")).collect();
+        let file = folder.path().join("wrong.ptx");
+        std::fs::write(&file, ptx).unwrap();
+        std::fs::write(folder.path().join("wrong.json"), manifest.to_json()).unwrap();
+        let (report, code) =
+            json(&["verify", "tiny_text_last", "--device", "emulator", "--seed", "1", "--ptx", path(&file)]);
+        assert_eq!((report["ok"].as_bool(), code), (Some(false), 1), "{kernel}: {wrong} for {right}");
+    }
+}
+
+/// Tensors from a file in f32, output beside it, equal to what the library gives for the same tensors.
+#[test]
+fn run_on_tensors() {
+    let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
+    let inputs = Inputs::planted(&spec, 1, 2, 11);
+    let floats = |tokens: &Tokens| -> Vec<u8> {
+        let rows = (0..tokens.rows).flat_map(|row| (0..tokens.heads).map(move |head| (row, head)));
+        rows.flat_map(|(row, head)| tokens.row(0, row, head)).flat_map(|x| (x as f32).to_le_bytes()).collect()
+    };
+    let tables = inputs.rope.as_ref().unwrap();
+    let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let tensors = [
+        ("q", vec![1, 139, 2, 64], floats(&inputs.q)),
+        ("k", vec![1, 139, 2, 64], floats(&inputs.k)),
+        ("v", vec![1, 139, 2, 64], floats(&inputs.v)),
+        ("cos", vec![115, 32], bytes(&tables.cos)),
+        ("sin", vec![115, 32], bytes(&tables.sin)),
+    ];
+    let views =
+        tensors.iter().map(|(name, shape, data)| (*name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+    let file = folder.path().join("layer.safetensors");
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    assert_eq!(load_inputs(&file, &spec).unwrap(), inputs);
+
+    let (report, code) = json(&["run", "tiny_text_last", "--device", "emulator", "--qkv", path(&file)]);
+    assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+    assert_eq!(
+        (report["heads"][0]["mask"].as_str(), report["heads"][1]["mask"].as_str()),
+        (Some("spatial"), Some("temporal"))
+    );
+    let written = std::fs::read(folder.path().join("layer.out.safetensors")).unwrap();
+    let out = SafeTensors::deserialize(&written).unwrap();
+    assert_eq!(out.tensor("out").unwrap().shape(), [1, 139, 2, 64]);
+    assert_eq!(out.tensor("lse").unwrap().shape(), [1, 2, 139]);
+    let module =
+        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    let expected = run::run(&module.unwrap(), &inputs, &|_, _| ()).unwrap().out;
+    let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+    assert_eq!(out.tensor("out").unwrap().data(), expected);
+}
+
+#[test]
+fn run_on_video_writes_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let video = concat!(env!("CARGO_MANIFEST_DIR"), "/data/bigbuckbunny_16x72x128.safetensors");
+    let report_folder = folder.path().join("report");
+    let (report, code) =
+        json(&["run", "tiny_plain", "--device", "emulator", "--video", video, "--report", path(&report_folder)]);
+    assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+    let files = report["files"].as_array().unwrap();
+    assert_eq!(files.len(), 5, "a head, three masks and report.json: {files:?}");
+    for file in files {
+        assert!(std::fs::metadata(file.as_str().unwrap()).unwrap().len() > 100);
+    }
+    let saved = std::fs::read_to_string(report_folder.join("report.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&saved).unwrap()["heads"], report["heads"]);
+}
+
+#[test]
+fn bad_input_is_two() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = folder.path().join("bad.toml");
+    std::fs::write(&spec, "name = \"bad\"\n[video]\nframes = 0\n").unwrap();
+    let cases: [&[&str]; 8] = [
+        &["describe", path(&spec)],
+        &["describe", "no_such_spec"],
+        &["verify", path(&spec)],
+        &["verify", "demo", "--device", "tpu"],
+        &["verify", "demo", "--ptx", "no/such.ptx"],
+        &["build", "demo", "--arch", "sm_70", "--out", path(folder.path())],
+        &["run", "demo", "--qkv", "no/such.safetensors"],
+        &["plot", "demo", "--out", "no/such/folder/masks.png"],
+    ];
+    for arguments in cases {
+        let output = framestride(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(message.contains("error"), "{arguments:?}: {message}");
+        assert!(!message.contains("panicked"), "{arguments:?}: {message}");
+    }
+    if framestride::Device::gpu(0).is_err() {
+        let output = framestride(&["verify", "demo", "--device", "gpu"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8(output.stderr).unwrap().contains("no GPU"));
+    }
+}
+
+#[test]
+fn doctor_looks_at_everything() {
+    let (found, code) = json(&["doctor"]);
+    assert_eq!(code, 0);
+    assert!(found["can_build"].is_boolean() && found["gpu"].is_object());
+    let shipped = found["shipped"].as_array().unwrap();
+    assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
+}
