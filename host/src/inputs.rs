@@ -67,6 +67,11 @@ impl Tokens {
         wide
     }
 
+    /// Whether any element is NaN.
+    pub fn has_nan(&self) -> bool {
+        self.bits.par_iter().any(|&bits| widen(self.dtype, bits).is_nan())
+    }
+
     /// Values of `bits`, which are elements of this tensor.
     pub fn widen(&self, bits: &[u16], wide: &mut [f64]) {
         for (wide, &bits) in wide.iter_mut().zip(bits) {

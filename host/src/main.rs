@@ -61,7 +61,8 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with the f64 reference.
+    /// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with the f64 reference. Without
+    /// either, on random tensors with planted spatial and temporal heads.
     Run {
         /// The spec.
         spec: String,
@@ -158,15 +159,23 @@ fn spec_text(argument: &str) -> Result<(String, String)> {
     Ok((argument.to_owned(), text))
 }
 
-fn load(spec: &str, on: &On, bar: &Bar) -> Result<std::sync::Arc<Module>> {
-    let (file, text) = spec_text(spec)?;
+/// The device for a spec.
+fn choose(spec: &Spec, on: &On) -> Result<Device> {
     let device = Device::choose(on.device)?;
+    if on.device == DeviceChoice::Auto && matches!(device, Device::Emulator(_)) {
+        check_emulation(spec)?;
+    }
+    Ok(device)
+}
+
+/// The kernels of a spec, whose text is in `file`, on a device.
+fn load(file: &str, text: &str, device: &Device, on: &On, bar: &Bar) -> Result<std::sync::Arc<Module>> {
     bar.say("kernels", None);
     let kernels = match &on.ptx {
-        None => Kernels::for_spec(&file, &text)?,
+        None => Kernels::for_spec(file, text)?,
         Some(ptx) => {
             let kernels = Kernels::from_file(ptx)?;
-            if kernels.manifest.spec()? != Spec::parse(&file, &text)? {
+            if kernels.manifest.spec()? != Spec::parse(file, text)? {
                 return Err(Error::input(
                     ptx.display(),
                     format!("kernels of another spec, named {}", kernels.manifest.name),
@@ -178,7 +187,29 @@ fn load(spec: &str, on: &On, bar: &Bar) -> Result<std::sync::Arc<Module>> {
         }
     };
     bar.say("loading kernels", None);
-    Module::load(&device, &kernels)
+    Module::load(device, &kernels)
+}
+
+/// Operations a second of the emulator on one core, in its attention kernel, rounded.
+const EMULATED_FLOPS: f64 = 1e9;
+
+/// Refuses what nobody would wait for, unless the emulator was asked for by name.
+fn check_emulation(spec: &Spec) -> Result<()> {
+    let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
+    let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
+    let minutes = flops / EMULATED_FLOPS / cores / 60.0;
+    if minutes < 10.0 {
+        return Ok(());
+    }
+    Err(Error::input(
+        format!("spec {}", spec.name),
+        format!(
+            "{:.1} TFLOP a dense layer, some {minutes:.0} minutes in the emulator, and no GPU that runs it",
+            flops / 1e12
+        ),
+        "what the emulator does in 10 minutes",
+        "Take a machine with a Hopper GPU, try a smaller spec such as demo, or insist with --device emulator",
+    ))
 }
 
 /// A progress bar on standard error, which shows itself when something takes more than a second.
@@ -336,7 +367,9 @@ fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
 
 fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
     let bar = Bar::new();
-    let module = load(argument, on, &bar)?;
+    let (file, text) = spec_text(argument)?;
+    let device = choose(&Spec::parse(&file, &text)?, on)?;
+    let module = load(&file, &text, &device, on, &bar)?;
     // Different each time unless asked for, and printed, so that what failed once can be had again.
     let clock =
         || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
@@ -388,6 +421,7 @@ fn run_spec(
     let bar = Bar::new();
     let (file, text) = spec_text(argument)?;
     let spec = Spec::parse(&file, &text)?;
+    let device = choose(&spec, on)?;
     bar.say("inputs", None);
     // Inputs first: what is wrong with them is said before anything is built.
     let (inputs, frames) = match (video, qkv) {
@@ -399,7 +433,7 @@ fn run_spec(
         (None, Some(path)) => (load_inputs(path, &spec)?, None),
         (None, None) => (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None),
     };
-    let module = load(argument, on, &bar)?;
+    let module = load(&file, &text, &device, on, &bar)?;
     let place = module.device().name();
     let run = framestride::run::run(&module, &inputs, &|what, part| bar.say(&format!("{what} ({place})"), part))?;
     let out = out.or_else(|| qkv.map(|path| path.with_extension("out.safetensors")));
@@ -452,7 +486,11 @@ fn run_text(report: &RunReport) -> String {
             head.rel_error,
             head.tolerance,
             head.dense_rel_error,
-            if head.rel_error <= head.tolerance { "" } else { "  FAILED" }
+            match (head.ok, head.nan_rows) {
+                (false, _) => "  FAILED".into(),
+                (true, 0) => String::new(),
+                (true, rows) => format!("  {rows} rows are NaN, as the inputs are"),
+            }
         );
     }
     text += &format!(

@@ -41,6 +41,11 @@ pub struct HeadResult {
     pub tolerance: f64,
     /// The same against dense attention: what the mask costs.
     pub dense_rel_error: f64,
+    /// Compared rows that hold NaN because the inputs do; they are left out of the errors. A NaN in V or K reaches every row that
+    /// sees it and may reach others that read its tile, since 0 x NaN is NaN.
+    pub nan_rows: usize,
+    /// Whether the error is within the tolerance, and NaN are where the reference has them.
+    pub ok: bool,
 }
 
 /// Time of one kernel.
@@ -111,6 +116,7 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
     let operations_of_row = (sequence * head_dim * 4) as f64;
     let affordable = (REFERENCE_OPERATIONS / operations_of_row / (batch * heads) as f64).ceil() as usize;
     let rows = sampled_rows(affordable.max(16), sequence);
+    let has_nan = [&inputs.q, &inputs.k, &inputs.v].into_iter().any(|tokens| tokens.has_nan());
     let mut results = Vec::with_capacity(profiles.len());
     let (mut all_error, mut all_size) = (0.0, 0.0);
     for (index, profile) in profiles.iter().enumerate() {
@@ -126,6 +132,7 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
             .reduce(Sums::default, Sums::add);
         all_error += sums.error;
         all_size += sums.size;
+        let (rel_error, tolerance) = (ratio(sums.error, sums.size), ratio(sums.tolerance, sums.size));
         results.push(HeadResult {
             batch: profile.batch,
             head: profile.head,
@@ -133,20 +140,22 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
             temporal_error: profile.temporal_error.into(),
             mask: name_of(profile.head_type),
             density: spec.density(profile.head_type),
-            rel_error: (sums.error / sums.size).sqrt(),
-            tolerance: (sums.tolerance / sums.size).sqrt(),
-            dense_rel_error: (sums.dense_error / sums.dense_size).sqrt(),
+            rel_error,
+            tolerance,
+            dense_rel_error: ratio(sums.dense_error, sums.dense_size),
+            nan_rows: sums.nan_rows,
+            ok: rel_error <= tolerance && sums.lost_nan == 0 && (has_nan || sums.nan_rows == 0),
         });
     }
     progress("comparing with the f64 reference", Some(1.0));
     let report = RunReport {
-        ok: results.iter().all(|head| head.rel_error <= head.tolerance),
+        ok: results.iter().all(|head| head.ok),
         spec: spec.name.clone(),
         device: device.name(),
         shape: inputs.q.shape(),
         compared_rows: rows.len(),
         density: results.iter().map(|head| head.density).sum::<f64>() / results.len() as f64,
-        rel_error: (all_error / all_size).sqrt(),
+        rel_error: ratio(all_error, all_size),
         heads: results,
         kernels: times
             .iter()
@@ -169,9 +178,17 @@ fn sampled_rows(count: usize, sequence: usize) -> Vec<usize> {
     rows.into_iter().collect()
 }
 
-/// Squared norms over rows.
+/// Ratio of two norms, given squared. Nothing differs from nothing by nothing.
+fn ratio(part: f64, whole: f64) -> f64 {
+    if part == 0.0 { 0.0 } else { (part / whole).sqrt() }
+}
+
+/// Squared norms over rows without NaN, and the rows with.
 #[derive(Default)]
 struct Sums {
+    nan_rows: usize,
+    /// Rows that the reference has NaN in, and the output has not.
+    lost_nan: usize,
     error: f64,
     size: f64,
     tolerance: f64,
@@ -182,6 +199,8 @@ struct Sums {
 impl Sums {
     fn add(self, other: Sums) -> Sums {
         Sums {
+            nan_rows: self.nan_rows + other.nan_rows,
+            lost_nan: self.lost_nan + other.lost_nan,
             error: self.error + other.error,
             size: self.size + other.size,
             tolerance: self.tolerance + other.tolerance,
@@ -202,6 +221,10 @@ fn compare_row(
 ) -> Sums {
     let scores = head.scores(row, scale);
     let [expected, dense] = [head_type, HeadType::Dense].map(|mask| head.attend_scores(mask, row, scale, &scores));
+    let nan = |row: &[f64]| row.iter().any(|x| x.is_nan());
+    if nan(found) || nan(&expected.out) {
+        return Sums { nan_rows: 1, lost_nan: (!nan(found)).into(), ..Sums::default() };
+    }
     let tolerance = match expected.keys {
         0 => 0.0,
         _ => {
@@ -215,5 +238,6 @@ fn compare_row(
         tolerance: tolerance * tolerance,
         dense_error: distance(found, &dense.out).powi(2),
         dense_size: norm(&dense.out).powi(2),
+        ..Sums::default()
     }
 }

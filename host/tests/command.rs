@@ -128,6 +128,25 @@ fn run_on_tensors() {
     assert_eq!(out.tensor("out").unwrap().data(), expected);
 }
 
+/// One NaN in V: rows that see it are NaN and counted, all others are right.
+#[test]
+fn run_carries_nan() {
+    let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
+    let inputs = Inputs::planted(&spec, 1, 2, 12);
+    let mut v = inputs.v.clone();
+    v.bits[inputs.v.index(0, 60, 0)] = 0x7fc0;
+    let bytes = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
+    let tensors = [("q", bytes(&inputs.q)), ("k", bytes(&inputs.k)), ("v", bytes(&v))];
+    let views =
+        tensors.iter().map(|(name, data)| (*name, TensorView::new(Dtype::BF16, vec![1, 139, 2, 64], data).unwrap()));
+    let file = folder.path().join("nan.safetensors");
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    let (report, code) = json(&["run", "tiny_text_last", "--device", "emulator", "--qkv", path(&file)]);
+    assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+    assert!(report["heads"][0]["nan_rows"].as_u64().unwrap() > 0, "{report}");
+    assert_eq!(report["heads"][1]["nan_rows"], 0, "{report}");
+}
+
 #[test]
 fn run_on_video_writes_pictures() {
     let folder = tempfile::tempdir().unwrap();
@@ -168,6 +187,9 @@ fn bad_input_is_two() {
         assert!(!message.contains("panicked"), "{arguments:?}: {message}");
     }
     if framestride::Device::gpu(0).is_err() {
+        let output = framestride(&["run", "hunyuan_video_720p"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8(output.stderr).unwrap().contains("minutes in the emulator"));
         let output = framestride(&["verify", "demo", "--device", "gpu"]);
         assert_eq!(output.status.code(), Some(2));
         assert!(String::from_utf8(output.stderr).unwrap().contains("no GPU"));
