@@ -28,7 +28,6 @@ const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS_OF_2: u32 = 240;
 const CONSUMER_REGISTERS_OF_3: u32 = 160;
 
-const FMA_SHARE: u32 = 0;
 /// Where tiles and barriers lie in shared memory.
 struct Plan<T>(core::marker::PhantomData<T>);
 
@@ -259,15 +258,6 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 }
             };
 
-            let absorb = |rows: &mut Rows, scores: &mut <T::Attention as TileProducts>::Scores| {
-                // At head dim 64 the exponentials take as long as the products.
-                if T::HEAD_DIM == 64 {
-                    rows.absorb::<FMA_SHARE>(scores, params.scale_log2)
-                } else {
-                    rows.absorb::<0>(scores, params.scale_log2)
-                }
-            };
-
             Plan::<T>::query_full().wait(query_parity);
             query_parity ^= 1;
             Plan::<T>::key_full(slot.stage).wait(slot.parity);
@@ -276,7 +266,7 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             scores.wait::<0>();
             release(Plan::<T>::key_free(slot.stage), lane);
             mask(&mut scores, 0);
-            absorb(&mut rows, &mut scores);
+            rows.absorb(&mut scores, params.scale_log2);
             let mut weights = T::Attention::weights(&scores);
             Plan::<T>::value_full(slot.stage).wait(slot.parity);
 
@@ -290,7 +280,7 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                 scores.wait::<1>();
                 release(Plan::<T>::key_free(slot.stage), lane);
                 mask(&mut scores, tile);
-                let rescale = absorb(&mut rows, &mut scores);
+                let rescale = rows.absorb(&mut scores, params.scale_log2);
                 // The values are needed next round. Waiting for them here, on a parity that ptxas believes to depend on the
                 // sums (which are never negative), keeps it from sinking the softmax below the wait for O.
                 let sums_first = (rows.sum[0] < 0.0 || rows.sum[1] < 0.0) as u32;

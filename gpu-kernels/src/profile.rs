@@ -117,7 +117,7 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
             } else if mask == 1 || first + KEY_ROWS > end {
                 softmax::hide_unseen(&mut scores, first, lane, visible);
             }
-            let rescale = rows.absorb::<0>(&mut scores, params.scale_log2);
+            let rescale = rows.absorb(&mut scores, params.scale_log2);
             softmax::scale_rows(&mut output, rescale);
             let mut weights = T::Profile::weights(&scores);
             T::Profile::start_output(&mut output, &weights, Descriptor::image(value::<T>(stage), T::HEAD_DIM));

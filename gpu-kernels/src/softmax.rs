@@ -31,7 +31,7 @@ impl Rows {
     /// # Safety
     /// All lanes of the warp come here.
     #[inline(always)]
-    pub unsafe fn absorb<const FMA_SHARE: u32>(&mut self, scores: &mut impl Fragment, scale_log2: f32) -> [f32; 2] {
+    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, scale_log2: f32) -> [f32; 2] {
         let mut max = self.max;
         scores.for_each(
             #[inline(always)]
@@ -48,9 +48,7 @@ impl Rows {
             #[inline(always)]
             |i, score| {
                 let row = row_of(i);
-                let exponent = math::fma(*score, scale_log2, shift[row]);
-                let on_fma = FMA_SHARE > 0 && i % 8 < FMA_SHARE;
-                *score = if on_fma { math::exp2_on_fma(exponent) } else { math::exp2(exponent) };
+                *score = math::exp2(math::fma(*score, scale_log2, shift[row]));
                 sum[row] += *score;
             },
         );

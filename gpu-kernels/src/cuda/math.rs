@@ -37,18 +37,3 @@ pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     };
     out
 }
-
-/// 2^x for x <= 0, without the special-function unit: for where that unit is the bottleneck (FlashAttention-4). Relative error
-/// below 7.5e-5, a small part of the rounding of a weight to two bytes; below 2^-126 it returns about 2^-126.
-///
-/// x = n + f with n an integer and |f| <= 1/2; 2^f is the cubic of least relative error on that interval; n goes into the exponent.
-#[inline(always)]
-pub fn exp2_on_fma(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer, which stands in the low bits of the sum.
-    const TO_INTEGER: f32 = 12_582_912.0;
-    let x = x.max(-126.0);
-    let shifted = x + TO_INTEGER;
-    let f = x - (shifted - TO_INTEGER);
-    let power = fma(fma(fma(0.055_171_67, f, 0.242_611_13), f, 0.693_260_97), f, 0.999_928_06);
-    f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23))
-}
