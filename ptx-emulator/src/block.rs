@@ -440,7 +440,7 @@ impl<'a> Block<'a> {
             return Err(Trouble::new(FaultKind::Barrier, format!("named barrier {id}: a block has 0 to 15")));
         };
         let threads = threads.unwrap_or(all);
-        if threads == 0 || threads % 32 != 0 || threads > all {
+        if threads == 0 || !threads.is_multiple_of(32) || threads > all {
             let what = format!("named barrier {id} for {threads} threads: a multiple of 32 up to {all} is allowed");
             return Err(Trouble::new(FaultKind::Barrier, what));
         }

@@ -247,7 +247,7 @@ pub(crate) fn decode(
     // Falling off the end of a body returns.
     starts.push(decoder.code.len() as u32);
     let last = entry.statements.len().saturating_sub(1) as u32;
-    decoder.code.push(Inst { op: Op::Exit, guard: NO_GUARD, statement: last, first: false, fragment: false });
+    decoder.code.push(Inst { op: Op::Exit, guard: NO_GUARD, statement: last, first: false, fragment: NO_FRAGMENT });
     for inst in &mut decoder.code {
         match &mut inst.op {
             Op::Branch(target) => *target = starts[*target as usize],
@@ -255,9 +255,10 @@ pub(crate) fn decode(
             _ => {}
         }
     }
+    let mut fragment_uses = Vec::new();
     if decoder.has_wgmma {
         let constants: Vec<R> = decoder.constants32.values().chain(decoder.specials.values()).copied().collect();
-        mark_fragments(&mut decoder.code, decoder.registers[Class::R32 as usize] as usize, &constants);
+        fragment_uses = mark_fragments(&mut decoder.code, decoder.registers[Class::R32 as usize] as usize, &constants);
     }
     let lines = entry
         .statements
@@ -286,12 +287,13 @@ pub(crate) fn decode(
         required_block: entry.required_block,
         min_blocks: entry.min_blocks,
         has_wgmma: decoder.has_wgmma,
+        fragment_uses,
     })
 }
 
 /// Marks the operations that touch registers of a `wgmma`, or registers that a `mov` joins with them: ptxas makes one of the two.
 /// Constants do not join what they are moved to.
-fn mark_fragments(code: &mut [Inst], registers: usize, constants: &[R]) {
+fn mark_fragments(code: &mut [Inst], registers: usize, constants: &[R]) -> Vec<FragmentUse> {
     let mut constant = vec![false; registers];
     constants.iter().for_each(|r| constant[*r as usize] = true);
     let mut fragment = vec![false; registers];
@@ -318,11 +320,23 @@ fn mark_fragments(code: &mut [Inst], registers: usize, constants: &[R]) {
             break;
         }
     }
+    let mut uses = Vec::new();
     for inst in code {
-        let mut touches = false;
-        inst.op.visit32(&mut |r, _| touches |= fragment[r as usize]);
-        inst.fragment = touches;
+        let mut found =
+            FragmentUse { copy: matches!(inst.op, Op::Unary32(Unary32::Mov, ..)), ..FragmentUse::default() };
+        inst.op.visit32(&mut |r, how| match how {
+            // A copy needs its source even if that is a constant.
+            Use::Read if fragment[r as usize] || found.copy => found.reads.push(r),
+            Use::Write if fragment[r as usize] => found.writes.push(r),
+            _ => {}
+        });
+        if (found.copy && found.writes.is_empty()) || (found.reads.is_empty() && found.writes.is_empty()) {
+            continue;
+        }
+        inst.fragment = uses.len() as u32;
+        uses.push(found);
     }
+    uses
 }
 
 impl<'a> Decoder<'a> {
@@ -360,7 +374,7 @@ impl<'a> Decoder<'a> {
     }
 
     fn push(&mut self, op: Op) {
-        self.code.push(Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: false });
+        self.code.push(Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: NO_FRAGMENT });
     }
 
     fn statement(&mut self, index: u32, statement: &Statement) -> Result<(), Error> {
@@ -376,7 +390,7 @@ impl<'a> Decoder<'a> {
             // The guard is read once, before any of the operations may overwrite it.
             let copy = self.temp(Class::Pred);
             let op = Op::Pred(PredOp::Mov, copy, guard >> 1, guard >> 1);
-            self.code.insert(first, Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: false });
+            self.code.insert(first, Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: NO_FRAGMENT });
             guard = copy << 1 | guard & 1;
         }
         let unguarded = self.code.len() > first + 1 && guard != NO_GUARD;
@@ -2427,7 +2441,7 @@ impl<'a> Decoder<'a> {
     fn mma(&mut self, s: &Statement, m: &mut Mods) -> Decode {
         let shape = if m.parts.is_empty() { "" } else { m.parts.remove(0) };
         let n = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16")).and_then(|n| n.parse().ok());
-        let Some(n) = n.filter(|n: &usize| (8..=256).contains(n) && n % 8 == 0) else {
+        let Some(n) = n.filter(|n: &usize| (8..=256).contains(n) && n.is_multiple_of(8)) else {
             return Err(format!("shape `{shape}` is unknown: m64nNk16 with N a multiple of 8 up to 256"));
         };
         let types: Vec<&str> = std::mem::take(&mut m.parts);

@@ -387,8 +387,21 @@ pub(crate) struct Inst {
     pub statement: u32,
     /// First operation of its statement: the one that statistics count.
     pub first: bool,
-    /// Whether a register that a `wgmma` uses, or a copy of one, is an operand.
-    pub fragment: bool,
+    /// Index into [`Kernel::fragment_uses`] when registers that a `wgmma` uses, or copies of them, are operands; else
+    /// [`NO_FRAGMENT`].
+    pub fragment: u32,
+}
+
+/// No fragment register among the operands.
+pub(crate) const NO_FRAGMENT: u32 = u32::MAX;
+
+/// The fragment registers that an operation touches.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FragmentUse {
+    pub reads: Vec<R>,
+    pub writes: Vec<R>,
+    /// A `mov` from the one read to the one written.
+    pub copy: bool,
 }
 
 /// A statement's place in the text.
@@ -421,6 +434,7 @@ pub(crate) struct Kernel {
     pub required_block: Option<[u32; 3]>,
     pub min_blocks: u32,
     pub has_wgmma: bool,
+    pub fragment_uses: Vec<FragmentUse>,
 }
 
 /// How an operation uses a 32-bit register.

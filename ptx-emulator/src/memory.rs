@@ -139,7 +139,7 @@ fn write_bytes(words: &[AtomicU32], offset: usize, data: &[u8]) {
     let mut at = 0;
     while at < data.len() {
         let byte = offset + at;
-        if byte % 4 == 0 && data.len() - at >= 4 {
+        if byte.is_multiple_of(4) && data.len() - at >= 4 {
             words[byte / 4].store(u32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]), Relaxed);
             at += 4;
         } else {

@@ -751,13 +751,8 @@ impl<'a> Parser<'a> {
             Kind::Mark(b'[') => {
                 self.next();
                 let base = self.operand(scopes)?;
-                let offset = if self.accept(b'+') {
-                    self.int()?
-                } else if self.peek() == Kind::Mark(b'-') {
-                    self.int()?
-                } else {
-                    0
-                };
+                let signed = self.accept(b'+') || self.peek() == Kind::Mark(b'-');
+                let offset = if signed { self.int()? } else { 0 };
                 self.expect(b']')?;
                 match base {
                     Operand::Name(name, inner) => Operand::Address(Box::new(Operand::Name(name, 0)), inner + offset),

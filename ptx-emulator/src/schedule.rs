@@ -227,7 +227,8 @@ impl<'a> Runner<'a> {
         self.warps[warp].groups.first().map(|group| group.pc)
     }
 
-    fn fault(&self, warp: Option<usize>, pc: Option<usize>, trouble: Box<Trouble>) -> Fault {
+    fn fault(&self, warp: Option<usize>, pc: Option<usize>, trouble: impl Into<Box<Trouble>>) -> Fault {
+        let trouble = *trouble.into();
         let kernel = self.job.kernel;
         let (warp, statement) = match trouble.place {
             Some((warp, statement)) => (Some(warp), Some(statement)),

@@ -92,8 +92,8 @@ impl Shared {
         // Aligned power-of-two sizes, and whole 16-byte chunks.
         let flags = &self.flags[offset..offset + bytes];
         match bytes {
-            4 => u32::from_le_bytes(flags.try_into().unwrap()) & 0x0101_0101 * mask as u32 != 0,
-            8 => u64::from_le_bytes(flags.try_into().unwrap()) & 0x0101_0101_0101_0101 * mask as u64 != 0,
+            4 => u32::from_le_bytes(flags.try_into().unwrap()) & (0x0101_0101 * mask as u32) != 0,
+            8 => u64::from_le_bytes(flags.try_into().unwrap()) & (0x0101_0101_0101_0101 * mask as u64) != 0,
             _ => flags.iter().fold(0, |all, flag| all | flag) & mask != 0,
         }
     }

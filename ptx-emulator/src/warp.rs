@@ -316,8 +316,9 @@ impl Warp {
                     let p = self.predicates[(inst.guard >> 1) as usize];
                     mask & if inst.guard & 1 == 0 { p } else { !p }
                 };
-                if inst.fragment && active != 0 {
-                    self.fragments_touch(&inst.op).map_err(|trouble| (pc, trouble))?;
+                if inst.fragment != NO_FRAGMENT && active != 0 {
+                    self.fragments_touch(&kernel.fragment_uses[inst.fragment as usize])
+                        .map_err(|trouble| (pc, trouble))?;
                 }
                 // Operations on registers; the arms that fall out of the match go to the next operation.
                 match &inst.op {
@@ -736,6 +737,10 @@ impl Warp {
     /// Checks that all lanes named in the active lanes' masks are here; tells to wait if they may still come.
     fn gather(&self, mask: R, active: u32) -> Step<Option<Wait>> {
         let masks = &self.r32[mask as usize];
+        // The usual case: a full warp, every lane with the same full mask.
+        if active == u32::MAX && masks.iter().fold(u32::MAX, |all, mask| all & mask) == u32::MAX {
+            return Ok(None);
+        }
         for lane in lanes(active) {
             let mask = masks[lane];
             if mask >> lane & 1 == 0 {
@@ -759,37 +764,35 @@ impl Warp {
     // Fragments.
 
     /// An ordinary operation touches registers that products use, or copies of them.
-    #[inline(never)]
-    fn fragments_touch(&mut self, op: &Op) -> Step {
+    fn fragments_touch(&mut self, uses: &FragmentUse) -> Step {
         let (complete, now) = (self.complete, self.fences + 1);
         let fragments = &mut self.fragments;
-        if let Op::Unary32(Unary32::Mov, d, a) = op {
+        if let (true, [a], [d]) = (uses.copy, &uses.reads[..], &uses.writes[..]) {
             let (source, target) = (fragments[*a as usize], fragments[*d as usize]);
             if target.until > complete && target.role != Role::Copy {
                 return Err(in_flight(target, "written"));
             }
             // ptxas joins both ends of a copy, so what holds for the source holds for the copy.
-            let role = Role::Copy;
             let until = if source.role == Role::MatrixA { 0 } else { source.until };
             let touched = if source.touched == ALWAYS { now } else { source.touched };
-            fragments[*d as usize] = Fragment { until, role, touched, ..source };
+            fragments[*d as usize] = Fragment { until, role: Role::Copy, touched, ..source };
             return Ok(());
         }
-        let mut found = Ok(());
-        op.visit32(&mut |r, how| {
-            let fragment = &mut fragments[r as usize];
-            if fragment.until > complete && found.is_ok() {
-                match how {
-                    Use::Read => found = Err(in_flight(*fragment, "read")),
-                    Use::Write if fragment.role != Role::Copy => found = Err(in_flight(*fragment, "written")),
-                    Use::Write => fragment.until = 0,
-                }
+        for r in &uses.reads {
+            let fragment = &mut fragments[*r as usize];
+            if fragment.until > complete {
+                return Err(in_flight(*fragment, "read"));
             }
-            if fragment.touched != ALWAYS {
-                fragment.touched = now;
+            fragment.touched = now;
+        }
+        for r in &uses.writes {
+            let fragment = &mut fragments[*r as usize];
+            if fragment.until > complete && fragment.role != Role::Copy {
+                return Err(in_flight(*fragment, "written"));
             }
-        });
-        found
+            (fragment.until, fragment.touched) = (0, now);
+        }
+        Ok(())
     }
 
     /// Checks and marks the registers of a product, number `until` counted from 1.
@@ -1315,7 +1318,7 @@ impl Warp {
             let bytes = self.r32[bulk.bytes as usize][lane] as usize;
             let (_, shared) = self.place(Space::Shared, &bulk.shared, lane);
             let global = self.address(&bulk.global, lane);
-            if bytes % 16 != 0 {
+            if !bytes.is_multiple_of(16) {
                 let what = format!("a bulk copy of {bytes} bytes: it must be a multiple of 16");
                 return Err(Trouble::lane(FaultKind::BulkCopy, lane, what));
             }
@@ -1326,7 +1329,7 @@ impl Warp {
                 return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
             };
             block.hint = hint;
-            if global % 16 != 0 {
+            if !global.is_multiple_of(16) {
                 return Err(misaligned(global, 16, lane, "global"));
             }
             match &bulk.barrier {

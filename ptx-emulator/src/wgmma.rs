@@ -9,7 +9,7 @@ use crate::alu::Lanes;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::float::f16_to_f32;
-use crate::isa::{Half, Kernel, OperandA, SHARED_BASE, Wgmma};
+use crate::isa::{Half, Kernel, OperandA, R, SHARED_BASE, Wgmma};
 use crate::shared::{self, Shared};
 use crate::warp::Warp;
 use std::collections::{HashMap, VecDeque};
@@ -98,20 +98,30 @@ struct Range {
 
 /// Matrix B in f32, for each 8 columns: 16 of k, each with columns 0, 2, 4, 6, 1, 3, 5, 7, the order in which the accumulators of
 /// four lanes hold a row.
-pub(crate) struct Panel {
-    values: Vec<f32>,
+type Columns = [[f32; 8]; K];
+
+/// 16 rows of matrix A in f32.
+type Rows = [[f32; K]; 16];
+
+/// A matrix decoded from shared memory, which holds as long as nothing in its range changes.
+struct Decoded<T> {
+    values: Vec<T>,
     range: Range,
     version: u64,
 }
 
-/// Decoded B matrices, by descriptor, columns, order and type. A tile is used by every warpgroup.
+/// Decoded matrices by descriptor, rows, order and type: a tile of K or V is used by every warpgroup, one of Q many times.
 #[derive(Default)]
 pub(crate) struct Panels {
-    known: HashMap<(u64, usize, bool, bool), Rc<Panel>>,
+    a: HashMap<Key, Rc<Decoded<Rows>>>,
+    b: HashMap<Key, Rc<Decoded<Columns>>>,
 }
 
-/// Most panels kept.
-const PANELS: usize = 256;
+/// Descriptor, rows (M or N), M or N contiguous, bf16.
+type Key = (u64, usize, bool, bool);
+
+/// Most matrices of a kind that are kept.
+const KEPT: usize = 256;
 
 /// A product that no wait has released.
 pub(crate) struct Product {
@@ -119,7 +129,9 @@ pub(crate) struct Product {
     operation: usize,
     descriptors: (Option<u64>, u64),
     matrices: Vec<(Operand, Range)>,
-    panel: Rc<Panel>,
+    /// `None`: A in registers.
+    a: Option<Rc<Decoded<Rows>>>,
+    b: Rc<Decoded<Columns>>,
     pub place: (u32, u32),
 }
 
@@ -208,47 +220,43 @@ fn decode(chunk: [u32; 4], half: Half) -> [f32; 8] {
 /// Place of a column in its group of 8.
 const PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
-fn panel(shared: &Shared, operand: &Operand, half: Half) -> Vec<f32> {
-    let mut values = vec![0f32; operand.rows * K];
+fn columns_of_b(shared: &Shared, operand: &Operand, half: Half) -> Vec<Columns> {
+    let mut values = vec![[[0f32; 8]; K]; operand.rows / 8];
     let (rows, columns) = operand.extent();
     for i in 0..rows {
         for j in 0..columns {
             let chunk = decode(shared.chunk(operand.address(i, j) - SHARED_BASE as usize), half);
             if operand.transpose {
-                let to = &mut values[j * 8 * K + i * 8..][..8];
+                let to = &mut values[j][i];
                 chunk.iter().zip(PLACE).for_each(|(value, place)| to[place] = *value);
             } else {
-                let to = &mut values[i / 8 * 8 * K + PLACE[i % 8] + j * 64..];
-                chunk.iter().enumerate().for_each(|(k, value)| to[k * 8] = *value);
+                let to = &mut values[i / 8][8 * j..8 * j + 8];
+                to.iter_mut().zip(chunk).for_each(|(to, value)| to[PLACE[i % 8]] = value);
             }
         }
     }
     values
 }
 
-/// Rows `first` to `first + 16` of A in f32.
-fn rows_of_a(shared: &Shared, operand: &Operand, first: usize, half: Half) -> [[f32; K]; 16] {
-    let mut a = [[0f32; K]; 16];
-    if operand.transpose {
-        for k in 0..K {
-            for block in 0..2 {
-                let at = operand.address(k, first / 8 + block) - SHARED_BASE as usize;
-                decode(shared.chunk(at), half).iter().enumerate().for_each(|(i, value)| a[8 * block + i][k] = *value);
-            }
-        }
-    } else {
-        for (row, values) in a.iter_mut().enumerate() {
-            for j in 0..2 {
-                let at = operand.address(first + row, j) - SHARED_BASE as usize;
-                values[8 * j..8 * j + 8].copy_from_slice(&decode(shared.chunk(at), half));
+fn rows_of_a(shared: &Shared, operand: &Operand, half: Half) -> Vec<Rows> {
+    let mut values = vec![[[0f32; K]; 16]; operand.rows / 16];
+    let (rows, columns) = operand.extent();
+    for i in 0..rows {
+        for j in 0..columns {
+            let chunk = decode(shared.chunk(operand.address(i, j) - SHARED_BASE as usize), half);
+            if operand.transpose {
+                let to = &mut values[j / 2][j % 2 * 8..][..8];
+                to.iter_mut().zip(chunk).for_each(|(row, value)| row[i] = value);
+            } else {
+                values[i / 16][i % 16][8 * j..8 * j + 8].copy_from_slice(&chunk);
             }
         }
     }
-    a
+    values
 }
 
 /// A from four registers a lane: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8), row = lane / 4, k = 2 (lane % 4).
-fn registers_of_a(registers: [&Lanes<u32>; 4], half: Half) -> [[f32; K]; 16] {
+fn registers_of_a(registers: [&Lanes<u32>; 4], half: Half) -> Rows {
     let mut a = [[0f32; K]; 16];
     for (i, register) in registers.iter().enumerate() {
         for (lane, bits) in register.iter().enumerate() {
@@ -260,68 +268,97 @@ fn registers_of_a(registers: [&Lanes<u32>; 4], half: Half) -> [[f32; K]; 16] {
     a
 }
 
-/// Adds A times the columns of G groups to their accumulators.
-#[inline(always)]
-fn tile<const G: usize>(d: &mut [Lanes<f32>], a: &[[f32; K]; 16], panel: &[f32]) {
-    for quad in 0..4 {
-        let (half, first) = (quad / 2, quad % 2 * 4);
-        let mut sums = [[[0f32; 8]; G]; 4];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            for (group, sum) in sums.iter_mut().enumerate() {
-                let lane = 4 * (first + row);
-                sum[..4].copy_from_slice(&d[4 * group + 2 * half][lane..lane + 4]);
-                sum[4..].copy_from_slice(&d[4 * group + 2 * half + 1][lane..lane + 4]);
-            }
+/// Adds A times 8 columns to their four accumulators: rows 0 to 7, then 8 to 15, each as columns 0, 2, 4, 6 and 1, 3, 5, 7.
+fn multiply_group(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &Columns) {
+    for (row, factors) in a.iter().enumerate() {
+        let (half, lane) = (row / 8, row % 8 * 4);
+        let [even, odd] = [d[2 * half] as usize, d[2 * half + 1] as usize];
+        let mut sums: [f32; 8] =
+            std::array::from_fn(|i| f32::from_bits(registers[if i < 4 { even } else { odd }][lane + i % 4]));
+        for (factor, columns) in factors.iter().zip(b) {
+            sums.iter_mut().zip(columns).for_each(|(sum, column)| *sum = factor.mul_add(*column, *sum));
         }
-        for k in 0..K {
-            let columns: [[f32; 8]; G] =
-                std::array::from_fn(|group| std::array::from_fn(|i| panel[group * 8 * K + 8 * k + i]));
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let factor = a[4 * quad + row][k];
-                for (sum, column) in sums.iter_mut().zip(&columns) {
-                    for (sum, column) in sum.iter_mut().zip(column) {
-                        *sum = factor.mul_add(*column, *sum);
-                    }
-                }
-            }
-        }
-        for (row, sums) in sums.iter().enumerate() {
-            for (group, sum) in sums.iter().enumerate() {
-                let lane = 4 * (first + row);
-                d[4 * group + 2 * half][lane..lane + 4].copy_from_slice(&sum[..4]);
-                d[4 * group + 2 * half + 1][lane..lane + 4].copy_from_slice(&sum[4..]);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn multiply_groups(d: &mut [Lanes<f32>], a: &[[f32; K]; 16], panel: &[f32]) {
-    let groups = d.len() / 4;
-    for group in (0..groups).step_by(2) {
-        let panel = &panel[group * 8 * K..];
-        if group + 1 < groups {
-            tile::<2>(&mut d[4 * group..4 * group + 8], a, panel);
-        } else {
-            tile::<1>(&mut d[4 * group..4 * group + 4], a, panel);
+        for (i, sum) in sums.iter().enumerate() {
+            registers[if i < 4 { even } else { odd }][lane + i % 4] = sum.to_bits();
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_avx2(d: &mut [Lanes<f32>], a: &[[f32; K]; 16], panel: &[f32]) {
-    multiply_groups(d, a, panel);
+mod avx2 {
+    use super::{Columns, K, R, Rows};
+    use crate::alu::Lanes;
+    use std::arch::x86_64::*;
+
+    /// Eight accumulators of one row: four lanes of two registers.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn load(even: &Lanes<u32>, odd: &Lanes<u32>, lane: usize) -> __m256 {
+        let (even, odd) = (&even[lane..lane + 4], &odd[lane..lane + 4]);
+        // SAFETY: both slices have four elements of four bytes.
+        unsafe { _mm256_loadu2_m128(odd.as_ptr().cast(), even.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn store(to: &mut Lanes<u32>, lane: usize, half: __m128) {
+        let to = &mut to[lane..lane + 4];
+        // SAFETY: the slice has four elements of four bytes.
+        unsafe { _mm_storeu_ps(to.as_mut_ptr().cast(), half) }
+    }
+
+    /// [`super::multiply_group`] for G neighbouring groups, four rows at a time: for G = 2 the eight sums, two columns and a
+    /// factor stay in registers.
+    #[target_feature(enable = "avx2,fma")]
+    pub fn multiply<const G: usize>(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns; G]) {
+        for quad in 0..4 {
+            let (half, lane) = (quad / 2, quad % 2 * 16);
+            let pairs: [[usize; 2]; G] =
+                std::array::from_fn(|g| [d[4 * g + 2 * half] as usize, d[4 * g + 2 * half + 1] as usize]);
+            let mut sums = [[_mm256_setzero_ps(); G]; 4];
+            for r in 0..4 {
+                for g in 0..G {
+                    sums[r][g] = load(&registers[pairs[g][0]], &registers[pairs[g][1]], lane + 4 * r);
+                }
+            }
+            for k in 0..K {
+                // SAFETY: each array has eight floats.
+                let columns: [__m256; G] = std::array::from_fn(|g| unsafe { _mm256_loadu_ps(b[g][k].as_ptr()) });
+                for r in 0..4 {
+                    let factor = _mm256_set1_ps(a[4 * quad + r][k]);
+                    for g in 0..G {
+                        sums[r][g] = _mm256_fmadd_ps(factor, columns[g], sums[r][g]);
+                    }
+                }
+            }
+            for r in 0..4 {
+                for g in 0..G {
+                    store(&mut registers[pairs[g][0]], lane + 4 * r, _mm256_castps256_ps128(sums[r][g]));
+                    store(&mut registers[pairs[g][1]], lane + 4 * r, _mm256_extractf128_ps::<1>(sums[r][g]));
+                }
+            }
+        }
+    }
 }
 
-/// `d += a b`, d as N / 2 accumulators.
-fn multiply(d: &mut [Lanes<f32>], a: &[[f32; K]; 16], panel: &[f32]) {
+/// `d += a b` in the registers of one warp.
+fn multiply(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        // SAFETY: the CPU was just found to have the features that the function is compiled for.
-        return unsafe { multiply_avx2(d, a, panel) };
+        let (pairs, rest) = b.as_chunks::<2>();
+        for (pair, d) in pairs.iter().zip(d.chunks(8)) {
+            // SAFETY: the CPU was just found to have the features that the function is compiled for.
+            unsafe { avx2::multiply(registers, d, a, pair) };
+        }
+        if let [last] = rest {
+            // SAFETY: as above.
+            unsafe { avx2::multiply(registers, &d[d.len() - 4..], a, &[*last]) };
+        }
+        return;
     }
-    multiply_groups(d, a, panel);
+    for (group, d) in b.iter().zip(d.chunks(4)) {
+        multiply_group(registers, d, a, group);
+    }
 }
 
 /// One warp issues a product: all its lanes are active.
@@ -365,22 +402,23 @@ pub(crate) fn issue(block: &mut Block, warp: &mut Warp, op: &Wgmma, operation: u
     let product = &warpgroup.products[at];
     warp.fragments_issue(op, number + 1)?;
 
-    let mut a = match op.a {
-        OperandA::Descriptor(_) => rows_of_a(&block.shared, &product.matrices[1].0, 16 * rank, op.half),
-        OperandA::Registers(r) => registers_of_a(r.map(|r| &warp.r32[r as usize]), op.half),
+    let in_registers;
+    let mut a = match (op.a, &product.a) {
+        (OperandA::Registers(r), _) => {
+            in_registers = registers_of_a(r.map(|r| &warp.r32[r as usize]), op.half);
+            &in_registers
+        }
+        (_, a) => &a.as_ref().expect("a product with a descriptor has A").values[rank],
     };
+    let negated;
     if op.negate_a != op.negate_b {
-        a.iter_mut().flatten().for_each(|value| *value = -*value);
+        negated = a.map(|row| row.map(|value| -value));
+        a = &negated;
     }
-    let mut d: Vec<Lanes<f32>> = if scale == 0 {
-        vec![[0.0; 32]; op.d.len()]
-    } else {
-        op.d.iter().map(|r| warp.r32[*r as usize].map(f32::from_bits)).collect()
-    };
-    multiply(&mut d, &a, &product.panel.values);
-    for (r, lanes) in op.d.iter().zip(&d) {
-        warp.r32[*r as usize] = lanes.map(f32::to_bits);
+    if scale == 0 {
+        op.d.iter().for_each(|r| warp.r32[*r as usize] = [0; 32]);
     }
+    multiply(&mut warp.r32, &op.d, a, &product.b.values);
     block.counters.products += (16 * op.n * K) as u64;
     block.progress += 1;
     Ok(())
@@ -395,37 +433,49 @@ fn start(
     place: (u32, u32),
 ) -> Step<Product> {
     let warp = place.0 as usize;
-    let b = Operand::new(descriptors.1, op.transpose_b, op.n)?;
-    let key = (descriptors.1, op.n, op.transpose_b, op.half == Half::Bf16);
-    let known = block
-        .panels
-        .known
-        .get(&key)
-        .filter(|panel| panel.version == block.shared.version(panel.range.low, panel.range.high - panel.range.low));
-    let panel = match known {
-        Some(panel) => panel.clone(),
-        None => {
-            let range = b.range(&block.shared, "B")?;
-            for at in b.chunks() {
-                block.shared.readable_by_proxy(at - SHARED_BASE as usize, 16, warp, "wgmma read of matrix B")?;
-            }
-            let version = block.shared.version(range.low, range.high - range.low);
-            let panel = Rc::new(Panel { values: panel(&block.shared, &b, op.half), range, version });
-            if block.panels.known.len() >= PANELS {
-                block.panels.known.clear();
-            }
-            block.panels.known.insert(key, panel.clone());
-            panel
-        }
-    };
-    let mut matrices = vec![(b, panel.range)];
+    let (shared, bf16) = (&block.shared, op.half == Half::Bf16);
+    let (b_matrix, b) =
+        look_up(shared, &mut block.panels.b, (descriptors.1, op.n, op.transpose_b, bf16), "B", warp, |m| {
+            columns_of_b(shared, m, op.half)
+        })?;
+    let mut matrices = vec![(b_matrix, b.range)];
+    let mut a = None;
     if let Some(descriptor) = descriptors.0 {
-        let a = Operand::new(descriptor, op.transpose_a, 64)?;
-        let range = a.range(&block.shared, "A")?;
-        for at in a.chunks() {
-            block.shared.readable_by_proxy(at - SHARED_BASE as usize, 16, warp, "wgmma read of matrix A")?;
-        }
-        matrices.push((a, range));
+        let key = (descriptor, 64, op.transpose_a, bf16);
+        let (matrix, decoded) =
+            look_up(shared, &mut block.panels.a, key, "A", warp, |m| rows_of_a(shared, m, op.half))?;
+        matrices.push((matrix, decoded.range));
+        a = Some(decoded);
     }
-    Ok(Product { operation, descriptors, matrices, panel, place })
+    Ok(Product { operation, descriptors, matrices, a, b, place })
+}
+
+/// The matrix that a key describes, decoded anew if its memory has changed; its bytes must be readable by the product.
+fn look_up<T>(
+    shared: &Shared,
+    known: &mut HashMap<Key, Rc<Decoded<T>>>,
+    key: Key,
+    name: &str,
+    warp: usize,
+    decode: impl Fn(&Operand) -> Vec<T>,
+) -> Step<(Operand, Rc<Decoded<T>>)> {
+    let (descriptor, rows, transpose, _) = key;
+    let operand = Operand::new(descriptor, transpose, rows)?;
+    let version = |range: Range| shared.version(range.low, range.high - range.low);
+    if let Some(decoded) = known.get(&key)
+        && decoded.version == version(decoded.range)
+    {
+        return Ok((operand, decoded.clone()));
+    }
+    let range = operand.range(shared, name)?;
+    let doing = format!("wgmma read of matrix {name}");
+    for at in operand.chunks() {
+        shared.readable_by_proxy(at - SHARED_BASE as usize, 16, warp, &doing)?;
+    }
+    let decoded = Rc::new(Decoded { values: decode(&operand), range, version: version(range) });
+    if known.len() >= KEPT {
+        known.clear();
+    }
+    known.insert(key, decoded.clone());
+    Ok((operand, decoded))
 }

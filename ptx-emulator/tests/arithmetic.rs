@@ -109,13 +109,13 @@ impl Kind {
         let mut out: Vec<u64> = (0..32)
             .map(|i| {
                 let bits = random.bits();
-                if i < special.len() && random.bits() % 4 != 0 {
+                if i < special.len() && !random.bits().is_multiple_of(4) {
                     return special[(bits % special.len() as u64) as usize];
                 }
                 match self {
                     F32 => ((random.unit() * 10f32.powi((bits % 12) as i32 - 4)).to_bits()) as u64,
                     F64 => (random.unit() as f64 * 10f64.powi((bits % 12) as i32 - 4)).to_bits(),
-                    F16 => (bits & 0xbfff & 0xfbff) as u64,
+                    F16 => bits & 0xbbff,
                     Bf16 => ((random.unit() * 10f32.powi((bits % 8) as i32 - 4)).to_bits() >> 16) as u64,
                     F16x2 => bits & 0xbbff_bbff,
                     Bf16x2 => ((random.unit().to_bits() & 0xffff_0000) | random.unit().to_bits() >> 16) as u64,
@@ -421,7 +421,7 @@ fn integers_of_64_and_16_bits() {
             case("sub.s16 $d, $a, $b", I16, &[I16, I16], |a, b, _| a.wrapping_sub(b)),
             case("mul.lo.s16 $d, $a, $b", I16, &[I16, I16], |a, b, _| a * b),
             case("mul.hi.s16 $d, $a, $b", I16, &[I16, I16], |a, b, _| ((s16(a) as i32 * s16(b) as i32) >> 16) as u64),
-            case("mul.hi.u16 $d, $a, $b", I16, &[I16, I16], |a, b, _| a * b >> 16),
+            case("mul.hi.u16 $d, $a, $b", I16, &[I16, I16], |a, b, _| (a * b) >> 16),
             case("mul.wide.s16 $d, $a, $b", I32, &[I16, I16], |a, b, _| (s16(a) as i32 * s16(b) as i32) as u64),
             case("mul.wide.u16 $d, $a, $b", I32, &[I16, I16], |a, b, _| a * b),
             case("mad.lo.s16 $d, $a, $b, $c", I16, &[I16, I16, I16], |a, b, c| a * b + c),
@@ -559,10 +559,14 @@ fn comparisons_and_selections() {
             }),
             case("setp.num.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(!f(x).is_nan() && !f(y).is_nan())),
             case("setp.nan.f32 $d, $a, $b", Pred, &[F32, F32], |x, y, _| b(f(x).is_nan() || f(y).is_nan())),
-            case("setp.ltu.f64 $d, $a, $b", Pred, &[F64, F64], |x, y, _| b(!(d(x) >= d(y)))),
+            case("setp.ltu.f64 $d, $a, $b", Pred, &[F64, F64], |x, y, _| {
+                b(d(x) < d(y) || d(x).is_nan() || d(y).is_nan())
+            }),
             case("setp.gt.f64 $d, $a, $b", Pred, &[F64, F64], |x, y, _| b(d(x) > d(y))),
             case("setp.lt.f16 $d, $a, $b", Pred, &[F16, F16], |x, y, _| b(h(x) < h(y))),
-            case("setp.gtu.bf16 $d, $a, $b", Pred, &[Bf16, Bf16], |x, y, _| b(!(bf(x) <= bf(y)))),
+            case("setp.gtu.bf16 $d, $a, $b", Pred, &[Bf16, Bf16], |x, y, _| {
+                b(bf(x) > bf(y) || bf(x).is_nan() || bf(y).is_nan())
+            }),
             case("setp.lt.and.s32 $d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) < s32(y)) & p),
             case("setp.lt.or.s32 $d, $a, $b, !$c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) < s32(y)) | !p & 1),
             case("setp.lt.xor.u32 $d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(x < y) ^ p),
