@@ -385,7 +385,8 @@ impl Shape {
 
 /// Whether every row starts at a multiple of 16 bytes.
 fn is_aligned(tensor: &Tensor, shape: Shape) -> bool {
-    tensor.data % WIDE == 0 && shape.dimensions(tensor).all(|(_, stride)| stride * ELEMENT % WIDE == 0)
+    tensor.data.is_multiple_of(WIDE)
+        && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / ELEMENT))
 }
 
 /// Everything that can be seen to be wrong with a call without looking at device memory.
@@ -533,7 +534,7 @@ fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
                 "Contiguous [B, S, H, D] has row = heads x head_dim, head = head_dim, batch = S x heads x head_dim",
             ));
         }
-        extent = (count - 1) * stride + extent;
+        extent += (count - 1) * stride;
     }
     Ok(())
 }

@@ -200,8 +200,14 @@ impl Drop for Current {
 
 /// The kernels of one PTX text on one device.
 pub(crate) enum Loaded {
-    Gpu { module: sys::CUmodule, functions: [sys::CUfunction; 4], gpu: Arc<Gpu> },
+    Gpu { functions: [sys::CUfunction; 4], _module: GpuModule },
     Emulator { module: ptx_emulator::Module },
+}
+
+/// A module in a context, unloaded on drop.
+pub(crate) struct GpuModule {
+    module: sys::CUmodule,
+    gpu: Arc<Gpu>,
 }
 
 // SAFETY: modules and functions are handles that any thread may use while their context is current.
@@ -209,13 +215,11 @@ unsafe impl Send for Loaded {}
 // SAFETY: as above; nothing here changes after construction.
 unsafe impl Sync for Loaded {}
 
-impl Drop for Loaded {
+impl Drop for GpuModule {
     fn drop(&mut self) {
-        if let Loaded::Gpu { module, gpu, .. } = self
-            && let Ok(_current) = Current::push(gpu.context)
-        {
-            // SAFETY: loaded once, in this context, and used by nobody after this.
-            let _ = unsafe { sys::cuModuleUnload(*module) };
+        if let Ok(_current) = Current::push(self.gpu.context) {
+            // SAFETY: loaded once, in this context; its functions are kept beside it and used by nobody after this.
+            let _ = unsafe { sys::cuModuleUnload(self.module) };
         }
     }
 }
@@ -570,12 +574,13 @@ fn load_on_gpu(gpu: &Arc<Gpu>, name: &str, ptx: &str, entries: [(&str, u32); 4])
         }
         other => other,
     })?;
+    let module = GpuModule { module, gpu: Arc::clone(gpu) };
     let mut functions = [std::ptr::null_mut(); 4];
     for (function, (entry, shared_bytes)) in functions.iter_mut().zip(entries) {
         let entry = text("entry", entry)?;
         // SAFETY: the module is loaded, the name terminated, `function` live; the function is used with its own module.
         unsafe {
-            check("cuModuleGetFunction", sys::cuModuleGetFunction(function, module, entry.as_ptr()))?;
+            check("cuModuleGetFunction", sys::cuModuleGetFunction(function, module.module, entry.as_ptr()))?;
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             check("cuFuncSetAttribute", sys::cuFuncSetAttribute(*function, attribute, shared_bytes as c_int))?;
             // Lazy loading would put an allocation into the first launch, which may be under graph capture.
@@ -584,5 +589,5 @@ fn load_on_gpu(gpu: &Arc<Gpu>, name: &str, ptx: &str, entries: [(&str, u32); 4])
             }
         }
     }
-    Ok(Loaded::Gpu { module, functions, gpu: Arc::clone(gpu) })
+    Ok(Loaded::Gpu { functions, _module: module })
 }

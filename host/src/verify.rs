@@ -470,7 +470,7 @@ fn compare_profile(
     let gap = (expected.errors[0].sqrt() - expected.errors[1].sqrt()).abs() / expected.dense_rms;
     let clear = gap > tolerances[0] + tolerances[1];
     let own = if found_errors[1] < found_errors[0] { HeadType::Temporal } else { HeadType::Spatial };
-    let plant = if place.head % 2 == 0 { HeadType::Spatial } else { HeadType::Temporal };
+    let plant = if place.head.is_multiple_of(2) { HeadType::Spatial } else { HeadType::Temporal };
     let wrong = found.head_type != own
         || (clear && found.head_type != expected.head_type())
         || (planted && found.head_type != plant);
