@@ -100,7 +100,10 @@ impl Assembled {
 /// Options of `opt` and `llc`.
 fn flags(arch: Arch, feature: Option<&str>) -> Vec<String> {
     let mut flags = vec!["-O3".to_string(), format!("-mcpu={}", arch.name())];
-    flags.extend(feature.map(|feature| format!("-mattr=+{feature}")));
+    if let Some(feature) = feature {
+        // Without comments: those of LLVM name functions with hashes, which a new version of any dependency changes.
+        flags.extend([format!("-mattr=+{feature}"), "-asm-verbose=false".to_string()]);
+    }
     flags
 }
 

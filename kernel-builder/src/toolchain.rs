@@ -10,6 +10,7 @@
 //! A usable one is Rust 1.96 or later with the `rust-src` component, and an `opt` and `llc` of LLVM 22 or later that are not
 //! older than rustc's own LLVM: they read the IR that rustc writes.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsStr;
 use std::fmt;
@@ -386,20 +387,24 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for finding in &self.findings {
             let mark = match (&finding.path, finding.required) {
-                (Some(_), _) => "found  ",
+                (Some(_), _) => "found",
                 (None, true) => "MISSING",
-                (None, false) => "absent ",
+                (None, false) => "absent",
             };
-            write!(f, "{mark} {:<10} {:<37}", finding.tool, finding.purpose)?;
-            match (&finding.path, &finding.mend) {
-                (Some(path), _) => writeln!(f, " {} {}", path.display(), finding.version.as_deref().unwrap_or(""))?,
-                (None, mend) => writeln!(f, " get it with: {}", mend.as_deref().unwrap_or(""))?,
-            }
+            let version = finding.version.as_deref().unwrap_or("");
+            let place =
+                finding.path.as_deref().map(|path| format!("{version}  {}", path.display())).unwrap_or_default();
+            let line = format!("{mark:<8}{:<10}{:<37}{place}", finding.tool, finding.purpose);
+            writeln!(f, "{}", line.trim_end())?;
         }
-        if !self.can_build() {
-            writeln!(f, "{}", list(&self.rejected))?;
+        // Tools that come together have one mend together.
+        let mends: BTreeSet<&str> = self.findings.iter().filter_map(|finding| finding.mend.as_deref()).collect();
+        for mend in mends {
+            let tools = self.findings.iter().filter(|finding| finding.mend.as_deref() == Some(mend));
+            let tools: Vec<&str> = tools.map(|finding| finding.tool).collect();
+            writeln!(f, "to get {}: {mend}", tools.join(", "))?;
         }
-        Ok(())
+        if self.can_build() { Ok(()) } else { writeln!(f, "{}", list(&self.rejected)) }
     }
 }
 

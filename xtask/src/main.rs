@@ -12,7 +12,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
                 pictures go to demo-report/
-  test [ARGS]   set up what is missing, ptxas and disassembler included, and run every test; ARGS go to cargo test
+  test [ARGS]   set up what is missing, ptxas and disassembler included, and run every test; or, with ARGS, what
+                cargo test ARGS runs
   kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
@@ -73,9 +74,11 @@ fn demo() -> Result<(), String> {
 fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;
-    step("running every test");
+    let everything = ["--workspace".to_string()];
+    let chosen = if arguments.is_empty() { &everything } else { arguments };
+    step(&format!("cargo test {}", chosen.join(" ")));
     // A snapshot that differs is a failure, never a new file.
-    run(cargo().args(["test", "--workspace"]).args(arguments).env("INSTA_UPDATE", "no"))
+    run(cargo().arg("test").args(chosen).env("INSTA_UPDATE", "no"))
 }
 
 /// One line about what is done next.
