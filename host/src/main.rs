@@ -191,12 +191,13 @@ fn load(file: &str, text: &str, device: &Device, on: &On, bar: &Bar) -> Result<s
 }
 
 /// Operations a second of the emulator on one core, in its attention kernel, rounded.
-const EMULATED_FLOPS: f64 = 1e9;
+const EMULATED_FLOPS: f64 = 4e9;
 
 /// Refuses what nobody would wait for, unless the emulator was asked for by name.
 fn check_emulation(spec: &Spec) -> Result<()> {
     let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
-    let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
+    // Memory does not keep up with more.
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16)) as f64;
     let minutes = flops / EMULATED_FLOPS / cores / 60.0;
     if minutes < 10.0 {
         return Ok(());
