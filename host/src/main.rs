@@ -196,7 +196,7 @@ const EMULATED_FLOPS: f64 = 4e9;
 /// Refuses what nobody would wait for, unless the emulator was asked for by name.
 fn check_emulation(spec: &Spec) -> Result<()> {
     let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
-    // Memory does not keep up with more.
+    // Measured on two; how far it scales beyond is not known, so the estimate stops believing at 16.
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16)) as f64;
     let minutes = flops / EMULATED_FLOPS / cores / 60.0;
     if minutes < 10.0 {
