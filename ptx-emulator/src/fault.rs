@@ -48,7 +48,7 @@ pub enum FaultKind {
     Operand,
     /// No warp can ever go on.
     Deadlock,
-    /// Warps run, but nothing has happened for too long.
+    /// Warps run, but nothing has happened for too long, or more than the limit was executed.
     Livelock,
     /// A `trap` instruction.
     Trap,

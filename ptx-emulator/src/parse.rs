@@ -101,6 +101,13 @@ pub(crate) struct Variable {
     pub init: Vec<Init>,
 }
 
+/// Most bytes of an array, registers of a declaration, and bytes of parameters (PTX ISA 8.1 and later: 32764).
+const MAX_ARRAY: i64 = 1 << 30;
+const MAX_REGISTERS: i64 = 1 << 20;
+const MAX_PARAM_BYTES: u64 = 32764;
+/// Deepest nesting of braces in an operand or initial value: two levels are ever used.
+const MAX_DEPTH: usize = 8;
+
 /// Target statement of each label, by the scope that declares it.
 type Labels = HashMap<(usize, String), usize>;
 
@@ -351,6 +358,27 @@ impl<'a> Parser<'a> {
         self.fail(format!("expected an integer, found {}", self.describe()))
     }
 
+    /// An integer from `low` to `high`; `what` names it in the error.
+    fn bounded(&mut self, what: &str, low: i64, high: i64) -> Result<u64, Error> {
+        let line = self.line();
+        let value = self.int()?;
+        if !(low..=high).contains(&value) {
+            let what = format!("{what} is {value}: {low} to {high} is allowed");
+            return Err(Error::at(self.module, line, what));
+        }
+        Ok(value as u64)
+    }
+
+    /// A power of two up to 64 KiB.
+    fn alignment(&mut self) -> Result<u64, Error> {
+        let line = self.line();
+        let align = self.bounded("an alignment", 1, 1 << 16)?;
+        if !align.is_power_of_two() {
+            return Err(Error::at(self.module, line, format!("alignment {align} is not a power of two")));
+        }
+        Ok(align)
+    }
+
     /// Tokens up to the end of the current line: for directives without a terminator.
     fn skip_line(&mut self) {
         let line = self.line();
@@ -431,7 +459,7 @@ impl<'a> Parser<'a> {
         loop {
             let mut variable = self.declarator(space, align, bits)?;
             if self.accept(b'=') {
-                self.initialiser(bits as usize / 8, &mut variable.init)?;
+                self.initialiser(bits as usize / 8, &mut variable.init, 0)?;
             }
             out.push(variable);
             if !self.accept(b',') {
@@ -441,18 +469,14 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `[.align n] [.v2|.v4] .type`, in any order of the attributes; alignment in bytes, element size in bits.
+    /// `[.align n] .type`; alignment in bytes, element size in bits.
     fn alignment_and_type(&mut self) -> Result<(Option<u64>, u32), Error> {
-        let (mut align, mut lanes) = (None, 1);
+        let mut align = None;
         loop {
-            let word = self.word()?;
-            match word {
-                ".align" => align = Some(self.int()? as u64),
-                ".v2" => lanes = 2,
-                ".v4" => lanes = 4,
-                ".ptr" | ".attribute" => return self.fail(format!("`{word}` is not known here")),
-                _ => match word.strip_prefix('.').and_then(type_bits) {
-                    Some(bits) if bits >= 8 => return Ok((align, bits * lanes)),
+            match self.word()? {
+                ".align" => align = Some(self.alignment()?),
+                word => match word.strip_prefix('.').and_then(type_bits) {
+                    Some(bits) if bits >= 8 => return Ok((align, bits)),
                     _ => return self.fail(format!("unknown type `{word}`")),
                 },
             }
@@ -466,18 +490,21 @@ impl<'a> Parser<'a> {
             if self.accept(b']') {
                 bytes = None;
             } else {
-                let count = self.int()? as u64;
-                bytes = bytes.map(|bytes| bytes * count);
+                let count = self.bounded("the size of an array", 0, MAX_ARRAY)?;
+                bytes = bytes.and_then(|bytes| bytes.checked_mul(count)).filter(|bytes| *bytes <= MAX_ARRAY as u64);
+                if bytes.is_none() {
+                    return self.fail(format!("`{name}` is larger than {MAX_ARRAY} bytes"));
+                }
                 self.expect(b']')?;
             }
         }
         Ok(Variable { name, space, align: align.unwrap_or(bits as u64 / 8), bytes, init: Vec::new() })
     }
 
-    fn initialiser(&mut self, element: usize, out: &mut Vec<Init>) -> Result<(), Error> {
-        if self.accept(b'{') {
+    fn initialiser(&mut self, element: usize, out: &mut Vec<Init>, depth: usize) -> Result<(), Error> {
+        if depth < MAX_DEPTH && self.accept(b'{') {
             while !self.accept(b'}') {
-                self.initialiser(element, out)?;
+                self.initialiser(element, out, depth + 1)?;
                 if self.peek() != Kind::Mark(b'}') {
                     self.expect(b',')?;
                 }
@@ -557,12 +584,16 @@ impl<'a> Parser<'a> {
         Ok(entry)
     }
 
+    /// Threads in x, y, z; their product is at most 1024.
     fn extent(&mut self) -> Result<[u32; 3], Error> {
-        let mut extent = [self.int()? as u32, 1, 1];
+        let mut extent = [self.bounded("a block size", 1, 1024)? as u32, 1, 1];
         for size in &mut extent[1..] {
             if self.accept(b',') {
-                *size = self.int()? as u32;
+                *size = self.bounded("a block size", 1, 1024)? as u32;
             }
+        }
+        if extent.iter().product::<u32>() > 1024 {
+            return self.fail(format!("a block of {extent:?} threads has more than 1024"));
         }
         Ok(extent)
     }
@@ -577,7 +608,7 @@ impl<'a> Parser<'a> {
             match word {
                 ".align" => {
                     self.next();
-                    align = Some(self.int()? as u64);
+                    align = Some(self.alignment()?);
                 }
                 ".ptr" | ".global" | ".shared" | ".const" | ".local" => {
                     self.next();
@@ -601,6 +632,9 @@ impl<'a> Parser<'a> {
         let Some(bytes) = variable.bytes else { return self.fail("a parameter has no size") };
         let offset = entry.param_bytes.next_multiple_of(variable.align.max(1));
         entry.param_bytes = offset + bytes;
+        if entry.param_bytes > MAX_PARAM_BYTES {
+            return self.fail(format!("{} bytes of parameters; {MAX_PARAM_BYTES} are allowed", entry.param_bytes));
+        }
         entry.params.push((variable, offset));
         Ok(())
     }
@@ -677,9 +711,12 @@ impl<'a> Parser<'a> {
             let file = &mut entry.registers[class as usize];
             let first = Reg { class, index: *file, bits: bits as u8 };
             if self.accept(b'<') {
-                let count = self.int()? as u32;
+                let count = self.bounded("a number of registers", 0, MAX_REGISTERS)? as u32;
                 self.expect(b'>')?;
                 entry.registers[class as usize] += count;
+                if entry.registers[class as usize] as i64 > MAX_REGISTERS {
+                    return self.fail(format!("more than {MAX_REGISTERS} registers"));
+                }
                 scope.ranges.insert(name, (first, count));
             } else {
                 *file += 1;
@@ -720,7 +757,7 @@ impl<'a> Parser<'a> {
         let opcode = self.word()?.to_string();
         let mut operands = Vec::new();
         while !self.accept(b';') {
-            operands.push(self.operand(scopes)?);
+            operands.push(self.operand(scopes, 0)?);
             if self.peek() != Kind::Mark(b';') {
                 self.expect(b',')?;
             }
@@ -733,7 +770,10 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn operand(&mut self, scopes: &[Scope]) -> Result<Operand, Error> {
+    fn operand(&mut self, scopes: &[Scope], depth: usize) -> Result<Operand, Error> {
+        if depth > MAX_DEPTH {
+            return self.fail("an operand is nested too deeply");
+        }
         let operand = match self.peek() {
             // Parentheses hold the lists of a call.
             Kind::Mark(open @ (b'{' | b'(')) => {
@@ -741,7 +781,7 @@ impl<'a> Parser<'a> {
                 let close = if open == b'{' { b'}' } else { b')' };
                 let mut elements = Vec::new();
                 while !self.accept(close) {
-                    elements.push(self.operand(scopes)?);
+                    elements.push(self.operand(scopes, depth + 1)?);
                     if self.peek() != Kind::Mark(close) {
                         self.expect(b',')?;
                     }
@@ -750,22 +790,24 @@ impl<'a> Parser<'a> {
             }
             Kind::Mark(b'[') => {
                 self.next();
-                let base = self.operand(scopes)?;
+                let base = self.operand(scopes, depth + 1)?;
                 let signed = self.accept(b'+') || self.peek() == Kind::Mark(b'-');
                 let offset = if signed { self.int()? } else { 0 };
                 self.expect(b']')?;
                 match base {
-                    Operand::Name(name, inner) => Operand::Address(Box::new(Operand::Name(name, 0)), inner + offset),
+                    Operand::Name(name, inner) => {
+                        Operand::Address(Box::new(Operand::Name(name, 0)), inner.wrapping_add(offset))
+                    }
                     base => Operand::Address(Box::new(base), offset),
                 }
             }
             Kind::Mark(b'!') => {
                 self.next();
-                Operand::Not(Box::new(self.operand(scopes)?))
+                Operand::Not(Box::new(self.operand(scopes, depth + 1)?))
             }
             Kind::Mark(b'-') => {
                 self.next();
-                match self.operand(scopes)? {
+                match self.operand(scopes, depth + 1)? {
                     Operand::Int(value) => Operand::Int(value.wrapping_neg()),
                     Operand::F64(bits) => Operand::F64((-f64::from_bits(bits)).to_bits()),
                     _ => return self.fail("`-` stands before something that is not a number"),
@@ -798,7 +840,7 @@ impl<'a> Parser<'a> {
             _ => return self.fail(format!("expected an operand, found {}", self.describe())),
         };
         if self.accept(b'|') {
-            let second = self.operand(scopes)?;
+            let second = self.operand(scopes, depth + 1)?;
             return Ok(Operand::Pair(Box::new(operand), Box::new(second)));
         }
         Ok(operand)

@@ -38,11 +38,13 @@ pub struct Launch {
 pub struct Limits {
     /// Warp instructions that a block may execute without any store, barrier, copy or product before that is called a livelock.
     pub idle_instructions: u64,
+    /// Warp instructions that a block may execute at all.
+    pub instructions: u64,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { idle_instructions: 200_000_000 }
+        Limits { idle_instructions: 200_000_000, instructions: u64::MAX }
     }
 }
 
@@ -173,6 +175,10 @@ impl<'a> Runner<'a> {
                     let woken = (0..count).map(|i| (warp + 1 + i) % count).find(|i| waiting(&self.warps[*i]));
                     // Without anyone to wake, the warp goes on where it was.
                     next = woken.unwrap_or(if paused { warp } else { next });
+                }
+                if self.block.clock > self.job.limits.instructions {
+                    let what = format!("{} warp instructions executed:{}", self.block.clock, self.describe_warps());
+                    return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Livelock, what)));
                 }
                 if self.block.progress != last.0 {
                     last = (self.block.progress, self.block.clock);

@@ -316,9 +316,9 @@ mod avx2 {
             let pairs: [[usize; 2]; G] =
                 std::array::from_fn(|g| [d[4 * g + 2 * half] as usize, d[4 * g + 2 * half + 1] as usize]);
             let mut sums = [[_mm256_setzero_ps(); G]; 4];
-            for r in 0..4 {
-                for g in 0..G {
-                    sums[r][g] = load(&registers[pairs[g][0]], &registers[pairs[g][1]], lane + 4 * r);
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (sum, [even, odd]) in sums.iter_mut().zip(pairs) {
+                    *sum = load(&registers[even], &registers[odd], lane + 4 * r);
                 }
             }
             for k in 0..K {
@@ -331,10 +331,10 @@ mod avx2 {
                     }
                 }
             }
-            for r in 0..4 {
-                for g in 0..G {
-                    store(&mut registers[pairs[g][0]], lane + 4 * r, _mm256_castps256_ps128(sums[r][g]));
-                    store(&mut registers[pairs[g][1]], lane + 4 * r, _mm256_extractf128_ps::<1>(sums[r][g]));
+            for (r, sums) in sums.iter().enumerate() {
+                for (sum, [even, odd]) in sums.iter().zip(pairs) {
+                    store(&mut registers[even], lane + 4 * r, _mm256_castps256_ps128(*sum));
+                    store(&mut registers[odd], lane + 4 * r, _mm256_extractf128_ps::<1>(*sum));
                 }
             }
         }

@@ -189,7 +189,7 @@ fn livelock() {
     let out = memory.alloc(16, 4).unwrap();
     memory.fill(out, 16, 0).unwrap();
     let params = [out.to_le_bytes(); 2].concat();
-    let limits = Limits { idle_instructions: 1_000_000 };
+    let limits = Limits { idle_instructions: 1_000_000, ..Limits::default() };
     let fault = module(&ptx).launch_with(&memory, "test", one_block(32, 0), &params, limits).unwrap_err();
     assert_eq!(fault.kind, FaultKind::Livelock);
     assert!(fault.what.contains("without a store, barrier, copy or product"), "{fault}");

@@ -1,0 +1,407 @@
+//! Loads, stores, atomics and matrix moves of a warp, lane by lane.
+
+use super::{Warp, lanes, space_of};
+use crate::alu::*;
+use crate::block::Block;
+use crate::fault::{FaultKind, Step, Trouble};
+use crate::isa::*;
+use crate::memory::{Span, store_part};
+use crate::shared::misaligned;
+use std::sync::atomic::Ordering::Relaxed;
+
+impl Warp {
+    #[inline(always)]
+    pub(super) fn address(&self, address: &Address, lane: usize) -> u64 {
+        let base = match address.base {
+            Base::None => 0,
+            Base::R32(r) => self.r32[r as usize][lane] as u64,
+            Base::R64(r) => self.r64[r as usize][lane],
+        };
+        let sum = base.wrapping_add(address.offset as u64);
+        if let Base::R32(_) = address.base { sum & 0xffff_ffff } else { sum }
+    }
+
+    /// Space and address in it.
+    #[inline(always)]
+    pub(super) fn place(&self, space: Space, address: &Address, lane: usize) -> (Space, u64) {
+        let address = self.address(address, lane);
+        if space == Space::Generic { space_of(address) } else { (space, address) }
+    }
+
+    #[inline]
+    fn global<'a>(
+        &self,
+        block: &mut Block<'a>,
+        address: u64,
+        bytes: usize,
+        lane: usize,
+        doing: &str,
+    ) -> Step<Span<'a>> {
+        let Some((hint, span)) = block.global.find(address, bytes as u64, block.hint) else {
+            let what = format!("{doing} of {bytes} bytes at global {address:#x}: {}", block.global.describe(address));
+            return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+        };
+        block.hint = hint;
+        if address & (bytes as u64 - 1) != 0 {
+            return Err(misaligned(address, bytes, lane, "global"));
+        }
+        Ok(span)
+    }
+
+    fn local_offset(&self, address: u64, bytes: usize, lane: usize) -> Step<usize> {
+        let size = self.local.len() as u64 / 32 * 4;
+        if address > size || bytes as u64 > size - address {
+            let what = format!("{bytes} bytes at local address {address:#x} of {size} bytes");
+            return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+        }
+        if address & (bytes as u64 - 1) != 0 {
+            return Err(misaligned(address, bytes, lane, "local"));
+        }
+        Ok(lane * size as usize + address as usize)
+    }
+
+    #[inline(always)]
+    pub(super) fn load(&mut self, block: &mut Block, access: &Access, active: u32) -> Step {
+        let bytes = access.width * access.slots.len();
+        for lane in lanes(active) {
+            let (space, address) = self.place(access.space, &access.address, lane);
+            let mut words = [0u32; 8];
+            let part = (address % 4) as usize;
+            match space {
+                Space::Shared => {
+                    let offset = block.shared.offset(address, bytes, bytes, lane)?;
+                    block.shared.readable(offset, bytes, Some(lane), "read")?;
+                    for (i, word) in words[..bytes.div_ceil(4)].iter_mut().enumerate() {
+                        *word = block.shared.word(offset + 4 * i);
+                    }
+                }
+                Space::Global | Space::Generic => {
+                    let span = self.global(block, address, bytes, lane, "read")?;
+                    let first = ((address - span.base) / 4) as usize;
+                    let source = &span.words[first..first + bytes.div_ceil(4)];
+                    for (word, source) in words.iter_mut().zip(source) {
+                        *word = source.load(Relaxed);
+                    }
+                }
+                Space::Local => {
+                    let offset = self.local_offset(address, bytes, lane)? / 4;
+                    words[..bytes.div_ceil(4)].copy_from_slice(&self.local[offset..offset + bytes.div_ceil(4)]);
+                }
+                Space::Param => {
+                    let size = block.params.len() as u64;
+                    if address > size || bytes as u64 > size - address {
+                        let what = format!("{bytes} bytes at parameter offset {address:#x} of {size} bytes");
+                        return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+                    }
+                    if address & (bytes as u64 - 1) != 0 {
+                        return Err(misaligned(address, bytes, lane, "parameter"));
+                    }
+                    let source = &block.params[address as usize - part..];
+                    for (i, byte) in source.iter().take(bytes + part).enumerate() {
+                        words[i / 4] |= (*byte as u32) << (8 * (i % 4));
+                    }
+                }
+            }
+            words[0] >>= 8 * part as u32;
+            if access.width == 4 {
+                for (slot, word) in access.slots.iter().zip(words) {
+                    match *slot {
+                        Slot::R32(r, _) => self.r32[r as usize][lane] = word,
+                        slot => self.put_slot(slot, lane, element(&[word; 8], 0, 4, access.signed)),
+                    }
+                }
+            } else {
+                for (i, slot) in access.slots.iter().enumerate() {
+                    self.put_slot(*slot, lane, element(&words, i, access.width, access.signed));
+                }
+            }
+        }
+        block.counters.loaded += (bytes * active.count_ones() as usize) as u64;
+        Ok(())
+    }
+
+    /// Writes a loaded value, sign- or zero-extended to 64 bits, to a register.
+    #[inline]
+    fn put_slot(&mut self, slot: Slot, lane: usize, value: u64) {
+        match slot {
+            Slot::R32(r, 32) => self.r32[r as usize][lane] = value as u32,
+            Slot::R32(r, _) => self.r32[r as usize][lane] = value as u32 & 0xffff,
+            Slot::R64(r) => self.r64[r as usize][lane] = value,
+            Slot::Sink => {}
+        }
+    }
+
+    #[inline]
+    fn get_slot(&self, slot: Slot, lane: usize) -> u64 {
+        match slot {
+            Slot::R32(r, _) => self.r32[r as usize][lane] as u64,
+            Slot::R64(r) => self.r64[r as usize][lane],
+            Slot::Sink => 0,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn store(&mut self, block: &mut Block, access: &Access, active: u32) -> Step {
+        let bytes = access.width * access.slots.len();
+        block.shared.tick();
+        for lane in lanes(active) {
+            let (space, address) = self.place(access.space, &access.address, lane);
+            let mut words = [0u32; 8];
+            if bytes < 4 {
+                for (i, slot) in access.slots.iter().enumerate() {
+                    let mask = if access.width == 1 { 0xff } else { 0xffff };
+                    words[0] |= (self.get_slot(*slot, lane) as u32 & mask) << (8 * access.width * i);
+                }
+            } else {
+                for (i, slot) in access.slots.iter().enumerate() {
+                    let value = self.get_slot(*slot, lane);
+                    match access.width {
+                        8 => (words[2 * i], words[2 * i + 1]) = (value as u32, (value >> 32) as u32),
+                        4 => words[i] = value as u32,
+                        2 => words[i / 2] |= (value as u32 & 0xffff) << (16 * (i % 2)),
+                        _ => words[i / 4] |= (value as u32 & 0xff) << (8 * (i % 4)),
+                    }
+                }
+            }
+            self.store_words(block, space, address, bytes, &words, lane)?;
+        }
+        block.counters.stored += (bytes * active.count_ones() as usize) as u64;
+        block.progress += 1;
+        Ok(())
+    }
+
+    /// Stores `bytes` (1, 2, or whole words) of one lane.
+    #[inline]
+    pub(super) fn store_words(
+        &mut self,
+        block: &mut Block,
+        space: Space,
+        address: u64,
+        bytes: usize,
+        words: &[u32; 8],
+        lane: usize,
+    ) -> Step {
+        match space {
+            Space::Shared => {
+                let offset = block.shared.offset(address, bytes, bytes, lane)?;
+                block.shared.writable(offset, bytes, Some(lane), "store")?;
+                block.check_products(offset, bytes, "store")?;
+                block.shared.store(offset, bytes, words, self.index);
+            }
+            Space::Global | Space::Generic => {
+                let span = self.global(block, address, bytes, lane, "store")?;
+                if bytes < 4 {
+                    store_part(span.word(address), (address % 4) as usize, bytes, words[0]);
+                } else {
+                    let first = ((address - span.base) / 4) as usize;
+                    for (target, word) in span.words[first..first + bytes / 4].iter().zip(words) {
+                        target.store(*word, Relaxed);
+                    }
+                }
+            }
+            Space::Local => {
+                let offset = self.local_offset(address, bytes, lane)?;
+                if bytes < 4 {
+                    let (shift, mask) = (8 * (offset % 4), if bytes == 1 { 0xff } else { 0xffff });
+                    let word = &mut self.local[offset / 4];
+                    *word = *word & !(mask << shift) | (words[0] & mask) << shift;
+                } else {
+                    self.local[offset / 4..(offset + bytes) / 4].copy_from_slice(&words[..bytes / 4]);
+                }
+            }
+            Space::Param => {
+                return Err(Trouble::lane(FaultKind::OutOfBounds, lane, "store to the read-only parameter space"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn atomic(&mut self, block: &mut Block, atomic: &Atomic, active: u32) -> Step {
+        block.shared.tick();
+        let width = atomic.width;
+        let total = width * atomic.b.len();
+        for lane in lanes(active) {
+            let (space, base) = self.place(atomic.space, &atomic.address, lane);
+            if base & (total as u64 - 1) != 0 {
+                return Err(misaligned(base, total, lane, space.name()));
+            }
+            for i in 0..atomic.b.len() {
+                let address = base + (i * width) as u64;
+                let b = self.get_slot(atomic.b[i], lane);
+                let c = atomic.c.map_or(0, |slot| self.get_slot(slot, lane));
+                let new = |old: u64| combine(atomic.op, atomic.kind, width, old, b, c);
+                let old = match space {
+                    Space::Shared => {
+                        let offset = block.shared.offset(address, width, width, lane)?;
+                        block.shared.readable(offset, width, Some(lane), "atomic")?;
+                        block.shared.writable(offset, width, Some(lane), "atomic")?;
+                        block.check_products(offset, width, "atomic")?;
+                        let word = block.shared.word(offset) as u64 >> (8 * (offset % 4));
+                        let old = match width {
+                            8 => word | (block.shared.word(offset + 4) as u64) << 32,
+                            2 => word & 0xffff,
+                            _ => word,
+                        };
+                        let value = new(old);
+                        let words = [value as u32, (value >> 32) as u32, 0, 0, 0, 0, 0, 0];
+                        block.shared.store(offset, width, &words, self.index);
+                        old
+                    }
+                    Space::Global | Space::Generic => {
+                        let span = self.global(block, address, width, lane, "atomic")?;
+                        let word = span.word(address);
+                        match width {
+                            8 => {
+                                let guard = block.global.wide.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                                let high = span.word(address + 4);
+                                let old = word.load(Relaxed) as u64 | (high.load(Relaxed) as u64) << 32;
+                                let value = new(old);
+                                word.store(value as u32, Relaxed);
+                                high.store((value >> 32) as u32, Relaxed);
+                                drop(guard);
+                                old
+                            }
+                            _ => {
+                                let shift = 8 * (address % 4) as u32;
+                                let mask = if width == 2 { 0xffffu32 } else { u32::MAX };
+                                let update = |whole: u32| {
+                                    let value = new((whole >> shift & mask) as u64) as u32;
+                                    Some(whole & !(mask << shift) | (value & mask) << shift)
+                                };
+                                let whole = word.fetch_update(Relaxed, Relaxed, update).unwrap_or_else(|old| old);
+                                (whole >> shift & mask) as u64
+                            }
+                        }
+                    }
+                    Space::Local | Space::Param => {
+                        return Err(Trouble::lane(
+                            FaultKind::OutOfBounds,
+                            lane,
+                            "atomic outside global and shared memory",
+                        ));
+                    }
+                };
+                if let Some(slot) = atomic.old.get(i) {
+                    self.put_slot(*slot, lane, old);
+                }
+            }
+        }
+        block.progress += 1;
+        Ok(())
+    }
+
+    /// `ldmatrix` and `stmatrix`: lanes 8i to 8i + 7 give the row addresses of matrix i.
+    pub(super) fn matrix(&mut self, block: &mut Block, matrix: &Matrix) -> Step {
+        block.shared.tick();
+        let mut rows = [[0u32; 4]; 32];
+        if matrix.store {
+            for (i, r) in matrix.registers.iter().enumerate() {
+                let values = self.r32[*r as usize];
+                for (lane, value) in values.iter().enumerate() {
+                    for half in 0..2 {
+                        let (row, column) = (lane / 4, 2 * (lane % 4) + half);
+                        let (row, column) = if matrix.transpose { (column, row) } else { (row, column) };
+                        rows[8 * i + row][column / 2] |= (value >> (16 * half) & 0xffff) << (16 * (column % 2));
+                    }
+                }
+            }
+        }
+        for (lane, row) in rows.iter_mut().enumerate().take(8 * matrix.registers.len()) {
+            let (space, address) = self.place(matrix.space, &matrix.address, lane);
+            if space != Space::Shared {
+                let what = format!("a matrix row at {address:#x}, which is not in shared memory");
+                return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+            }
+            let offset = block.shared.offset(address, 16, 16, lane)?;
+            if matrix.store {
+                let words = [row[0], row[1], row[2], row[3], 0, 0, 0, 0];
+                self.store_words(block, Space::Shared, address, 16, &words, lane)?;
+            } else {
+                block.shared.readable(offset, 16, Some(lane), "matrix read")?;
+                *row = block.shared.chunk(offset);
+            }
+        }
+        if matrix.store {
+            block.progress += 1;
+            return Ok(());
+        }
+        for (i, r) in matrix.registers.iter().enumerate() {
+            let values = &mut self.r32[*r as usize];
+            for (lane, value) in values.iter_mut().enumerate() {
+                *value = 0;
+                for half in 0..2 {
+                    let (row, column) = (lane / 4, 2 * (lane % 4) + half);
+                    let (row, column) = if matrix.transpose { (column, row) } else { (row, column) };
+                    *value |= (rows[8 * i + row][column / 2] >> (16 * (column % 2)) & 0xffff) << (16 * half);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Element `i` of loaded words, extended to 64 bits.
+#[inline]
+fn element(words: &[u32; 8], i: usize, width: usize, signed: bool) -> u64 {
+    match width {
+        8 => words[2 * i] as u64 | (words[2 * i + 1] as u64) << 32,
+        4 if signed => words[i] as i32 as i64 as u64,
+        4 => words[i] as u64,
+        2 => {
+            let value = words[i / 2] >> (16 * (i % 2)) & 0xffff;
+            if signed { value as i16 as i64 as u64 } else { value as u64 }
+        }
+        _ => {
+            let value = words[i / 4] >> (8 * (i % 4)) & 0xff;
+            if signed { value as i8 as i64 as u64 } else { value as u64 }
+        }
+    }
+}
+
+/// New value of an atomic operation.
+fn combine(op: AtomicOp, kind: AtomicType, width: usize, old: u64, b: u64, c: u64) -> u64 {
+    use AtomicOp::*;
+    match op {
+        Exchange => return b,
+        CompareSwap => {
+            let mask = if width == 8 { u64::MAX } else { (1 << (8 * width)) - 1 };
+            return if old & mask == b & mask { c } else { old };
+        }
+        And => return old & b,
+        Or => return old | b,
+        Xor => return old ^ b,
+        Inc => return if old >= b { 0 } else { old + 1 },
+        Dec => return if old == 0 || old > b { b } else { old - 1 },
+        Add | Min | Max => {}
+    }
+    let lane32 = |row: Binary32| binary32(row, &[old as u32; 32], &[b as u32; 32])[0] as u64;
+    let lane64 = |row: Binary64| binary64(row, &[old; 32], &[b; 32])[0];
+    match (kind, op, width) {
+        (AtomicType::Unsigned | AtomicType::Signed, Add, 8) => old.wrapping_add(b),
+        (AtomicType::Unsigned | AtomicType::Signed, Add, _) => (old as u32).wrapping_add(b as u32) as u64,
+        (AtomicType::Unsigned, Min, _) => old.min(b),
+        (AtomicType::Unsigned, _, _) => old.max(b),
+        (AtomicType::Signed, Min, 8) => lane64(Binary64::MinS),
+        (AtomicType::Signed, _, 8) => lane64(Binary64::MaxS),
+        (AtomicType::Signed, Min, _) => lane32(Binary32::MinS),
+        (AtomicType::Signed, _, _) => lane32(Binary32::MaxS),
+        (AtomicType::F64, Add, _) => lane64(Binary64::AddF64),
+        (AtomicType::F64, Min, _) => lane64(Binary64::MinF64),
+        (AtomicType::F64, _, _) => lane64(Binary64::MaxF64),
+        (AtomicType::F32, Add, _) => lane32(Binary32::AddF32),
+        (AtomicType::F32, Min, _) => lane32(Binary32::MinF32),
+        (AtomicType::F32, _, _) => lane32(Binary32::MaxF32),
+        (AtomicType::F16, Add, _) => lane32(Binary32::AddF16),
+        (AtomicType::F16, Min, _) => lane32(Binary32::MinF16),
+        (AtomicType::F16, _, _) => lane32(Binary32::MaxF16),
+        (AtomicType::Bf16, Add, _) => lane32(Binary32::AddBf16),
+        (AtomicType::Bf16, Min, _) => lane32(Binary32::MinBf16),
+        (AtomicType::Bf16, _, _) => lane32(Binary32::MaxBf16),
+        (AtomicType::F16x2, Add, _) => lane32(Binary32::AddF16x2),
+        (AtomicType::F16x2, Min, _) => lane32(Binary32::MinF16x2),
+        (AtomicType::F16x2, _, _) => lane32(Binary32::MaxF16x2),
+        (AtomicType::Bf16x2, Add, _) => lane32(Binary32::AddBf16x2),
+        (AtomicType::Bf16x2, Min, _) => lane32(Binary32::MinBf16x2),
+        (AtomicType::Bf16x2, _, _) => lane32(Binary32::MaxBf16x2),
+    }
+}
