@@ -151,7 +151,7 @@ impl SparseAttention {
         let groups = spec.profile_plan(1).groups;
         let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
         // About two blocks of profiling a multiprocessor.
-        let splits = (2 * module.device().multiprocessors()).div_ceil(batch * heads * groups).clamp(1, key_tiles);
+        let splits = profile_splits(batch * heads * groups, module.device().multiprocessors(), key_tiles);
         let plan = spec.workspace(batch, heads, splits);
         Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, plan })
     }
@@ -537,4 +537,33 @@ fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
         extent += (count - 1) * stride;
     }
     Ok(())
+}
+
+/// Parts that profiling divides the keys of a head into. A multiprocessor holds one of its blocks, so the time is the number of
+/// waves of blocks times the keys of a block: the fewest parts within 5% of the best up to 16 are taken.
+fn profile_splits(blocks: u32, multiprocessors: u32, key_tiles: u32) -> u32 {
+    let time = |splits: u32| f64::from((blocks * splits).div_ceil(multiprocessors)) / f64::from(splits);
+    let choices = 1..=key_tiles.clamp(1, 16);
+    let best = choices.clone().map(time).fold(f64::INFINITY, f64::min);
+    choices.into_iter().find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::profile_splits;
+
+    #[test]
+    fn splits_fill_whole_waves() {
+        // (blocks of one split, multiprocessors, key tiles) -> splits
+        for (blocks, multiprocessors, key_tiles, splits) in [
+            (24, 132, 931, 11),
+            (96, 132, 353, 4),
+            (132, 132, 500, 1),
+            (1, 132, 500, 16),
+            (24, 132, 3, 3),
+            (4, 4, 19, 1),
+        ] {
+            assert_eq!(profile_splits(blocks, multiprocessors, key_tiles), splits, "{blocks} blocks");
+        }
+    }
 }

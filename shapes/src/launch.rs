@@ -261,7 +261,7 @@ pub const fn profile_shared_bytes(head_dim: u32) -> u32 {
 }
 
 /// Block of **select**.
-pub const SELECT_THREADS: u32 = 256;
+pub const SELECT_THREADS: u32 = 1024;
 
 /// Bytes of shared memory of **select**: two f32 sums for each warp.
 pub const SELECT_SHARED_BYTES: u32 = SELECT_THREADS / 32 * 8;
