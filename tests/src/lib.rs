@@ -25,6 +25,7 @@ mod own_crate;
 mod shipped;
 mod snapshots;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -105,4 +106,32 @@ fn wrong_models(check: impl Fn(&Model) -> Vec<String> + Sync) -> Vec<String> {
     models
         .flat_map_iter(|model| check(model).into_iter().map(|wrong| format!("{}: {wrong}", model.built.name)))
         .collect()
+}
+
+/// Instructions and how often each stands there, one a line.
+fn listed(histogram: &BTreeMap<String, usize>) -> String {
+    histogram.iter().map(|(code, count)| format!("{count} {code}\n")).collect()
+}
+
+/// Names the first line in which what was kept differs from what is made today.
+fn same_text(what: &str, kept: &str, made: &str) -> Result<(), String> {
+    if kept == made {
+        return Ok(());
+    }
+    let (mut old, mut new) = (kept.lines(), made.lines());
+    let mut line = 1;
+    loop {
+        match (old.next(), new.next()) {
+            (Some(old), Some(new)) if old == new => line += 1,
+            (None, None) => return Err(format!("the {what} differs in its line ends")),
+            (old, new) => {
+                let shown = |line: Option<&str>| line.map_or("<end>".to_string(), |line| line.trim().to_string());
+                return Err(format!(
+                    "the {what} differs from line {line} on: kept `{}`, made `{}`",
+                    shown(old),
+                    shown(new)
+                ));
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use framestride_builder::toolchain::CUDA_PACKAGES;
 use framestride_builder::{Manifest, ptx};
 
-use crate::{Model, checkout, ptxas_version, wrong_models};
+use crate::{Model, checkout, listed, ptxas_version, same_text, wrong_models};
 
 #[test]
 fn shipped_kernels_are_what_the_generator_makes() {
@@ -48,8 +48,8 @@ fn compare(model: &Model, ptxas_counts: bool) -> Result<(), String> {
         same_text("PTX", &shipped_ptx, &model.built.ptx)?;
     } else {
         // Another compiler: the same instructions, each as often.
-        let list = |ptx: &str| ptx::histogram(ptx).iter().map(|(code, n)| format!("{n} {code}\n")).collect::<String>();
-        same_text("histogram of instructions", &list(&shipped_ptx), &list(&model.built.ptx))?;
+        let instructions = |ptx: &str| listed(&ptx::histogram(ptx));
+        same_text("histogram of instructions", &instructions(&shipped_ptx), &instructions(&model.built.ptx))?;
         made.compiler = shipped.compiler.clone();
         made.ptx_sha256 = shipped.ptx_sha256.clone();
     }
@@ -61,27 +61,4 @@ fn is_the_packages_ptxas(version: &str) -> bool {
     let packages = CUDA_PACKAGES.iter().find_map(|package| package.split_once("=="));
     let (_, series) = packages.expect("the packages of ptxas have a version");
     version.starts_with(series.trim_end_matches('*'))
-}
-
-/// Names the first line that differs.
-fn same_text(what: &str, shipped: &str, made: &str) -> Result<(), String> {
-    if shipped == made {
-        return Ok(());
-    }
-    let (mut old, mut new) = (shipped.lines(), made.lines());
-    let mut line = 1;
-    loop {
-        match (old.next(), new.next()) {
-            (Some(old), Some(new)) if old == new => line += 1,
-            (None, None) => return Err(format!("the {what} differs in its line ends")),
-            (old, new) => {
-                let shown = |line: Option<&str>| line.map_or("<end>".to_string(), |line| line.trim().to_string());
-                return Err(format!(
-                    "the {what} differs from line {line} on: shipped `{}`, made `{}`",
-                    shown(old),
-                    shown(new)
-                ));
-            }
-        }
-    }
 }

@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use framestride_builder::{Built, ptx};
 
-use crate::{Model, checkout, entry_text, model, models, ptxas_version, without_comments};
+use crate::{Model, checkout, entry_text, listed, model, models, ptxas_version, same_text, without_comments};
 
 /// Small specs whose whole PTX is kept: both head dims, both element types, with every operator and with none.
 const WHOLE: [&str; 2] = ["tiny_plain", "tiny_heads_sinks"];
@@ -20,11 +20,10 @@ fn every_spec() {
     let ptxas = ptxas_version();
     check_all(models().iter().map(|model| {
         let text = report(model, &ptxas);
-        let same = |recorded: &str| {
+        check(&model.built.name, &text, |recorded, text| {
             let keep_ptxas = tools(recorded).rsplit("ptxas ").next() == Some(&ptxas);
-            comparable(recorded, keep_ptxas) == comparable(&text, keep_ptxas)
-        };
-        check(&model.built.name, &text, same)
+            same_text("report", &comparable(recorded, keep_ptxas), &comparable(text, keep_ptxas))
+        })
     }));
 }
 
@@ -33,24 +32,21 @@ fn whole_ptx() {
     check_all(WHOLE.into_iter().map(|name| {
         let built = &model(name).built;
         let text = format!("// {}\n{}", compiler(built), without_comments(&built.ptx));
-        check(&format!("{name}_ptx"), &text, |recorded| ptx::histogram(recorded) == ptx::histogram(&text))
+        check(&format!("{name}_ptx"), &text, |recorded, text| {
+            same_text("histogram of instructions", &listed(&ptx::histogram(recorded)), &listed(&ptx::histogram(text)))
+        })
     }));
 }
 
-/// Compares with `snapshots/NAME.snap`. Under other tools than the recorded ones, which the first line names, `same` decides.
-fn check(name: &str, text: &str, same: impl Fn(&str) -> bool) -> Result<(), String> {
+/// Compares with `snapshots/NAME.snap`. Under other tools than the recorded ones, which the first line names, `same` compares
+/// the recorded text with this one.
+fn check(name: &str, text: &str, same: impl Fn(&str, &str) -> Result<(), String>) -> Result<(), String> {
     let recorded = fs::read_to_string(checkout(&format!("tests/snapshots/{name}.snap")));
     let recorded = recorded.ok().and_then(|file| Some(file.splitn(3, "---\n").nth(2)?.to_string()));
     let updates = env::var("INSTA_UPDATE").is_ok_and(|update| update == "always" || update == "force");
     if let Some(recorded) = recorded.filter(|recorded| !updates && tools(recorded) != tools(text)) {
-        let problem = || {
-            format!(
-                "{name}: differs, also without what only the tools change: {} then, {} now",
-                tools(&recorded),
-                tools(text)
-            )
-        };
-        return same(&recorded).then_some(()).ok_or_else(problem);
+        let tools = format!("recorded with {}, now {}", tools(&recorded), tools(text));
+        return same(&recorded, text).map_err(|difference| format!("{name}: {difference} ({tools})"));
     }
     let compared = catch_unwind(|| {
         let mut settings = insta::Settings::clone_current();
@@ -80,9 +76,10 @@ fn compiler(built: &Built) -> String {
 }
 
 /// What must be the same under any tools: all sections but the first line, and `keep_ptxas` or not what ptxas wrote.
-fn comparable(text: &str, keep_ptxas: bool) -> Vec<&str> {
+fn comparable(text: &str, keep_ptxas: bool) -> String {
     let sections = text.split("\n\n").skip(1);
-    sections.filter(|section| keep_ptxas || !OF_PTXAS.iter().any(|title| section.starts_with(title))).collect()
+    let kept = sections.filter(|section| keep_ptxas || !OF_PTXAS.iter().any(|title| section.starts_with(title)));
+    kept.flat_map(|section| [section, "\n\n"]).collect()
 }
 
 /// Everything about one spec, in sections that an empty line divides.
