@@ -48,24 +48,10 @@ fn main() -> ExitCode {
 /// Builds everything and runs the main job on real frames.
 fn demo() -> Result<(), String> {
     setup::device_compiler()?;
-    step("building framestride (release)");
-    run(cargo().args(["build", "--release", "--package", "framestride"]))?;
-    step("running the main job on Big Buck Bunny: 16 frames of 72 x 128 pixels");
-    let arguments = [
-        "run",
-        "--quiet",
-        "--release",
-        "--package",
-        "framestride",
-        "--",
-        "run",
-        "shapes/models/demo.toml",
-        "--video",
-        "host/data/bigbuckbunny_16x72x128.safetensors",
-        "--report",
-        "demo-report",
-    ];
-    run(cargo().args(arguments))?;
+    step("building framestride, then the main job on Big Buck Bunny: 16 frames of 72 x 128 pixels");
+    run(cargo()
+        .args(["run", "--release", "--package", "framestride", "--", "run", "shapes/models/demo.toml"])
+        .args(["--video", "host/data/bigbuckbunny_16x72x128.safetensors", "--report", "demo-report"]))?;
     step(&format!("pictures: {}", root().join("demo-report").display()));
     Ok(())
 }
