@@ -129,13 +129,14 @@ pub struct SparseAttention {
 }
 
 /// Most launches of a layer.
-const STEPS: usize = 5;
+pub(crate) const STEPS: usize = 5;
 
 /// What a layer runs, in order.
-struct Steps {
-    /// Words to set to zero first: the head types of a dense call.
+pub(crate) struct Steps {
+    /// Whether the head types of the workspace, words, are set to zero first: a dense call.
     zero_types: bool,
-    launches: [Option<Launch>; STEPS],
+    /// Pack of all heads, profile, select, pack of temporal heads, attention.
+    pub(crate) launches: [Option<Launch>; STEPS],
 }
 
 impl SparseAttention {
@@ -250,7 +251,7 @@ impl SparseAttention {
     }
 
     /// Checks a call and writes its launches.
-    fn steps(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Steps> {
+    pub(crate) fn steps(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Steps> {
         let spec = self.module.spec();
         let shape =
             Shape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };

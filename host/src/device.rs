@@ -434,6 +434,31 @@ impl Device {
         }
     }
 
+    /// Copies the bytes of one buffer to another of the same size, in stream order.
+    pub(crate) fn copy(&self, stream: Stream, from: &Buffer, to: &Buffer) -> Result<()> {
+        within(to, 0, from.bytes)?;
+        match self {
+            Device::Gpu(gpu) => {
+                let _current = Current::push(gpu.context)?;
+                // SAFETY: both are live allocations, and the target is no smaller than the source (checked above).
+                check("cuMemcpyDtoDAsync", unsafe {
+                    sys::cuMemcpyDtoDAsync_v2(to.address, from.address, from.bytes as usize, stream.raw())
+                })
+            }
+            Device::Emulator(_) => self.write(to, 0, &self.read(from, 0, from.bytes)?),
+        }
+    }
+
+    /// Bytes of device memory that nobody has allocated; the emulator does not count them.
+    pub(crate) fn free_memory(&self) -> Result<Option<u64>> {
+        let Device::Gpu(gpu) = self else { return Ok(None) };
+        let _current = Current::push(gpu.context)?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both are live locals, and the context is current.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(Some(free as u64))
+    }
+
     /// Launches one kernel: in stream order on a GPU; the emulator runs it to its end.
     pub(crate) fn launch(&self, stream: Stream, kernels: &Loaded, launch: &Launch) -> Result<()> {
         match (self, kernels) {

@@ -22,10 +22,12 @@
 //! * [`attention`]: one layer, and what it checks before it launches anything.
 //! * [`module`]: kernels, shipped or built, on a device. [`device`]: a GPU through the CUDA driver, or the emulator.
 //! * [`reference`](mod@reference), [`tolerance`], [`verify`]: the layer in f64, how far a kernel may lie from it, and whether it does.
+//! * [`bench`]: how fast the kernels are.
 //! * [`inputs`], [`files`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
 #![warn(missing_docs)]
 
 pub mod attention;
+pub mod bench;
 pub mod device;
 pub mod error;
 pub mod files;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand};
+use framestride::bench::{self, Bench, Options, Timed};
 use framestride::device::DeviceChoice;
 use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
@@ -82,6 +83,32 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         report: Option<PathBuf>,
     },
+    /// Times the kernels of a spec on a GPU, each by itself and the whole layer, on random inputs.
+    Bench {
+        /// The spec.
+        spec: String,
+        #[command(flatten)]
+        on: On,
+        /// Rounds, of which each times everything once; medians are shown.
+        #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+        rounds: u32,
+        /// What is timed.
+        #[arg(long, value_enum, num_args = 1.., value_delimiter = ',', default_values_t = Timed::ALL)]
+        types: Vec<Timed>,
+        /// TFLOP/s of a large 16-bit matrix product on this GPU, to show shares of.
+        #[arg(long, value_name = "TFLOPS")]
+        matmul_tflops: Option<f64>,
+        /// Waits for a line on standard input before each round and answers it with a line, so that others can take turns on the
+        /// GPU; the result comes when standard input ends.
+        #[arg(long, conflicts_with = "rounds")]
+        paced: bool,
+        /// Tensors instead of random ones: see `run`.
+        #[arg(long, value_name = "FILE")]
+        qkv: Option<PathBuf>,
+        /// Where the output goes, with one of --types.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
     /// Draws the masks of a spec in model order and in packed order.
     Plot {
         /// The spec.
@@ -119,6 +146,10 @@ fn main() -> ExitCode {
         Command::Verify { spec, on, seed } => verify_spec(&spec, &on, seed),
         Command::Run { spec, on, video, qkv, out, report } => {
             run_spec(&spec, &on, video.as_deref(), qkv.as_deref(), out, report.as_deref())
+        }
+        Command::Bench { spec, on, rounds, types, matmul_tflops, paced, qkv, out } => {
+            let rounds = if paced { Rounds::Paced } else { Rounds::Count(rounds) };
+            bench_spec(&spec, &on, rounds, Options { timed: types, matmul_tflops, ..Options::default() }, qkv, out)
         }
         Command::Plot { spec, out } => plot(&spec, out),
         Command::Doctor => Ok(doctor()),
@@ -500,6 +531,114 @@ fn run_text(report: &RunReport) -> String {
     );
     for kernel in &report.kernels {
         text += &format!("{:<10} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);
+    }
+    text
+}
+
+/// When a bench does a round.
+enum Rounds {
+    /// So many times.
+    Count(u32),
+    /// For each line on standard input.
+    Paced,
+}
+
+fn bench_spec(
+    argument: &str,
+    on: &On,
+    rounds: Rounds,
+    options: Options,
+    qkv: Option<PathBuf>,
+    out: Option<PathBuf>,
+) -> Result<Outcome> {
+    let bar = Bar::new();
+    let (file, text) = spec_text(argument)?;
+    let spec = Spec::parse(&file, &text)?;
+    if out.is_some() && options.timed.len() != 1 {
+        return Err(Error::input(
+            "--out",
+            format!("{} --types", options.timed.len()),
+            "one, whose output it is",
+            "Say which with --types",
+        ));
+    }
+    let device = Device::choose(on.device)?;
+    if matches!(device, Device::Emulator(_)) {
+        return Err(Error::input(
+            "--device",
+            "the emulator, whose times say nothing about a GPU's",
+            "a Hopper GPU (H100, H200)",
+            "Run it on a machine with one; `framestride doctor` shows what is found here",
+        ));
+    }
+    bar.say("inputs", None);
+    let inputs = qkv.map(|path| load_inputs(&path, &spec)).transpose()?;
+    let module = load(&file, &text, &device, on, &bar)?;
+    bar.say("inputs to the device", None);
+    let mut bench = Bench::new(&module, inputs.as_ref(), &options)?;
+    match rounds {
+        Rounds::Count(rounds) => {
+            for round in 0..rounds {
+                let part = f64::from(round) / f64::from(rounds);
+                bench.round(&|what| bar.say(what, Some(part)))?;
+            }
+        }
+        Rounds::Paced => {
+            print("ready\n");
+            for (round, line) in std::io::stdin().lines().enumerate() {
+                line.map_err(|error| Error::file("standard input", error))?;
+                bench.round(&|_| {})?;
+                print(&format!("round {round}\n"));
+            }
+        }
+    }
+    drop(bar);
+    let report = bench.report()?;
+    let mut text = bench_text(&report);
+    if let Some(out) = out {
+        save_output(&out, &bench.output()?, None)?;
+        text += &format!("wrote {}\n", out.display());
+    }
+    Ok(Outcome { text, json: to_json(&report), ok: true })
+}
+
+fn bench_text(report: &bench::Report) -> String {
+    let [batch, rows, heads, head_dim] = report.shape;
+    let mut text = format!(
+        "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}, median of {} rounds\n\n{:<18} {:>11} {:>23} {:>9} {:>9} {:>11} {:>9}\n",
+        report.spec,
+        report.device,
+        report.rounds,
+        "",
+        "ms",
+        "fastest to slowest",
+        "TFLOP/s",
+        "GB/s",
+        "of ceiling",
+        "density"
+    );
+    let show = |value: Option<f64>, digits: usize| value.map_or(String::new(), |value| format!("{value:.digits$}"));
+    for row in &report.rows {
+        text += &format!(
+            "{:<18} {:>11.4} {:>23} {:>9} {:>9} {:>11} {:>9}\n",
+            if row.what == "ceiling" { "copy".into() } else { [row.what, row.mask.unwrap_or("")].join(" ") },
+            row.ms,
+            format!("{:.4} to {:.4}", row.low, row.high),
+            show(row.tflops, 1),
+            show(row.gbps, 0),
+            row.of_ceiling.map_or(String::new(), |share| format!("{:.1}%", 100.0 * share)),
+            show(row.density, 4),
+        );
+    }
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let memory = &report.memory;
+    text += "\nTFLOP/s count visible pairs; GB/s count each byte that must be moved once. The ceiling of attention is --matmul-tflops, of the rest the copy.\n";
+    if let Some((bytes, tensors)) = memory.beyond_bytes.zip(memory.beyond_tensors) {
+        text += &format!(
+            "memory beyond Q, K, V and the output: {:.1} MiB, {tensors:.2} times Q (workspace {:.1} MiB)\n",
+            mib(bytes),
+            mib(memory.workspace_bytes)
+        );
     }
     text
 }
