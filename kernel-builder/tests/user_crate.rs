@@ -70,7 +70,7 @@ fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
 
     for (file, watched, from, to) in [
         ("shapes/my_model.toml", "shapes/my_model.toml", "half_width = 41", "half_width = 43"),
-        ("device/src/lib.rs", "device/src", "load_f32(address) * factor", "load_f32(address) + factor"),
+        ("device/src/lib.rs", "device/src", "load_f32(data + offset) * factor", "load_f32(data + offset) + factor"),
     ] {
         let path = folder.join(file);
         let old = fs::read_to_string(&path).unwrap();

@@ -64,7 +64,7 @@ fn test(arguments: &[String]) -> Result<(), String> {
     let chosen = if arguments.is_empty() { &everything } else { arguments };
     step(&format!("cargo test {}", chosen.join(" ")));
     // A snapshot that differs is a failure, never a new file.
-    run(cargo().arg("test").args(chosen).env("INSTA_UPDATE", "no"))
+    run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))
 }
 
 /// One line about what is done next.
