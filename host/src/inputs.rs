@@ -3,7 +3,7 @@
 use framestride_shapes::layout::{Layout, TextPosition};
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
 use half::{bf16, f16};
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
@@ -81,14 +81,19 @@ impl Tokens {
 
     /// Fills every row by `row(batch, row, head, values)`, in parallel, and rounds.
     pub fn fill(&mut self, row: impl Fn(usize, usize, usize, &mut [f64]) + Sync) {
-        let (dtype, rows, heads) = (self.dtype, self.rows, self.heads);
-        self.bits.par_chunks_exact_mut(self.head_dim).enumerate().for_each(|(index, bits)| {
-            let mut values = vec![0.0; bits.len()];
-            row(index / heads / rows, index / heads % rows, index % heads, &mut values);
-            for (bits, value) in bits.iter_mut().zip(values) {
-                *bits = narrow(dtype, value);
-            }
-        });
+        let (dtype, rows, heads, head_dim) = (self.dtype, self.rows, self.heads, self.head_dim);
+        // A token at a time: one row is too little work for the scheduler.
+        self.bits.par_chunks_exact_mut(heads * head_dim).enumerate().for_each_init(
+            || vec![0.0; head_dim],
+            |values, (token, bits)| {
+                for (head, bits) in bits.chunks_exact_mut(head_dim).enumerate() {
+                    row(token / rows, token % rows, head, values);
+                    for (bits, value) in bits.iter_mut().zip(&*values) {
+                        *bits = narrow(dtype, *value);
+                    }
+                }
+            },
+        );
     }
 }
 
@@ -342,9 +347,25 @@ impl RopeTables {
             })
             .collect();
         RopeTables {
-            cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
-            sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
+            cos: angles.par_iter().map(|angle| angle.cos() as f32).collect(),
+            sin: angles.par_iter().map(|angle| angle.sin() as f32).collect(),
         }
+    }
+
+    /// Tables of independent angles, uniform over the circle.
+    pub fn random(spec: &Spec, heads: usize, seed: u64) -> RopeTables {
+        let half = spec.head_dim as usize / 2;
+        let length = RopeTables::shape(spec, heads).iter().product();
+        let mut tables = RopeTables { cos: vec![0.0; length], sin: vec![0.0; length] };
+        let rows = tables.cos.par_chunks_exact_mut(half).zip(tables.sin.par_chunks_exact_mut(half));
+        rows.enumerate().for_each(|(row, (cos, sin))| {
+            let mut generator = row_generator(seed.wrapping_add(3), 1 + row as u64);
+            for (cos, sin) in cos.iter_mut().zip(sin) {
+                let angle = std::f64::consts::TAU * generator.random::<f64>();
+                (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
+            }
+        });
+        tables
     }
 
     /// Turns a row of Q or K as the tables say for `direction` 1, and back for -1: what the kernel will turn forth again.
@@ -384,32 +405,73 @@ pub(crate) fn normal(generator: &mut ChaCha8Rng) -> f64 {
     StandardNormal.sample(generator)
 }
 
+/// Standard normal values to pick from: a layer at full size has billions of elements, and drawing each on its own would take longer
+/// than everything else. There are about as many as 16-bit numbers of that size, and few enough for the fastest cache.
+struct Normals {
+    values: [f32; 1 << 12],
+    dtype: Dtype,
+    seed: u64,
+}
+
+impl Normals {
+    fn new(dtype: Dtype, seed: u64) -> Normals {
+        let mut generator = row_generator(seed, NORMALS);
+        Normals { values: std::array::from_fn(|_| normal(&mut generator) as f32), dtype, seed }
+    }
+
+    fn pick(&self, bits: u16) -> f32 {
+        self.values[usize::from(bits) % self.values.len()]
+    }
+
+    /// Draws token `index` of Q (`which` 0), K (1) or V (2), `[heads, head_dim]`: see [`Inputs::random`].
+    fn token(&self, which: u64, index: usize, head_dim: usize, bits: &mut [u16]) {
+        let mut generator = row_generator(self.seed.wrapping_add(which), index as u64);
+        generator.fill(bits);
+        for row in bits.chunks_exact_mut(head_dim) {
+            let (mut centre, mut size) = (0.0, 1.0);
+            if which != 2 {
+                let picks: [u16; 2] = generator.random();
+                let picks = picks.map(|bits| 0.25 * self.pick(bits));
+                (centre, size) = (picks[0], 2.0 * picks[1].exp());
+            }
+            for bits in row {
+                let value = centre + size * self.pick(*bits);
+                *bits = match self.dtype {
+                    // Cut off: a random value need not be rounded well, and rounding takes a branch that nobody can predict.
+                    Dtype::Bf16 => (value.to_bits() >> 16) as u16,
+                    Dtype::F16 => f16::from_f32(value).to_bits(),
+                };
+            }
+        }
+    }
+
+    /// Draws the code of a frame or a patch for one head.
+    fn code(&self, head: usize, code: usize, values: &mut [f64]) {
+        let mut generator = row_generator(self.seed.wrapping_add(4 + head as u64), code as u64);
+        values.fill_with(|| 2.0 * f64::from(self.pick(generator.random())));
+    }
+}
+
+/// Stream of [`row_generator`] that [`Normals`] come from: no row has this number.
+const NORMALS: u64 = u64::MAX - 1;
+
 impl Inputs {
     /// Random inputs: Q, K, V normal (Q and K twice as large, so that the softmax has something to choose), rows of Q and K off
-    /// centre and of different sizes, norm weights around one, RoPE angles uniform.
+    /// centre and of different sizes, norm weights around one, RoPE angles uniform. They depend on nothing but the arguments.
     pub fn random(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let shape = [batch, spec.layout.sequence() as usize, heads, spec.head_dim as usize];
+        let normals = Normals::new(spec.dtype, seed);
         let tokens = |which: u64| {
-            let mut tokens = Tokens::zeros(spec.dtype, shape);
-            tokens.fill(|batch, row, head, values| {
-                let mut generator =
-                    row_generator(seed.wrapping_add(which), ((batch * shape[1] + row) * heads + head) as u64);
-                let (centre, size) = if which == 2 {
-                    (0.0, 1.0)
-                } else {
-                    (0.25 * normal(&mut generator), 2.0 * (0.25 * normal(&mut generator)).exp())
-                };
-                values.fill_with(|| centre + size * normal(&mut generator));
-            });
-            tokens
+            Inputs::tokens(spec, batch, heads, |token, bits| {
+                normals.token(which, token, spec.head_dim as usize, bits);
+            })
         };
         let mut generator = row_generator(seed.wrapping_add(3), 0);
         let mut norm = || match &spec.qk_norm {
             None => Norm::default(),
             Some(norm) => {
                 let length = match norm.over {
-                    NormOver::Head => shape[3],
-                    NormOver::Heads => shape[2] * shape[3],
+                    NormOver::Head => spec.head_dim as usize,
+                    NormOver::Heads => heads * spec.head_dim as usize,
                 };
                 let mut values = |centre: f64| {
                     Some((0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
@@ -419,15 +481,6 @@ impl Inputs {
         };
         let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());
         let text_norms = spec.qk_norm.is_some() && spec.layout.text_tokens > 0;
-        let rope = spec.rope.as_ref().map(|_| {
-            let angles: Vec<f64> = (0..RopeTables::shape(spec, heads).iter().product())
-                .map(|_| normal(&mut generator) * std::f64::consts::PI)
-                .collect();
-            RopeTables {
-                cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
-                sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
-            }
-        });
         Inputs {
             q: tokens(0),
             k: tokens(1),
@@ -436,7 +489,7 @@ impl Inputs {
             k_norm,
             q_norm_text: text_norms.then_some(q_text),
             k_norm_text: text_norms.then_some(k_text),
-            rope,
+            rope: spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)),
             text_lengths: None,
         }
     }
@@ -444,27 +497,50 @@ impl Inputs {
     /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames
     /// when it is odd: after norm and RoPE, both hold a random code of the frame or of the patch.
     pub fn planted(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let mut inputs = Inputs::random(spec, batch, heads, seed);
-        (inputs.q_norm, inputs.k_norm, inputs.q_norm_text, inputs.k_norm_text) =
-            (Norm::default(), Norm::default(), None, None);
-        let (layout, rope) = (spec.layout, inputs.rope.clone());
-        let video = (layout.frames * layout.tokens_per_frame) as usize;
-        for tokens in [&mut inputs.q, &mut inputs.k] {
-            let text = tokens.clone();
-            tokens.fill(|batch, row, head, values| {
-                let Some(token) = row.checked_sub(layout.first_video_row() as usize).filter(|&token| token < video)
-                else {
-                    return values.copy_from_slice(&text.row(batch, row, head));
+        let normals = Normals::new(spec.dtype, seed);
+        let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)));
+        let (patches, video) = (layout.tokens_per_frame as usize, (layout.frames * layout.tokens_per_frame) as usize);
+        let (sequence, dim) = (layout.sequence() as usize, spec.head_dim as usize);
+        let tokens = |which: u64| {
+            Inputs::tokens(spec, batch, heads, |token, bits| {
+                let row = token % sequence;
+                let place = row.checked_sub(layout.first_video_row() as usize).filter(|&place| place < video);
+                let Some(place) = place.filter(|_| which != 2) else {
+                    return normals.token(which, token, dim, bits);
                 };
-                let patches = layout.tokens_per_frame as usize;
-                let code = if head % 2 == 0 { token / patches } else { token % patches };
-                let mut generator = row_generator(seed.wrapping_add(4 + head as u64), code as u64);
-                values.fill_with(|| 2.0 * normal(&mut generator));
-                if let Some(tables) = &rope {
-                    tables.rotate(spec, heads, row, head, values, -1.0);
+                let mut values = vec![0.0; dim];
+                for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {
+                    let code = if head % 2 == 0 { place / patches } else { place % patches };
+                    normals.code(head, code, &mut values);
+                    if let Some(tables) = &rope {
+                        tables.rotate(spec, heads, row, head, &mut values, -1.0);
+                    }
+                    for (bits, value) in bits.iter_mut().zip(&values) {
+                        *bits = narrow(spec.dtype, *value);
+                    }
                 }
-            });
+            })
+        };
+        Inputs {
+            q: tokens(0),
+            k: tokens(1),
+            v: tokens(2),
+            q_norm: Norm::default(),
+            k_norm: Norm::default(),
+            q_norm_text: None,
+            k_norm_text: None,
+            text_lengths: None,
+            rope,
         }
-        inputs
+    }
+
+    /// A tensor of the spec's layout, of which `token` writes the bits of one token, `[heads, head_dim]`, given its index in
+    /// `[batch, rows]`.
+    fn tokens(spec: &Spec, batch: usize, heads: usize, token: impl Fn(usize, &mut [u16]) + Sync) -> Tokens {
+        let shape = [batch, spec.layout.sequence() as usize, heads, spec.head_dim as usize];
+        let mut tokens = Tokens::zeros(spec.dtype, shape);
+        let rows = tokens.bits.par_chunks_exact_mut(shape[2] * shape[3]).enumerate();
+        rows.for_each(|(index, bits)| token(index, bits));
+        tokens
     }
 }

@@ -1,12 +1,15 @@
 //! Inputs and output of a layer in device memory, in any of the arrangements that engines use.
 
+use std::sync::Arc;
+
 use framestride_shapes::launch::{NormWeights, Tensor};
 use framestride_shapes::spec::Dtype;
+use rayon::prelude::*;
 
 use crate::attention::Layer;
 use crate::device::{Buffer, Device};
 use crate::error::Result;
-use crate::inputs::{Inputs, Norm, Tokens};
+use crate::inputs::{Inputs, Norm, Tokens, widen};
 
 /// How a `[B, S, H, D]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +18,7 @@ pub enum Arrangement {
     TokensFirst,
     /// \[B, H, S, D\].
     HeadsFirst,
-    /// One third of \[B, S, 3, H, D\], as one projection for Q, K and V leaves them.
+    /// One third of \[B, S, 3, H, D\], as one projection for Q, K and V leaves them; the middle one of a tensor alone.
     PackedQkv,
     /// \[B, S, H, D\] with gaps, and no row at a multiple of 16 bytes by design: only of 2.
     Unaligned,
@@ -63,47 +66,60 @@ impl Arrangement {
 }
 
 impl Place {
-    /// Index of the first element of every row, in the order of `[B, S, H]`.
-    fn rows(self, [batch, rows, heads, _]: [usize; 4]) -> impl Iterator<Item = usize> {
-        (0..batch * rows * heads).map(move |index| {
-            let (item, row, head) = (index / heads / rows, index / heads % rows, index % heads);
-            self.first + item * self.batch + row * self.row + head * self.head
-        })
+    /// Index of the first element of a row.
+    fn index(self, batch: usize, row: usize, head: usize) -> usize {
+        self.first + batch * self.batch + row * self.row + head * self.head
     }
 }
 
 /// A tensor in device memory.
 pub struct Placed {
-    buffer: Buffer,
-    arrangement: Arrangement,
+    buffer: Arc<Buffer>,
+    place: Place,
     shape: [usize; 4],
     dtype: Dtype,
 }
 
+/// Bytes that are put in order on the host before they go to the device: enough to keep all cores busy, and no second copy of a
+/// tensor that takes gigabytes.
+const STAGE: usize = 32 << 20;
+
 impl Placed {
     /// Copies a tensor to the device; everything around it is [`POISON`].
     pub fn upload(device: &Device, tokens: &Tokens, arrangement: Arrangement) -> Result<Placed> {
-        let (shape, dim) = (tokens.shape(), tokens.head_dim);
-        let place = arrangement.place(shape);
-        let mut bytes = vec![POISON; place.elements * 2];
-        for (first, row) in place.rows(shape).zip(tokens.bits.chunks_exact(dim)) {
-            for (bytes, bits) in bytes[first * 2..].as_chunks_mut::<2>().0.iter_mut().zip(row) {
-                *bytes = bits.to_le_bytes();
-            }
-        }
-        Ok(Placed { buffer: device.upload(&bytes)?, arrangement, shape, dtype: tokens.dtype })
+        let placed = Placed::poisoned(device, tokens.dtype, tokens.shape(), arrangement)?;
+        copy(device, &[(&placed, tokens)])?;
+        Ok(placed)
     }
 
     /// Memory for a tensor, all [`POISON`].
     pub fn poisoned(device: &Device, dtype: Dtype, shape: [usize; 4], arrangement: Arrangement) -> Result<Placed> {
-        let buffer = device.allocate(arrangement.place(shape).elements as u64 * 2)?;
+        let place = arrangement.place(shape);
+        let buffer = Arc::new(device.allocate(place.elements as u64 * 2)?);
         device.fill(&buffer, POISON)?;
-        Ok(Placed { buffer, arrangement, shape, dtype })
+        Ok(Placed { buffer, place, shape, dtype })
+    }
+
+    /// Copies Q, K and V to the device: the thirds of one piece of memory for [`Arrangement::PackedQkv`].
+    fn upload_layer(device: &Device, tensors: [&Tokens; 3], arrangement: Arrangement) -> Result<[Placed; 3]> {
+        let [q, k, v] = tensors;
+        if arrangement != Arrangement::PackedQkv {
+            let upload = |tokens| Placed::upload(device, tokens, arrangement);
+            return Ok([upload(q)?, upload(k)?, upload(v)?]);
+        }
+        let whole = Placed::poisoned(device, q.dtype, q.shape(), arrangement)?;
+        let thirds = [0, 1, 2].map(|third| Placed {
+            buffer: Arc::clone(&whole.buffer),
+            place: Place { first: third * q.heads * q.head_dim, ..whole.place },
+            ..whole
+        });
+        copy(device, &[(&thirds[0], q), (&thirds[1], k), (&thirds[2], v)])?;
+        Ok(thirds)
     }
 
     /// The descriptor that kernels get.
     pub fn tensor(&self) -> Tensor {
-        let place = self.arrangement.place(self.shape);
+        let place = self.place;
         Tensor {
             data: self.buffer.address() + place.first as u64 * 2,
             batch: place.batch as u64,
@@ -112,21 +128,101 @@ impl Placed {
         }
     }
 
+    /// The memory as it is now.
+    pub fn read(&self, device: &Device) -> Result<Image<'_>> {
+        Ok(Image { placed: self, bytes: device.read(&self.buffer, 0, self.buffer.bytes())? })
+    }
+
     /// The tensor, and how many bytes around it are no longer [`POISON`].
     pub fn download(&self, device: &Device) -> Result<(Tokens, usize)> {
-        let mut bytes = device.read(&self.buffer, 0, self.buffer.bytes())?;
-        let dim = self.shape[3];
+        let image = self.read(device)?;
         let mut tokens = Tokens::zeros(self.dtype, self.shape);
-        let place = self.arrangement.place(self.shape);
-        for (first, row) in place.rows(self.shape).zip(tokens.bits.chunks_exact_mut(dim)) {
-            for (bits, bytes) in row.iter_mut().zip(bytes[first * 2..].as_chunks_mut::<2>().0) {
-                *bits = u16::from_le_bytes(*bytes);
-                *bytes = [POISON; 2];
+        let [_, rows, heads, dim] = self.shape;
+        tokens.bits.par_chunks_exact_mut(heads * dim).enumerate().for_each(|(token, bits)| {
+            for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {
+                for (bits, &bytes) in bits.iter_mut().zip(image.row_bytes(token / rows, token % rows, head)) {
+                    *bits = u16::from_le_bytes(bytes);
+                }
             }
-        }
-        let written = bytes.iter().filter(|&&byte| byte != POISON).count();
-        Ok((tokens, written))
+        });
+        Ok((tokens, image.stray()))
     }
+}
+
+/// Puts tensors that lie alike, each in its part of the same memory, in order on the host and copies them, [`STAGE`] bytes at a
+/// time.
+fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
+    let Some(&(Placed { buffer, place, shape, .. }, _)) = tensors.first() else { return Ok(()) };
+    let [batch, rows, heads, dim] = *shape;
+    // A unit is what lies together of one token: all its heads, or one where a head's rows are contiguous. Units of one batch
+    // item follow each other without a gap, and each is filled alike.
+    let by_head = place.head >= place.row;
+    let (unit, units) = if by_head { (place.row, heads * rows) } else { (place.row, rows) };
+    let most = (STAGE / 2 / unit).clamp(1, units);
+    let mut stage = vec![POISON; most * unit * 2];
+    for item in 0..batch {
+        for start in (0..units).step_by(most) {
+            let stage = &mut stage[..most.min(units - start) * unit * 2];
+            stage.par_chunks_exact_mut(unit * 2).enumerate().with_min_len(64).for_each(|(index, bytes)| {
+                let index = start + index;
+                let (row, heads) =
+                    if by_head { (index % rows, index / rows..index / rows + 1) } else { (index, 0..heads) };
+                for (placed, tokens) in tensors {
+                    for (head, number) in heads.clone().zip(0..) {
+                        let first = placed.place.first + number * placed.place.head * usize::from(!by_head);
+                        let bits = &tokens.bits[tokens.index(item, row, head)..][..dim];
+                        for (bytes, bits) in bytes[first * 2..].as_chunks_mut::<2>().0.iter_mut().zip(bits) {
+                            *bytes = bits.to_le_bytes();
+                        }
+                    }
+                }
+            });
+            device.write(buffer, ((item * place.batch + start * unit) * 2) as u64, stage)?;
+        }
+    }
+    Ok(())
+}
+
+/// A tensor's memory, copied to the host.
+pub struct Image<'a> {
+    placed: &'a Placed,
+    bytes: Vec<u8>,
+}
+
+impl Image<'_> {
+    fn row_bytes(&self, batch: usize, row: usize, head: usize) -> &[[u8; 2]] {
+        let Placed { place, shape, .. } = self.placed;
+        self.bytes[place.index(batch, row, head) * 2..][..shape[3] * 2].as_chunks().0
+    }
+
+    /// One row of one head.
+    pub fn row(&self, batch: usize, row: usize, head: usize) -> Vec<f64> {
+        let dtype = self.placed.dtype;
+        self.row_bytes(batch, row, head).iter().map(|&bytes| widen(dtype, u16::from_le_bytes(bytes))).collect()
+    }
+
+    /// Bytes around the tensor that are no longer [`POISON`].
+    pub fn stray(&self) -> usize {
+        let all = self.bytes.par_chunks(1 << 16).map(|bytes| touched(bytes)).sum::<usize>();
+        all - self.sum_rows(|row| touched(row.as_flattened()))
+    }
+
+    /// Elements of the tensor that are still [`POISON`].
+    pub fn unwritten(&self) -> usize {
+        self.sum_rows(|row| row.iter().map(|&element| usize::from(element == [POISON; 2])).sum())
+    }
+
+    fn sum_rows(&self, count: impl Fn(&[[u8; 2]]) -> usize + Sync) -> usize {
+        let [batch, rows, heads, _] = self.placed.shape;
+        let tokens = (0..batch * rows).into_par_iter().with_min_len(64);
+        let of_token = |token| (0..heads).map(|head| count(self.row_bytes(token / rows, token % rows, head))).sum();
+        tokens.map(|token: usize| -> usize { of_token(token) }).sum()
+    }
+}
+
+/// Bytes that are not [`POISON`].
+fn touched(bytes: &[u8]) -> usize {
+    bytes.iter().map(|&byte| usize::from(byte != POISON)).sum()
 }
 
 /// All inputs of a layer on the device, its output and log-sum-exp.
@@ -138,7 +234,7 @@ pub struct PlacedLayer {
     /// f32 \[B, H, S\], poisoned at first.
     lse: Buffer,
     /// Kept for their memory.
-    _inputs: Vec<Placed>,
+    _inputs: [Placed; 3],
     _buffers: Vec<Buffer>,
 }
 
@@ -175,10 +271,7 @@ impl PlacedLayer {
             layer.text_lengths = buffer.address();
             buffers.push(buffer);
         }
-        let placed = [&inputs.q, &inputs.k, &inputs.v]
-            .into_iter()
-            .map(|tokens| Placed::upload(device, tokens, arrangement))
-            .collect::<Result<Vec<_>>>()?;
+        let placed = Placed::upload_layer(device, [&inputs.q, &inputs.k, &inputs.v], arrangement)?;
         (layer.q, layer.k, layer.v) = (placed[0].tensor(), placed[1].tensor(), placed[2].tensor());
         let shape = inputs.q.shape();
         let out = Placed::poisoned(device, inputs.q.dtype, shape, out)?;

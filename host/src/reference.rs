@@ -43,11 +43,13 @@ impl<'a> Reference<'a> {
                 let row_of = tokens.heads * tokens.head_dim;
                 (0..tokens.batch * tokens.rows)
                     .into_par_iter()
-                    .map(|token| {
-                        let mut row = vec![0.0; row_of];
-                        tokens.widen(&tokens.bits[token * row_of..][..row_of], &mut row);
-                        statistic(&row, norm.kind, norm.eps)
-                    })
+                    .map_init(
+                        || vec![0.0; row_of],
+                        |row, token| {
+                            tokens.widen(&tokens.bits[token * row_of..][..row_of], row);
+                            statistic(row, norm.kind, norm.eps)
+                        },
+                    )
                     .collect()
             })
         });
@@ -98,7 +100,12 @@ impl<'a> Reference<'a> {
     /// All rows of one head, normalised and rotated.
     pub fn head(&self, batch: usize, head: usize) -> Head {
         let gather = |operand| {
-            (0..self.inputs.q.rows).into_par_iter().flat_map_iter(|row| self.row(operand, batch, row, head)).collect()
+            let dim = self.inputs.q.head_dim;
+            let mut rows = vec![0.0; self.inputs.q.rows * dim];
+            rows.par_chunks_exact_mut(dim)
+                .enumerate()
+                .for_each(|(row, values)| values.copy_from_slice(&self.row(operand, batch, row, head)));
+            rows
         };
         Head::new(
             &self.spec.layout,
@@ -294,14 +301,14 @@ impl Head {
         values: Vec<f64>,
     ) -> Head {
         let masks = HeadType::ALL.map(|head| Mask::new(layout, head, valid_text));
-        let norms = |rows: &[f64]| rows.chunks_exact(head_dim).map(norm).collect();
+        let norms = |rows: &[f64]| rows.par_chunks_exact(head_dim).map(norm).collect();
         let (key_norms, value_norms) = (norms(&keys), norms(&values));
         Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
     }
 
     /// The head with Q and K rounded to a 16-bit type, as the kernels store them.
     pub fn rounded(&self, layout: &Layout, dtype: Dtype) -> Head {
-        let round = |rows: &[f64]| rows.iter().map(|&x| widen(dtype, narrow(dtype, x))).collect();
+        let round = |rows: &[f64]| rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x))).collect();
         let (queries, keys) = (round(&self.queries), round(&self.keys));
         Head::new(layout, self.head_dim, self.valid_text, queries, keys, self.values.clone())
     }
@@ -420,6 +427,10 @@ pub fn distance(a: &[f64], b: &[f64]) -> f64 {
 impl Tokens {
     /// One head of one batch item as f64, `[rows, head_dim]`.
     pub fn head(&self, batch: usize, head: usize) -> Vec<f64> {
-        (0..self.rows).flat_map(|row| self.row(batch, row, head)).collect()
+        let mut rows = vec![0.0; self.rows * self.head_dim];
+        rows.par_chunks_exact_mut(self.head_dim)
+            .enumerate()
+            .for_each(|(row, values)| self.widen(&self.bits[self.index(batch, row, head)..][..self.head_dim], values));
+        rows
     }
 }
