@@ -60,6 +60,7 @@ def arguments():
         parser.error(f"--peers: {', '.join(sorted(unknown))}: not among {', '.join(PEERS)}")
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
+    args.binary = str(pathlib.Path(args.binary).resolve())
     if not pathlib.Path(args.binary).exists():
         parser.error(f"--binary: {args.binary} is not there: cargo build --release -p framestride, or set FRAMESTRIDE")
     return args
@@ -552,7 +553,7 @@ def show(rows):
 
 def versions(args):
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    found["framestride"] = output_of([args.binary, "--version"])
+    found["framestride"] = (output_of([args.binary, "--version"]) or "unknown").removeprefix("framestride ")
     found["commit"] = output_of(["git", "rev-parse", "--short=10", "HEAD"])
     for name in ("triton", "flash_attn.cute"):
         try:

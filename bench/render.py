@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Makes BENCHMARKS.md and docs/density.svg from results of bench.py. Standard library only: see README.md beside this file."""
+
+import argparse
+import html
+import json
+import pathlib
+import re
+import statistics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OURS = "framestride"
+# A spec that only differs from another by its density, for the picture.
+SWEPT = re.compile(r"_d\d+$")
+
+
+def cell(value, pattern="{}"):
+    return "" if value is None else pattern.format(value)
+
+
+def table(head, rows):
+    # The first column is text, the others numbers.
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+class Rows(list):
+    """Rows of the results, to choose from by their keys."""
+
+    def of(self, **keys):
+        return Rows(row for row in self if all(row.get(key) == value for key, value in keys.items()))
+
+    def ours(self):
+        return self.of(who=OURS).measured()
+
+    def peers(self):
+        return Rows(row for row in self.measured() if row["who"] != OURS)
+
+    def measured(self):
+        return Rows(row for row in self if row.get("ms"))
+
+    def fastest(self):
+        return min(self.measured(), key=lambda row: row["ms"], default=None)
+
+
+def ratio(above, below, key="ms"):
+    return above[key] / below[key] if above and below else None
+
+
+def glance(rows, memory):
+    """The ratios that the project is judged by."""
+    ours, peers = rows.ours(), rows.peers()
+    dense, flex = ours.of(what="dense").fastest(), peers.of(who="FlexAttention").fastest()
+    # The slower of the two masks, so that nothing is flattered.
+    sparse = max(ours.of(what="sparse"), key=lambda row: row["ms"], default=None)
+    spatial = ours.of(what="sparse", mask="spatial").fastest()
+    pack, peer_pack = ours.of(what="pack", mask=None).fastest(), peers.of(what="pack", mask=None).fastest()
+    peer_dense = peers.of(what="dense").fastest()
+    return [
+        cell(ratio(peer_dense, dense), "{:.2f}x") + (f" ({peer_dense['who']})" if peer_dense and dense else ""),
+        cell(ratio(sparse, dense, "tflops"), "{:.2f}"),
+        cell(ratio(dense, sparse), "{:.2f}x"),
+        cell(ratio(peer_dense, sparse), "{:.2f}x"),
+        cell(ratio(flex, spatial), "{:.2f}x"),
+        cell(pack and 100 * pack["of_ceiling"], "{:.0f}%"),
+        cell(ratio(peer_pack, pack), "{:.1f}x"),
+        cell(ratio(ours.of(what="profile").fastest(), sparse), "{:.2%}"),
+        cell(ratio(peers.of(what="layer").fastest(), ours.of(what="layer").fastest()), "{:.2f}x"),
+        cell((memory or {}).get("beyond_tensors"), "{:.2f}"),
+    ]
+
+
+GLANCE = [
+    "shape",
+    "dense, over the fastest peer",
+    "sparse TFLOP/s over dense TFLOP/s",
+    "sparse over own dense",
+    "sparse over the fastest dense peer",
+    "spatial over FlexAttention, same mask",
+    "pack, of copy bandwidth",
+    "pack over the fastest PyTorch",
+    "profile, of sparse attention's time",
+    "layer over cuDNN with compiled norm and RoPE",
+    "memory, times Q",
+]
+
+
+def sections(name, shape, rows):
+    extent = f"{shape['batch']} x {shape['sequence']} tokens x {shape['heads']} heads x {shape['head_dim']}, {shape['dtype']}"
+    text = f"### {name}\n\n{extent}.\n\n"
+    measured = rows.measured()
+    attention = [row for row in measured if row["what"] in ("dense", "sparse", "layer")]
+    text += table(
+        ["attention", "density", "ms", "TFLOP/s", "of matmul", "relative error"],
+        [
+            [
+                f"{row['who']}, {' '.join(filter(None, [row['what'], row['mask']]))}",
+                cell(row["density"], "{:.3f}"),
+                cell(row["ms"], "{:.3f}"),
+                cell(row["tflops"], "{:.0f}"),
+                cell(row["of_ceiling"], "{:.0%}"),
+                cell(row["rel_error"], "{:.2e}"),
+            ]
+            for row in attention
+        ],
+    )
+    memory_bound = [row for row in measured if row["what"] in ("pack", "profile", "select", "repack")]
+    text += "\n" + table(
+        ["norm, RoPE, order; profiling", "ms", "GB/s", "of copy"],
+        [
+            [
+                f"{row['who']}, {' '.join(filter(None, [row['what'], row['mask']]))}",
+                cell(row["ms"], "{:.4f}"),
+                cell(row["gbps"], "{:.0f}"),
+                cell(row["of_ceiling"], "{:.0%}"),
+            ]
+            for row in memory_bound
+        ],
+    )
+    if memory := shape.get("memory"):
+        beyond = memory["beyond_bytes"] or memory["workspace_bytes"]
+        text += f"\nMemory beyond Q, K, V and the output: {beyond / 2**20:.0f} MiB.\n"
+    missing = [f"{row['who']}, {row['what']}: {row['why']}" for row in rows if row.get("why")]
+    if missing:
+        text += "\nNot measured: " + "; ".join(reason.rstrip(".") for reason in missing) + ".\n"
+    return text + "\n"
+
+
+def header(results):
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
+    ceilings = Rows(results["rows"]).of(what="ceiling", shape=None)
+    copy, matmul = ceilings.of(who="copy").fastest(), ceilings.of(who="matmul").fastest()
+    text = f"{results['gpu']}, driver {results['driver']}, {results['date']}; {versions}. Medians of {results['rounds']} rounds.\n"
+    if copy and matmul:
+        text += (
+            f"Ceilings: a copy of 2 GiB at {copy['gbps']:.0f} GB/s, an 8192 cubed bf16 matrix product at"
+            f" {matmul['tflops']:.0f} TFLOP/s.\n"
+        )
+    return text + f"\n```console\n$ {results['command']}\n```\n\n"
+
+
+INTRO = """# Benchmarks
+
+Made by [`bench/render.py`](bench/render.py) from [`bench/results`](bench/results); [`bench`](bench/README.md) says what is measured,
+and how to repeat it. All contenders of a shape take turns in one run. TFLOP/s count visible pairs only (4 x head_dim operations
+each); GB/s count every byte that must be moved once. Relative errors are against f64 on the same random inputs.
+
+"""
+
+
+def sweep(all_results):
+    """Shapes that differ by their density alone, most densities first: (extent, {shape name: (density, rows)})."""
+    groups = {}
+    for results in all_results:
+        for name, shape in results["shapes"].items():
+            spatial = next(mask["density"] for mask in shape["masks"] if mask["mask"] == "spatial")
+            extent = (results["gpu"], *(shape[key] for key in ("batch", "sequence", "heads", "head_dim", "dtype")))
+            groups.setdefault(extent, {})[name] = (spatial, Rows(results["rows"]).of(shape=name))
+    extent, group = max(groups.items(), key=lambda item: len({density for density, _ in item[1].values()}), default=(None, {}))
+    return (extent, group) if len({density for density, _ in group.values()}) >= 3 else (None, {})
+
+
+def density_picture(extent, group):
+    """Time against density, with the ideal: own dense time x density."""
+    series = {}
+    for _, rows in group.values():
+        for row in rows.of(what="sparse").measured():
+            series.setdefault(f"{row['who']}, {row['mask']}", []).append((row["density"], row["ms"]))
+    levels = {}
+    for who in (OURS, "cuDNN", "FlashAttention-2", "FlashAttention-4"):
+        found = [row["ms"] for _, rows in group.values() for row in rows.of(what="dense", who=who).measured()]
+        if found:
+            levels[who] = statistics.median(found)
+    if not series or OURS not in levels:
+        return None
+    width, height, left, right, top, bottom = 880, 480, 70, 310, 50, 55
+    most = 1.08 * max([ms for points in series.values() for _, ms in points] + list(levels.values()))
+    x = lambda density: left + density * (width - left - right)
+    y = lambda ms: height - bottom - ms / most * (height - top - bottom)
+    power = 10 ** (len(str(int(most))) - 1) if most >= 1 else 0.1
+    step = next(step for step in (power / 5, power / 2, power, 2 * power) if most / step <= 8)
+    gpu, batch, sequence, heads, head_dim, dtype = extent
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="28" font-size="15">Attention, {html.escape(gpu)}: {batch} x {sequence} x {heads} x {head_dim}, {dtype}</text>',
+    ]
+    text = lambda px, py, words, rest="": parts.append(f'<text x="{px:.1f}" y="{py:.1f}" {rest}>{html.escape(words)}</text>')
+    line = lambda points, rest: parts.append(
+        f'<polyline points="{" ".join(f"{px:.1f},{py:.1f}" for px, py in points)}" fill="none" {rest}/>'
+    )
+    for tenth in range(0, 11, 2):
+        line([(x(tenth / 10), y(0)), (x(tenth / 10), top)], 'stroke="#e5e5e5"')
+        text(x(tenth / 10), y(0) + 18, f"{tenth / 10:g}", 'text-anchor="middle"')
+    for index in range(int(most / step) + 1):
+        line([(left, y(index * step)), (x(1), y(index * step))], 'stroke="#e5e5e5"')
+        text(left - 8, y(index * step) + 4, f"{index * step:g}", 'text-anchor="end"')
+    text((left + x(1)) / 2, height - 14, "density: visible pairs over all pairs", 'text-anchor="middle"')
+    text(18, (top + y(0)) / 2, "milliseconds", f'text-anchor="middle" transform="rotate(-90 18 {(top + y(0)) / 2:.0f})"')
+    legend = []
+    line([(x(0), y(0)), (x(1), y(levels[OURS]))], 'stroke="#555" stroke-dasharray="2 4"')
+    legend.append(("#555", 'stroke-dasharray="2 4"', "ideal: own dense x density"))
+    colours = iter(["#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#444"])
+    for name, points in sorted(series.items(), key=lambda item: not item[0].startswith(OURS)):
+        colour = next(colours)
+        placed = [(x(density), y(ms)) for density, ms in sorted(points)]
+        line(placed, f'stroke="{colour}" stroke-width="1.5"')
+        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in placed]
+        legend.append((colour, "", name))
+    for who, ms in levels.items():
+        colour = next(colours, "#444")
+        line([(x(0), y(ms)), (x(1), y(ms))], f'stroke="{colour}" stroke-dasharray="7 4"')
+        legend.append((colour, 'stroke-dasharray="7 4"', f"{who}, dense"))
+    for index, (colour, dash, name) in enumerate(legend):
+        at = top + 12 + 22 * index
+        line([(x(1) + 18, at), (x(1) + 46, at)], f'stroke="{colour}" stroke-width="2" {dash}')
+        text(x(1) + 52, at + 4, name)
+    return "\n".join(parts + ["</svg>"]) + "\n"
+
+
+def sweep_table(group):
+    rows = []
+    for density, found in sorted(group.values(), key=lambda item: item[0]):
+        ours, dense = found.ours().of(what="sparse", mask="spatial").fastest(), found.ours().of(what="dense").fastest()
+        temporal = found.ours().of(what="sparse", mask="temporal").fastest()
+        flex = found.peers().of(what="sparse", who="FlexAttention").fastest()
+        rows.append(
+            [
+                f"{density:.3f}",
+                cell(ours and ours["ms"], "{:.2f}"),
+                cell(temporal and temporal["ms"], "{:.2f}"),
+                cell(flex and flex["ms"], "{:.2f}"),
+                cell(ratio(dense, ours), "{:.2f}x"),
+                f"{1 / density:.2f}x",
+                cell(ratio(flex, ours), "{:.2f}x"),
+            ]
+        )
+    head = ["density", "spatial, ms", "temporal, ms", "FlexAttention spatial, ms", "over own dense", "ideal", "over FlexAttention"]
+    return table(head, rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", type=pathlib.Path, help="all of bench/results when not given")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="folder that gets BENCHMARKS.md and docs/density.svg")
+    args = parser.parse_args()
+    (args.out / "docs").mkdir(parents=True, exist_ok=True)
+    paths = args.results or sorted((ROOT / "bench/results").glob("*.json"))
+    if not paths:
+        parser.error("no results: run bench/bench.py on a machine with a Hopper GPU first")
+    all_results = [json.loads(path.read_text()) for path in paths]
+    text = INTRO
+    for results in all_results:
+        rows = Rows(results["rows"])
+        shown = {name: shape for name, shape in results["shapes"].items() if not SWEPT.search(name)}
+        if not shown:
+            continue
+        text += f"## {results['gpu']}\n\n" + header(results)
+        glances = [[name, *glance(rows.of(shape=name), shape.get("memory"))] for name, shape in shown.items()]
+        text += table(GLANCE, glances) + "\n"
+        text += "".join(sections(name, shape, rows.of(shape=name)) for name, shape in shown.items())
+    extent, group = sweep(all_results)
+    picture = density_picture(extent, group) if group else None
+    if picture:
+        (args.out / "docs/density.svg").write_text(picture)
+        text += "## Time against density\n\n![Milliseconds of attention against density](docs/density.svg)\n\n"
+        for results in all_results:
+            if any(name in group for name in results["shapes"]):
+                text += header(results)
+        text += sweep_table(group)
+    (args.out / "BENCHMARKS.md").write_text(text.rstrip() + "\n")
+    print(f"wrote {args.out / 'BENCHMARKS.md'}" + (f" and {args.out / 'docs/density.svg'}" if picture else ""))
+
+
+if __name__ == "__main__":
+    main()
