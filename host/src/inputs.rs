@@ -3,6 +3,7 @@
 use framestride_shapes::layout::{Layout, TextPosition};
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
 use half::{bf16, f16};
+use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -39,8 +40,9 @@ pub fn narrow(dtype: Dtype, value: f64) -> u16 {
 /// The value of 16 bits.
 pub fn widen(dtype: Dtype, bits: u16) -> f64 {
     match dtype {
-        Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
-        Dtype::F16 => f16::from_bits(bits).to_f64(),
+        // By way of f32, which holds every 16-bit value, and for which there are instructions.
+        Dtype::Bf16 => bf16::from_bits(bits).to_f32().into(),
+        Dtype::F16 => f16::from_bits(bits).to_f32().into(),
     }
 }
 
@@ -359,7 +361,7 @@ impl RopeTables {
         let mut tables = RopeTables { cos: vec![0.0; length], sin: vec![0.0; length] };
         let rows = tables.cos.par_chunks_exact_mut(half).zip(tables.sin.par_chunks_exact_mut(half));
         rows.enumerate().for_each(|(row, (cos, sin))| {
-            let mut generator = row_generator(seed.wrapping_add(3), 1 + row as u64);
+            let mut generator = quick_generator(seed, ANGLES, row as u64);
             for (cos, sin) in cos.iter_mut().zip(sin) {
                 let angle = std::f64::consts::TAU * generator.random::<f64>();
                 (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
@@ -400,6 +402,13 @@ pub(crate) fn row_generator(seed: u64, stream: u64) -> ChaCha8Rng {
     generator
 }
 
+/// Likewise, and quicker, where billions of bits are drawn. `which` says what they are for.
+fn quick_generator(seed: u64, which: u64, index: u64) -> Xoshiro256PlusPlus {
+    // Any odd factor: rows of one seed are not those of the next.
+    let key = seed.wrapping_mul(0xd6e8_feb8_6659_fd93).wrapping_add(which << 56).wrapping_add(index);
+    Xoshiro256PlusPlus::seed_from_u64(key)
+}
+
 /// Standard normal values.
 pub(crate) fn normal(generator: &mut ChaCha8Rng) -> f64 {
     StandardNormal.sample(generator)
@@ -425,8 +434,12 @@ impl Normals {
 
     /// Draws token `index` of Q (`which` 0), K (1) or V (2), `[heads, head_dim]`: see [`Inputs::random`].
     fn token(&self, which: u64, index: usize, head_dim: usize, bits: &mut [u16]) {
-        let mut generator = row_generator(self.seed.wrapping_add(which), index as u64);
-        generator.fill(bits);
+        let mut generator = quick_generator(self.seed, which, index as u64);
+        // Of each 64 random bits four elements; the head dim is a multiple of it.
+        for bits in bits.as_chunks_mut::<4>().0 {
+            let random = generator.random::<u64>();
+            *bits = [0, 16, 32, 48].map(|shift| (random >> shift) as u16);
+        }
         for row in bits.chunks_exact_mut(head_dim) {
             let (mut centre, mut size) = (0.0, 1.0);
             if which != 2 {
@@ -447,13 +460,17 @@ impl Normals {
 
     /// Draws the code of a frame or a patch for one head.
     fn code(&self, head: usize, code: usize, values: &mut [f64]) {
-        let mut generator = row_generator(self.seed.wrapping_add(4 + head as u64), code as u64);
+        let mut generator = quick_generator(self.seed, CODES, (head as u64) << 32 | code as u64);
         values.fill_with(|| 2.0 * f64::from(self.pick(generator.random())));
     }
 }
 
 /// Stream of [`row_generator`] that [`Normals`] come from: no row has this number.
 const NORMALS: u64 = u64::MAX - 1;
+
+/// What [`quick_generator`] draws besides Q (0), K (1) and V (2).
+const ANGLES: u64 = 3;
+const CODES: u64 = 4;
 
 impl Inputs {
     /// Random inputs: Q, K, V normal (Q and K twice as large, so that the softmax has something to choose), rows of Q and K off

@@ -421,8 +421,8 @@ fn verify_text(report: &Report) -> String {
         }
         let verdict = if check.ok { "ok    " } else { "FAILED" };
         text += &format!(
-            "  {verdict} {:<9} {:<24} error {:9.2e} of {:8.2e}",
-            check.kernel, check.quantity, check.rel_error, check.tolerance
+            "  {verdict} {:<9} {:<33} error {:9.2e} of {:8.2e}, {} of {} {}",
+            check.kernel, check.quantity, check.rel_error, check.tolerance, check.compared, check.of, check.unit
         );
         if !check.ok {
             text += &format!("  ({})", check.worst);
