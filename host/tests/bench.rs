@@ -65,3 +65,16 @@ fn given_inputs_have_the_output_of_a_run() {
     bench.round(&|_| {}).unwrap();
     assert!(bench.output().unwrap() == run::run(&module, &inputs, &|_, _| {}).unwrap().out);
 }
+
+#[test]
+fn command_refuses_what_it_cannot_time() {
+    let emulator: &[&str] = &["--device", "emulator"];
+    let two_types: &[&str] = &["--types", "dense", "spatial", "--out", "out.safetensors"];
+    for (arguments, expected) in [(emulator, "times say nothing"), (two_types, "2 --types")] {
+        let arguments = [&["bench", "tiny_plain"], arguments].concat();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_framestride")).args(&arguments).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(expected) && error.contains("mend"), "{error}");
+    }
+}
