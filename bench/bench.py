@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measures framestride beside its peers on one GPU, in one run: see README.md beside this file.
 
-Every contender is timed once a round, ours (a child process that waits for its turn) and then the peers, so that drifting clocks
-reach all alike; medians over the rounds are kept. A sample is the mean of enough runs, back to back between two events, to last 20 ms.
+Every contender is timed once a round, ours (a child process that waits for its turn) and then the peers, each in a new order every
+time, so that drifting clocks reach all alike; medians over the rounds are kept. A sample is the mean of enough runs, back to back
+between two events, to last 20 ms, after as many untimed ones: clocks depend on the power that the work before took.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import statistics
 import subprocess
@@ -46,7 +48,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(DEFAULT_SHAPES), help="names of shipped specs, or TOML files, with commas")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}; 'none' for ours alone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape-seconds", type=float, default=80, help="no new round, and no new peer, of a shape after this long")
     parser.add_argument("--seconds", type=float, default=450, help="no new shape after this long, and the last one is cut short")
     parser.add_argument("--binary", default=os.environ.get("FRAMESTRIDE", str(ROOT / "target/release/framestride")))
@@ -269,8 +271,7 @@ class Contender:
             self.call()
             torch.cuda.synchronize()
             self.runs = min(MOST_RUNS, max(1, math.ceil(SAMPLE_MILLISECONDS / self.time(1))))
-        elif self.runs > 1:
-            self.call()
+        self.time(self.runs)
         self.samples.append(self.time(self.runs))
 
     def attempt(self, do):
@@ -496,7 +497,7 @@ def measure(shape, args, ceilings, end):
                 rows.append(failed | {"why": reason(error)})
                 print(f"    framestride: {reason(error)}", flush=True)
                 ours = None
-        for peer in peers:
+        for peer in peers if index == 0 else random.sample(peers, len(peers)):
             if peer.why is None and not peer.samples and time.monotonic() > deadline:
                 peer.why = "not started within the time limit"
             if peer.why is None:
@@ -576,6 +577,7 @@ def main():
     end = time.monotonic() + args.seconds
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
+    random.seed(0)
     gpu = torch.cuda.get_device_name()
     driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     path = args.out / f"{args.name or re.sub('[^a-z0-9]+', '_', gpu.lower())}.json"

@@ -1,7 +1,8 @@
 //! How fast the kernels of a spec are on a GPU, each by itself and the layer as a whole.
 //!
-//! A round times everything once, one after the other, so that drifting clocks reach all alike; the medians over rounds are
-//! reported. A sample is the mean of enough launches, back to back between two events, to last [`SAMPLE_MILLISECONDS`].
+//! A round times everything once, in a new order each time, so that drifting clocks reach all alike; the medians over rounds are
+//! reported. A sample is the mean of enough launches, back to back between two events, to last [`SAMPLE_MILLISECONDS`]. As many
+//! untimed ones come first: how fast the GPU may clock depends on the power that the work before took.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use framestride_shapes::launch::Tensor;
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::spec::{NormKind, NormOver, Spec};
+use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -295,9 +297,11 @@ impl Bench {
     /// Times everything once more. `progress` hears what is being timed.
     pub fn round(&mut self, progress: &dyn Fn(&str)) -> Result<()> {
         let mut items = std::mem::take(&mut self.items);
-        let done = items.iter_mut().try_for_each(|item| {
-            progress(item.what);
-            self.sample(item)
+        let mut order: Vec<usize> = (0..items.len()).collect();
+        order.shuffle(&mut row_generator(1, items.first().map_or(0, |item| item.samples.len()) as u64));
+        let done = order.into_iter().try_for_each(|index| {
+            progress(items[index].what);
+            self.sample(&mut items[index])
         });
         self.items = items;
         done
@@ -318,10 +322,10 @@ impl Bench {
             once()?;
             let milliseconds = device.time(Stream::DEFAULT, once)?;
             item.runs = ((SAMPLE_MILLISECONDS / milliseconds).ceil() as u32).clamp(*RUNS.start(), *RUNS.end());
-        } else if item.runs > 1 {
-            once()?;
         }
-        let milliseconds = device.time(Stream::DEFAULT, || (0..item.runs).try_for_each(|_| once()))?;
+        let all = || (0..item.runs).try_for_each(|_| once());
+        all()?;
+        let milliseconds = device.time(Stream::DEFAULT, all)?;
         item.samples.push(milliseconds / f64::from(item.runs));
         Ok(())
     }
