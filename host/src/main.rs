@@ -421,7 +421,7 @@ fn verify_text(report: &Report) -> String {
         }
         let verdict = if check.ok { "ok    " } else { "FAILED" };
         text += &format!(
-            "  {verdict} {:<9} {:<33} error {:9.2e} of {:8.2e}, {} of {} {}",
+            "  {verdict} {:<9} {:<25} error {:9.2e} of {:8.2e}, {} of {} {}",
             check.kernel, check.quantity, check.rel_error, check.tolerance, check.compared, check.of, check.unit
         );
         if !check.ok {

@@ -409,9 +409,9 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     // These see every row of every head.
     let poisoned_sums = lse.par_iter().filter(|sum| sum.to_le_bytes() == [POISON; 4]).count();
     for (count, quantity) in [
-        (out.unwritten(), "elements of the output not written"),
-        (poisoned_sums, "log-sum-exps not written"),
-        (out.stray(), "bytes written beside the output"),
+        (out.unwritten(), "unwritten output elements"),
+        (poisoned_sums, "unwritten log-sum-exps"),
+        (out.stray(), "bytes beside the output"),
     ] {
         let mut worst = Worst::new();
         worst.keep_worse(count as f64, 0.0, || quantity.into());
