@@ -203,7 +203,7 @@ impl Image<'_> {
 
     /// Bytes around the tensor that are no longer [`POISON`].
     pub fn stray(&self) -> usize {
-        let all = self.bytes.par_chunks(1 << 16).map(|bytes| touched(bytes)).sum::<usize>();
+        let all = self.bytes.par_chunks(1 << 16).map(touched).sum::<usize>();
         all - self.sum_rows(|row| touched(row.as_flattened()))
     }
 

@@ -341,7 +341,7 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
         let order = [&queries[..], &keys[..], &keys[..]];
         let is_whole = whole_heads.contains(&index);
         let packed = PackedHead { reference: &reference, spec, inputs: &inputs, place, valid_text, order };
-        let pieces = if is_whole { vec![0..packed.rows()] } else { packed.draw_pieces(&mut generator) };
+        let pieces = packed.draw_pieces(is_whole, &mut generator);
         let mut image = Vec::new();
         for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
             for piece in &pieces {
@@ -500,11 +500,11 @@ impl PackedHead<'_> {
         self.valid_text + (self.spec.layout.frames * self.spec.layout.tokens_per_frame) as usize
     }
 
-    /// Ranges of packed rows, in whole groups of [`ATOM_ROWS`]: some at random, both ends of the text, the end of the sink frames,
+    /// Ranges of packed rows, in whole groups of [`ATOM_ROWS`]: one of all, or some at random, both ends of the text, the end of the sink frames,
     /// and everything from the last row that counts.
-    fn draw_pieces(&self, generator: &mut impl Rng) -> Vec<Range<usize>> {
+    fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
         let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
-        let tail = self.live().saturating_sub(1) / group;
+        let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
         let sinks = self.valid_text + (layout.sink_frames * layout.tokens_per_frame) as usize;
         let mut groups: BTreeSet<usize> = (0..PACKED_GROUPS).map(|_| generator.random_range(0..=tail)).collect();
         groups.extend(
@@ -512,7 +512,7 @@ impl PackedHead<'_> {
                 .map(|row| row / group),
         );
         let pieces = groups.into_iter().filter(|&start| start < tail).map(|start| start * group..(start + 1) * group);
-        pieces.chain([tail * group..self.rows()]).collect()
+        pieces.chain(std::iter::once(tail * group..self.rows())).collect()
     }
 
     /// Compares packed rows of one operand from row `first`, a multiple of [`ATOM_ROWS`]. Padding and invalid text must be zero.
