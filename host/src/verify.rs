@@ -500,8 +500,8 @@ impl PackedHead<'_> {
         self.valid_text + (self.spec.layout.frames * self.spec.layout.tokens_per_frame) as usize
     }
 
-    /// Ranges of packed rows, in whole groups of [`ATOM_ROWS`]: one of all, or some at random, both ends of the text, the end of the sink frames,
-    /// and everything from the last row that counts.
+    /// Ranges of packed rows, in whole groups of [`ATOM_ROWS`]: one of all, or some at random, both ends of the text, the end of
+    /// the sink frames, and everything from the last row that counts.
     fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
         let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
         let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
