@@ -22,7 +22,8 @@ pub fn assemble(
 ) -> Result<BTreeMap<String, Ptxas>, BuildError> {
     let answer = Command::new(ptxas)
         .arg(format!("-arch={}", arch.name()))
-        .arg("-v")
+        // The entries of a spec side by side.
+        .args(["-v", "--split-compile=0"])
         .arg(ptx)
         .arg("-o")
         .arg(cubin)
