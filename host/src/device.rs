@@ -554,6 +554,102 @@ impl Drop for Event {
     }
 }
 
+/// A stream of this library's own, on which nothing waits for the default stream, nor that for it. Dropping it waits for its work, so
+/// that no memory that outlives the stream is freed under a kernel.
+pub(crate) struct OwnStream {
+    gpu: Arc<Gpu>,
+    stream: sys::CUstream,
+}
+
+impl OwnStream {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<OwnStream> {
+        let _current = Current::push(gpu.context)?;
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` is a live local and a context is current.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        Ok(OwnStream { gpu: Arc::clone(gpu), stream })
+    }
+
+    /// The stream, to launch on while this value lives.
+    pub(crate) fn borrow(&self) -> Stream {
+        Stream(self.stream as usize)
+    }
+
+    /// What `work` launches on this stream, as a graph: nothing of it runs here.
+    pub(crate) fn capture(&self, work: impl FnOnce(Stream) -> Result<()>) -> Result<Graph> {
+        let _current = Current::push(self.gpu.context)?;
+        // Other threads may go on allocating and waiting: only this one's calls are held to what a capture allows.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is live, and it is no default stream.
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })?;
+        let worked = work(self.borrow());
+        let mut captured = Captured(std::ptr::null_mut());
+        // A capture is ended even where `work` failed: a stream that is left capturing is of no use to anybody.
+        // SAFETY: the capture was begun on this thread; the graph is a live local's.
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut captured.0) });
+        worked?;
+        ended?;
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: the graph is live, and `executable` is a live local.
+        check("cuGraphInstantiateWithFlags", unsafe {
+            sys::cuGraphInstantiateWithFlags(&mut executable, captured.0, 0)
+        })?;
+        Ok(Graph { gpu: Arc::clone(&self.gpu), executable })
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        if let Ok(_current) = Current::push(self.gpu.context) {
+            // SAFETY: created once, in `new`; whoever borrowed it launches nothing after this.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(self.stream);
+                let _ = sys::cuStreamDestroy_v2(self.stream);
+            }
+        }
+    }
+}
+
+/// A captured graph, destroyed on drop while its context is current; null when the capture failed.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: made once, by the end of a capture; executables made from it stay.
+            let _ = unsafe { sys::cuGraphDestroy(self.0) };
+        }
+    }
+}
+
+/// An executable graph, destroyed on drop.
+pub(crate) struct Graph {
+    gpu: Arc<Gpu>,
+    executable: sys::CUgraphExec,
+}
+
+impl Graph {
+    /// Launches all of it, in stream order.
+    ///
+    /// # Safety
+    /// What was captured may run now: the modules and memory that its launches use are live, and stay so until it is done.
+    pub(crate) unsafe fn launch(&self, stream: Stream) -> Result<()> {
+        let _current = Current::push(self.gpu.context)?;
+        // SAFETY: the graph is live; the rest is the caller's promise.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, stream.raw()) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if let Ok(_current) = Current::push(self.gpu.context) {
+            // SAFETY: made once, in `capture`; the driver frees one that still runs when it is done.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+        }
+    }
+}
+
 fn within(buffer: &Buffer, offset: u64, bytes: u64) -> Result<()> {
     if offset.checked_add(bytes).is_none_or(|end| end > buffer.bytes) {
         return Err(Error::input(

@@ -22,6 +22,7 @@
 //! * [`attention`]: one layer, and what it checks before it launches anything.
 //! * [`module`]: kernels, shipped or built, on a device. [`device`]: a GPU through the CUDA driver, or the emulator.
 //! * [`reference`](mod@reference), [`tolerance`], [`verify`]: the layer in f64, how far a kernel may lie from it, and whether it does.
+//!   [`steady`]: whether a layer gives the same bytes however it is launched.
 //! * [`bench`]: how fast the kernels are.
 //! * [`inputs`], [`files`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
 #![warn(missing_docs)]
@@ -39,6 +40,7 @@ pub mod place;
 pub mod reference;
 pub mod report;
 pub mod run;
+pub mod steady;
 pub mod tolerance;
 pub mod verify;
 pub mod video;

@@ -7,7 +7,7 @@ use framestride_shapes::spec::Dtype;
 use rayon::prelude::*;
 
 use crate::attention::Layer;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Stream};
 use crate::error::Result;
 use crate::inputs::{Inputs, Norm, Tokens, widen};
 
@@ -233,9 +233,10 @@ pub struct PlacedLayer {
     pub out: Placed,
     /// f32 \[B, H, S\], poisoned at first.
     lse: Buffer,
-    /// Kept for their memory.
-    _inputs: [Placed; 3],
-    _buffers: Vec<Buffer>,
+    /// Q, K and V.
+    inputs: [Placed; 3],
+    /// Everything else that the layer reads.
+    buffers: Vec<Buffer>,
 }
 
 fn upload_words(device: &Device, words: impl Iterator<Item = [u8; 4]>) -> Result<Buffer> {
@@ -279,7 +280,18 @@ impl PlacedLayer {
         let lse = device.allocate((shape[0] * shape[1] * shape[2] * 4) as u64)?;
         device.fill(&lse, POISON)?;
         layer.lse = lse.address();
-        Ok(PlacedLayer { layer, out, lse, _inputs: placed, _buffers: buffers })
+        Ok(PlacedLayer { layer, out, lse, inputs: placed, buffers })
+    }
+
+    /// Copies all that this layer reads over what `to`, made from inputs of the same shape, reads: in stream order.
+    pub(crate) fn copy_inputs(&self, device: &Device, stream: Stream, to: &PlacedLayer) -> Result<()> {
+        let [from, to] = [self, to].map(|layer| layer.inputs.iter().map(|input| &*input.buffer).chain(&layer.buffers));
+        from.zip(to).try_for_each(|(from, to)| device.copy(stream, from, to))
+    }
+
+    /// The memory of output and log-sum-exp.
+    pub(crate) fn results(&self) -> [&Buffer; 2] {
+        [&self.out.buffer, &self.lse]
     }
 
     /// Log-sum-exp, `[B, H, S]`.

@@ -8,6 +8,8 @@
 //! and those at the ends of text, video and sink frames, and their profiling errors. Of every other head, packed rows are, drawn
 //! likewise, with the whole padding, and the head type. That every row of the output was written, and nothing beside it, is seen
 //! for all heads in any case.
+//!
+//! Whether a layer gives the same however it is launched comes last: [`crate::steady`].
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -24,27 +26,27 @@ use crate::device::Stream;
 use crate::error::Result;
 use crate::inputs::{Inputs, row_generator, widen};
 use crate::module::Module;
-use crate::name_of;
 use crate::place::{Arrangement, POISON, PlacedLayer};
 use crate::reference::{Head, Mask, Operand, ProfileErrors, Reference, distance, norm};
-use crate::tolerance;
+use crate::{name_of, steady, tolerance};
 
 /// One comparison.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
     /// The kernel that made the result.
     pub kernel: &'static str,
-    /// Head types, valid text, arrangement of inputs and output.
+    /// Head types, valid text, arrangement of inputs and output; or how the layer was launched.
     pub case: String,
     /// What of the result was compared.
     pub quantity: &'static str,
-    /// How many rows, or heads, were.
+    /// How many rows, heads or runs were.
     pub compared: u64,
     /// How many there are.
     pub of: u64,
-    /// What those numbers count: "rows" or "heads".
+    /// What those numbers count: "rows", "heads" or "runs".
     pub unit: &'static str,
-    /// Relative error of the worst row (the one whose error is the largest part of its tolerance); null when not a number.
+    /// Relative error of the worst row (the one whose error is the largest part of its tolerance), null when not a number; of what is
+    /// counted, such as bytes that differ, the number.
     pub rel_error: f64,
     /// Tolerance of that row.
     pub tolerance: f64,
@@ -193,8 +195,8 @@ impl Case {
     }
 }
 
-/// Worst row so far.
-struct Worst {
+/// Worst row, or run, so far.
+pub(crate) struct Worst {
     compared: u64,
     rel_error: f64,
     tolerance: f64,
@@ -202,11 +204,11 @@ struct Worst {
 }
 
 impl Worst {
-    fn new() -> Worst {
+    pub(crate) fn new() -> Worst {
         Worst { compared: 0, rel_error: 0.0, tolerance: 0.0, place: String::new() }
     }
 
-    fn add(&mut self, rel_error: f64, tolerance: f64, place: impl FnOnce() -> String) {
+    pub(crate) fn add(&mut self, rel_error: f64, tolerance: f64, place: impl FnOnce() -> String) {
         self.compared += 1;
         self.keep_worse(rel_error, tolerance, place);
     }
@@ -228,7 +230,13 @@ impl Worst {
         self
     }
 
-    fn check(self, kernel: &'static str, case: &str, quantity: &'static str, (of, unit): (u64, &'static str)) -> Check {
+    pub(crate) fn check(
+        self,
+        kernel: &'static str,
+        case: &str,
+        quantity: &'static str,
+        (of, unit): (u64, &'static str),
+    ) -> Check {
         let Worst { compared, rel_error, tolerance, place } = self;
         Check {
             kernel,
@@ -251,14 +259,17 @@ fn row_error(found: &[f64], reference: &[f64]) -> f64 {
     if error == 0.0 { 0.0 } else { error / size }
 }
 
-/// Runs all cases. `progress` hears what is being done, and how much of it.
+/// Runs all cases, and launches in all ways. `progress` hears what is being done, and how much of it.
 pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn(&str, f64)) -> Result<Report> {
     let cases = Case::all(module.spec().layout.text_tokens > 0);
     let mut checks = Vec::new();
     for (index, case) in cases.iter().enumerate() {
-        progress(&case.describe(), index as f64 / cases.len() as f64);
+        progress(&case.describe(), index as f64 / (cases.len() + 1) as f64);
         checks.extend(verify_case(module, case, seed.wrapping_add(1000 * index as u64), effort)?);
     }
+    let part = cases.len() as f64 / (cases.len() + 1) as f64;
+    let seed_of_launches = seed.wrapping_add(1000 * cases.len() as u64);
+    checks.extend(steady::verify_launches(module, seed_of_launches, &|what| progress(what, part))?);
     progress("done", 1.0);
     Ok(Report {
         ok: checks.iter().all(|check| check.ok),
