@@ -1,4 +1,4 @@
-//! What the warps of a block share beside memory: mbarriers, named barriers, bulk copies in flight, the register pool.
+//! What the warps of a block share beside memory: mbarriers, named barriers, asynchronous copies in flight, the register pool.
 
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::Kernel;
@@ -69,6 +69,31 @@ struct Outgoing {
     place: (u32, u32),
 }
 
+/// A thread's `cp.async` that has not landed.
+struct AsyncCopy {
+    offset: usize,
+    source: u64,
+    bytes: usize,
+    /// The thread's group that it is in, or will be once committed.
+    group: u64,
+    place: (u32, u32),
+}
+
+/// The `cp.async`s of a thread.
+#[derive(Default)]
+pub(crate) struct AsyncCopies {
+    /// The oldest first.
+    in_flight: VecDeque<AsyncCopy>,
+    /// Groups committed.
+    committed: u64,
+}
+
+impl AsyncCopies {
+    pub fn commit(&mut self) {
+        self.committed += 1;
+    }
+}
+
 /// What a launch's statistics are made of, summed over blocks.
 #[derive(Clone, Default)]
 pub(crate) struct Counters {
@@ -94,6 +119,8 @@ pub(crate) struct Block<'a> {
     outgoing: Vec<Outgoing>,
     /// Groups committed by each thread, 32 of a warp together.
     committed: Vec<[u64; 32]>,
+    /// By thread.
+    async_copies: Vec<AsyncCopies>,
     pub warpgroups: Vec<Warpgroup>,
     pub panels: Panels,
     /// Registers nobody holds, counted per thread of a warp; `None` when the kernel has no launch bounds.
@@ -129,6 +156,7 @@ impl<'a> Block<'a> {
             incoming: VecDeque::new(),
             outgoing: Vec::new(),
             committed: vec![[0; 32]; warps],
+            async_copies: (0..32 * warps).map(|_| AsyncCopies::default()).collect(),
             warpgroups: (0..warps.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
             panels: Panels::default(),
             free_registers: None,
@@ -149,6 +177,7 @@ impl<'a> Block<'a> {
         self.incoming.clear();
         self.outgoing.clear();
         self.committed.iter_mut().for_each(|lanes| *lanes = [0; 32]);
+        self.async_copies.iter_mut().for_each(|copies| *copies = AsyncCopies::default());
         self.warpgroups.iter_mut().for_each(Warpgroup::reset);
         self.free_registers = self.kernel.max_threads.map(|_| 0);
         self.preempt = false;
@@ -399,6 +428,52 @@ impl<'a> Block<'a> {
         }
     }
 
+    // Copies of single threads.
+
+    /// The `cp.async`s of a thread.
+    pub fn async_copies(&mut self, warp: usize, lane: usize) -> &mut AsyncCopies {
+        &mut self.async_copies[32 * warp + lane]
+    }
+
+    /// Starts a copy from global to shared memory. Addresses were found valid.
+    pub fn start_async_copy(
+        &mut self,
+        offset: usize,
+        source: u64,
+        bytes: usize,
+        warp: usize,
+        lane: usize,
+        statement: u32,
+    ) -> Step {
+        self.shared.writable(offset, bytes, Some(lane), "asynchronous copy")?;
+        self.check_products(offset, bytes, "asynchronous copy")?;
+        self.shared.mark(offset, bytes, INCOMING);
+        let place = (warp as u32, statement);
+        let copies = self.async_copies(warp, lane);
+        copies.in_flight.push_back(AsyncCopy { offset, source, bytes, group: copies.committed, place });
+        self.progress += 1;
+        Ok(())
+    }
+
+    /// Completes a thread's copies of all but its `pending` latest groups. They land no earlier: whoever relies on them before the
+    /// wait is caught.
+    pub fn wait_async_copies(&mut self, warp: usize, lane: usize, pending: u32) {
+        let copies = &mut self.async_copies[32 * warp + lane];
+        let done = copies.committed.saturating_sub(pending as u64);
+        // They count as stores of the thread: matrix products and bulk copies read them after a proxy fence only.
+        self.shared.tick();
+        let landing = copies.in_flight.partition_point(|copy| copy.group < done);
+        for copy in copies.in_flight.drain(..landing) {
+            let (_, span) = self.global.find(copy.source, copy.bytes as u64, self.hint).expect("checked at the start");
+            let mut words = [0; 8];
+            for (i, word) in words[..copy.bytes / 4].iter_mut().enumerate() {
+                *word = span.word(copy.source + 4 * i as u64).load(Relaxed);
+            }
+            self.shared.store(copy.offset, copy.bytes, &words, warp);
+            self.progress += 1;
+        }
+    }
+
     /// Nothing may be in flight when the block ends.
     pub fn check_end(&self) -> Step {
         let placed = |place, what: &str| {
@@ -411,6 +486,9 @@ impl<'a> Block<'a> {
         }
         if let Some(copy) = self.outgoing.first() {
             return placed(copy.place, "bulk copy from shared memory was in flight: no wait_group completed it");
+        }
+        if let Some(copy) = self.async_copies.iter().find_map(|copies| copies.in_flight.front()) {
+            return placed(copy.place, "asynchronous copy was in flight: no cp.async wait completed it");
         }
         for group in &self.warpgroups {
             if let Some(product) = group.in_flight() {

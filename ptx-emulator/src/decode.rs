@@ -691,7 +691,7 @@ impl<'a> Decoder<'a> {
             }
             "bar" | "barrier" => self.barrier(root == "bar", s, &mut m)?,
             "mbarrier" => self.mbarrier(s, &mut m)?,
-            "cp" => self.bulk(s, &mut m)?,
+            "cp" => self.copy(s, &mut m)?,
             "wgmma" => self.wgmma(s, &mut m)?,
             "ldmatrix" | "stmatrix" => self.matrix(root == "stmatrix", s, &mut m)?,
             "setmaxnreg" => {

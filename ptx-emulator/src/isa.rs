@@ -212,6 +212,14 @@ pub(crate) struct Bulk {
     pub barrier: Option<Address>,
 }
 
+/// `cp.async`: a thread's copy of 4, 8 or 16 bytes from global to shared memory.
+#[derive(Clone, Debug)]
+pub(crate) struct AsyncCopy {
+    pub shared: Address,
+    pub global: Address,
+    pub bytes: usize,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Half {
     Bf16,
@@ -362,6 +370,11 @@ pub(crate) enum Op {
     Bulk(Box<Bulk>),
     BulkCommit,
     BulkWait {
+        pending: u32,
+    },
+    AsyncCopy(Box<AsyncCopy>),
+    AsyncCommit,
+    AsyncWait {
         pending: u32,
     },
     ProxyFence,
@@ -571,6 +584,10 @@ impl Op {
                 bulk.barrier.iter().for_each(|a| address(a, see));
                 see(bulk.bytes, Read);
             }
+            Op::AsyncCopy(copy) => {
+                address(&copy.shared, see);
+                address(&copy.global, see);
+            }
             Op::Matrix(m) => {
                 address(&m.address, see);
                 m.registers.iter().for_each(|r| see(*r, if m.store { Read } else { Write }));
@@ -591,6 +608,8 @@ impl Op {
             | Op::IsSpace(..)
             | Op::BulkCommit
             | Op::BulkWait { .. }
+            | Op::AsyncCommit
+            | Op::AsyncWait { .. }
             | Op::ProxyFence
             | Op::MbarrierInitFence
             | Op::WgmmaFence

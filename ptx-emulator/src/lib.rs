@@ -1,5 +1,5 @@
 //! Runs PTX for NVIDIA Hopper (sm_90a) on the CPU, as it ships: the text that LLVM's backend or a person wrote, with warps,
-//! shared memory, mbarriers, bulk copies and `wgmma`; and reports what a GPU forgives silently.
+//! shared memory, mbarriers, asynchronous copies and `wgmma`; and reports what a GPU forgives silently.
 //!
 //! ```
 //! let ptx = "
@@ -92,7 +92,7 @@ pub struct Stats {
     pub bulk_bytes_to_shared: u64,
     /// Bytes that bulk copies brought to global memory.
     pub bulk_bytes_to_global: u64,
-    /// Bytes that the lanes' ordinary loads read, of any space.
+    /// Bytes that the lanes' ordinary loads read, of any space; not what `cp.async` copies.
     pub loaded_bytes: u64,
     /// Bytes that the lanes' ordinary stores wrote, to any space.
     pub stored_bytes: u64,

@@ -7,7 +7,7 @@ use crate::isa::SHARED_BASE;
 mod flag {
     /// Never written.
     pub const BLANK: u8 = 1;
-    /// A bulk copy to it has not completed.
+    /// An asynchronous copy to it has not completed.
     pub const INCOMING: u8 = 2;
     /// Part of an mbarrier.
     pub const BARRIER: u8 = 4;
@@ -106,7 +106,7 @@ impl Shared {
         let (kind, why) = if flags & flag::BARRIER != 0 {
             (FaultKind::Barrier, "belongs to an mbarrier, which only mbarrier instructions may touch")
         } else if flags & flag::INCOMING != 0 {
-            (FaultKind::Race, "is the target of a bulk copy that no wait has seen complete")
+            (FaultKind::Race, "is the target of an asynchronous copy that no wait has seen complete")
         } else if flags & flag::OUTGOING != 0 {
             (FaultKind::Race, "is the source of a bulk copy that no wait has seen complete")
         } else {

@@ -657,6 +657,11 @@ impl Warp {
             Op::BulkWait { pending } => {
                 lanes(active).for_each(|lane| block.wait_copies(self.index, lane, *pending));
             }
+            Op::AsyncCopy(copy) => self.async_copy(block, copy, statement, active)?,
+            Op::AsyncCommit => lanes(active).for_each(|lane| block.async_copies(self.index, lane).commit()),
+            Op::AsyncWait { pending } => {
+                lanes(active).for_each(|lane| block.wait_async_copies(self.index, lane, *pending));
+            }
             Op::ProxyFence => {
                 block.shared.proxy_fence(self.index);
                 block.fence_mbarriers(self.index);

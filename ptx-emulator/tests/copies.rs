@@ -1,4 +1,4 @@
-//! mbarriers and bulk copies: phases, transactions, pipelines of producers and consumers.
+//! mbarriers and asynchronous copies: phases, transactions, groups, pipelines of producers and consumers.
 
 mod common;
 
@@ -112,6 +112,26 @@ fn copies_to_global_memory() {
     let expected: Vec<u32> = (0..64).flat_map(|t| [t, t + 1, t + 2, t]).chain([63]).collect();
     assert_eq!(u32s(&out)[..257], expected);
     assert_eq!(stats.bulk_bytes_to_global, 1024);
+}
+
+#[test]
+fn copies_of_single_threads_in_groups() {
+    // Each thread brings 16 and 8 bytes in one group and 4 in another, and waits for one after the other; then 16 uncommitted.
+    let body = "
+        mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 48, %r2; mad.wide.u32 %rd3, %r1, 48, %rd2; mad.wide.u32 %rd4, %r1, 48, %rd1;
+        cp.async.cg.shared.global.L2::128B [%r3], [%rd3], 16; cp.async.ca.shared::cta.global [%r3+16], [%rd3+16], 8;
+        cp.async.commit_group; cp.async.ca.shared.global [%r3+24], [%rd3+24], 4; cp.async.commit_group;
+        cp.async.wait_group 1;
+        ld.shared.v4.u32 {%r4, %r5, %r6, %r7}, [%r3]; ld.shared.v2.u32 {%r8, %r9}, [%r3+16];
+        st.global.v4.u32 [%rd4], {%r4, %r5, %r6, %r7}; st.global.v2.u32 [%rd4+16], {%r8, %r9};
+        cp.async.wait_group 0; ld.shared.u32 %r4, [%r3+24]; st.global.u32 [%rd4+24], %r4; st.global.u32 [%rd4+28], %r1;
+        cp.async.ca.shared.global [%r3], [%rd3+32], 16; cp.async.wait_all;
+        ld.shared.v4.u32 {%r4, %r5, %r6, %r7}, [%r3]; st.global.v4.u32 [%rd4+32], {%r4, %r5, %r6, %r7};";
+    let words: Vec<u32> = (0..64 * 12).map(|i| if i % 12 == 7 { i / 12 } else { i * i + 3 }).collect();
+    let ptx = kernel_with(BUFFER, "", body);
+    let (out, stats) = launch(&ptx, one_block(64, 48 * 64), &bytes32(words.clone()), 48 * 64).unwrap();
+    assert_eq!(u32s(&out), words);
+    assert_eq!(stats.count("cp.async"), 2 * 9);
 }
 
 #[test]

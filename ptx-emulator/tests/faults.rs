@@ -363,14 +363,14 @@ fn bulk_copies() {
     copying(
         &format!("{started} ld.shared.u32 %r4, [%r3+16];"),
         Race,
-        &["byte 0x810 is the target of a bulk copy that no wait has seen"],
+        &["byte 0x810 is the target of an asynchronous copy that no wait has seen"],
     );
     copying(
         &format!("{started} st.shared.u32 [%r3], %r1;"),
         Race,
-        &["store of 4 bytes at shared 0x800", "target of a bulk copy"],
+        &["store of 4 bytes at shared 0x800", "target of an asynchronous copy"],
     );
-    copying(&format!("{started} {COPY}"), Race, &["bulk copy of 64 bytes", "target of a bulk copy"]);
+    copying(&format!("{started} {COPY}"), Race, &["bulk copy of 64 bytes", "target of an asynchronous copy"]);
     copying(
         &started,
         Race,
@@ -378,7 +378,7 @@ fn bulk_copies() {
     );
     // A wait on the parity that is already over sees nothing.
     let wrong = "V: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 1; @!%p2 bra V; ld.shared.u32 %r4, [%r3];";
-    copying(&format!("{started} {wrong}"), Race, &["target of a bulk copy"]);
+    copying(&format!("{started} {wrong}"), Race, &["target of an asynchronous copy"]);
     // Copies out.
     let out = "st.shared.v2.u64 [%r3], {%rd1, %rd1}; fence.proxy.async; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r3], 16;";
     copying(
@@ -387,6 +387,40 @@ fn bulk_copies() {
         &["is the source of a bulk copy"],
     );
     copying(&format!("{out} cp.async.bulk.wait_group 0;"), Race, &["no wait_group completed it"]);
+}
+
+#[test]
+fn copies_of_single_threads() {
+    use FaultKind::{Misaligned, MissingFence, OutOfBounds, Race, Uninitialised};
+    let copy =
+        "mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; cp.async.cg.shared.global [%r3], [%rd3], 16;";
+    let copying = |rest: &str, kind, words: &[&str]| one_warp(&format!("{copy} {rest}"), kind, words);
+    one_warp(&copy.replace("[%r3]", "[%r3+8]"), Misaligned, &["0x408 is not a multiple of 16"]);
+    one_warp(&copy.replace("[%rd3]", "[%rd3+8]"), Misaligned, &["is not a multiple of 16"]);
+    one_warp(&copy.replace("[%r3]", "[%r3+16384]"), OutOfBounds, &["16 bytes at shared address"]);
+    one_warp(&copy.replace("[%rd3]", "[%rd3+4096]"), OutOfBounds, &["asynchronous copy of 16 bytes at global"]);
+    let target = "is the target of an asynchronous copy that no wait has seen";
+    // Reading before waiting: without any wait, with one for an older group only, or for none that was committed.
+    copying("ld.shared.u32 %r4, [%r3];", Race, &["lane 0", "byte 0x400", target]);
+    copying("cp.async.commit_group; cp.async.wait_group 1; ld.shared.u32 %r4, [%r3];", Race, &[target]);
+    copying("cp.async.wait_group 0; ld.shared.u32 %r4, [%r3];", Race, &[target]);
+    // Writing under a copy, another copy to the same place, leaving without waiting.
+    copying("st.shared.u32 [%r3], %r1;", Race, &["store of 4 bytes", target]);
+    copying(&format!("cp.async.commit_group; {copy}"), Race, &["asynchronous copy of 16 bytes", target]);
+    copying("cp.async.commit_group;", Race, &["the block ended while this asynchronous copy was in flight"]);
+    // A wait is for the copies of its own thread.
+    copying(
+        "setp.eq.u32 %p1, %r1, 0; @%p1 cp.async.wait_all; @%p1 ld.shared.u32 %r4, [%r3]; @%p1 ld.shared.u32 %r4, [%r3+16];",
+        Race,
+        &["lane 0", "byte 0x410", target],
+    );
+    copying("cp.async.wait_all; ld.shared.u32 %r4, [%r3+512];", Uninitialised, &["was never written"]);
+    // What has landed is like a thread's own store: bulk copies read it after a proxy fence only.
+    copying(
+        "cp.async.wait_all; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 16;",
+        MissingFence,
+        &["no fence.proxy.async"],
+    );
 }
 
 #[test]

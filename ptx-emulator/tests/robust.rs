@@ -38,6 +38,7 @@ LOOP: add.u32 %r35, %r35, 1; setp.lt.u32 %p4, %r35, %r33; setp.lt.and.u32 %p5|%p
     @%p1 bra END;
     add.u32 %r36, %r2, 3072; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r36], 512;
     cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
+    add.u32 %r36, %r2, 4096; cp.async.cg.shared.global [%r36], [%rd2], 16; cp.async.commit_group; cp.async.wait_group 0;
 END: ret;
 }
 ";

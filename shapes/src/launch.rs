@@ -243,8 +243,30 @@ impl Tiles {
     }
 }
 
-/// Block of **pack**: one warp for each row of an atom.
+/// Block of **pack**: eight warps of one row each.
 pub const PACK_THREADS: u32 = 8 * 32;
+
+/// Bytes that a warp of **pack** takes in one step: 16 a lane.
+pub const PACK_STEP_BYTES: u32 = 32 * 16;
+
+/// Steps that a warp of **pack** holds in shared memory: a whole row up to 14 KiB (56 heads of 128), so that a multiprocessor has
+/// room for two blocks.
+pub const fn pack_held_steps(heads: u32, head_dim: u32) -> u32 {
+    let steps = (heads * head_dim * 2).div_ceil(PACK_STEP_BYTES);
+    if steps < 28 { steps } else { 28 }
+}
+
+/// Bytes of shared memory of **pack**.
+pub const fn pack_shared_bytes(heads: u32, head_dim: u32) -> u32 {
+    PACK_THREADS / 32 * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES
+}
+
+/// Blocks of **pack** on a multiprocessor: as many as have room in its 228 KiB of shared memory, of which a block takes 1 KiB more
+/// than it asks for, and at most 4, which leaves each thread 64 registers.
+pub const fn pack_min_blocks(heads: u32, head_dim: u32) -> u32 {
+    let room = 228 * 1024 / (1024 + pack_shared_bytes(heads, head_dim));
+    if room < 4 { room } else { 4 }
+}
 
 /// Block of **profile**: a producer warpgroup, and one consumer warpgroup for each of dense, spatial and temporal.
 pub const PROFILE_THREADS: u32 = 4 * 128;

@@ -26,6 +26,21 @@ pub unsafe fn store16(address: u32, value: [u32; 4]) {
     );
 }
 
+/// Loads 16 bytes.
+///
+/// # Safety
+/// As [`store16`], and written before.
+#[inline(always)]
+pub unsafe fn load16(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    asm!(
+        "ld.shared.v4.b32 {{{}, {}, {}, {}}}, [{}];",
+        out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+        options(nostack)
+    );
+    [a, b, c, d]
+}
+
 /// Stores an f32.
 ///
 /// # Safety

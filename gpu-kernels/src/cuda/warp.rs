@@ -82,6 +82,20 @@ pub unsafe fn max<const WIDTH: u32>(mut value: f32) -> f32 {
     value
 }
 
+/// Lanes in which `condition` holds, one bit each (9.7.13.9, vote.sync).
+///
+/// # Safety
+/// All 32 lanes come here.
+#[inline(always)]
+pub unsafe fn ballot(condition: bool) -> u32 {
+    let out: u32;
+    asm!(
+        "{{ .reg .pred %holds; setp.ne.u32 %holds, {1}, 0; vote.sync.ballot.b32 {0}, %holds, -1; }}",
+        out(reg32) out, in(reg32) condition as u32, options(nostack)
+    );
+    out
+}
+
 /// Whether `condition` holds in any lane.
 ///
 /// # Safety

@@ -1,4 +1,4 @@
-//! Memory, synchronisation, bulk copies and matrix products.
+//! Memory, synchronisation, asynchronous copies and matrix products.
 
 use super::{Decode, Decoder, Mods, Ty};
 use crate::alu::{Binary64, Unary64};
@@ -326,10 +326,50 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    pub(super) fn bulk(&mut self, s: &Statement, m: &mut Mods) -> Decode {
-        if !m.take("async") || !m.take("bulk") {
-            return Err("of `cp` only `cp.async.bulk` is known".into());
+    pub(super) fn copy(&mut self, s: &Statement, m: &mut Mods) -> Decode {
+        if !m.take("async") {
+            return Err("of `cp` only `cp.async` is known".into());
         }
+        if m.take("bulk") { self.bulk_copy(s, m) } else { self.async_copy(s, m) }
+    }
+
+    fn async_copy(&mut self, s: &Statement, m: &mut Mods) -> Decode {
+        if m.take("commit_group") {
+            self.push(Op::AsyncCommit);
+            return Ok(());
+        }
+        if m.take("wait_all") {
+            self.push(Op::AsyncCommit);
+            self.push(Op::AsyncWait { pending: 0 });
+            return Ok(());
+        }
+        if m.take("wait_group") {
+            let pending = self.immediate(s, 0)? as u32;
+            self.push(Op::AsyncWait { pending });
+            return Ok(());
+        }
+        let (ca, cg) = (m.take("ca"), m.take("cg"));
+        if ca == cg {
+            return Err("the copy needs one of `.ca` and `.cg`".into());
+        }
+        m.memory_words();
+        let (to, from) = (m.space()?, m.space()?);
+        if (to, from) != (Space::Shared, Space::Global) {
+            return Err(format!("copies from {} to {} memory are unknown", from.name(), to.name()));
+        }
+        if s.operands.len() != 3 {
+            return Err(format!("{} operands instead of 3", s.operands.len()));
+        }
+        let bytes = self.immediate(s, 2)?;
+        if !(bytes == 16 || ca && matches!(bytes, 4 | 8)) {
+            return Err(format!("a copy of {bytes} bytes: 16, or 4 or 8 with `.ca`"));
+        }
+        let (shared, global) = (self.address(s, 0, Space::Shared)?, self.address(s, 1, Space::Global)?);
+        self.push(Op::AsyncCopy(Box::new(AsyncCopy { shared, global, bytes: bytes as usize })));
+        Ok(())
+    }
+
+    fn bulk_copy(&mut self, s: &Statement, m: &mut Mods) -> Decode {
         if m.take("commit_group") {
             self.push(Op::BulkCommit);
             return Ok(());

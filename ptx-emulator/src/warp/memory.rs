@@ -29,7 +29,7 @@ impl Warp {
     }
 
     #[inline]
-    fn global<'a>(
+    pub(super) fn global<'a>(
         &self,
         block: &mut Block<'a>,
         address: u64,

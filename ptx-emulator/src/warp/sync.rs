@@ -1,4 +1,4 @@
-//! What lanes and warps do together: shuffles, named barriers, mbarriers, bulk copies, registers handed around.
+//! What lanes and warps do together: shuffles, named barriers, mbarriers, asynchronous copies, registers handed around.
 
 use super::{Flow, Wait, Warp, first, lanes, put, put_predicate};
 use crate::block::Block;
@@ -258,6 +258,17 @@ impl Warp {
                 }
                 None => block.copy_out(offset, global, bytes, self.index, lane, statement)?,
             }
+        }
+        Ok(())
+    }
+
+    pub(super) fn async_copy(&mut self, block: &mut Block, copy: &AsyncCopy, statement: u32, active: u32) -> Step {
+        for lane in lanes(active) {
+            let (_, shared) = self.place(Space::Shared, &copy.shared, lane);
+            let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
+            let global = self.address(&copy.global, lane);
+            self.global(block, global, copy.bytes, lane, "asynchronous copy")?;
+            block.start_async_copy(offset, global, copy.bytes, self.index, lane, statement)?;
         }
         Ok(())
     }
