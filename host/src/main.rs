@@ -12,7 +12,8 @@ use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
 use framestride::masks;
 use framestride::run::RunReport;
-use framestride::shapes::layout::HeadType;
+use framestride::shapes::gain::{Gain, Obstacle};
+use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::Spec;
 use framestride::verify::{Effort, Report};
 use framestride::{Device, Error, Kernels, Module, Result, name_of, report, verify, video};
@@ -36,7 +37,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec.
+    /// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec, and what it can be expected to gain over
+    /// dense attention on an H200.
     Describe {
         /// The spec.
         spec: String,
@@ -314,13 +316,12 @@ fn describe(argument: &str) -> Result<Outcome> {
     let tiles = spec.tiles();
     let workspace = spec.workspace(spec.batch, spec.heads, 1).bytes;
     let mut out = format!(
-        "{}\n  sequence   {} = {} frames x {} tokens + {} text ({:?}); {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (keys profiled in one part)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
+        "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (keys profiled in one part)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
         spec.name,
         layout.sequence(),
         layout.frames,
         layout.tokens_per_frame,
-        layout.text_tokens,
-        layout.text_position,
+        text_of(layout),
         layout.sink_frames,
         spec.heads,
         spec.head_dim,
@@ -350,6 +351,8 @@ fn describe(argument: &str) -> Result<Outcome> {
             head.tiles_edge
         );
     }
+    let gain = Gain::estimate(&spec);
+    out += &gain_text(&spec, &gain);
     let json = json!({
         "name": spec.name,
         "sequence": layout.sequence(),
@@ -365,8 +368,52 @@ fn describe(argument: &str) -> Result<Outcome> {
         "key_tile_rows": tiles.key_rows,
         "workspace_bytes": workspace,
         "masks": heads,
+        "expected_on_h200": {
+            "gain": gain.over_dense(),
+            "can_gain": gain.obstacle().is_none(),
+            "layer_ms": gain.layer(),
+            "dense_layer_ms": gain.dense_layer(),
+        },
     });
     Ok(Outcome { text: out, json, ok: true })
+}
+
+fn text_of(layout: &Layout) -> String {
+    let position = match layout.text_position {
+        TextPosition::First => "first",
+        TextPosition::Last => "last",
+    };
+    match layout.text_tokens {
+        0 => String::new(),
+        tokens => format!(" + {tokens} text ({position})"),
+    }
+}
+
+/// What a spec can gain, or why it cannot and what to do about it.
+fn gain_text(spec: &Spec, gain: &Gain) -> String {
+    let over_dense = format!(
+        "{:.2}x, estimated for an H200:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
+        gain.over_dense(),
+        gain.layer(),
+        gain.pack,
+        gain.profile,
+        gain.repack,
+        gain.sparse_attention,
+        gain.dense_layer()
+    );
+    match gain.obstacle() {
+        None => format!("\n  expected gain over dense: {over_dense}"),
+        Some(Obstacle::Density) => format!(
+            "\n  this shape cannot gain: {over_dense}  Its masks (density {:.2}) leave {:.0}% of the time of dense attention; profiling pays below {:.0}%.\n  Take smaller half widths, or run it dense.\n",
+            (spec.density(HeadType::Spatial) + spec.density(HeadType::Temporal)) / 2.0,
+            100.0 * gain.sparse_attention / gain.dense_attention,
+            100.0 * gain.affordable_attention() / gain.dense_attention
+        ),
+        Some(Obstacle::Tokens) => format!(
+            "\n  this shape cannot gain: {over_dense}  Of {} tokens, attention is too short to pay for profiling, whatever the half widths.\n  Run it dense.\n",
+            spec.layout.sequence()
+        ),
+    }
 }
 
 fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {

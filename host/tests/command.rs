@@ -41,6 +41,10 @@ fn describe() {
     let (value, code) = json(&["describe", "wan_14b_720p"]);
     assert_eq!((value["sequence"].as_u64(), code), (Some(75600), 0));
     assert_eq!(value["masks"][0]["density"], 1.0);
+    assert_eq!(value["expected_on_h200"]["can_gain"], true);
+    let said = |spec: &str| String::from_utf8(framestride(&["describe", spec]).stdout).unwrap();
+    assert!(said("wan_14b_720p").contains("expected gain over dense: 3."));
+    assert!(said("tiny_plain").contains("whatever the half widths.\n  Run it dense."));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
 //! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
+//! * [`gain`] (feature `std`): what skipping the other tiles can gain, as an estimate.
 //! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
 //! * [`manifest`] (feature `serde`): what stands beside a PTX file, for whoever launches it.
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -14,6 +15,8 @@
 
 #[cfg(feature = "std")]
 pub mod density;
+#[cfg(feature = "std")]
+pub mod gain;
 pub mod launch;
 pub mod layout;
 #[cfg(feature = "serde")]
