@@ -1,7 +1,8 @@
 //! Properties of the geometry that kernels and host share, each against the rule in its naive form (`rule`), on random small
-//! layouts; and the same code on the shipped shapes and the largest ones, where an overflow would panic.
+//! layouts; the same code on the shipped shapes and the largest ones, where an overflow would panic; and what launches ask for.
 
 mod density;
+mod launch;
 mod layout;
 mod rule;
 mod tiling;
