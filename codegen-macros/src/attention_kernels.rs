@@ -4,8 +4,8 @@
 //! keys, defaults and checks; an error of a line is reported at the tokens it came from.
 
 use framestride_shapes::launch::{
-    PACK_THREADS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, pack_min_blocks,
-    pack_shared_bytes, profile_shared_bytes,
+    PACK_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS,
+    pack_min_blocks, pack_shared_bytes, profile_shared_bytes,
 };
 use framestride_shapes::layout::TextPosition;
 use framestride_shapes::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
@@ -287,7 +287,8 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
             pub struct AttentionProducts; element = #element, key_rows = #key_rows, head_dim = #head_dim
         }
         ::framestride_kernels::tile_products! {
-            pub struct ProfileProducts; element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim
+            pub struct ProfileProducts;
+            element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #PROFILE_COLUMNS
         }
 
         impl ::framestride_kernels::shape::Shape for SpecShape {

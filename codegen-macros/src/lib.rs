@@ -37,7 +37,8 @@ pub fn kernel(arguments: TokenStream, item: TokenStream) -> TokenStream {
 /// ```
 ///
 /// `Products` implements `framestride_kernels::cuda::mma::TileProducts`: S = Q Kᵀ of 64 queries by `key_rows` keys (a multiple of
-/// 16 up to 256) and O += P V of `head_dim` (64 or 128) columns. `element` is `Bf16` or `F16`.
+/// 16 up to 256) and O += P V of `head_dim` (64 or 128) columns, or of `columns = 64` of them where that is given. `element` is
+/// `Bf16` or `F16`.
 #[proc_macro]
 pub fn tile_products(input: TokenStream) -> TokenStream {
     tile_products::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()

@@ -15,6 +15,8 @@ struct Input {
     element: (&'static str, Ident),
     key_rows: u32,
     head_dim: u32,
+    /// Columns of V that the second product takes.
+    columns: u32,
 }
 
 impl Parse for Input {
@@ -23,7 +25,7 @@ impl Parse for Input {
         input.parse::<Token![struct]>()?;
         let name: Ident = input.parse()?;
         input.parse::<Token![;]>()?;
-        let (mut element, mut key_rows, mut head_dim) = (None, None, None);
+        let (mut element, mut key_rows, mut head_dim, mut columns) = (None, None, None, None);
         while !input.is_empty() {
             let key: Ident = input.parse()?;
             input.parse::<Token![=]>()?;
@@ -42,17 +44,24 @@ impl Parse for Input {
                     })?)
                 }
                 "head_dim" => head_dim = Some(number(input, "head_dim must be 64 or 128", |n| n == 64 || n == 128)?),
-                _ => return Err(Error::new(key.span(), "unknown key; allowed: element, key_rows, head_dim")),
+                "columns" => columns = Some(number(input, "columns must be 64 or 128", |n| n == 64 || n == 128)?),
+                _ => return Err(Error::new(key.span(), "unknown key; allowed: element, key_rows, head_dim, columns")),
             }
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
             }
         }
         let missing = |key: &str| Error::new(name.span(), format!("`{key}` is missing"));
+        let head_dim = head_dim.ok_or_else(|| missing("head_dim"))?;
+        let columns = columns.unwrap_or(head_dim);
+        if columns > head_dim {
+            return Err(Error::new(name.span(), format!("columns = {columns} is more than head_dim = {head_dim}")));
+        }
         Ok(Input {
             element: element.ok_or_else(|| missing("element"))?,
             key_rows: key_rows.ok_or_else(|| missing("key_rows"))?,
-            head_dim: head_dim.ok_or_else(|| missing("head_dim"))?,
+            head_dim,
+            columns,
             visibility,
             name,
         })
@@ -66,17 +75,18 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { visibility, name, element: (ptx, element), key_rows, head_dim } = syn::parse2(input)?;
+    let Input { visibility, name, element: (ptx, element), key_rows, head_dim, columns } = syn::parse2(input)?;
     let (scores, weights, output) =
         (format_ident!("{name}Scores"), format_ident!("{name}Weights"), format_ident!("{name}Output"));
     let scores_fragment = fragment(&visibility, &scores, key_rows / 2);
-    let output_fragment = fragment(&visibility, &output, head_dim / 2);
+    let output_fragment = fragment(&visibility, &output, columns / 2);
     let weight_fields = fields("a", key_rows / 4);
     let (even, odd): (Vec<Ident>, Vec<Ident>) =
         fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
     let start_scores = start_scores(ptx, key_rows, head_dim);
-    let start_output = start_output(ptx, key_rows, head_dim);
-    let wait_output = wait(0, &[("output", fields("r", head_dim / 2)), ("weights", weight_fields.clone())]);
+    let start_output = start_output(ptx, key_rows, head_dim, columns);
+    let none = quote!(0);
+    let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", weight_fields.clone())]);
     Ok(quote! {
         #scores_fragment
         #output_fragment
@@ -93,8 +103,6 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             type Scores = #scores;
             type Weights = #weights;
             type Output = #output;
-            const KEY_ROWS: u32 = #key_rows;
-            const HEAD_DIM: u32 = #head_dim;
 
             #[inline(always)]
             unsafe fn start_scores(
@@ -135,15 +143,13 @@ fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
     let index = 0..count;
     let group = 0..count / 4;
     let grouped = registers.chunks(4).map(|group| quote! { [#(&mut self.#group),*] });
-    let (wait_none, wait_one) = (wait(0, &[("self", registers.clone())]), wait(1, &[("self", registers.clone())]));
+    let wait = wait(quote!(PENDING), &[("self", registers.clone())]);
     quote! {
         /// Registers of one thread in an accumulator.
         #[derive(Clone, Copy)]
         #visibility struct #name { #(#registers: f32,)* }
 
         impl ::framestride_kernels::cuda::mma::Fragment for #name {
-            const LEN: u32 = #count;
-
             #[inline(always)]
             fn splat(value: f32) -> Self {
                 #name { #(#registers: value,)* }
@@ -161,27 +167,22 @@ fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
 
             #[inline(always)]
             unsafe fn wait<const PENDING: u32>(&mut self) {
-                const { assert!(PENDING <= 1, "at most two groups are ever in flight") };
-                if PENDING == 0 {
-                    #wait_none
-                } else {
-                    #wait_one
-                }
+                #wait
             }
         }
     }
 }
 
 /// A wait that names the registers it releases: as operands in a comment, which costs nothing and orders every use of them.
-fn wait(pending: u32, released: &[(&str, Vec<Ident>)]) -> TokenStream {
+fn wait(pending: TokenStream, released: &[(&str, Vec<Ident>)]) -> TokenStream {
     let count: usize = released.iter().map(|(_, registers)| registers.len()).sum();
     let mentions: Vec<String> = (0..count).map(|index| format!("{{{index}}}")).collect();
-    let template = format!("wgmma.wait_group.sync.aligned {pending}; // {}", mentions.join(" "));
+    let template = format!("wgmma.wait_group.sync.aligned {{{count}}}; // {}", mentions.join(" "));
     let operands = released.iter().map(|(owner, registers)| {
         let owner = Ident::new(owner, Span::call_site());
         quote! { #(inout(reg32) #owner.#registers,)* }
     });
-    quote! { ::core::arch::asm!(#template, #(#operands)* options(nostack)); }
+    quote! { ::core::arch::asm!(#template, #(#operands)* const #pending, options(nostack)); }
 }
 
 /// `{0}, {1}, ...` in PTX braces.
@@ -221,9 +222,9 @@ fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
     }
 }
 
-/// O += P V: P in registers, V an image read MN-major (transposed), key_rows / 16 k-steps of 16 rows.
-fn start_output(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
-    let (count, weights) = (head_dim / 2, key_rows / 4);
+/// O += P V: P in registers, V an image read MN-major (transposed), key_rows / 16 k-steps of 16 rows, from `v` on `columns` wide.
+fn start_output(ptx: &str, key_rows: u32, head_dim: u32, columns: u32) -> TokenStream {
+    let (count, weights) = (columns / 2, key_rows / 4);
     let v = format!("{{{}}}", count + weights);
     let mut lines = vec![
         "{{".to_string(),
@@ -237,7 +238,7 @@ fn start_output(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
         let offset = step * 2 * (head_dim / 64) * 1024 / 16;
         lines.push(format!("add.s64 %v, {v}, {offset};"));
         lines.push(format!(
-            "wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.{ptx}.{ptx} {}, {}, %v, %add, 1, 1, 1;",
+            "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{ptx}.{ptx} {}, {}, %v, %add, 1, 1, 1;",
             operand_list(0, count),
             operand_list(count + 4 * step, 4)
         ));

@@ -5,16 +5,17 @@
 //! see every key, go first. For each query tile a consumer does:
 //!
 //! ```text
-//! S = Q K[0]^T;  P = softmax(S)
-//! for j in 1..tiles:
-//!     start S = Q K[j]^T
-//!     start O += P V[j-1]
-//!     wait for S;  absorb S into the running softmax          (while O += P V runs on the tensor cores)
-//!     wait for O;  rescale O;  P = weights of S
+//! from tile j = 0, and again from a tile whose weights are too large for the rows' offsets:
+//!     S = Q K[j]^T;  lower the offsets;  rescale O;  P = weights of S
+//!     for each tile j after it:
+//!         start S = Q K[j]^T
+//!         start O += P V[j-1]
+//!         wait for S;  S = weights of S                       (while O += P V runs on the tensor cores)
+//!         wait for O;  P = S
 //! O += P V[tiles-1];  O / sum -> the model's order
 //! ```
 
-use crate::cuda::barrier::{self, Barrier};
+use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
 use crate::cuda::{copy, global, math, shared, thread, warp};
 use crate::element::Element;
@@ -23,64 +24,48 @@ use crate::softmax::{self, Rows};
 use framestride_shapes::launch::AttentionParams;
 use framestride_shapes::layout::{HeadType, KeyTiles};
 
-/// Registers of a producer's thread, of a consumer's with two, and with three consumer warpgroups: what 64 Ki registers allow.
-const PRODUCER_REGISTERS: u32 = 24;
-const CONSUMER_REGISTERS_OF_2: u32 = 240;
-const CONSUMER_REGISTERS_OF_3: u32 = 160;
+/// Registers of a thread, of producer and consumer, with two and with three consumer warpgroups: together what a block of so many
+/// threads starts with.
+const REGISTERS_OF_2: [u32; 2] = [24, 240];
+const REGISTERS_OF_3: [u32; 2] = [32, 160];
 
 /// Where tiles and barriers lie in shared memory.
 struct Plan<T>(core::marker::PhantomData<T>);
 
 impl<T: Shape> Plan<T> {
     const STAGES: u32 = T::TILES.stages;
-    const QUERY_BYTES: u32 = T::TILES.query_rows * T::HEAD_DIM * 2;
+    const CONSUMERS: u32 = T::TILES.consumers();
+    /// The rows of one consumer warpgroup.
+    const QUERY_BYTES: u32 = 64 * T::HEAD_DIM * 2;
     const KEY_BYTES: u32 = T::TILES.key_rows * T::HEAD_DIM * 2;
-    const CONSUMER_WARPS: u32 = T::TILES.consumers() * 4;
 
-    fn query() -> u32 {
-        shared::base() + 1024
+    fn query(warpgroup: u32) -> u32 {
+        shared::base() + 1024 + warpgroup * Self::QUERY_BYTES
     }
     fn key(stage: u32) -> u32 {
-        Self::query() + Self::QUERY_BYTES + stage * Self::KEY_BYTES
+        Self::query(Self::CONSUMERS) + stage * Self::KEY_BYTES
     }
     fn value(stage: u32) -> u32 {
         Self::key(Self::STAGES + stage)
     }
-    fn query_full() -> Barrier {
-        Barrier::at(0)
+    // A warpgroup's rows are loaded once it is done with the last, so that one may be ahead of the others.
+    fn query_full(warpgroup: u32) -> Barrier {
+        Barrier::at(warpgroup)
     }
-    fn query_free() -> Barrier {
-        Barrier::at(1)
+    fn query_free(warpgroup: u32) -> Barrier {
+        Barrier::at(Self::CONSUMERS + warpgroup)
     }
     fn key_full(stage: u32) -> Barrier {
-        Barrier::at(2 + stage)
+        Barrier::at(2 * Self::CONSUMERS + stage)
     }
     fn key_free(stage: u32) -> Barrier {
-        Barrier::at(2 + Self::STAGES + stage)
+        Barrier::at(2 * Self::CONSUMERS + Self::STAGES + stage)
     }
     fn value_full(stage: u32) -> Barrier {
-        Barrier::at(2 + 2 * Self::STAGES + stage)
+        Barrier::at(2 * (Self::CONSUMERS + Self::STAGES) + stage)
     }
     fn value_free(stage: u32) -> Barrier {
-        Barrier::at(2 + 3 * Self::STAGES + stage)
-    }
-}
-
-/// A position in a ring of stages, and the parity of its current round.
-#[derive(Clone, Copy)]
-struct Slot {
-    stage: u32,
-    parity: u32,
-}
-
-impl Slot {
-    #[inline(always)]
-    fn next(self, stages: u32) -> Self {
-        if self.stage + 1 == stages {
-            Slot { stage: 0, parity: self.parity ^ 1 }
-        } else {
-            Slot { stage: self.stage + 1, parity: self.parity }
-        }
+        Barrier::at(2 * (Self::CONSUMERS + Self::STAGES) + Self::STAGES + stage)
     }
 }
 
@@ -149,14 +134,18 @@ pub unsafe fn valid_text<T: Shape>(text_lengths: u64, batch_item: u32) -> u32 {
 pub unsafe fn attention<T: Shape>(params: &AttentionParams) {
     let thread_warp = thread::warp();
     if thread::index() == 0 {
-        Plan::<T>::query_full().init(1);
-        Plan::<T>::query_free().init(Plan::<T>::CONSUMER_WARPS);
+        let mut warpgroup = 0;
+        while warpgroup < Plan::<T>::CONSUMERS {
+            Plan::<T>::query_full(warpgroup).init(1);
+            Plan::<T>::query_free(warpgroup).init(4);
+            warpgroup += 1;
+        }
         let mut stage = 0;
         while stage < Plan::<T>::STAGES {
             Plan::<T>::key_full(stage).init(1);
             Plan::<T>::value_full(stage).init(1);
-            Plan::<T>::key_free(stage).init(Plan::<T>::CONSUMER_WARPS);
-            Plan::<T>::value_free(stage).init(Plan::<T>::CONSUMER_WARPS);
+            Plan::<T>::key_free(stage).init(4 * Plan::<T>::CONSUMERS);
+            Plan::<T>::value_free(stage).init(4 * Plan::<T>::CONSUMERS);
             stage += 1;
         }
         barrier::publish_initialised();
@@ -164,28 +153,36 @@ pub unsafe fn attention<T: Shape>(params: &AttentionParams) {
     thread::sync_block();
 
     if thread_warp < 4 {
-        thread::release_registers::<PRODUCER_REGISTERS>();
-        if thread::index() == 0 {
+        if T::TILES.consumers() == 2 {
+            thread::release_registers::<{ REGISTERS_OF_2[0] }>();
+        } else {
+            thread::release_registers::<{ REGISTERS_OF_3[0] }>();
+        }
+        if thread_warp == 0 {
             produce::<T>(params);
         }
     } else {
         if T::TILES.consumers() == 2 {
-            thread::take_registers::<CONSUMER_REGISTERS_OF_2>();
+            thread::take_registers::<{ REGISTERS_OF_2[1] }>();
         } else {
-            thread::take_registers::<CONSUMER_REGISTERS_OF_3>();
+            thread::take_registers::<{ REGISTERS_OF_3[1] }>();
         }
         consume::<T>(params, thread_warp - 4);
     }
 }
 
-/// The producer: one thread that keeps the stages full.
+/// The producer: one warp, whose first lane keeps the stages full. The others go along, so that all it computes is uniform.
 #[inline(always)]
 unsafe fn produce<T: Shape>(params: &AttentionParams) {
-    let row_bytes = T::HEAD_DIM * 2;
-    let head_bytes = T::LAYOUT.packed_rows() as u64 * row_bytes as u64;
-    // A barrier that nobody has used counts as "free": its phase of parity 1 is over.
+    let load = |place: u32, from: u64, bytes: u32, free: Barrier, parity: u32, full: Barrier| {
+        free.wait(parity);
+        if thread::lane() == 0 {
+            full.arrive_expecting(bytes);
+            copy::to_shared(place, from, bytes, full);
+        }
+    };
     let mut query_parity = 1;
-    let mut slot = Slot { stage: 0, parity: 1 };
+    let mut slot = Slot::FIRST_FREE;
     let mut index = thread::block_x();
     while index < Work::count::<T>(params) {
         let work = Work::at::<T>(params, index);
@@ -193,39 +190,39 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
         if work.keys.tiles == 0 {
             continue;
         }
-        let head = work.head as u64 * head_bytes;
-        Plan::<T>::query_free().wait(query_parity);
+        // Of all heads: memory has fewer than 2^32 rows.
+        let first_row = work.head * T::LAYOUT.packed_rows();
+        let bytes = |row: u32| (first_row + row) as u64 * (T::HEAD_DIM * 2) as u64;
+        let rows = |tile: u32| bytes(work.keys.first_row(tile, T::TILES.key_rows));
+        let load_keys = |slot: Slot, tile: u32| {
+            let Slot { stage, parity } = slot;
+            let (free, full) = (Plan::<T>::key_free(stage), Plan::<T>::key_full(stage));
+            load(Plan::<T>::key(stage), params.packed_k + rows(tile), Plan::<T>::KEY_BYTES, free, parity, full);
+        };
+        let load_values = |slot: Slot, tile: u32| {
+            let Slot { stage, parity } = slot;
+            let (free, full) = (Plan::<T>::value_free(stage), Plan::<T>::value_full(stage));
+            load(Plan::<T>::value(stage), params.packed_v + rows(tile), Plan::<T>::KEY_BYTES, free, parity, full);
+        };
+        // The place of the first keys is free before the last warpgroup is done with its queries.
+        load_keys(slot, 0);
+        let mut warpgroup = 0;
+        while warpgroup < Plan::<T>::CONSUMERS {
+            let (free, full) = (Plan::<T>::query_free(warpgroup), Plan::<T>::query_full(warpgroup));
+            let queries = params.packed_q + bytes(work.first_row + 64 * warpgroup);
+            load(Plan::<T>::query(warpgroup), queries, Plan::<T>::QUERY_BYTES, free, query_parity, full);
+            warpgroup += 1;
+        }
         query_parity ^= 1;
-        Plan::<T>::query_full().arrive_expecting(Plan::<T>::QUERY_BYTES);
-        copy::to_shared(
-            Plan::<T>::query(),
-            params.packed_q + head + (work.first_row * row_bytes) as u64,
-            Plan::<T>::QUERY_BYTES,
-            Plan::<T>::query_full(),
-        );
-        let mut tile = 0;
+        load_values(slot, 0);
+        let mut tile = 1;
         while tile < work.keys.tiles {
-            let rows = head + (work.keys.first_row(tile, T::TILES.key_rows) as u64) * row_bytes as u64;
-            let stage = slot.stage;
-            Plan::<T>::key_free(stage).wait(slot.parity);
-            Plan::<T>::key_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
-            copy::to_shared(
-                Plan::<T>::key(stage),
-                params.packed_k + rows,
-                Plan::<T>::KEY_BYTES,
-                Plan::<T>::key_full(stage),
-            );
-            Plan::<T>::value_free(stage).wait(slot.parity);
-            Plan::<T>::value_full(stage).arrive_expecting(Plan::<T>::KEY_BYTES);
-            copy::to_shared(
-                Plan::<T>::value(stage),
-                params.packed_v + rows,
-                Plan::<T>::KEY_BYTES,
-                Plan::<T>::value_full(stage),
-            );
             slot = slot.next(T::TILES.stages);
+            load_keys(slot, tile);
+            load_values(slot, tile);
             tile += 1;
         }
+        slot = slot.next(T::TILES.stages);
     }
 }
 
@@ -235,9 +232,9 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
     let image = |address| Descriptor::image(address, T::HEAD_DIM);
-    let query = image(Plan::<T>::query() + warpgroup * 64 * T::HEAD_DIM * 2);
+    let query = image(Plan::<T>::query(warpgroup));
     let mut query_parity = 0;
-    let mut slot = Slot { stage: 0, parity: 0 };
+    let mut slot = Slot::FIRST_FULL;
     let mut index = thread::block_x();
     while index < Work::count::<T>(params) {
         let work = Work::at::<T>(params, index);
@@ -246,6 +243,7 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
         let warp_row = work.first_row + consumer_warp * 16;
         let thread_rows = [warp_row + lane / 4, warp_row + lane / 4 + 8];
         let mut rows = Rows::new();
+        let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
         let mut output = <T::Attention as TileProducts>::Output::splat(0.0);
 
         if work.keys.tiles > 0 {
@@ -254,50 +252,55 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             let mask = |scores: &mut <T::Attention as TileProducts>::Scores, tile: u32| {
                 let first = work.keys.first_row(tile, T::TILES.key_rows);
                 if !range.sees_all(first, T::TILES.key_rows) {
-                    softmax::hide_unseen(scores, first, lane, visible);
+                    softmax::hide_unseen(scores, first, lane, visible, f32::NEG_INFINITY);
                 }
             };
 
-            Plan::<T>::query_full().wait(query_parity);
+            let key = |slot: Slot| image(Plan::<T>::key(slot.stage));
+            let value = |slot: Slot| image(Plan::<T>::value(slot.stage));
+
+            Plan::<T>::query_full(warpgroup).wait(query_parity);
             query_parity ^= 1;
             Plan::<T>::key_full(slot.stage).wait(slot.parity);
             let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
-            T::Attention::start_scores(&mut scores, query, image(Plan::<T>::key(slot.stage)));
-            scores.wait::<0>();
-            release(Plan::<T>::key_free(slot.stage), lane);
-            mask(&mut scores, 0);
-            rows.absorb(&mut scores, params.scale_log2);
-            let mut weights = T::Attention::weights(&scores);
-            Plan::<T>::value_full(slot.stage).wait(slot.parity);
-
-            let mut tile = 1;
-            while tile < work.keys.tiles {
-                let last = slot;
-                slot = slot.next(T::TILES.stages);
-                Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                T::Attention::start_scores(&mut scores, query, image(Plan::<T>::key(slot.stage)));
-                T::Attention::start_output(&mut output, &weights, image(Plan::<T>::value(last.stage)));
-                scores.wait::<1>();
-                release(Plan::<T>::key_free(slot.stage), lane);
+            let mut weights;
+            let mut tile = 0;
+            'offsets: loop {
+                T::Attention::start_scores(&mut scores, query, key(slot));
+                scores.wait::<0>();
                 mask(&mut scores, tile);
-                let rescale = rows.absorb(&mut scores, params.scale_log2);
-                // The values are needed next round. Waiting for them here, on a parity that ptxas believes to depend on the
-                // sums (which are never negative), keeps it from sinking the softmax below the wait for O.
-                let sums_first = (rows.sum[0] < 0.0 || rows.sum[1] < 0.0) as u32;
-                Plan::<T>::value_full(slot.stage).wait(slot.parity ^ sums_first);
-                T::Attention::wait_output(&mut output, &mut weights);
-                release(Plan::<T>::value_free(last.stage), lane);
-                // After the first few tiles the maximum of a row rarely moves.
-                if warp::any(rescale[0] != 1.0 || rescale[1] != 1.0) {
-                    softmax::scale_rows(&mut output, rescale);
-                }
+                let rescale = rows.lower(&mut scores, params.scale_log2, headroom);
+                softmax::scale_rows(&mut output, rescale);
+                Plan::<T>::key_free(slot.stage).release(lane);
+                Plan::<T>::value_full(slot.stage).wait(slot.parity);
                 weights = T::Attention::weights(&scores);
-                tile += 1;
+                loop {
+                    tile += 1;
+                    if tile == work.keys.tiles {
+                        break 'offsets;
+                    }
+                    let last = slot;
+                    slot = slot.next(T::TILES.stages);
+                    Plan::<T>::key_full(slot.stage).wait(slot.parity);
+                    T::Attention::start_scores(&mut scores, query, key(slot));
+                    T::Attention::start_output(&mut output, &weights, value(last));
+                    scores.wait::<1>();
+                    mask(&mut scores, tile);
+                    let fits = rows.absorb(&mut scores, params.scale_log2, warpgroup);
+                    T::Attention::wait_output(&mut output, &mut weights);
+                    Plan::<T>::value_free(last.stage).release(lane);
+                    if !fits {
+                        break;
+                    }
+                    Plan::<T>::key_free(slot.stage).release(lane);
+                    Plan::<T>::value_full(slot.stage).wait(slot.parity);
+                    weights = T::Attention::weights(&scores);
+                }
             }
-            release(Plan::<T>::query_free(), lane);
-            T::Attention::start_output(&mut output, &weights, image(Plan::<T>::value(slot.stage)));
+            Plan::<T>::query_free(warpgroup).release(lane);
+            T::Attention::start_output(&mut output, &weights, value(slot));
             T::Attention::wait_output(&mut output, &mut weights);
-            release(Plan::<T>::value_free(slot.stage), lane);
+            Plan::<T>::value_free(slot.stage).release(lane);
             slot = slot.next(T::TILES.stages);
         }
         store::<T>(params, &work, &mut output, &rows, thread_rows, lane);
@@ -333,7 +336,7 @@ unsafe fn store<T: Shape>(
                 factor[row] = math::reciprocal(total[row]);
             }
             if params.lse != 0 && lane % 4 == 0 {
-                let lse = (rows.max[row] * params.scale_log2 + math::log2(total[row])) * core::f32::consts::LN_2;
+                let lse = (math::log2(total[row]) - rows.offset[row]) * core::f32::consts::LN_2;
                 let lse = if live { lse } else { f32::NEG_INFINITY };
                 global::store_f32(
                     params.lse + (work.head as u64 * T::LAYOUT.sequence() as u64 + model_row as u64) * 4,
@@ -397,12 +400,4 @@ unsafe fn transpose_quad(mut x: [u32; 4], lane: u32) -> [u32; 4] {
         (x[1], x[3]) = (a, b);
     }
     x
-}
-
-/// This warp is done with what `free` guards.
-#[inline(always)]
-unsafe fn release(free: Barrier, lane: u32) {
-    if lane == 0 {
-        free.arrive();
-    }
 }

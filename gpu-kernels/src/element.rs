@@ -4,6 +4,8 @@ use core::arch::asm;
 
 /// bf16 or f16; two of them in a register, the first in the low half.
 pub trait Element: Copy {
+    /// log2 of the weight of a row's maximum: more than 0 where the exponent is narrow, to keep small weights away from its end.
+    const HEADROOM: f32;
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Widens both halves, exactly.
@@ -19,6 +21,7 @@ pub struct Bf16;
 pub struct F16;
 
 impl Element for Bf16 {
+    const HEADROOM: f32 = 0.0;
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
@@ -35,6 +38,7 @@ impl Element for Bf16 {
 }
 
 impl Element for F16 {
+    const HEADROOM: f32 = 8.0;
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;

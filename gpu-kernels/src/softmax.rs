@@ -1,19 +1,25 @@
-//! Online softmax over key tiles (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1), in powers of two.
+//! Online softmax over key tiles (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1), in powers of two, without a running
+//! maximum: a row's weights are taken relative to an offset, and may grow beyond 1. Only when they grow too large is the maximum
+//! looked for and the offset lowered; with scores that vary little from tile to tile that is the first tile alone. So between a score
+//! and its weight stand one multiplication and one exponential, and lanes exchange nothing.
 //!
 //! A thread of a warpgroup holds two query rows of an m64 fragment ([`crate::cuda::mma`]); the four lanes of a quad share them.
 
 use crate::cuda::mma::Fragment;
-use crate::cuda::{math, warp};
+use crate::cuda::{math, thread, warp};
 use framestride_shapes::layout::Visible;
 
-/// Below every score a model makes, and finite: a row that has seen nothing yet weighs masked scores (-inf) as exactly 0.
-const LOWEST: f32 = -1e30;
+/// The offset of a row that has seen nothing: with any finite score the weight is infinite, with a hidden one (-inf) exactly 0.
+const NOTHING_SEEN: f32 = 1e30;
 
-/// Running maximum and sum of this thread's two rows.
+/// Largest sum of one thread's weights of a tile: no weight is more, which f16 can hold.
+const MOST: f32 = 32768.0;
+
+/// Running offset and sum of this thread's two rows: the weight of a score is 2^(scale score + offset).
 #[derive(Clone, Copy)]
 pub struct Rows {
-    /// Largest raw score so far, the same in all lanes of the quad.
-    pub max: [f32; 2],
+    /// The same in all lanes of the quad.
+    pub offset: [f32; 2],
     /// Sum of the weights in this thread's own columns; [`Rows::total`] adds the quad's.
     pub sum: [f32; 2],
 }
@@ -22,17 +28,34 @@ impl Rows {
     /// Nothing seen.
     #[inline(always)]
     pub fn new() -> Rows {
-        Rows { max: [LOWEST; 2], sum: [0.0; 2] }
+        Rows { offset: [NOTHING_SEEN; 2], sum: [0.0; 2] }
     }
 
-    /// Takes in a tile of raw scores, turning them into weights 2^(scale (score - max)). Returns the factors by which everything
-    /// weighted so far must be multiplied.
+    /// Turns a tile of raw scores into weights and takes them in, unless some row of the warpgroup has weights too large for its
+    /// offset: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute them again
+    /// for [`Rows::lower`].
+    ///
+    /// # Safety
+    /// The whole warpgroup comes here; `warpgroup` is its number in the block.
+    #[inline(always)]
+    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, scale_log2: f32, warpgroup: u32) -> bool {
+        let sum = self.weigh(scores, scale_log2);
+        // Not a number is too large as well.
+        if thread::any_of_warpgroup(!(sum[0] <= MOST) | !(sum[1] <= MOST), warpgroup) {
+            return false;
+        }
+        self.sum = [self.sum[0] + sum[0], self.sum[1] + sum[1]];
+        true
+    }
+
+    /// Lowers the offsets so that the largest of all weights, those of this tile of raw scores included, is at most 2^headroom. Turns
+    /// the scores into weights and takes them in. Returns the factors by which everything weighted before must be multiplied.
     ///
     /// # Safety
     /// All lanes of the warp come here.
     #[inline(always)]
-    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, scale_log2: f32) -> [f32; 2] {
-        let mut max = self.max;
+    pub unsafe fn lower(&mut self, scores: &mut impl Fragment, scale_log2: f32, headroom: f32) -> [f32; 2] {
+        let mut max = [f32::NEG_INFINITY; 2];
         scores.for_each(
             #[inline(always)]
             |i, score| {
@@ -41,19 +64,27 @@ impl Rows {
             },
         );
         let max = [warp::max::<4>(max[0]), warp::max::<4>(max[1])];
-        let rescale = [0, 1].map(|row| math::exp2((self.max[row] - max[row]) * scale_log2));
-        let shift = [-max[0] * scale_log2, -max[1] * scale_log2];
-        let mut sum = [self.sum[0] * rescale[0], self.sum[1] * rescale[1]];
+        let offset = [0, 1].map(|row| self.offset[row].min(headroom - max[row] * scale_log2));
+        let rescale = [0, 1].map(|row| math::exp2(offset[row] - self.offset[row]));
+        self.offset = offset;
+        let sum = self.weigh(scores, scale_log2);
+        self.sum = [0, 1].map(|row| math::fma(self.sum[row], rescale[row], sum[row]));
+        rescale
+    }
+
+    /// Turns raw scores into weights; the sums of both rows.
+    #[inline(always)]
+    fn weigh(&self, scores: &mut impl Fragment, scale_log2: f32) -> [f32; 2] {
+        let mut sum = [0.0; 2];
         scores.for_each(
             #[inline(always)]
             |i, score| {
                 let row = row_of(i);
-                *score = math::exp2(math::fma(*score, scale_log2, shift[row]));
+                *score = math::exp2(math::fma(*score, scale_log2, self.offset[row]));
                 sum[row] += *score;
             },
         );
-        *self = Rows { max, sum };
-        rescale
+        sum
     }
 
     /// Sums of all weights of the two rows.
@@ -81,19 +112,20 @@ pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
     );
 }
 
-/// Sets the scores of unseen keys to -inf: `first` is the packed row of the tile's first key, `rows` what the thread's rows see.
+/// Sets the scores or weights of unseen keys to `hidden`: `first` is the packed row of the tile's first key, `rows` what the thread's
+/// rows see.
 #[inline(always)]
-pub fn hide_unseen(scores: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2]) {
+pub fn hide_unseen(tile: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2], hidden: f32) {
     // Bounds relative to this thread's first column, so that every element compares a constant with them.
     let first = (first + 2 * (lane % 4)) as i32;
     let relative = |bound: fn(&Visible) -> u32| [bound(&rows[0]) as i32 - first, bound(&rows[1]) as i32 - first];
     let (prefix, start, end) = (relative(|row| row.prefix), relative(|row| row.start), relative(|row| row.end));
-    scores.for_each(
+    tile.for_each(
         #[inline(always)]
-        |i, score| {
+        |i, value| {
             let (row, column) = (row_of(i), (i / 4 * 8 + i % 2) as i32);
             if !(column < prefix[row] || (column >= start[row] && column < end[row])) {
-                *score = f32::NEG_INFINITY;
+                *value = hidden;
             }
         },
     );

@@ -14,7 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use framestride_shapes::launch::{
-    AttentionParams, NormWeights, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams, Tensor,
+    AttentionParams, MOST_SPLITS, NormWeights, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams,
+    Tensor,
 };
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::spec::{NormKind, Spec};
@@ -149,10 +150,7 @@ impl SparseAttention {
             let allowed = format!("1 or more, batch x heads at most {most}");
             return Err(Error::input("batch", batch, allowed, "Split the batch over several calls"));
         }
-        let groups = spec.profile_plan(1).groups;
-        let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
-        // About two blocks of profiling a multiprocessor.
-        let splits = profile_splits(batch * heads * groups, module.device().multiprocessors(), key_tiles);
+        let splits = profile_splits(spec, batch, heads, module.device().multiprocessors());
         let plan = spec.workspace(batch, heads, splits);
         Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, plan })
     }
@@ -540,31 +538,32 @@ fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// Parts that profiling divides the keys of a head into. A multiprocessor holds one of its blocks, so the time is the number of
-/// waves of blocks times the keys of a block: the fewest parts within 5% of the best up to 16 are taken.
-fn profile_splits(blocks: u32, multiprocessors: u32, key_tiles: u32) -> u32 {
+/// Parts that profiling divides the keys of a head into, one a block, for `batch` items of `heads` heads on a GPU of so many
+/// multiprocessors: what [`Spec::workspace`] asks for.
+pub fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
+    let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
+    splits_of(batch * heads * spec.profile_plan(1).groups, multiprocessors, key_tiles.clamp(1, MOST_SPLITS))
+}
+
+/// A multiprocessor holds one block, so the time is the number of waves of blocks times the keys of a block: the fewest parts within
+/// 5% of the best up to `most` are taken.
+fn splits_of(blocks: u32, multiprocessors: u32, most: u32) -> u32 {
     let time = |splits: u32| f64::from((blocks * splits).div_ceil(multiprocessors)) / f64::from(splits);
-    let choices = 1..=key_tiles.clamp(1, 16);
-    let best = choices.clone().map(time).fold(f64::INFINITY, f64::min);
-    choices.into_iter().find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
+    let best = (1..=most).map(time).fold(f64::INFINITY, f64::min);
+    (1..=most).find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::profile_splits;
+    use super::splits_of;
 
     #[test]
     fn splits_fill_whole_waves() {
-        // (blocks of one split, multiprocessors, key tiles) -> splits
-        for (blocks, multiprocessors, key_tiles, splits) in [
-            (24, 132, 931, 11),
-            (96, 132, 353, 4),
-            (132, 132, 500, 1),
-            (1, 132, 500, 16),
-            (24, 132, 3, 3),
-            (4, 4, 19, 1),
-        ] {
-            assert_eq!(profile_splits(blocks, multiprocessors, key_tiles), splits, "{blocks} blocks");
+        // (blocks of one split, multiprocessors, most) -> splits
+        for (blocks, multiprocessors, most, splits) in
+            [(24, 132, 32, 11), (96, 132, 16, 4), (132, 132, 32, 1), (1, 132, 32, 31), (24, 132, 3, 3), (4, 4, 19, 1)]
+        {
+            assert_eq!(splits_of(blocks, multiprocessors, most), splits, "{blocks} blocks");
         }
     }
 }

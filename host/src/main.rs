@@ -6,13 +6,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand};
+use framestride::attention::profile_splits;
 use framestride::bench::{self, Bench, Options, Timed};
 use framestride::device::DeviceChoice;
 use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
 use framestride::masks;
 use framestride::run::RunReport;
-use framestride::shapes::gain::{Gain, Obstacle};
+use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::Spec;
 use framestride::verify::{Effort, Report};
@@ -314,9 +315,10 @@ fn describe(argument: &str) -> Result<Outcome> {
         }
     });
     let tiles = spec.tiles();
-    let workspace = spec.workspace(spec.batch, spec.heads, 1).bytes;
+    let splits = profile_splits(&spec, spec.batch, spec.heads, MULTIPROCESSORS);
+    let workspace = spec.workspace(spec.batch, spec.heads, splits).bytes;
     let mut out = format!(
-        "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (keys profiled in one part)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
+        "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
         spec.name,
         layout.sequence(),
         layout.frames,

@@ -54,7 +54,7 @@ pub enum TextPosition {
 pub const ATOM_ROWS: u32 = 8;
 
 /// Zero rows behind each packed head, so that a tile that starts at any token may be copied whole: no tile has more rows.
-pub const PAD_ROWS: u32 = 256;
+pub const PAD_ROWS: u32 = 192;
 
 /// The geometry of one attention layer. See the module's documentation for the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -57,8 +57,8 @@ fn no_call() {
 }
 
 /// Each round of the attention kernel's main loop starts S = Q Kᵀ of a tile and O += P V of the last, waits for the first, and
-/// computes the softmax while the second runs: every weight of the tile (64 rows by `key_rows` over 128 threads) and the factors
-/// of both rows are exponentials between the two waits. ptxas once sank them all below the second.
+/// computes the softmax while the second runs: every weight of the tile (64 rows by `key_rows` over 128 threads) is an exponential
+/// between the two waits, and nothing else is. ptxas once sank them all below the second.
 ///
 /// A sequence of two tiles has no such loop: its second round is straight code, and not what these kernels are fast for.
 #[test]
@@ -74,15 +74,15 @@ fn the_softmax_runs_under_the_products() {
         let Some(overlap) = attention.overlap() else {
             return vec!["attention has no loop with a wait for one group and a wait for none".into()];
         };
-        let exponentials = (tiles.key_rows / 2 + 2) as usize;
+        let exponentials = (tiles.key_rows / 2) as usize;
         // k-steps of 16: head_dim for the scores, key_rows for the output.
         let products = (model.spec.head_dim / 16 + tiles.key_rows / 16) as usize;
         let expected = [
             ("MUFU.EX2 between the waits", overlap.between_waits, exponentials),
             ("MUFU.EX2 in the loop", overlap.exponentials, exponentials),
             ("HGMMA in the loop", overlap.products, products),
-            // The first tile's softmax stands before the loop, and nothing else: the loop is there once.
-            ("MUFU.EX2 in the kernel", attention.count("MUFU.EX2"), 2 * exponentials),
+            // Where offsets are lowered stand a tile's weights and the factors of both rows, and nothing else: the loop is there once.
+            ("MUFU.EX2 in the kernel", attention.count("MUFU.EX2"), 2 * exponentials + 2),
         ];
         let wrong = expected.into_iter().filter(|(_, found, expected)| found != expected);
         wrong.map(|(what, found, expected)| format!("{found} {what}, expected {expected}")).collect()

@@ -40,6 +40,17 @@ impl Barrier {
         asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) self.0, options(nostack));
     }
 
+    /// This warp is done with what the barrier guards: its first lane arrives.
+    ///
+    /// # Safety
+    /// As [`Barrier::arrive`]; all lanes are done, and come here.
+    #[inline(always)]
+    pub unsafe fn release(self, lane: u32) {
+        if lane == 0 {
+            self.arrive();
+        }
+    }
+
     /// Arrives, and makes the phase wait for `bytes` more bytes of copies.
     ///
     /// # Safety
@@ -66,6 +77,32 @@ impl Barrier {
             "}}",
             in(reg32) self.0, in(reg32) parity, options(nostack)
         );
+    }
+}
+
+/// A position in a ring of stages, and the parity of its current round.
+#[derive(Clone, Copy)]
+pub struct Slot {
+    /// Stage of the ring.
+    pub stage: u32,
+    /// Parity of the phases of the stage's barriers that this round waits for.
+    pub parity: u32,
+}
+
+impl Slot {
+    /// The first stage, for those who wait until it is full.
+    pub const FIRST_FULL: Slot = Slot { stage: 0, parity: 0 };
+    /// The first stage, for those who wait until it is free: nobody has used it, and so its phase of parity 1 is over.
+    pub const FIRST_FREE: Slot = Slot { stage: 0, parity: 1 };
+
+    /// The next of `stages`.
+    #[inline(always)]
+    pub fn next(self, stages: u32) -> Slot {
+        if self.stage + 1 == stages {
+            Slot { stage: 0, parity: self.parity ^ 1 }
+        } else {
+            Slot { stage: self.stage + 1, parity: self.parity }
+        }
     }
 }
 

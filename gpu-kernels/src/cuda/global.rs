@@ -76,6 +76,17 @@ pub unsafe fn load_f32(address: u64) -> f32 {
     f32::from_bits(load_u32(address))
 }
 
+/// Loads two f32.
+///
+/// # Safety
+/// `address` is 8-byte aligned and valid, and nobody writes it during the launch.
+#[inline(always)]
+pub unsafe fn load_f32x2(address: u64) -> [f32; 2] {
+    let (a, b): (f32, f32);
+    asm!("ld.global.nc.v2.f32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b, in(reg64) address, options(nostack));
+    [a, b]
+}
+
 /// Stores 16 bytes.
 ///
 /// # Safety

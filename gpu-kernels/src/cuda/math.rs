@@ -37,3 +37,11 @@ pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     };
     out
 }
+
+/// x, of which the compiler knows nothing: so it computes no part of what follows before a loop, to keep it in a register each.
+#[inline(always)]
+pub fn opaque(mut x: u32) -> u32 {
+    // SAFETY: a comment.
+    unsafe { asm!("// {0}", inout(reg32) x, options(nomem, nostack)) };
+    x
+}

@@ -29,9 +29,6 @@ impl Descriptor {
 /// The registers of one thread in an m64nN accumulator, each a named field (an indexed array may be left on the stack, where
 /// no asynchronous product can reach it). Made by `tile_products!`.
 pub trait Fragment: Copy {
-    /// f32 per thread: N / 2.
-    const LEN: u32;
-
     /// Every value the same.
     fn splat(value: f32) -> Self;
 
@@ -53,16 +50,12 @@ pub trait Fragment: Copy {
 pub trait TileProducts {
     /// bf16 or f16.
     type Element: crate::element::Element;
-    /// S: 64 query rows by `KEY_ROWS`.
+    /// S: 64 query rows by the keys of a tile.
     type Scores: Fragment;
     /// P in the element type, as the A operand of the second product: two values a register.
     type Weights: Copy;
-    /// O: 64 query rows by `HEAD_DIM`.
+    /// O: 64 query rows by the columns of V that the products take, all of them or 64.
     type Output: Fragment;
-    /// Keys of a tile.
-    const KEY_ROWS: u32;
-    /// Columns of Q, K, V.
-    const HEAD_DIM: u32;
 
     /// Starts S = Q K^T.
     ///
@@ -70,7 +63,7 @@ pub trait TileProducts {
     /// The whole warpgroup comes here; the images are complete and stay until the wait; `scores` is not touched until then.
     unsafe fn start_scores(scores: &mut Self::Scores, q: Descriptor, k: Descriptor);
 
-    /// Starts O += P V.
+    /// Starts O += P V; `v` begins at the first of the columns.
     ///
     /// # Safety
     /// As for `start_scores`; neither `output` nor `weights` is touched until the wait.

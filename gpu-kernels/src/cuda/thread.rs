@@ -46,6 +46,29 @@ pub unsafe fn sync_block() {
     asm!("bar.sync 0;", options(nostack));
 }
 
+/// Waits until both of two consumer warpgroups are here; barrier 7 is theirs.
+///
+/// # Safety
+/// Both whole warpgroups come here, and nobody else.
+#[inline(always)]
+pub unsafe fn sync_two_warpgroups() {
+    asm!("bar.sync 7, 256;", options(nostack));
+}
+
+/// Whether `condition` holds in any thread of a warpgroup (9.7.13.1, bar.red); barrier 1 + `warpgroup` is its own.
+///
+/// # Safety
+/// The whole warpgroup comes here; `warpgroup` is its number in the block.
+#[inline(always)]
+pub unsafe fn any_of_warpgroup(condition: bool, warpgroup: u32) -> bool {
+    let out: u32;
+    asm!(
+        "{{ .reg .pred %any; setp.ne.u32 %any, {1}, 0; bar.red.or.pred %any, {2}, 128, %any; vote.sync.any.pred %any, %any, -1; selp.u32 {0}, 1, 0, %any; }}",
+        out(reg32) out, in(reg32) condition as u32, in(reg32) 1 + warpgroup, options(nostack)
+    );
+    out != 0
+}
+
 /// Gives registers back so that other warpgroups may take them (9.7.19.5, setmaxnreg).
 ///
 /// # Safety

@@ -1,6 +1,6 @@
 //! The packed order and what its rows see.
 
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition};
 use proptest::prelude::*;
 
 use crate::rule::{self, Token};
@@ -33,7 +33,7 @@ proptest! {
             prop_assert!(rank(packed - 1) < rank(packed), "packed rows {} and {packed}", packed - 1);
         }
         let rows = layout.packed_rows();
-        prop_assert!(rows.is_multiple_of(ATOM_ROWS) && rows >= layout.sequence() + 256);
+        prop_assert!(rows.is_multiple_of(ATOM_ROWS) && rows >= layout.sequence() + PAD_ROWS);
     }
 
     /// Queries: valid text, video by position, invalid text.
