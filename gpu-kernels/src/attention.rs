@@ -1,8 +1,8 @@
 //! **attention**: O = softmax(scale Q K^T) V over the visible pairs of each head.
 //!
 //! A block is one producer warpgroup, which copies tiles into shared memory, and `query_rows / 64` consumer warpgroups, each with
-//! 64 rows of the query tile (the structure of FlashAttention-3, section 3). Blocks are persistent; query tiles with text, which
-//! see every key, go first. For each query tile a consumer does:
+//! 64 rows of the query tile (the structure of FlashAttention-3, section 3). Blocks are persistent and take the next query tile when
+//! they are done with one; those with text, which see every key, go first. For each query tile a consumer does:
 //!
 //! ```text
 //! from tile j = 0, and again from a tile whose weights are too large for the rows' offsets:
@@ -54,6 +54,10 @@ impl<T: Shape> Plan<T> {
     }
     fn query_free(warpgroup: u32) -> Barrier {
         Barrier::at(Self::CONSUMERS + warpgroup)
+    }
+    /// Where a warpgroup finds, with its rows, the number of their query tile.
+    fn work(warpgroup: u32) -> u32 {
+        shared::base() + 512 + 4 * warpgroup
     }
     fn key_full(stage: u32) -> Barrier {
         Barrier::at(2 * Self::CONSUMERS + stage)
@@ -174,9 +178,10 @@ pub unsafe fn attention<T: Shape>(params: &AttentionParams) {
 /// The producer: one warp, whose first lane keeps the stages full. The others go along, so that all it computes is uniform.
 #[inline(always)]
 unsafe fn produce<T: Shape>(params: &AttentionParams) {
+    let is_first_lane = thread::lane() == 0;
     let load = |place: u32, from: u64, bytes: u32, free: Barrier, parity: u32, full: Barrier| {
         free.wait(parity);
-        if thread::lane() == 0 {
+        if is_first_lane {
             full.arrive_expecting(bytes);
             copy::to_shared(place, from, bytes, full);
         }
@@ -185,11 +190,9 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
     let mut slot = Slot::FIRST_FREE;
     let mut index = thread::block_x();
     while index < Work::count::<T>(params) {
+        // Asked for early, since the answer takes its time.
+        let next = if is_first_lane { thread::blocks_x() + global::add_u32(params.schedule, 1) } else { 0 };
         let work = Work::at::<T>(params, index);
-        index += thread::blocks_x();
-        if work.keys.tiles == 0 {
-            continue;
-        }
         // Of all heads: memory has fewer than 2^32 rows.
         let first_row = work.head * T::LAYOUT.packed_rows();
         let bytes = |row: u32| (first_row + row) as u64 * (T::HEAD_DIM * 2) as u64;
@@ -205,24 +208,49 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
             load(Plan::<T>::value(stage), params.packed_v + rows(tile), Plan::<T>::KEY_BYTES, free, parity, full);
         };
         // The place of the first keys is free before the last warpgroup is done with its queries.
-        load_keys(slot, 0);
+        if work.keys.tiles > 0 {
+            load_keys(slot, 0);
+        }
         let mut warpgroup = 0;
         while warpgroup < Plan::<T>::CONSUMERS {
-            let (free, full) = (Plan::<T>::query_free(warpgroup), Plan::<T>::query_full(warpgroup));
+            let full = Plan::<T>::query_full(warpgroup);
             let queries = params.packed_q + bytes(work.first_row + 64 * warpgroup);
-            load(Plan::<T>::query(warpgroup), queries, Plan::<T>::QUERY_BYTES, free, query_parity, full);
+            Plan::<T>::query_free(warpgroup).wait(query_parity);
+            if is_first_lane {
+                shared::store_u32(Plan::<T>::work(warpgroup), index);
+                full.arrive_expecting(Plan::<T>::QUERY_BYTES);
+                copy::to_shared(Plan::<T>::query(warpgroup), queries, Plan::<T>::QUERY_BYTES, full);
+            }
             warpgroup += 1;
         }
         query_parity ^= 1;
-        load_values(slot, 0);
-        let mut tile = 1;
-        while tile < work.keys.tiles {
+        if work.keys.tiles > 0 {
+            load_values(slot, 0);
+            let mut tile = 1;
+            while tile < work.keys.tiles {
+                slot = slot.next(T::TILES.stages);
+                load_keys(slot, tile);
+                load_values(slot, tile);
+                tile += 1;
+            }
             slot = slot.next(T::TILES.stages);
-            load_keys(slot, tile);
-            load_values(slot, tile);
-            tile += 1;
         }
-        slot = slot.next(T::TILES.stages);
+        index = warp::broadcast(next, 0);
+    }
+    // No query tile has this number.
+    let mut warpgroup = 0;
+    while warpgroup < Plan::<T>::CONSUMERS {
+        Plan::<T>::query_free(warpgroup).wait(query_parity);
+        if is_first_lane {
+            shared::store_u32(Plan::<T>::work(warpgroup), index);
+            Plan::<T>::query_full(warpgroup).arrive();
+        }
+        warpgroup += 1;
+    }
+    // The last block to be done leaves the schedule as it was.
+    if is_first_lane && global::add_u32(params.schedule + 4, 1) == thread::blocks_x() - 1 {
+        global::store_u32(params.schedule, 0);
+        global::store_u32(params.schedule + 4, 0);
     }
 }
 
@@ -235,10 +263,15 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     let query = image(Plan::<T>::query(warpgroup));
     let mut query_parity = 0;
     let mut slot = Slot::FIRST_FULL;
-    let mut index = thread::block_x();
-    while index < Work::count::<T>(params) {
+    loop {
+        Plan::<T>::query_full(warpgroup).wait(query_parity);
+        query_parity ^= 1;
+        // The same in all lanes, and so that ptxas sees it.
+        let index = warp::broadcast(shared::load_u32(Plan::<T>::work(warpgroup)), 0);
+        if index >= Work::count::<T>(params) {
+            break;
+        }
         let work = Work::at::<T>(params, index);
-        index += thread::blocks_x();
         // Rows of this warp, and of this thread.
         let warp_row = work.first_row + consumer_warp * 16;
         let thread_rows = [warp_row + lane / 4, warp_row + lane / 4 + 8];
@@ -259,8 +292,6 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             let key = |slot: Slot| image(Plan::<T>::key(slot.stage));
             let value = |slot: Slot| image(Plan::<T>::value(slot.stage));
 
-            Plan::<T>::query_full(warpgroup).wait(query_parity);
-            query_parity ^= 1;
             Plan::<T>::key_full(slot.stage).wait(slot.parity);
             let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
             let mut weights;
@@ -302,6 +333,8 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             T::Attention::wait_output(&mut output, &mut weights);
             Plan::<T>::value_free(slot.stage).release(lane);
             slot = slot.next(T::TILES.stages);
+        } else {
+            Plan::<T>::query_free(warpgroup).release(lane);
         }
         store::<T>(params, &work, &mut output, &rows, thread_rows, lane);
     }

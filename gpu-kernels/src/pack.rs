@@ -53,6 +53,10 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
     // tokens of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have Q and K of
     // 4 tokens, whose tables L1 has, and one has V.
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
+    if block == 0 && thread::index() == 0 {
+        global::store_u32(params.schedule, 0);
+        global::store_u32(params.schedule + 4, 0);
+    }
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.batch != 0);
     let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);

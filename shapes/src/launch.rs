@@ -72,6 +72,8 @@ pub struct PackParams {
     pub packed_k: u64,
     /// Packed V.
     pub packed_v: u64,
+    /// Set to zero for the **attention** that follows, see [`AttentionParams::schedule`].
+    pub schedule: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads given in this launch (any subset of the model's).
@@ -146,6 +148,8 @@ pub struct AttentionParams {
     pub head_types: u64,
     /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
     pub text_lengths: u64,
+    /// Two u32, both 0 before and after: query tiles that blocks have taken beyond their first, and blocks that are done.
+    pub schedule: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.
@@ -155,6 +159,9 @@ pub struct AttentionParams {
     /// 1 when the address and every stride of `out` is a multiple of 16 bytes, else 0.
     pub aligned: u32,
 }
+
+/// Bytes at [`AttentionParams::schedule`].
+pub const SCHEDULE_BYTES: u64 = 8;
 
 /// Bytes of one packed tensor (Q, K or V): \[batch, heads, packed_rows, head_dim\] of two-byte elements.
 ///
@@ -222,13 +229,13 @@ pub struct Tiles {
 impl Tiles {
     /// | head dim | query | key | stages | why |
     /// | --- | --- | --- | --- | --- |
-    /// | 128 | 128 | 192 | 2 | largest key tile whose two stages fit shared memory, 225 KiB; 1% faster than 176 keys, 5 to 8% than 128 |
+    /// | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
     /// | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
     pub const fn for_head_dim(head_dim: u32) -> Tiles {
         if head_dim == 64 {
             Tiles { query_rows: 192, key_rows: 128, stages: 4 }
         } else {
-            Tiles { query_rows: 128, key_rows: 192, stages: 2 }
+            Tiles { query_rows: 128, key_rows: 176, stages: 2 }
         }
     }
 

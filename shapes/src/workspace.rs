@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use crate::launch::{ProfilePlan, packed_bytes};
+use crate::launch::{ProfilePlan, SCHEDULE_BYTES, packed_bytes};
 use crate::layout::Layout;
 
 /// Every part starts at a multiple of this many bytes, given an allocation that does (`cudaMalloc` promises as much). Packed
@@ -27,6 +27,8 @@ pub struct Workspace {
     pub errors: Range<u64>,
     /// Head types, u32 \[batch, heads\].
     pub head_types: Range<u64>,
+    /// What the blocks of attention share their work by, see [`AttentionParams::schedule`](crate::launch::AttentionParams).
+    pub schedule: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,
 }
@@ -45,6 +47,7 @@ impl Workspace {
         let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
         let partials = place(profile.bytes(batch * heads));
         let (errors, head_types) = (place(all_heads * 2 * 4), place(all_heads * 4));
-        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, bytes }
+        let schedule = place(SCHEDULE_BYTES);
+        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
     }
 }

@@ -127,6 +127,17 @@ pub unsafe fn store16_unaligned(address: u64, value: [u32; 4]) {
     );
 }
 
+/// Adds to a u32 and gives what it was (9.7.13.5, atom).
+///
+/// # Safety
+/// `address` is 4-byte aligned and valid; others touch it during the launch by this function alone.
+#[inline(always)]
+pub unsafe fn add_u32(address: u64, value: u32) -> u32 {
+    let old: u32;
+    asm!("atom.global.add.u32 {}, [{}], {};", out(reg32) old, in(reg64) address, in(reg32) value, options(nostack));
+    old
+}
+
 /// Stores two f32.
 ///
 /// # Safety

@@ -61,6 +61,26 @@ pub unsafe fn load_f32(address: u32) -> f32 {
     value
 }
 
+/// Stores a u32.
+///
+/// # Safety
+/// As [`store_f32`].
+#[inline(always)]
+pub unsafe fn store_u32(address: u32, value: u32) {
+    asm!("st.shared.b32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack));
+}
+
+/// Loads a u32.
+///
+/// # Safety
+/// As [`load_f32`].
+#[inline(always)]
+pub unsafe fn load_u32(address: u32) -> u32 {
+    let value: u32;
+    asm!("ld.shared.b32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack));
+    value
+}
+
 /// Makes this thread's ordinary stores to shared memory visible to the tensor cores and the copy engine, once a barrier has
 /// been passed (9.7.13.5, fence.proxy.async).
 ///

@@ -98,8 +98,8 @@ fn workspaces() {
             let all_heads = u64::from(batch * heads);
             let packed = all_heads * u64::from(spec.layout.packed_rows()) * u64::from(spec.head_dim) * 2;
             let samples = u64::from(spec.profile.rows.div_ceil(64)) * 64;
-            // Maximum, sum and output of each sample, for three masks, in f32.
-            let partials = all_heads * samples * u64::from(splits) * 3 * u64::from(spec.head_dim + 2) * 4;
+            // The maximum of each sample, and for three masks its sum and output, in f32.
+            let partials = all_heads * samples * u64::from(splits) * (1 + 3 * u64::from(1 + spec.head_dim)) * 4;
             let parts = [
                 (&workspace.packed_q, packed),
                 (&workspace.packed_k, packed),
@@ -107,6 +107,7 @@ fn workspaces() {
                 (&workspace.partials, partials),
                 (&workspace.errors, all_heads * 2 * 4),
                 (&workspace.head_types, all_heads * 4),
+                (&workspace.schedule, 8),
             ];
             let mut end = 0;
             for (range, bytes) in parts {
