@@ -176,6 +176,7 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
         k_norm_text: file.norm("k_norm_text")?,
         rope,
         text_lengths: file.lengths("text_lengths")?,
+        scale: None,
     };
     inputs.check(spec, &path.display().to_string())?;
     Ok(inputs)

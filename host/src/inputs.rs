@@ -10,7 +10,7 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::reference::Operand;
+use crate::reference::{Operand, norm};
 
 /// A `[batch, rows, heads, head_dim]` tensor in the spec's 16-bit type, contiguous, in the model's order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,6 +138,8 @@ pub struct Inputs {
     pub rope: Option<RopeTables>,
     /// Valid text tokens of each batch item; all when not given.
     pub text_lengths: Option<Vec<u32>>,
+    /// Softmax scale; 1 / sqrt(head_dim) when not given.
+    pub scale: Option<f32>,
 }
 
 impl Inputs {
@@ -155,9 +157,9 @@ impl Inputs {
         self.text_lengths.as_ref().map_or(layout.text_tokens, |lengths| lengths[batch]) as usize
     }
 
-    /// Softmax scale of the model: 1 / sqrt(head_dim).
+    /// Softmax scale: the model's 1 / sqrt(head_dim) when none is given.
     pub fn scale(&self) -> f64 {
-        1.0 / (self.q.head_dim as f64).sqrt()
+        self.scale.map_or(1.0 / (self.q.head_dim as f64).sqrt(), f64::from)
     }
 
     /// Checks every shape against the spec. `source` names where the inputs come from, such as a file.
@@ -471,6 +473,10 @@ const NORMALS: u64 = u64::MAX - 1;
 /// What [`quick_generator`] draws besides Q (0), K (1) and V (2).
 const ANGLES: u64 = 3;
 const CODES: u64 = 4;
+const PARTS: u64 = 5;
+
+/// Softmax scale of [`Inputs::rising`].
+const RISING_SCALE: f32 = 4.0;
 
 impl Inputs {
     /// Random inputs: Q, K, V normal (Q and K twice as large, so that the softmax has something to choose), rows of Q and K off
@@ -508,15 +514,58 @@ impl Inputs {
             k_norm_text: text_norms.then_some(k_text),
             rope: spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)),
             text_lengths: None,
+            scale: None,
         }
     }
 
     /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames
     /// when it is odd: after norm and RoPE, both hold a random code of the frame or of the patch.
     pub fn planted(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let patches = spec.layout.tokens_per_frame as usize;
+        Inputs::made(spec, batch, heads, seed, |normals, _, video, head, values| {
+            normals.code(head, if head.is_multiple_of(2) { video / patches } else { video % patches }, values);
+        })
+    }
+
+    /// Random V, and Q and K, with a scale, such that scores lie hundreds apart, rise along the keys of every head type up to a query's
+    /// own key, and fall behind it: an online softmax has to lower its offsets again and again, by little and by more than f32 holds.
+    ///
+    /// A key is random but for a direction common to the head, of which it has the more the later its frame and its patch: so more
+    /// from frame to frame and within each, and in the temporal order from patch to patch and within each. A query is its own key, and
+    /// as much of the direction as chance has it, and noise; so what it attends to most is mostly visible through every mask. All have
+    /// norm sqrt(head_dim), with a QK-norm and without.
+    pub fn rising(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let (frames, patches) = (spec.layout.frames as usize, spec.layout.tokens_per_frame as usize);
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            let mut generator = quick_generator(seed, PARTS, (head as u64) << 32 | video as u64);
+            let mut normal = || f64::from(normals.pick(generator.random()));
+            let place = (video / patches) as f64 / frames as f64 + (video % patches) as f64 / patches as f64 - 1.0;
+            let steepness = normal();
+            normals.code(head, 0, values);
+            for value in values.iter_mut() {
+                let direction = 0.5 * *value;
+                let (own, noise) = (normal(), normal());
+                let key = own + direction * place;
+                *value = if which == 0 { key + direction * steepness + noise } else { key };
+            }
+            let size = norm(values) / (values.len() as f64).sqrt();
+            values.iter_mut().for_each(|value| *value /= size);
+        });
+        Inputs { scale: Some(RISING_SCALE), ..inputs }
+    }
+
+    /// Random V and text, and Q and K such that, after norm and RoPE, video rows hold what `values` writes, given 0 for Q and 1 for K,
+    /// the video token in all batch items, and the head.
+    fn made(
+        spec: &Spec,
+        batch: usize,
+        heads: usize,
+        seed: u64,
+        values: impl Fn(&Normals, u64, usize, usize, &mut [f64]) + Sync,
+    ) -> Inputs {
         let normals = Normals::new(spec.dtype, seed);
         let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)));
-        let (patches, video) = (layout.tokens_per_frame as usize, (layout.frames * layout.tokens_per_frame) as usize);
+        let video = (layout.frames * layout.tokens_per_frame) as usize;
         let (sequence, dim) = (layout.sequence() as usize, spec.head_dim as usize);
         let tokens = |which: u64| {
             Inputs::tokens(spec, batch, heads, |token, bits| {
@@ -525,14 +574,13 @@ impl Inputs {
                 let Some(place) = place.filter(|_| which != 2) else {
                     return normals.token(which, token, dim, bits);
                 };
-                let mut values = vec![0.0; dim];
+                let mut row_values = vec![0.0; dim];
                 for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {
-                    let code = if head % 2 == 0 { place / patches } else { place % patches };
-                    normals.code(head, code, &mut values);
+                    values(&normals, which, place, head, &mut row_values);
                     if let Some(tables) = &rope {
-                        tables.rotate(spec, heads, row, head, &mut values, -1.0);
+                        tables.rotate(spec, heads, row, head, &mut row_values, -1.0);
                     }
-                    for (bits, value) in bits.iter_mut().zip(&values) {
+                    for (bits, value) in bits.iter_mut().zip(&row_values) {
                         *bits = narrow(spec.dtype, *value);
                     }
                 }
@@ -547,6 +595,7 @@ impl Inputs {
             q_norm_text: None,
             k_norm_text: None,
             text_lengths: None,
+            scale: None,
             rope,
         }
     }

@@ -262,6 +262,7 @@ impl PlacedLayer {
             k_norm: norm(&inputs.k_norm)?,
             q_norm_text: inputs.q_norm_text.as_ref().map(&mut norm).transpose()?,
             k_norm_text: inputs.k_norm_text.as_ref().map(&mut norm).transpose()?,
+            scale: inputs.scale,
             ..Layer::default()
         };
         if let Some(tables) = &inputs.rope {

@@ -262,6 +262,8 @@ pub struct Attended {
     pub out: Vec<f64>,
     /// Natural log-sum-exp of the scaled scores; -inf where nothing is seen.
     pub lse: f64,
+    /// Largest scaled score; -inf where nothing is seen.
+    pub maximum: f64,
     /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make.
     pub spread: f64,
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
@@ -349,6 +351,7 @@ impl Head {
         let mut attended = Attended {
             out: vec![0.0; self.head_dim],
             lse: f64::NEG_INFINITY,
+            maximum: f64::NEG_INFINITY,
             spread: 0.0,
             flat_spread: 0.0,
             score_size: 0.0,
@@ -361,6 +364,7 @@ impl Head {
         let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = seen.iter().map(|&key| (scores[key] - maximum).exp()).sum();
         attended.lse = maximum + sum.ln();
+        attended.maximum = maximum;
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
         let (mut square, mut flat) = (0.0, 0.0);
         for key in seen {

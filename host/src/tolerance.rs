@@ -18,11 +18,15 @@
 //! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
 //!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations and four
 //!   roundings of at most |q| |k| scale, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
-//!   and the sum over the keys one truncation for each 16 keys, of partial sums about as large as spread or out.
+//!   and the sum over the keys one truncation for each 16 keys, of partial sums about as large as spread or out. Where scores rise
+//!   along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
 //! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
-//!   wrong by no more than the root mean square error of masked and dense output together.
+//!   wrong by no more than the root mean square error of masked and dense output together. Weights are relative to the largest of
+//!   all keys: where a mask hides it, those that it shows may be too small for the type, and their rounding errors are absolute, up
+//!   to the loss of all of them.
 
+use framestride_shapes::launch::PROFILE_KEY_ROWS;
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
 
 use crate::reference::{Attended, ProfileErrors, norm};
@@ -48,6 +52,15 @@ fn smallest_error(dtype: Dtype) -> f64 {
         // The exponents are those of f32: nothing that small matters.
         Dtype::Bf16 => 0.0,
         Dtype::F16 => 1.0 / (1u64 << 25) as f64,
+    }
+}
+
+/// Largest absolute error of rounding a weight too small for full precision, relative to the largest weight of the row: f32 flushes what
+/// is below its normal numbers to zero, and for f16 the kernels keep the largest weight at 2^8 or more.
+fn smallest_weight_error(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Bf16 => f32::MIN_POSITIVE.into(),
+        Dtype::F16 => smallest_error(dtype) / 256.0,
     }
 }
 
@@ -78,20 +91,30 @@ fn score_error(head_dim: usize, row: &Attended) -> f64 {
     (head_dim as f64 / 8.0 * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
 }
 
-/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not.
-fn output_error(dtype: Dtype, row: &Attended) -> (f64, f64) {
+/// Error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, which is once for each key tile at most, and
+/// when parts are merged: independent errors.
+fn rescaling_error(row: &Attended) -> f64 {
+    (row.keys as f64 / f64::from(PROFILE_KEY_ROWS) + 1.0).sqrt() * APPROXIMATION
+}
+
+/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not. `offsets` is
+/// the row whose keys the offsets come from: the row itself, or the dense one where weights are shared by masks.
+fn output_error(dtype: Dtype, row: &Attended, offsets: &Attended) -> (f64, f64) {
     let u = unit_roundoff(dtype);
     let rounding = u / 3f64.sqrt() * row.spread;
-    let steps = smallest_error(dtype) * row.flat_spread;
     let partial = row.spread.max(norm(&row.out));
+    let rescaling = rescaling_error(offsets) * partial;
     let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / 16.0 * TRUNCATION * partial;
-    (rounding.hypot(steps), systematic)
+    let steps = smallest_weight_error(dtype) * row.flat_spread * (offsets.maximum - row.maximum).exp();
+    // Zero is among the numbers to round to, so a weight changes by no more than itself, and the row by no more than all of it.
+    let (steps, lost) = if DEVIATIONS * steps < partial { (steps, 0.0) } else { (0.0, partial) };
+    (rounding.hypot(steps).hypot(rescaling), systematic + lost)
 }
 
 /// A row of **attention**, relative to the row's norm.
 pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
-    let (deviation, systematic) = output_error(dtype, row);
+    let (deviation, systematic) = output_error(dtype, row, row);
     let store =
         (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
@@ -114,7 +137,7 @@ pub fn layer_row(dtype: Dtype, rounded: &Attended, moved: f64) -> f64 {
 pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
     let sums = (row.keys as f64 / 4.0 + 2.0) * F32;
     let logarithm = APPROXIMATION * (1.0 + row.lse.abs() + row.score_size);
-    sums + score_error(head_dim, row) + logarithm
+    sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm
 }
 
 /// Root mean squared error of **profile** for one mask (1 spatial, 2 temporal), relative to the dense output's root mean square.
@@ -122,7 +145,7 @@ pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 
     let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
     for rows in &profile.rows {
         for row in [&rows[0], &rows[mask]] {
-            let (deviation, fixed) = output_error(dtype, row);
+            let (deviation, fixed) = output_error(dtype, row, &rows[0]);
             variance += deviation * deviation;
             systematic += fixed * fixed;
         }

@@ -134,6 +134,17 @@ pub enum CaseText {
     Empty,
 }
 
+/// What Q, K and V hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseContent {
+    /// [`Inputs::random`].
+    Random,
+    /// [`Inputs::planted`].
+    Planted,
+    /// [`Inputs::rising`].
+    Rising,
+}
+
 /// One run of a layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
@@ -141,17 +152,17 @@ pub struct Case {
     pub types: CaseTypes,
     /// Valid text.
     pub text: CaseText,
+    /// What Q, K and V hold.
+    pub content: CaseContent,
     /// Q, K and V in memory.
     pub inputs: Arrangement,
     /// Output in memory.
     pub out: Arrangement,
-    /// [`Inputs::planted`] instead of [`Inputs::random`].
-    pub planted: bool,
 }
 
 impl Case {
     /// The cases of `verify`: each mask alone and all together, each arrangement, each length of text, profiling of random and of
-    /// planted heads.
+    /// planted heads, and scores that outgrow the offsets of the softmax.
     pub fn all(has_text: bool) -> Vec<Case> {
         use Arrangement::{HeadsFirst, PackedQkv, TokensFirst, Unaligned};
         let case = |types, text, inputs, out| Case {
@@ -159,7 +170,7 @@ impl Case {
             text: if has_text { text } else { CaseText::Full },
             inputs,
             out,
-            planted: false,
+            content: CaseContent::Random,
         };
         vec![
             case(CaseTypes::Dense, CaseText::Full, TokensFirst, TokensFirst),
@@ -167,7 +178,18 @@ impl Case {
             case(CaseTypes::All(HeadType::Temporal), CaseText::FullGiven, PackedQkv, TokensFirst),
             case(CaseTypes::Mixed, CaseText::Empty, Unaligned, Unaligned),
             case(CaseTypes::Profiled, CaseText::Partial, TokensFirst, HeadsFirst),
-            Case { planted: true, ..case(CaseTypes::Profiled, CaseText::Full, TokensFirst, TokensFirst) },
+            Case {
+                content: CaseContent::Planted,
+                ..case(CaseTypes::Profiled, CaseText::Full, TokensFirst, TokensFirst)
+            },
+            Case {
+                content: CaseContent::Rising,
+                ..case(CaseTypes::Mixed, CaseText::Partial, TokensFirst, TokensFirst)
+            },
+            Case {
+                content: CaseContent::Rising,
+                ..case(CaseTypes::Profiled, CaseText::Full, TokensFirst, TokensFirst)
+            },
         ]
     }
 
@@ -176,8 +198,12 @@ impl Case {
             CaseTypes::Dense => "dense",
             CaseTypes::All(head) => name_of(head),
             CaseTypes::Mixed => "mixed types",
-            CaseTypes::Profiled if self.planted => "profiled, planted heads",
             CaseTypes::Profiled => "profiled",
+        };
+        let content = match self.content {
+            CaseContent::Random => "",
+            CaseContent::Planted => ", planted heads",
+            CaseContent::Rising => ", rising scores",
         };
         let text = match self.text {
             CaseText::Full => "",
@@ -191,7 +217,7 @@ impl Case {
             Arrangement::PackedQkv => "[B,S,3,H,D]",
             Arrangement::Unaligned => "unaligned",
         };
-        format!("{types}{text}, {} to {}", arrangement(self.inputs), arrangement(self.out))
+        format!("{types}{content}{text}, {} to {}", arrangement(self.inputs), arrangement(self.out))
     }
 }
 
@@ -284,11 +310,12 @@ pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn
 pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort) -> Result<Vec<Check>> {
     let (spec, device) = (module.spec(), module.device());
     let (batch, heads) = (spec.batch, spec.heads);
-    let mut inputs = if case.planted {
-        Inputs::planted(spec, batch as usize, heads as usize, seed)
-    } else {
-        Inputs::random(spec, batch as usize, heads as usize, seed)
+    let make = match case.content {
+        CaseContent::Random => Inputs::random,
+        CaseContent::Planted => Inputs::planted,
+        CaseContent::Rising => Inputs::rising,
     };
+    let mut inputs = make(spec, batch as usize, heads as usize, seed);
     let text = spec.layout.text_tokens;
     let mut generator = row_generator(seed, u64::MAX);
     inputs.text_lengths = match case.text {
@@ -401,7 +428,15 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
             }
         }
         if case.types == CaseTypes::Profiled {
-            compare_profile(spec, expected_profile.as_ref(), profile, case.planted, place, &mut errors, &mut selected);
+            compare_profile(
+                spec,
+                expected_profile.as_ref(),
+                profile,
+                case.content == CaseContent::Planted,
+                place,
+                &mut errors,
+                &mut selected,
+            );
         }
     }
     let rows = |rows: usize| ((all_heads * rows) as u64, "rows");

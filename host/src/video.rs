@@ -174,6 +174,7 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
         k_norm_text: None,
         rope: spec.rope.map(|_| tables),
         text_lengths: None,
+        scale: None,
     })
 }
 

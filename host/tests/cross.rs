@@ -1,14 +1,14 @@
 //! Specs that are shipped nowhere, built on the spot: the cross product of what a spec can say, sampled so that every pair of
 //! values of any two keys occurs together in some spec (a pairwise covering, found greedily from a fixed seed).
 //!
-//! Each spec runs three layers, so that the pairs also meet dense, given and profiled types, all lengths of text and all
-//! arrangements. Frame sizes are odd, so that every tile is cut somewhere. Sequences have 60 to 400 tokens.
+//! Each spec runs three layers, so that the pairs also meet dense, given and profiled types, random and rising scores, all lengths
+//! of text and all arrangements. Frame sizes are odd, so that every tile is cut somewhere. Sequences have 60 to 400 tokens.
 
 use std::fmt::Write;
 
 use framestride::place::Arrangement;
 use framestride::shapes::spec::Spec;
-use framestride::verify::{Case, CaseText, CaseTypes, Effort, verify_case};
+use framestride::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
 use framestride::{Device, Kernels, Module};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -110,7 +110,7 @@ fn kernels_of_sampled_specs_match_the_reference() {
                         text: if has_text { lengths[(index + number) % 3] } else { CaseText::Full },
                         inputs: arrangements[(index + number) % 4],
                         out: arrangements[(index / 4 + number) % 4],
-                        planted: false,
+                        content: [CaseContent::Random, CaseContent::Rising][(index + number) % 2],
                     };
                     verify_case(&module, &case, seed, Effort::default())
                         .unwrap_or_else(|error| panic!("{text}\nseed {seed}, {case:?}: {error}"))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use framestride::inputs::{Inputs, Tokens, narrow, widen};
 use framestride::place::{Arrangement, POISON, Placed, PlacedLayer};
 use framestride::shapes::layout::HeadType;
-use framestride::verify::{Case, CaseText, CaseTypes, Effort, verify_case};
+use framestride::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
 use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
 
 fn module(name: &str) -> Arc<Module> {
@@ -46,7 +46,13 @@ fn arrangements() {
     let cases: Vec<Case> = Arrangement::ALL
         .into_iter()
         .flat_map(|inputs| Arrangement::ALL.map(|out| (inputs, out)))
-        .map(|(inputs, out)| Case { types: CaseTypes::Mixed, text: CaseText::Partial, inputs, out, planted: false })
+        .map(|(inputs, out)| Case {
+            types: CaseTypes::Mixed,
+            text: CaseText::Partial,
+            inputs,
+            out,
+            content: CaseContent::Random,
+        })
         .collect();
     passes("tiny_text_last", &cases);
 }
@@ -76,7 +82,7 @@ fn masks_and_text_lengths() {
             text,
             inputs: Arrangement::TokensFirst,
             out: Arrangement::TokensFirst,
-            planted: false,
+            content: CaseContent::Random,
         })
         .collect();
     passes("tiny_heads_sinks", &cases);

@@ -148,6 +148,47 @@ fn planted_heads_are_of_their_type() {
     }
 }
 
+/// Maxima of tiles of 64 keys, in log2 units, as each query meets them: many rise by more than a weight may grow before offsets are
+/// lowered, some by more than f32 holds, some tiles lie below what f32 tells from zero, and no mask hides the largest of most rows.
+#[test]
+fn rising_scores_rise_and_fall() {
+    for spec in tiny_specs().chain([spec("demo")]) {
+        let inputs = Inputs::rising(&spec, 1, spec.heads as usize, 5);
+        let head = Reference::new(&spec, &inputs).head(0, 0);
+        let first = spec.layout.first_video_row() as usize;
+        let queries = || (first..first + spec.layout.video_tokens() as usize).step_by(7);
+        let scores = |row: usize| head.scores(row, inputs.scale() * std::f64::consts::LOG2_E);
+        for head_type in HeadType::ALL {
+            let order = head.mask(head_type).key_order();
+            let [mut risen, mut overflown, mut vanished, mut kept] = [0; 4];
+            for row in queries() {
+                let scores = scores(row);
+                let (mut largest, mut most, mut least) = (f64::NEG_INFINITY, 0.0f64, 0.0f64);
+                for tile in order.chunks(64) {
+                    let seen = tile.iter().filter(|&&key| head.mask(head_type).sees(row, key));
+                    let max = seen.map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
+                    if max.is_finite() && largest.is_finite() {
+                        (most, least) = (most.max(max - largest), least.min(max - largest));
+                    }
+                    largest = largest.max(max);
+                }
+                risen += usize::from(most > 15.0);
+                overflown += usize::from(most > 128.0);
+                vanished += usize::from(least < -126.0);
+                kept += usize::from(scores.iter().all(|score| score - largest < 22.0));
+            }
+            let share = |count: usize| count as f64 / queries().count() as f64;
+            let shares = [risen, overflown, vanished, kept].map(share);
+            let expected = [0.3, 0.05, 0.05, 0.75];
+            assert!(
+                shares.iter().zip(expected).all(|(share, least)| *share > least),
+                "{} {head_type:?}: {shares:?}",
+                spec.name
+            );
+        }
+    }
+}
+
 /// Heads made from Big Buck Bunny: even ones spatial, odd ones temporal, each by a clear margin.
 #[test]
 fn video_makes_heads_of_both_types() {
