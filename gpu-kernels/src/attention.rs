@@ -266,8 +266,9 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     loop {
         Plan::<T>::query_full(warpgroup).wait(query_parity);
         query_parity ^= 1;
-        // The same in all lanes, and so that ptxas sees it.
-        let index = warp::broadcast(shared::load_u32(Plan::<T>::work(warpgroup)), 0);
+        // Read by the lane that will say that its place is free.
+        let index = if lane == 0 { shared::load_u32(Plan::<T>::work(warpgroup)) } else { 0 };
+        let index = warp::broadcast(index, 0);
         if index >= Work::count::<T>(params) {
             break;
         }

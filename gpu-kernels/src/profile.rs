@@ -578,8 +578,8 @@ impl Merge {
             #[inline(always)]
             |sum| {
                 let total = warp::sum::<32>(weight * sum);
-                // A division in full precision would be a call.
-                if total > 0.0 { math::reciprocal(total) } else { 0.0 }
+                // A division in full precision would be a call. Below the normal numbers the reciprocal would be infinite.
+                if total >= f32::MIN_POSITIVE { math::reciprocal(total) } else { 0.0 }
             },
         );
         Merge { partials, plan, sample, weight, factors }
