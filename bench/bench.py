@@ -9,6 +9,7 @@ between two events, to last 20 ms, after as many untimed ones: clocks depend on 
 import argparse
 import datetime
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -556,11 +557,10 @@ def versions(args):
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found["framestride"] = (output_of([args.binary, "--version"]) or "unknown").removeprefix("framestride ")
     found["commit"] = output_of(["git", "rev-parse", "--short=10", "HEAD"])
-    for name in ("triton", "flash_attn.cute"):
+    for name in ("triton", "flash-attn-4"):
         try:
-            module = __import__(name, fromlist=["__version__"])
-            found[name] = getattr(module, "__version__", "unknown")
-        except Exception:  # a peer that is not there
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a peer that is not there
             found[name] = None
     return found
 
