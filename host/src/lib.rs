@@ -23,7 +23,7 @@
 //! * [`module`]: kernels, shipped or built, on a device. [`device`]: a GPU through the CUDA driver, or the emulator.
 //! * [`reference`](mod@reference), [`tolerance`], [`verify`]: the layer in f64, how far a kernel may lie from it, and whether it does.
 //!   [`steady`]: whether a layer gives the same bytes however it is launched.
-//! * [`bench`]: how fast the kernels are.
+//! * [`bench`](mod@bench): how fast the kernels are.
 //! * [`inputs`], [`files`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
 #![warn(missing_docs)]
 

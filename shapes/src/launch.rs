@@ -175,9 +175,9 @@ pub const fn packed_bytes(layout: &Layout, head_dim: u32, batch: u32, heads: u32
 /// Sampled rows of one tensor-core tile (m64).
 pub const SAMPLE_ROWS: u32 = 64;
 
-/// Sizes of the partial results of profiling, f32. For each of batch x heads, each group of 64 samples and each split come the
-/// running maximum of each sample (64, in scaled log2 units), and for dense, spatial and temporal: the sums of weights relative to
-/// that maximum (64), and the unnormalised outputs (64 x head_dim).
+/// Sizes of the partial results of profiling, f32. For each of batch x heads, each group of 64 samples and each split come what was
+/// subtracted from the scaled scores of each sample (64, log2), and for dense, spatial and temporal: the sums of the weights that
+/// came of it (64), and the unnormalised outputs (64 x head_dim).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProfilePlan {
     /// Sampled rows of a head.
