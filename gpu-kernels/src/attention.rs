@@ -286,7 +286,7 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             let mask = |scores: &mut <T::Attention as TileProducts>::Scores, tile: u32| {
                 let first = work.keys.first_row(tile, T::TILES.key_rows);
                 if !range.sees_all(first, T::TILES.key_rows) {
-                    softmax::hide_unseen(scores, first, lane, visible, f32::NEG_INFINITY);
+                    softmax::hide_unseen(scores, first, lane, visible);
                 }
             };
 

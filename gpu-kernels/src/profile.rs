@@ -341,13 +341,7 @@ impl Masks {
     fn hide_beyond_end<T: Shape>(&self, scores: &mut impl Fragment, first: u32) {
         let end = self.valid_text + T::LAYOUT.video_tokens();
         if first + KEY_ROWS > end {
-            softmax::hide_unseen(
-                scores,
-                first,
-                self.lane,
-                [Visible { prefix: end, start: end, end }; 2],
-                f32::NEG_INFINITY,
-            );
+            softmax::hide_unseen(scores, first, self.lane, [Visible { prefix: end, start: end, end }; 2]);
         }
     }
 

@@ -112,20 +112,19 @@ pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
     );
 }
 
-/// Sets the scores or weights of unseen keys to `hidden`: `first` is the packed row of the tile's first key, `rows` what the thread's
-/// rows see.
+/// Sets the scores of unseen keys to -inf: `first` is the packed row of the tile's first key, `rows` what the thread's rows see.
 #[inline(always)]
-pub fn hide_unseen(tile: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2], hidden: f32) {
+pub fn hide_unseen(scores: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2]) {
     // Bounds relative to this thread's first column, so that every element compares a constant with them.
     let first = (first + 2 * (lane % 4)) as i32;
     let relative = |bound: fn(&Visible) -> u32| [bound(&rows[0]) as i32 - first, bound(&rows[1]) as i32 - first];
     let (prefix, start, end) = (relative(|row| row.prefix), relative(|row| row.start), relative(|row| row.end));
-    tile.for_each(
+    scores.for_each(
         #[inline(always)]
-        |i, value| {
+        |i, score| {
             let (row, column) = (row_of(i), (i / 4 * 8 + i % 2) as i32);
             if !(column < prefix[row] || (column >= start[row] && column < end[row])) {
-                *value = hidden;
+                *score = f32::NEG_INFINITY;
             }
         },
     );
