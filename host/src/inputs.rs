@@ -143,6 +143,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Q, K and V, norms without weights, all text valid, the default scale.
+    pub fn new([q, k, v]: [Tokens; 3], rope: Option<RopeTables>) -> Inputs {
+        let (q_norm, k_norm) = (Norm::default(), Norm::default());
+        Inputs { q, k, v, q_norm, k_norm, q_norm_text: None, k_norm_text: None, rope, text_lengths: None, scale: None }
+    }
+
     /// The affine part that rows of this kind get.
     pub fn norm(&self, operand: Operand, is_text: bool) -> &Norm {
         let (video, text) = match operand {
@@ -504,17 +510,13 @@ impl Inputs {
         };
         let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());
         let text_norms = spec.qk_norm.is_some() && spec.layout.text_tokens > 0;
+        let rope = spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed));
         Inputs {
-            q: tokens(0),
-            k: tokens(1),
-            v: tokens(2),
             q_norm,
             k_norm,
             q_norm_text: text_norms.then_some(q_text),
             k_norm_text: text_norms.then_some(k_text),
-            rope: spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)),
-            text_lengths: None,
-            scale: None,
+            ..Inputs::new([tokens(0), tokens(1), tokens(2)], rope)
         }
     }
 
@@ -586,18 +588,7 @@ impl Inputs {
                 }
             })
         };
-        Inputs {
-            q: tokens(0),
-            k: tokens(1),
-            v: tokens(2),
-            q_norm: Norm::default(),
-            k_norm: Norm::default(),
-            q_norm_text: None,
-            k_norm_text: None,
-            text_lengths: None,
-            scale: None,
-            rope,
-        }
+        Inputs::new([tokens(0), tokens(1), tokens(2)], rope)
     }
 
     /// A tensor of the spec's layout, of which `token` writes the bits of one token, `[heads, head_dim]`, given its index in

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::files::Frames;
-use crate::inputs::{Inputs, Norm, RopeTables, Tokens, normal, paired, rope_axis, row_generator};
+use crate::inputs::{Inputs, RopeTables, Tokens, normal, paired, rope_axis, row_generator};
 
 /// Cells of a patch along each side.
 const CELLS: usize = 4;
@@ -164,18 +164,7 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
         });
         tokens
     };
-    Ok(Inputs {
-        q: tokens(0),
-        k: tokens(1),
-        v: tokens(2),
-        q_norm: Norm::default(),
-        k_norm: Norm::default(),
-        q_norm_text: None,
-        k_norm_text: None,
-        rope: spec.rope.map(|_| tables),
-        text_lengths: None,
-        scale: None,
-    })
+    Ok(Inputs::new([tokens(0), tokens(1), tokens(2)], spec.rope.map(|_| tables)))
 }
 
 /// The video token whose attention is worth a look: of the middle frame, the patch with the strongest contrast inside.
