@@ -4,8 +4,8 @@
 //! keys, defaults and checks; an error of a line is reported at the tokens it came from.
 
 use framestride_shapes::launch::{
-    PACK_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS,
-    pack_min_blocks, pack_shared_bytes, profile_shared_bytes,
+    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, pack_min_blocks,
+    pack_shared_bytes, pack_warps, profile_shared_bytes,
 };
 use framestride_shapes::layout::TextPosition;
 use framestride_shapes::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
@@ -269,7 +269,8 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
         }
     };
     let (attention_threads, attention_shared) = (tiles.threads(), tiles.shared_bytes(head_dim));
-    let (pack_blocks, pack_shared) = (pack_min_blocks(heads, head_dim), pack_shared_bytes(heads, head_dim));
+    let (pack_threads, pack_blocks) = (32 * pack_warps(heads, head_dim), pack_min_blocks(heads, head_dim));
+    let pack_shared = pack_shared_bytes(heads, head_dim);
     let profile_shared = profile_shared_bytes(head_dim);
     let rebuilt_for = file.map(|file| {
         quote!(
@@ -313,7 +314,7 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
         }
 
         /// Norm, RoPE and reordering into packed images.
-        #[::framestride_kernels::kernel(threads = #PACK_THREADS, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
+        #[::framestride_kernels::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
         pub unsafe fn pack(params: ::framestride_kernels::shapes::launch::PackParams) {
             unsafe { ::framestride_kernels::pack::pack::<SpecShape>(&params) }
         }

@@ -5,8 +5,8 @@
 //! they are done with one; those with text, which see every key, go first. For each query tile a consumer does:
 //!
 //! ```text
-//! from tile j = 0, and again from a tile whose weights are too large for the rows' offsets:
-//!     S = Q K[j]^T;  lower the offsets;  rescale O;  P = weights of S
+//! from tile j = 0, and (scores that are not bounded) again from a tile whose weights are too large for the rows' offsets:
+//!     S = Q K[j]^T;  (lower the offsets;  rescale O;)  P = weights of S
 //!     for each tile j after it:
 //!         start S = Q K[j]^T
 //!         start O += P V[j-1]
@@ -48,6 +48,12 @@ impl<T: Shape> Plan<T> {
     fn value(stage: u32) -> u32 {
         Self::key(Self::STAGES + stage)
     }
+    fn key_image(slot: Slot) -> Descriptor {
+        Descriptor::image(Self::key(slot.stage), T::HEAD_DIM)
+    }
+    fn value_image(slot: Slot) -> Descriptor {
+        Descriptor::image(Self::value(slot.stage), T::HEAD_DIM)
+    }
     // A warpgroup's rows are loaded once it is done with the last, so that one may be ahead of the others.
     fn query_full(warpgroup: u32) -> Barrier {
         Barrier::at(warpgroup)
@@ -79,6 +85,8 @@ struct Work {
     head: u32,
     head_type: HeadType,
     valid_text: u32,
+    /// Whether the head's scores are bounded, see [`crate::softmax`].
+    bounded: bool,
     /// Packed row of its first query.
     first_row: u32,
     keys: KeyTiles,
@@ -113,7 +121,10 @@ impl Work {
         let first_row = tile * T::TILES.query_rows;
         let range = T::LAYOUT.range_visible(head_type, first_row, T::TILES.query_rows, valid_text);
         let keys = T::LAYOUT.key_tiles(range, T::TILES.key_rows);
-        Work { head, head_type, valid_text, first_row, keys }
+        // Squares of the largest |q| and |k|. NaN is not bounded.
+        let [query, key] = global::load_f32x2(params.norms + head as u64 * 8);
+        let bound = <T::Attention as TileProducts>::Element::SCORE_BOUND;
+        Work { head, head_type, valid_text, bounded: query * key <= bound * bound, first_row, keys }
     }
 }
 
@@ -259,8 +270,7 @@ unsafe fn produce<T: Shape>(params: &AttentionParams) {
 unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
-    let image = |address| Descriptor::image(address, T::HEAD_DIM);
-    let query = image(Plan::<T>::query(warpgroup));
+    let query = Descriptor::image(Plan::<T>::query(warpgroup), T::HEAD_DIM);
     let mut query_parity = 0;
     let mut slot = Slot::FIRST_FULL;
     loop {
@@ -276,10 +286,8 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
         // Rows of this warp, and of this thread.
         let warp_row = work.first_row + consumer_warp * 16;
         let thread_rows = [warp_row + lane / 4, warp_row + lane / 4 + 8];
-        let mut rows = Rows::new();
-        let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
+        let mut rows = if work.bounded { Rows::bounded() } else { Rows::new() };
         let mut output = <T::Attention as TileProducts>::Output::splat(0.0);
-
         if work.keys.tiles > 0 {
             let range = T::LAYOUT.range_visible(work.head_type, warp_row, 16, work.valid_text);
             let visible = thread_rows.map(|row| T::LAYOUT.visible(work.head_type, row, work.valid_text));
@@ -289,48 +297,14 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                     softmax::hide_unseen(scores, first, lane, visible);
                 }
             };
-
-            let key = |slot: Slot| image(Plan::<T>::key(slot.stage));
-            let value = |slot: Slot| image(Plan::<T>::value(slot.stage));
-
-            Plan::<T>::key_full(slot.stage).wait(slot.parity);
-            let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
-            let mut weights;
-            let mut tile = 0;
-            'offsets: loop {
-                T::Attention::start_scores(&mut scores, query, key(slot));
-                scores.wait::<0>();
-                mask(&mut scores, tile);
-                let rescale = rows.lower(&mut scores, params.scale_log2, headroom);
-                softmax::scale_rows(&mut output, rescale);
-                Plan::<T>::key_free(slot.stage).release(lane);
-                Plan::<T>::value_full(slot.stage).wait(slot.parity);
-                weights = T::Attention::weights(&scores);
-                loop {
-                    tile += 1;
-                    if tile == work.keys.tiles {
-                        break 'offsets;
-                    }
-                    let last = slot;
-                    slot = slot.next(T::TILES.stages);
-                    Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                    T::Attention::start_scores(&mut scores, query, key(slot));
-                    T::Attention::start_output(&mut output, &weights, value(last));
-                    scores.wait::<1>();
-                    mask(&mut scores, tile);
-                    let fits = rows.absorb(&mut scores, params.scale_log2, warpgroup);
-                    T::Attention::wait_output(&mut output, &mut weights);
-                    Plan::<T>::value_free(last.stage).release(lane);
-                    if !fits {
-                        break;
-                    }
-                    Plan::<T>::key_free(slot.stage).release(lane);
-                    Plan::<T>::value_full(slot.stage).wait(slot.parity);
-                    weights = T::Attention::weights(&scores);
-                }
-            }
+            let tiles = work.keys.tiles;
+            let mut weights = if work.bounded {
+                sweep::<T, true>(query, &mut slot, tiles, mask, &mut rows, &mut output, warpgroup, lane)
+            } else {
+                sweep::<T, false>(query, &mut slot, tiles, mask, &mut rows, &mut output, warpgroup, lane)
+            };
             Plan::<T>::query_free(warpgroup).release(lane);
-            T::Attention::start_output(&mut output, &weights, value(slot));
+            T::Attention::start_output(&mut output, &weights, Plan::<T>::value_image(slot));
             T::Attention::wait_output(&mut output, &mut weights);
             Plan::<T>::value_free(slot.stage).release(lane);
             slot = slot.next(T::TILES.stages);
@@ -338,6 +312,70 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             Plan::<T>::query_free(warpgroup).release(lane);
         }
         store::<T>(params, &work, &mut output, &rows, thread_rows, lane);
+    }
+}
+
+/// Goes over the key tiles from `slot` on: takes all weights into `rows`, and all but the last tile's products with V into `output`.
+/// Returns the weights of the last tile, with `slot` there.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn sweep<T: Shape, const BOUNDED: bool>(
+    query: Descriptor,
+    slot: &mut Slot,
+    tiles: u32,
+    mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
+    rows: &mut Rows,
+    output: &mut <T::Attention as TileProducts>::Output,
+    warpgroup: u32,
+    lane: u32,
+) -> <T::Attention as TileProducts>::Weights {
+    let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
+    let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
+    let mut tile = 0;
+    Plan::<T>::key_full(slot.stage).wait(slot.parity);
+    loop {
+        T::Attention::start_scores(&mut scores, query, Plan::<T>::key_image(*slot));
+        scores.wait::<0>();
+        mask(&mut scores, tile);
+        if BOUNDED {
+            rows.take_bounded(&mut scores);
+        } else {
+            softmax::scale_rows(output, rows.lower(&mut scores, headroom));
+        }
+        Plan::<T>::key_free(slot.stage).release(lane);
+        Plan::<T>::value_full(slot.stage).wait(slot.parity);
+        let mut weights = T::Attention::weights(&scores);
+        loop {
+            tile += 1;
+            if tile == tiles {
+                return weights;
+            }
+            let last = *slot;
+            *slot = slot.next(T::TILES.stages);
+            Plan::<T>::key_full(slot.stage).wait(slot.parity);
+            T::Attention::start_scores(&mut scores, query, Plan::<T>::key_image(*slot));
+            T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
+            scores.wait::<1>();
+            mask(&mut scores, tile);
+            let fits = BOUNDED || rows.absorb(&mut scores, warpgroup);
+            if BOUNDED {
+                Plan::<T>::key_free(slot.stage).release(lane);
+                rows.take_bounded(&mut scores);
+                // The sum is never negative, but ptxas cannot know, and so leaves what is above before the wait for O.
+                let parity = slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
+                Plan::<T>::value_full(slot.stage).wait(parity);
+            }
+            T::Attention::wait_output(output, &mut weights);
+            Plan::<T>::value_free(last.stage).release(lane);
+            if !fits {
+                break;
+            }
+            if !BOUNDED {
+                Plan::<T>::key_free(slot.stage).release(lane);
+                Plan::<T>::value_full(slot.stage).wait(slot.parity);
+            }
+            weights = T::Attention::weights(&scores);
+        }
     }
 }
 
@@ -351,6 +389,8 @@ unsafe fn store<T: Shape>(
     thread_rows: [u32; 2],
     lane: u32,
 ) {
+    // What depends on the lane alone is for here, not for registers all through the tiles.
+    let lane = math::opaque(lane);
     let seen_end = work.valid_text + T::LAYOUT.video_tokens();
     let (item, head) = (work.head / params.heads, work.head % params.heads);
     let total = rows.total();

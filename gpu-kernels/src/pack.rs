@@ -2,16 +2,16 @@
 //!
 //! One warp a row: a token's heads of Q, K or V. It starts copies of all of the row to shared memory at once, which is enough in
 //! flight to hide the latency of memory and lets a norm over all heads see the row before it is written; then each head's part is
-//! normed, rotated and stored where the head's layout wants it, in the image of
+//! normed, rotated, scaled (Q) and stored where the head's layout wants it, in the image of
 //! [`packed_bytes`](framestride_shapes::launch::packed_bytes). A lane reads only what it has copied itself, so that warps never wait
-//! for each other. Grid: x = packed_rows / 8, y = 3, z = batch.
+//! for each other. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
 
 use crate::attention::valid_text;
 use crate::cuda::mma::TileProducts;
 use crate::cuda::{copy, global, math, shared, thread, warp};
 use crate::element;
 use crate::shape::Shape;
-use framestride_shapes::launch::{NormWeights, PACK_STEP_BYTES, PackParams, PackPass, pack_held_steps};
+use framestride_shapes::launch::{NormWeights, PACK_STEP_BYTES, PackParams, PackPass, pack_held_steps, pack_warps};
 use framestride_shapes::layout::{ATOM_ROWS, HeadType};
 use framestride_shapes::operators::{NormKind, NormOver, Pairs};
 
@@ -49,20 +49,16 @@ fn is_interleaved<T: Shape>() -> bool {
 /// Launched with the table that `attention_kernels!` wrote for `T`; `params` as its documentation says.
 #[inline(always)]
 pub unsafe fn pack<T: Shape>(params: &PackParams) {
-    // Rows that read the same tables of RoPE are near each other: blocks start in the order of x, y, z, so three in a row take 8
-    // tokens of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have Q and K of
-    // 4 tokens, whose tables L1 has, and one has V.
+    // Rows that read the same tables of RoPE are near each other: blocks start in the order of x, y, z, so three in a row take some
+    // tokens, one a warp, of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have
+    // Q and K of half of the tokens, whose tables L1 has, and one has V.
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
-    if block == 0 && thread::index() == 0 {
-        global::store_u32(params.schedule, 0);
-        global::store_u32(params.schedule + 4, 0);
-    }
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.batch != 0);
     let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);
-    let own_warp = thread::warp();
-    let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * 4 + own_warp / 2) };
-    let row = group * ATOM_ROWS + row;
+    let (own_warp, warps) = (thread::warp(), pack_warps(T::HEADS, T::HEAD_DIM));
+    let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
+    let row = group * warps + row;
     let (source, packed, norm, text_norm) = match operand {
         Q => (params.q, params.packed_q, params.q_norm, params.q_norm_text),
         K => (params.k, params.packed_k, params.k_norm, params.k_norm_text),
@@ -102,8 +98,9 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
     // What all heads of the token share stays in registers.
     let token_affine =
         if normed && !norm_over_heads::<T>() { Affine::load::<T>(norm, chunk * 8) } else { Affine::IDENTITY };
+    let scale = if operand == Q { params.scale_log2 } else { 1.0 };
     let token_rotation = if rotated && !rotates_per_head::<T>() {
-        Rotation::load::<T>(params, rope_row, chunk)
+        Rotation::load::<T>(params, rope_row, chunk).scaled(scale)
     } else {
         Rotation::IDENTITY
     };
@@ -116,12 +113,15 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
         let (atom_row, row) = (packed_row / ATOM_ROWS, packed_row % ATOM_ROWS);
         (atom_row * (T::HEAD_DIM / 64) + chunk / 8) * 1024 + row * 128 + (chunk % 8 ^ row) * 16
     };
+    // A second pass packs the same rows.
+    let measured = operand != V && params.pass == PackPass::All as u32;
+    let norms = params.norms + (item * params.heads * 8 + operand * 4) as u64;
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 
     heads.each::<T>(
         #[inline(always)]
-        |Head { index, temporal, written, mut values, .. }| {
-            if (normed || rotated) && warp::any(written) {
+        |Head { index, slot, temporal, written, mut values, .. }| {
+            if operand != V && warp::any(written) {
                 // Lanes without a head go with the others, since all exchange values.
                 let head = if written { index } else { 0 };
                 let mut x = element::widen::<ElementOf<T>>(values);
@@ -134,11 +134,19 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
                 }
                 if rotated {
                     let rotation = if rotates_per_head::<T>() {
-                        Rotation::load::<T>(params, rope_row * params.heads + head, chunk)
+                        Rotation::load::<T>(params, rope_row * params.heads + head, chunk).scaled(scale)
                     } else {
                         token_rotation
                     };
                     x = rotation.apply::<T>(x);
+                } else {
+                    x = x.map(
+                        #[inline(always)]
+                        |x| x * scale,
+                    );
+                }
+                if measured {
+                    shared::store_f32(slot + thread::lane() / 8 * 4, squared_distance(x, 0.0));
                 }
                 values = element::narrow::<ElementOf<T>>(x);
             }
@@ -146,6 +154,12 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
                 let image = packed + (item * params.heads + index) as u64 * image_bytes;
                 let place = if temporal { temporal_place } else { spatial_place };
                 global::store16(image + place as u64, values);
+            }
+        },
+        #[inline(always)]
+        |held, count| {
+            if measured {
+                raise_norms::<T>(held, count, params.heads, norms);
             }
         },
     );
@@ -216,6 +230,8 @@ struct Held {
 /// A lane's part of one head.
 struct Head {
     index: u32,
+    /// Shared address of its 16 bytes, which whoever passes over the row for the last time may overwrite.
+    slot: u32,
     temporal: bool,
     written: bool,
     read: bool,
@@ -224,9 +240,9 @@ struct Head {
 }
 
 impl Heads {
-    /// Calls `f` with every head, as often in all lanes.
+    /// Calls `f` with every head, as often in all lanes, and `done` after the last of those that are held at a time, with their steps.
     #[inline(always)]
-    unsafe fn each<T: Shape>(&mut self, mut f: impl FnMut(Head)) {
+    unsafe fn each<T: Shape>(&mut self, mut f: impl FnMut(Head), done: impl Fn(&Held, u32)) {
         let steps = self.count.div_ceil(heads_at_once::<T>());
         let mut first = 0;
         while first < steps {
@@ -241,11 +257,13 @@ impl Heads {
             while i < count {
                 let is = |mask: u32| mask >> i & 1 != 0;
                 let read = is(held.read);
-                let values = if read { shared::load16(held.address + i * PACK_STEP_BYTES) } else { [0; 4] };
-                f(Head { index, temporal: is(held.temporal), written: is(held.written), read, values });
+                let slot = held.address + i * PACK_STEP_BYTES;
+                let values = if read { shared::load16(slot) } else { [0; 4] };
+                f(Head { index, slot, temporal: is(held.temporal), written: is(held.written), read, values });
                 index += heads_at_once::<T>();
                 i += 1;
             }
+            done(held, count);
             first += count;
         }
     }
@@ -311,6 +329,39 @@ fn head_of<T: Shape>(step: u32) -> u32 {
     step * heads_at_once::<T>() + thread::lane() / head_lanes::<T>()
 }
 
+/// Raises the largest squared norms of packed rows, at `norms` every 8 bytes, to those of the row's heads in `count` held steps. There
+/// each lane has left its part of the sum of squares, in that of the four words of its 16 bytes which no lane 8, 16 or 24 beside it has
+/// taken, so that no two parts that are read at a time lie in one bank.
+#[inline(always)]
+unsafe fn raise_norms<T: Shape>(held: &Held, count: u32, heads: u32, norms: u64) {
+    let (at_once, lanes) = (heads_at_once::<T>(), head_lanes::<T>());
+    warp::sync();
+    let mut index = thread::lane();
+    while index < count * at_once {
+        let head = held.first * at_once + index;
+        if head < heads {
+            let largest = norms + head as u64 * 8;
+            let known = global::load_rising_f32(largest);
+            let (step, first_lane) = (index / at_once, index % at_once * lanes);
+            let row = held.address - thread::lane() * 16 + step * PACK_STEP_BYTES;
+            let mut sum = 0.0;
+            let mut i = 0;
+            while i < lanes {
+                let lane = first_lane + (i + step) % lanes;
+                sum += shared::load_f32(row + lane * 16 + lane / 8 * 4);
+                i += 1;
+            }
+            // Nearly never. Not a number is more than any.
+            if !(sum <= known) {
+                global::raise_f32(largest, sum);
+            }
+        }
+        index += 32;
+    }
+    // What is held next comes to the same place.
+    warp::sync();
+}
+
 /// The statistic of a norm over all heads.
 #[inline(always)]
 unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
@@ -319,6 +370,7 @@ unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
         heads.each::<T>(
             #[inline(always)]
             |head| sum += element::widen::<ElementOf<T>>(head.values).iter().sum::<f32>(),
+            |_, _| {},
         );
     }
     let mean = Statistic::mean::<T, 32>(sum, T::HEADS * T::HEAD_DIM);
@@ -329,6 +381,7 @@ unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
                 distance += squared_distance(element::widen::<ElementOf<T>>(head.values), mean);
             }
         },
+        |_, _| {},
     );
     Statistic::new::<T, 32>(mean, distance, T::HEADS * T::HEAD_DIM)
 }
@@ -461,6 +514,17 @@ impl Rotation {
             }
         }
         rotation
+    }
+
+    #[inline(always)]
+    fn scaled(self, scale: f32) -> Rotation {
+        let scaled = |values: [f32; 8]| {
+            values.map(
+                #[inline(always)]
+                |value| value * scale,
+            )
+        };
+        Rotation { cos: scaled(self.cos), sin: scaled(self.sin) }
     }
 
     /// Rotates (a, b) -> (a cos - b sin, b cos + a sin). All lanes of the warp take part.

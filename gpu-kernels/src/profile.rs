@@ -149,7 +149,7 @@ unsafe fn consume<T: Shape>(
             T::Profile::start_scores(&mut scores, query, key(slot));
             scores.wait::<0>();
             masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
-            let rescale = rows.lower(&mut scores, params.scale_log2, headroom);
+            let rescale = rows.lower(&mut scores, headroom);
             let [dense, spatial, temporal] = &mut outputs;
             softmax::scale_rows(dense, rescale);
             softmax::scale_rows(spatial, rescale);
@@ -168,7 +168,7 @@ unsafe fn consume<T: Shape>(
                 start_outputs::<T>(&mut outputs, &weights, value(last));
                 scores.wait::<3>();
                 masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
-                let fits = rows.absorb(&mut scores, params.scale_log2, warpgroup);
+                let fits = rows.absorb(&mut scores, warpgroup);
                 wait_outputs::<T>(&mut outputs, &mut weights);
                 Plan::<T>::free(last.stage).release(lane);
                 if !fits {

@@ -1,7 +1,10 @@
-//! Online softmax over key tiles (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1), in powers of two, without a running
-//! maximum: a row's weights are taken relative to an offset, and may grow beyond 1. Only when they grow too large is the maximum
-//! looked for and the offset lowered; with scores that vary little from tile to tile that is the first tile alone. So between a score
-//! and its weight stand one multiplication and one exponential, and lanes exchange nothing.
+//! Softmax over key tiles in powers of two, without a running maximum. Packed Q is scaled so that a score is an exponent of two.
+//!
+//! * **Bounded** scores, where no |q| |k| of a head is more than `SCORE_BOUND` (Cauchy and Schwarz; a QK-norm sees to it): the weight of a
+//!   score s is 2^s, which the element type and f32 sums can hold. Between a score and its weight stands nothing but the exponential.
+//! * **Any** scores: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
+//!   an offset of the row, which may grow beyond 1. Only when they grow too large is the maximum looked for and the offset lowered; with
+//!   scores that vary little from tile to tile that is the first tile alone. Lanes exchange nothing otherwise.
 //!
 //! A thread of a warpgroup holds two query rows of an m64 fragment ([`crate::cuda::mma`]); the four lanes of a quad share them.
 
@@ -15,7 +18,7 @@ const NOTHING_SEEN: f32 = 1e30;
 /// Largest sum of one thread's weights of a tile: no weight is more, which f16 can hold.
 const MOST: f32 = 32768.0;
 
-/// Running offset and sum of this thread's two rows: the weight of a score is 2^(scale score + offset).
+/// Running offset and sum of this thread's two rows: the weight of a score is 2^(score + offset).
 #[derive(Clone, Copy)]
 pub struct Rows {
     /// The same in all lanes of the quad.
@@ -25,21 +28,39 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Nothing seen.
+    /// Nothing seen of any scores.
     #[inline(always)]
     pub fn new() -> Rows {
         Rows { offset: [NOTHING_SEEN; 2], sum: [0.0; 2] }
     }
 
-    /// Turns a tile of raw scores into weights and takes them in, unless some row of the warpgroup has weights too large for its
+    /// Nothing seen of bounded scores.
+    #[inline(always)]
+    pub fn bounded() -> Rows {
+        Rows { offset: [0.0; 2], sum: [0.0; 2] }
+    }
+
+    /// Turns a tile of bounded scores into weights and takes them in.
+    #[inline(always)]
+    pub fn take_bounded(&mut self, scores: &mut impl Fragment) {
+        scores.for_each(
+            #[inline(always)]
+            |i, score| {
+                *score = math::exp2(*score);
+                self.sum[row_of(i)] += *score;
+            },
+        );
+    }
+
+    /// Turns a tile of any scores into weights and takes them in, unless some row of the warpgroup has weights too large for its
     /// offset: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute them again
     /// for [`Rows::lower`].
     ///
     /// # Safety
     /// The whole warpgroup comes here; `warpgroup` is its number in the block.
     #[inline(always)]
-    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, scale_log2: f32, warpgroup: u32) -> bool {
-        let sum = self.weigh(scores, scale_log2);
+    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
+        let sum = self.weigh(scores);
         // Not a number is too large as well.
         if thread::any_of_warpgroup(!(sum[0] <= MOST) | !(sum[1] <= MOST), warpgroup) {
             return false;
@@ -48,13 +69,13 @@ impl Rows {
         true
     }
 
-    /// Lowers the offsets so that the largest of all weights, those of this tile of raw scores included, is at most 2^headroom. Turns
+    /// Lowers the offsets so that the largest of all weights, those of this tile of scores included, is at most 2^headroom. Turns
     /// the scores into weights and takes them in. Returns the factors by which everything weighted before must be multiplied.
     ///
     /// # Safety
     /// All lanes of the warp come here.
     #[inline(always)]
-    pub unsafe fn lower(&mut self, scores: &mut impl Fragment, scale_log2: f32, headroom: f32) -> [f32; 2] {
+    pub unsafe fn lower(&mut self, scores: &mut impl Fragment, headroom: f32) -> [f32; 2] {
         let mut max = [f32::NEG_INFINITY; 2];
         scores.for_each(
             #[inline(always)]
@@ -64,23 +85,23 @@ impl Rows {
             },
         );
         let max = [warp::max::<4>(max[0]), warp::max::<4>(max[1])];
-        let offset = [0, 1].map(|row| self.offset[row].min(headroom - max[row] * scale_log2));
+        let offset = [0, 1].map(|row| self.offset[row].min(headroom - max[row]));
         let rescale = [0, 1].map(|row| math::exp2(offset[row] - self.offset[row]));
         self.offset = offset;
-        let sum = self.weigh(scores, scale_log2);
+        let sum = self.weigh(scores);
         self.sum = [0, 1].map(|row| math::fma(self.sum[row], rescale[row], sum[row]));
         rescale
     }
 
-    /// Turns raw scores into weights; the sums of both rows.
+    /// Turns scores into weights; the sums of both rows.
     #[inline(always)]
-    fn weigh(&self, scores: &mut impl Fragment, scale_log2: f32) -> [f32; 2] {
+    fn weigh(&self, scores: &mut impl Fragment) -> [f32; 2] {
         let mut sum = [0.0; 2];
         scores.for_each(
             #[inline(always)]
             |i, score| {
                 let row = row_of(i);
-                *score = math::exp2(math::fma(*score, scale_log2, self.offset[row]));
+                *score = math::exp2(*score + self.offset[row]);
                 sum[row] += *score;
             },
         );

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use framestride_shapes::launch::{
     AttentionParams, MOST_SPLITS, NormWeights, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams,
-    Tensor,
+    Tensor, pack_warps,
 };
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::spec::{NormKind, Spec};
@@ -134,8 +134,8 @@ pub(crate) const STEPS: usize = 5;
 
 /// What a layer runs, in order.
 pub(crate) struct Steps {
-    /// Whether the head types of the workspace, words, are set to zero first: a dense call.
-    zero_types: bool,
+    /// Device memory that is set to zero first: in the workspace, what pack and attention count on, and the head types of a dense call.
+    cleared: Range<u64>,
     /// Pack of all heads, profile, select, pack of temporal heads, attention.
     pub(crate) launches: [Option<Launch>; STEPS],
 }
@@ -187,9 +187,7 @@ impl SparseAttention {
     pub unsafe fn forward(&self, stream: Stream, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<()> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
-        if steps.zero_types {
-            self.zero_types(stream, workspace)?;
-        }
+        self.clear(stream, &steps)?;
         steps.launches.iter().flatten().try_for_each(|launch| device.launch(stream, self.module.loaded(), launch))
     }
 
@@ -210,9 +208,7 @@ impl SparseAttention {
     ) -> Result<Vec<(Kernel, f64)>> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
-        if steps.zero_types {
-            self.zero_types(stream, workspace)?;
-        }
+        self.clear(stream, &steps)?;
         let mut times = Vec::with_capacity(STEPS);
         for launch in steps.launches.iter().flatten() {
             before(launch.kernel);
@@ -242,10 +238,9 @@ impl SparseAttention {
             .collect())
     }
 
-    fn zero_types(&self, stream: Stream, workspace: &Workspace) -> Result<()> {
-        let address = workspace.address + self.plan.head_types.start;
-        let words = u64::from(self.batch) * u64::from(self.heads);
-        self.module.device().fill_words(stream, address, HeadType::Dense as u32, words)
+    fn clear(&self, stream: Stream, steps: &Steps) -> Result<()> {
+        let Range { start, end } = steps.cleared;
+        self.module.device().fill_words(stream, start, 0, (end - start) / 4)
     }
 
     /// Checks a call and writes its launches.
@@ -258,7 +253,6 @@ impl SparseAttention {
 
         let part = |range: &Range<u64>| workspace.address + range.start;
         let packed = [&self.plan.packed_q, &self.plan.packed_k, &self.plan.packed_v].map(part);
-        let scale_log2 = scale * std::f32::consts::LOG2_E;
         let (batch, heads, splits) = (self.batch, self.heads, self.splits);
         let own_types = part(&self.plan.head_types);
         let (pack_types, attention_types) = match types {
@@ -282,13 +276,16 @@ impl SparseAttention {
                 packed_q: packed[0],
                 packed_k: packed[1],
                 packed_v: packed[2],
-                schedule: part(&self.plan.schedule),
+                norms: part(&self.plan.norms),
                 batch,
                 heads,
+                scale_log2: scale * std::f32::consts::LOG2_E,
                 pass: pass as u32,
                 aligned: aligned.into(),
+                reserved: 0,
             });
-            self.launch(Kernel::Pack, [spec.layout.packed_rows().div_ceil(8), 3, batch], params)
+            let warps = pack_warps(spec.heads, spec.head_dim);
+            self.launch(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, batch], params)
         };
         let attention = || {
             let params = Params::Attention(AttentionParams {
@@ -299,11 +296,12 @@ impl SparseAttention {
                 lse: layer.lse,
                 head_types: attention_types,
                 text_lengths: layer.text_lengths,
+                norms: part(&self.plan.norms),
                 schedule: part(&self.plan.schedule),
                 batch,
                 heads,
-                scale_log2,
                 aligned: is_aligned(&layer.out, shape).into(),
+                reserved: 0,
             });
             let items = u64::from(shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
             let blocks = self.module.device().multiprocessors() * self.module.resources(Kernel::Attention).min_blocks;
@@ -323,7 +321,7 @@ impl SparseAttention {
                 batch,
                 heads,
                 splits,
-                scale_log2,
+                reserved: 0,
             });
             let select = Params::Select(SelectParams {
                 partials,
@@ -340,7 +338,9 @@ impl SparseAttention {
             launches[3] = Some(pack(PackPass::Temporal, own_types));
         }
         launches[4] = Some(attention());
-        Ok(Steps { zero_types: types == HeadTypes::Dense, launches })
+        // HeadType::Dense is 0. Types that are given may be those of an earlier call in this workspace.
+        let first = if types == HeadTypes::Dense { &self.plan.head_types } else { &self.plan.norms };
+        Ok(Steps { cleared: part(first)..workspace.address + self.plan.schedule.end, launches })
     }
 
     fn launch(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {

@@ -168,6 +168,11 @@ impl Inputs {
         self.scale.map_or(1.0 / (self.q.head_dim as f64).sqrt(), f64::from)
     }
 
+    /// What packed Q is multiplied by: its products with packed K are exponents of two.
+    pub fn query_scale(&self) -> f64 {
+        self.scale() * std::f64::consts::LOG2_E
+    }
+
     /// Checks every shape against the spec. `source` names where the inputs come from, such as a file.
     pub fn check(&self, spec: &Spec, source: &str) -> Result<()> {
         let [batch, _, heads, _] = self.q.shape();
@@ -481,6 +486,9 @@ const ANGLES: u64 = 3;
 const CODES: u64 = 4;
 const PARTS: u64 = 5;
 
+/// Softmax scale of [`Inputs::quiet`], over the usual one.
+const QUIETER: f32 = 0.125;
+
 /// Softmax scale of [`Inputs::rising`].
 const RISING_SCALE: f32 = 4.0;
 
@@ -518,6 +526,13 @@ impl Inputs {
             k_norm_text: text_norms.then_some(k_text),
             ..Inputs::new([tokens(0), tokens(1), tokens(2)], rope)
         }
+    }
+
+    /// [`Inputs::random`] with so small a scale that scores are bounded
+    /// ([`Dtype::score_bound`]) in either type, with a QK-norm and without.
+    pub fn quiet(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let scale = Some(QUIETER / (spec.head_dim as f32).sqrt());
+        Inputs { scale, ..Inputs::random(spec, batch, heads, seed) }
     }
 
     /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames

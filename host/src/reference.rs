@@ -308,10 +308,12 @@ impl Head {
         Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
     }
 
-    /// The head with Q and K rounded to a 16-bit type, as the kernels store them.
-    pub fn rounded(&self, layout: &Layout, dtype: Dtype) -> Head {
-        let round = |rows: &[f64]| rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x))).collect();
-        let (queries, keys) = (round(&self.queries), round(&self.keys));
+    /// The head with Q and K rounded to a 16-bit type, as the kernels store them: Q times `query_scale`.
+    pub fn rounded(&self, layout: &Layout, dtype: Dtype, query_scale: f64) -> Head {
+        let round = |rows: &[f64], scale: f64| {
+            rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x * scale)) / scale).collect()
+        };
+        let (queries, keys) = (round(&self.queries, query_scale), round(&self.keys, 1.0));
         Head::new(layout, self.head_dim, self.valid_text, queries, keys, self.values.clone())
     }
 

@@ -122,7 +122,7 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
-        let rounded = head.rounded(&spec.layout, spec.dtype);
+        let rounded = head.rounded(&spec.layout, spec.dtype, inputs.query_scale());
         let sums = rows
             .par_iter()
             .map(|&row| {

@@ -44,9 +44,9 @@ pub const ROUNDS: u64 = 200;
 /// Rounds on two streams after which results are compared: until then nothing waits.
 const BURST: u64 = 10;
 
-/// Time that the replays of a graph may take, and the rounds on two streams: about a hundred replays of the largest shipped spec on an
+/// Time that the replays of a graph may take, and the rounds on two streams: about fifty replays of the largest shipped spec on an
 /// H200.
-pub const MILLISECONDS: f64 = 10_000.0;
+pub const MILLISECONDS: f64 = 5_000.0;
 
 /// Bytes of one quantity that a check may read back.
 pub const READ_BYTES: u64 = 16 << 30;

@@ -13,8 +13,8 @@
 //! deviations away; errors that do not average out (truncation, scores) are added in full.
 //!
 //! * **pack** rounds once: u for each element, and so for the row. The statistic of n terms in f32 adds at most n / 2 roundings
-//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre; norm, affine part and
-//!   rotation add at most 16 roundings of values no larger than 4 times the row.
+//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre; norm, affine part,
+//!   rotation and scale add at most 16 roundings of values no larger than 4 times the row.
 //! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
 //!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations and four
 //!   roundings of at most |q| |k| scale, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
@@ -84,6 +84,12 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
     }
     let steps = smallest_error(spec.dtype) * (output.len() as f64).sqrt();
     tolerance + steps / norm(output).max(f64::MIN_POSITIVE)
+}
+
+/// The squared norm of a row of Q or K before it is rounded, against that of the rounded row.
+pub fn squared_norm(dtype: Dtype, head_dim: usize, norm: f64) -> f64 {
+    let steps = smallest_error(dtype) * (head_dim as f64).sqrt() / norm.max(f64::MIN_POSITIVE);
+    2.0 * (unit_roundoff(dtype) + steps) + head_dim as f64 * F32
 }
 
 /// Relative error of a weight that comes from its score.

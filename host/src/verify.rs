@@ -139,6 +139,8 @@ pub enum CaseText {
 pub enum CaseContent {
     /// [`Inputs::random`].
     Random,
+    /// [`Inputs::quiet`].
+    Quiet,
     /// [`Inputs::planted`].
     Planted,
     /// [`Inputs::rising`].
@@ -162,7 +164,7 @@ pub struct Case {
 
 impl Case {
     /// The cases of `verify`: each mask alone and all together, each arrangement, each length of text, profiling of random and of
-    /// planted heads, and scores that outgrow the offsets of the softmax.
+    /// planted heads, scores that are bounded, and scores that outgrow the offsets of the softmax.
     pub fn all(has_text: bool) -> Vec<Case> {
         use Arrangement::{HeadsFirst, PackedQkv, TokensFirst, Unaligned};
         let case = |types, text, inputs, out| Case {
@@ -176,7 +178,7 @@ impl Case {
             case(CaseTypes::Dense, CaseText::Full, TokensFirst, TokensFirst),
             case(CaseTypes::All(HeadType::Spatial), CaseText::Partial, HeadsFirst, HeadsFirst),
             case(CaseTypes::All(HeadType::Temporal), CaseText::FullGiven, PackedQkv, TokensFirst),
-            case(CaseTypes::Mixed, CaseText::Empty, Unaligned, Unaligned),
+            Case { content: CaseContent::Quiet, ..case(CaseTypes::Mixed, CaseText::Empty, Unaligned, Unaligned) },
             case(CaseTypes::Profiled, CaseText::Partial, TokensFirst, HeadsFirst),
             Case {
                 content: CaseContent::Planted,
@@ -202,6 +204,7 @@ impl Case {
         };
         let content = match self.content {
             CaseContent::Random => "",
+            CaseContent::Quiet => ", small scores",
             CaseContent::Planted => ", planted heads",
             CaseContent::Rising => ", rising scores",
         };
@@ -312,6 +315,7 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     let (batch, heads) = (spec.batch, spec.heads);
     let make = match case.content {
         CaseContent::Random => Inputs::random,
+        CaseContent::Quiet => Inputs::quiet,
         CaseContent::Planted => Inputs::planted,
         CaseContent::Rising => Inputs::rising,
     };
@@ -367,7 +371,9 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     let reference = Reference::new(spec, &inputs);
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
-    let (mut outputs, mut sums) = (Worst::new(), Worst::new());
+    let (mut largest, mut outputs, mut sums) = (Worst::new(), Worst::new(), Worst::new());
+    let norms = device.read(buffer, plan.norms.start, plan.norms.end - plan.norms.start)?;
+    let norms: Vec<f64> = norms.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes).into()).collect();
     let (mut errors, mut selected) = (Worst::new(), Worst::new());
     for (index, (profile, &head_type)) in profiles.iter().zip(&types).enumerate() {
         let place = Place { item: profile.batch as usize, head: profile.head as usize };
@@ -396,6 +402,15 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
             // From here on the reference gets the numbers that the kernels read.
             let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
             drop(image);
+            for (found, rows, scale) in
+                [(norms[2 * index], &queries, inputs.query_scale()), (norms[2 * index + 1], &keys, 1.0)]
+            {
+                let expected = scale * rows.par_chunks_exact(head_dim).map(norm).reduce(|| 0.0, f64::max);
+                let error = (found / (expected * expected) - 1.0).abs();
+                let tolerance = tolerance::squared_norm(spec.dtype, head_dim, expected);
+                largest.keep_worse(error, tolerance, || format!("batch {}, head {}", place.item, place.head));
+            }
+            largest.compared += 1;
             let values = inputs.v.head(place.item, place.head);
             let head = Head::new(layout, head_dim, valid_text, queries, keys, values);
             let scale = inputs.scale();
@@ -446,6 +461,7 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     for (worst, operand) in packs.into_iter().zip(["packed q", "packed k", "packed v"]) {
         checks.push(worst.check("pack", &name, operand, rows(packed_rows)));
     }
+    checks.push(largest.check("pack", &name, "largest squared norms", heads));
     if case.types == CaseTypes::Profiled {
         checks.push(errors.check("profile", &name, "mean squared errors", heads));
         checks.push(selected.check("select", &name, "head types", heads));
@@ -590,12 +606,16 @@ impl PackedHead<'_> {
             return worst.add(error, 0.0, || format!("{} of the packed head, beyond what is valid", place.row(packed)));
         };
         let (tokens, expected) = match operand {
-            0 => (&self.inputs.q, self.reference.row(Operand::Query, place.item, row, place.head)),
+            0 => {
+                let mut expected = self.reference.row(Operand::Query, place.item, row, place.head);
+                expected.iter_mut().for_each(|x| *x *= self.inputs.query_scale());
+                (&self.inputs.q, expected)
+            }
             1 => (&self.inputs.k, self.reference.row(Operand::Key, place.item, row, place.head)),
             _ => (&self.inputs.v, self.inputs.v.row(place.item, row, place.head)),
         };
-        // V is copied, and so are Q and K of a model without norm and RoPE.
-        let tolerance = if operand == 2 || (spec.qk_norm.is_none() && spec.rope.is_none()) {
+        // V is copied, and so is K of a model without norm and RoPE.
+        let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
             0.0
         } else {
             // What the statistic was taken over.
@@ -611,7 +631,7 @@ impl PackedHead<'_> {
         worst.add(row_error(found, &expected), tolerance, || place.row(row));
     }
 
-    /// The whole image of Q (`operand` 0) or K (1) as numbers, `[rows, head_dim]` in the model's order.
+    /// The whole image of Q (`operand` 0), without its scale, or K (1) as numbers, `[rows, head_dim]` in the model's order.
     fn unpack(&self, operand: usize, image: &[u8]) -> Vec<f64> {
         let (dim, order) = (self.spec.head_dim as usize, self.order[operand]);
         let mut packed_of = vec![0; order.len()];
@@ -623,6 +643,9 @@ impl PackedHead<'_> {
         rows.par_chunks_exact_mut(dim).zip(&packed_of).with_min_len(64).for_each(|(values, &packed)| {
             let bytes = &image[packed / group * group * dim * 2..][..group * dim * 2];
             decode(self.spec.dtype, bytes, packed % group, values);
+            if operand == 0 {
+                values.iter_mut().for_each(|x| *x /= self.inputs.query_scale());
+            }
         });
         rows
     }

@@ -167,9 +167,14 @@ fn manifests() {
         let message: Vec<String> = error
             .to_string()
             .split(' ')
-            .map(|word| if word.len() == 64 || word.len() == 65 { "DIGEST".into() } else { word.to_owned() })
+            .map(|word| match word.len() {
+                64 | 65 => "DIGEST".into(),
+                _ if word == (params + 8).to_string() => "N".into(),
+                _ if word == params.to_string() => "M".into(),
+                _ => word.into(),
+            })
             .collect();
-        let message = message.join(" ").replace(&format!("{} ", params + 8), "N ").replace(&format!("{params} "), "M ");
+        let message = message.join(" ");
         writeln!(messages, "## {name}\n{message}").unwrap();
     }
     let unknown = Kernels::shipped("no_such_model").unwrap_err().to_string();

@@ -148,6 +148,27 @@ fn planted_heads_are_of_their_type() {
     }
 }
 
+/// The attention kernel takes small scores as they are and any other relative to an offset: `verify` has inputs of either kind for every
+/// spec, with room to spare for rounding.
+#[test]
+fn quiet_scores_are_bounded_and_rising_ones_are_not() {
+    for spec in tiny_specs().chain([spec("demo")]) {
+        let heads = spec.heads as usize;
+        let bound = f64::from(spec.dtype.score_bound());
+        let largest = |inputs: &Inputs, head: usize| {
+            let reference = Reference::new(&spec, inputs);
+            let norm_of =
+                |operand| (0..inputs.q.rows).map(|row| norm(&reference.row(operand, 0, row, head))).fold(0.0, f64::max);
+            norm_of(Operand::Query) * norm_of(Operand::Key) * inputs.query_scale()
+        };
+        for head in 0..heads {
+            let quiet = largest(&Inputs::quiet(&spec, 1, heads, 6), head);
+            let rising = largest(&Inputs::rising(&spec, 1, heads, 6), head);
+            assert!(quiet < 0.9 * bound && rising > 1.1 * bound, "{} head {head}: {quiet}, {rising}", spec.name);
+        }
+    }
+}
+
 /// Maxima of tiles of 64 keys, in log2 units, as each query meets them: many rise by more than a weight may grow before offsets are
 /// lowered, some by more than f32 holds, some tiles lie below what f32 tells from zero, and no mask hides the largest of most rows.
 #[test]

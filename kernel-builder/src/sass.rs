@@ -156,8 +156,8 @@ impl Function {
             .collect()
     }
 
-    /// The overlap of softmax and products; `None` when no loop waits for the first of two groups, and then for the second.
-    pub fn overlap(&self) -> Option<Overlap> {
+    /// The overlap of softmax and products in every innermost loop that waits for the first of two groups, and then for the second.
+    pub fn overlaps(&self) -> Vec<Overlap> {
         let waits = |range: &Range<usize>| {
             let wait = |groups: &str| {
                 let found = |i: &Instruction| i.is("WARPGROUP.DEPBAR") && i.operands.ends_with(groups);
@@ -166,15 +166,24 @@ impl Function {
             let (first, second) = (wait(", 0x1")?, wait(", 0x0")?);
             (first < second).then_some(first..second)
         };
-        let main = self.loops().into_iter().filter_map(|range| Some((waits(&range)?, range)));
-        let (between, main_loop) = main.min_by_key(|(_, range)| range.len())?;
         let count = |range: &Range<usize>, name| self.instructions[range.clone()].iter().filter(|i| i.is(name)).count();
-        Some(Overlap {
-            products: count(&main_loop, "HGMMA"),
-            exponentials: count(&main_loop, "MUFU.EX2"),
-            between_waits: count(&between, "MUFU.EX2"),
-            main_loop,
-        })
+        let mut loops = self.loops();
+        loops.sort_by_key(Range::len);
+        let mut overlaps: Vec<Overlap> = Vec::new();
+        for range in loops {
+            // Outer loops, and ways back into an inner one from code that stands elsewhere.
+            let meets = |inner: &Overlap| range.start < inner.main_loop.end && inner.main_loop.start < range.end;
+            if let Some(between) = waits(&range).filter(|_| !overlaps.iter().any(meets)) {
+                overlaps.push(Overlap {
+                    products: count(&range, "HGMMA"),
+                    exponentials: count(&range, "MUFU.EX2"),
+                    between_waits: count(&between, "MUFU.EX2"),
+                    main_loop: range,
+                });
+            }
+        }
+        overlaps.sort_by_key(|overlap| overlap.main_loop.start);
+        overlaps
     }
 }
 
@@ -229,9 +238,9 @@ attention:
         );
         assert_eq!(attention.loops(), [2..10, 1..11]);
         let expected = Overlap { main_loop: 2..10, products: 1, exponentials: 3, between_waits: 2 };
-        assert_eq!(attention.overlap(), Some(expected));
+        assert_eq!(attention.overlaps(), [expected]);
         assert_eq!((attention.count("MUFU.EX2"), attention.count("MUFU")), (4, 4));
         assert_eq!(attention.histogram()["MUFU.EX2"], 3);
-        assert_eq!(listing.function("other").unwrap().overlap(), None);
+        assert_eq!(listing.function("other").unwrap().overlaps(), []);
     }
 }

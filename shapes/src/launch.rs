@@ -41,7 +41,7 @@ pub enum PackPass {
 
 /// **pack**: norm, RoPE and reordering of Q, K, V into packed images.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PackParams {
     /// Q, K, V as the projection left them.
     pub q: Tensor,
@@ -72,21 +72,25 @@ pub struct PackParams {
     pub packed_k: u64,
     /// Packed V.
     pub packed_v: u64,
-    /// Set to zero for the **attention** that follows, see [`AttentionParams::schedule`].
-    pub schedule: u64,
+    /// Raised to the largest squared norm of a packed row of Q, and of K, of each head: f32 \[batch, heads, 2\]. Zero before.
+    pub norms: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads given in this launch (any subset of the model's).
     pub heads: u32,
+    /// Softmax scale x log2(e), by which packed Q is multiplied: products of packed rows are exponents of two.
+    pub scale_log2: f32,
     /// A [`PackPass`].
     pub pass: u32,
     /// 1 when every address and stride of q, k, v is a multiple of 16 bytes, else 0.
     pub aligned: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 /// **profile**: dense, spatial and temporal attention of sampled rows over one split of the keys.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProfileParams {
     /// Packed Q, every head in the spatial layout.
     pub packed_q: u64,
@@ -106,8 +110,8 @@ pub struct ProfileParams {
     pub heads: u32,
     /// Splits of the keys of a head, at most [`MOST_SPLITS`].
     pub splits: u32,
-    /// Softmax scale x log2(e).
-    pub scale_log2: f32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 /// **select**: merges the splits, measures both masks, names each head's type.
@@ -132,7 +136,7 @@ pub struct SelectParams {
 
 /// **attention**: softmax(scale Q K^T) V over the visible pairs.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AttentionParams {
     /// Packed Q, each head in the layout of its type.
     pub packed_q: u64,
@@ -148,16 +152,18 @@ pub struct AttentionParams {
     pub head_types: u64,
     /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
     pub text_lengths: u64,
+    /// The largest squared norms of packed rows, see [`PackParams::norms`].
+    pub norms: u64,
     /// Two u32, both 0 before and after: query tiles that blocks have taken beyond their first, and blocks that are done.
     pub schedule: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.
     pub heads: u32,
-    /// Softmax scale x log2(e).
-    pub scale_log2: f32,
     /// 1 when the address and every stride of `out` is a multiple of 16 bytes, else 0.
     pub aligned: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 /// Bytes at [`AttentionParams::schedule`].
@@ -256,9 +262,6 @@ impl Tiles {
     }
 }
 
-/// Block of **pack**: eight warps of one row each.
-pub const PACK_THREADS: u32 = 8 * 32;
-
 /// Bytes that a warp of **pack** takes in one step: 16 a lane.
 pub const PACK_STEP_BYTES: u32 = 32 * 16;
 
@@ -269,16 +272,26 @@ pub const fn pack_held_steps(heads: u32, head_dim: u32) -> u32 {
     if steps < 28 { steps } else { 28 }
 }
 
-/// Bytes of shared memory of **pack**.
-pub const fn pack_shared_bytes(heads: u32, head_dim: u32) -> u32 {
-    PACK_THREADS / 32 * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES
+/// Warps of a block of **pack**, one row each: eight, or four where so more rows have room on a multiprocessor.
+pub const fn pack_warps(heads: u32, head_dim: u32) -> u32 {
+    if 4 * pack_blocks(4, heads, head_dim) > 8 * pack_blocks(8, heads, head_dim) { 4 } else { 8 }
 }
 
-/// Blocks of **pack** on a multiprocessor: as many as have room in its 228 KiB of shared memory, of which a block takes 1 KiB more
-/// than it asks for, and at most 4, which leaves each thread 64 registers.
+/// Bytes of shared memory of **pack**.
+pub const fn pack_shared_bytes(heads: u32, head_dim: u32) -> u32 {
+    pack_warps(heads, head_dim) * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES
+}
+
+/// Blocks of **pack** on a multiprocessor.
 pub const fn pack_min_blocks(heads: u32, head_dim: u32) -> u32 {
-    let room = 228 * 1024 / (1024 + pack_shared_bytes(heads, head_dim));
-    if room < 4 { room } else { 4 }
+    pack_blocks(pack_warps(heads, head_dim), heads, head_dim)
+}
+
+/// As many blocks of so many warps as have room in the 228 KiB of shared memory of a multiprocessor, of which a block takes 1 KiB more
+/// than it asks for, but not more than 32 warps, which leaves each thread 64 registers.
+const fn pack_blocks(warps: u32, heads: u32, head_dim: u32) -> u32 {
+    let room = 228 * 1024 / (1024 + warps * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES);
+    if room < 32 / warps { room } else { 32 / warps }
 }
 
 /// Block of **profile**: a producer warpgroup and two consumer warpgroups.

@@ -21,6 +21,17 @@ impl Dtype {
             Dtype::F16 => "f16",
         }
     }
+
+    /// Largest score, as an exponent of two, of a head that **attention** takes as bounded: weights are 2^score, from 2^-bound to 2^bound.
+    ///
+    /// The type holds them with full precision: normal numbers of f16 begin at 2^-14. In bf16 what ends first is f32, which holds the
+    /// sum of 2^17 such weights times a V of up to 2^14.
+    pub const fn score_bound(self) -> f32 {
+        match self {
+            Dtype::Bf16 => 96.0,
+            Dtype::F16 => 14.0,
+        }
+    }
 }
 
 /// Kind of a QK-norm.

@@ -128,22 +128,23 @@ fn report(model: &Model, ptxas: &str) -> String {
         let name_and_length = [kernel.entry.clone(), function.instructions.len().to_string()];
         machine_code.push(name_and_length.into_iter().chain(counts).collect());
     }
-    let attention = model.machine_code.function("attention").and_then(|function| function.overlap());
-    let overlap = attention.expect("the attention kernel has its main loop");
+    let attention = model.machine_code.function("attention").expect("there is an attention kernel");
 
     let mut text = format!("{}, ptxas {ptxas}\n", compiler(&model.built));
     section(&mut text, "Manifest", &manifest_rows.map(Vec::from));
     section(&mut text, "Launch table", &launch);
     section(&mut text, OF_PTXAS[0], &resources);
     section(&mut text, OF_PTXAS[1], &machine_code);
-    let _ = writeln!(
-        text,
-        "main loop of attention: {} instructions, {} HGMMA, {} MUFU.EX2, {} of them between its two waits",
-        overlap.main_loop.len(),
-        overlap.products,
-        overlap.exponentials,
-        overlap.between_waits
-    );
+    for overlap in attention.overlaps() {
+        let _ = writeln!(
+            text,
+            "main loop of attention: {} instructions, {} HGMMA, {} MUFU.EX2, {} of them between its two waits",
+            overlap.main_loop.len(),
+            overlap.products,
+            overlap.exponentials,
+            overlap.between_waits
+        );
+    }
     section(&mut text, "Instructions (PTX)", &instructions(&model.built));
     text
 }

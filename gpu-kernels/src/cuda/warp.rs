@@ -32,6 +32,15 @@ impl Register for f32 {
     }
 }
 
+/// Waits until all lanes are here; what one has stored before, the others may load.
+///
+/// # Safety
+/// All 32 lanes come here.
+#[inline(always)]
+pub unsafe fn sync() {
+    asm!("bar.warp.sync -1;", options(nostack));
+}
+
 /// The value of the lane whose number differs in the bits of `mask`.
 ///
 /// # Safety

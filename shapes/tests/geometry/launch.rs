@@ -1,6 +1,6 @@
 //! **pack** fits a multiprocessor, whatever the heads.
 
-use framestride_shapes::launch::{PACK_STEP_BYTES, PACK_THREADS, pack_held_steps, pack_min_blocks, pack_shared_bytes};
+use framestride_shapes::launch::{PACK_STEP_BYTES, pack_held_steps, pack_min_blocks, pack_shared_bytes, pack_warps};
 
 use crate::shipped;
 
@@ -19,9 +19,12 @@ fn blocks_of_pack_fit_a_multiprocessor() {
             let (steps, shared) = (pack_held_steps(heads, head_dim), pack_shared_bytes(heads, head_dim));
             // A lane has one bit for each step.
             assert!((1..=32).contains(&steps), "{heads} heads of {head_dim}: {steps} steps");
-            assert_eq!(shared, PACK_THREADS / 32 * steps * PACK_STEP_BYTES);
-            let blocks = pack_min_blocks(heads, head_dim);
-            assert!((2..=4).contains(&blocks), "{heads} heads of {head_dim}: {blocks} blocks");
+            let (warps, blocks) = (pack_warps(heads, head_dim), pack_min_blocks(heads, head_dim));
+            assert_eq!(shared, warps * steps * PACK_STEP_BYTES);
+            assert!(
+                (16..=32).contains(&(warps * blocks)),
+                "{heads} heads of {head_dim}: {blocks} blocks of {warps} warps"
+            );
             let kib = (blocks * (shared + 1024)).div_ceil(1024);
             assert!(kib <= 228, "{heads} heads of {head_dim}: {blocks} blocks take {kib} KiB");
         }
