@@ -271,8 +271,8 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
     let query = Descriptor::image(Plan::<T>::query(warpgroup), T::HEAD_DIM);
+    let mut consumer = Consumer { lane, warpgroup, query, slot: Slot::FIRST_FULL };
     let mut query_parity = 0;
-    let mut slot = Slot::FIRST_FULL;
     loop {
         Plan::<T>::query_full(warpgroup).wait(query_parity);
         query_parity ^= 1;
@@ -297,17 +297,17 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
                     softmax::hide_unseen(scores, first, lane, visible);
                 }
             };
-            let tiles = work.keys.tiles;
             let mut weights = if work.bounded {
-                sweep::<T, true>(query, &mut slot, tiles, mask, &mut rows, &mut output, warpgroup, lane)
+                consumer.sweep_bounded::<T>(work.keys.tiles, mask, &mut rows, &mut output)
             } else {
-                sweep::<T, false>(query, &mut slot, tiles, mask, &mut rows, &mut output, warpgroup, lane)
+                consumer.sweep::<T>(work.keys.tiles, mask, &mut rows, &mut output)
             };
             Plan::<T>::query_free(warpgroup).release(lane);
+            let slot = consumer.slot;
             T::Attention::start_output(&mut output, &weights, Plan::<T>::value_image(slot));
             T::Attention::wait_output(&mut output, &mut weights);
             Plan::<T>::value_free(slot.stage).release(lane);
-            slot = slot.next(T::TILES.stages);
+            consumer.slot = slot.next(T::TILES.stages);
         } else {
             Plan::<T>::query_free(warpgroup).release(lane);
         }
@@ -315,66 +315,104 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
     }
 }
 
-/// Goes over the key tiles from `slot` on: takes all weights into `rows`, and all but the last tile's products with V into `output`.
-/// Returns the weights of the last tile, with `slot` there.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn sweep<T: Shape, const BOUNDED: bool>(
-    query: Descriptor,
-    slot: &mut Slot,
-    tiles: u32,
-    mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
-    rows: &mut Rows,
-    output: &mut <T::Attention as TileProducts>::Output,
-    warpgroup: u32,
+/// Where a consumer warpgroup is.
+struct Consumer {
     lane: u32,
-) -> <T::Attention as TileProducts>::Weights {
-    let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
-    let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
-    let mut tile = 0;
-    Plan::<T>::key_full(slot.stage).wait(slot.parity);
-    loop {
-        T::Attention::start_scores(&mut scores, query, Plan::<T>::key_image(*slot));
+    warpgroup: u32,
+    /// Its query rows.
+    query: Descriptor,
+    /// The key tile that it is at.
+    slot: Slot,
+}
+
+/// Both go over the key tiles of a query tile from `slot` on: they take all weights into `rows`, and the products of all but the last
+/// tile with V into `output`. They return the weights of the last tile, with `slot` there.
+impl Consumer {
+    /// Bounded scores.
+    #[inline(always)]
+    unsafe fn sweep_bounded<T: Shape>(
+        &mut self,
+        tiles: u32,
+        mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
+        rows: &mut Rows,
+        output: &mut <T::Attention as TileProducts>::Output,
+    ) -> <T::Attention as TileProducts>::Weights {
+        let Consumer { lane, query, slot, .. } = self;
+        let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
+        Plan::<T>::key_full(slot.stage).wait(slot.parity);
+        T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
         scores.wait::<0>();
-        mask(&mut scores, tile);
-        if BOUNDED {
-            rows.take_bounded(&mut scores);
-        } else {
-            softmax::scale_rows(output, rows.lower(&mut scores, headroom));
-        }
-        Plan::<T>::key_free(slot.stage).release(lane);
+        mask(&mut scores, 0);
+        rows.take_bounded(&mut scores);
+        Plan::<T>::key_free(slot.stage).release(*lane);
         Plan::<T>::value_full(slot.stage).wait(slot.parity);
         let mut weights = T::Attention::weights(&scores);
-        loop {
-            tile += 1;
-            if tile == tiles {
-                return weights;
-            }
+        let mut tile = 1;
+        while tile < tiles {
             let last = *slot;
             *slot = slot.next(T::TILES.stages);
             Plan::<T>::key_full(slot.stage).wait(slot.parity);
-            T::Attention::start_scores(&mut scores, query, Plan::<T>::key_image(*slot));
+            T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
             T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
             scores.wait::<1>();
             mask(&mut scores, tile);
-            let fits = BOUNDED || rows.absorb(&mut scores, warpgroup);
-            if BOUNDED {
-                Plan::<T>::key_free(slot.stage).release(lane);
-                rows.take_bounded(&mut scores);
-                // The sum is never negative, but ptxas cannot know, and so leaves what is above before the wait for O.
-                let parity = slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
-                Plan::<T>::value_full(slot.stage).wait(parity);
-            }
+            Plan::<T>::key_free(slot.stage).release(*lane);
+            rows.take_bounded(&mut scores);
+            // The sum is never negative, but ptxas cannot know, and so leaves what is above before the wait for O.
+            let parity = slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
+            Plan::<T>::value_full(slot.stage).wait(parity);
             T::Attention::wait_output(output, &mut weights);
-            Plan::<T>::value_free(last.stage).release(lane);
-            if !fits {
-                break;
-            }
-            if !BOUNDED {
-                Plan::<T>::key_free(slot.stage).release(lane);
-                Plan::<T>::value_full(slot.stage).wait(slot.parity);
-            }
+            Plan::<T>::value_free(last.stage).release(*lane);
             weights = T::Attention::weights(&scores);
+            tile += 1;
+        }
+        weights
+    }
+
+    /// Any scores.
+    #[inline(always)]
+    unsafe fn sweep<T: Shape>(
+        &mut self,
+        tiles: u32,
+        mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
+        rows: &mut Rows,
+        output: &mut <T::Attention as TileProducts>::Output,
+    ) -> <T::Attention as TileProducts>::Weights {
+        let Consumer { lane, warpgroup, query, slot } = self;
+        let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
+        let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
+        let mut tile = 0;
+        Plan::<T>::key_full(slot.stage).wait(slot.parity);
+        loop {
+            T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
+            scores.wait::<0>();
+            mask(&mut scores, tile);
+            softmax::scale_rows(output, rows.lower(&mut scores, headroom));
+            Plan::<T>::key_free(slot.stage).release(*lane);
+            Plan::<T>::value_full(slot.stage).wait(slot.parity);
+            let mut weights = T::Attention::weights(&scores);
+            loop {
+                tile += 1;
+                if tile == tiles {
+                    return weights;
+                }
+                let last = *slot;
+                *slot = slot.next(T::TILES.stages);
+                Plan::<T>::key_full(slot.stage).wait(slot.parity);
+                T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
+                T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
+                scores.wait::<1>();
+                mask(&mut scores, tile);
+                let fits = rows.absorb(&mut scores, *warpgroup);
+                T::Attention::wait_output(output, &mut weights);
+                Plan::<T>::value_free(last.stage).release(*lane);
+                if !fits {
+                    break;
+                }
+                Plan::<T>::key_free(slot.stage).release(*lane);
+                Plan::<T>::value_full(slot.stage).wait(slot.parity);
+                weights = T::Attention::weights(&scores);
+            }
         }
     }
 }

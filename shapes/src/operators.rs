@@ -24,8 +24,8 @@ impl Dtype {
 
     /// Largest score, as an exponent of two, of a head that **attention** takes as bounded: weights are 2^score, from 2^-bound to 2^bound.
     ///
-    /// The type holds them with full precision: normal numbers of f16 begin at 2^-14. In bf16 what ends first is f32, which holds the
-    /// sum of 2^17 such weights times a V of up to 2^14.
+    /// The type holds them with full precision: normal numbers of f16 begin at 2^-14. In bf16 what ends first is f32, which holds one
+    /// such weight, and the sum of 2^17 of them, times a V between 2^-30 and 2^14.
     pub const fn score_bound(self) -> f32 {
         match self {
             Dtype::Bf16 => 96.0,
