@@ -355,10 +355,11 @@ impl Masks {
         sums: &mut [[f32; 2]; 2],
     ) -> [<T::Profile as TileProducts>::Weights; 3] {
         let (mut spatial, mut temporal) = (*dense, *dense);
+        softmax::replace_unseen(&mut spatial, first, self.lane, self.spatial, 0.0);
         if first < self.prefix::<T>() {
-            self.hide::<T, true>(&mut spatial, &mut temporal, first);
+            self.hide_from_temporal::<T, true>(&mut temporal, first);
         } else {
-            self.hide::<T, false>(&mut spatial, &mut temporal, first);
+            self.hide_from_temporal::<T, false>(&mut temporal, first);
         }
         add_rows(&mut spatial, &mut sums[0]);
         add_rows(&mut temporal, &mut sums[1]);
@@ -371,29 +372,11 @@ impl Masks {
         self.valid_text + T::LAYOUT.sink_tokens()
     }
 
-    /// Sets the weights of the keys that each mask hides to zero. Without `PREFIX`, the tile has no key of the prefix.
+    /// Sets the weights of the keys that the temporal mask hides to zero. Without `PREFIX`, the tile has no key of the prefix.
     #[inline(always)]
-    fn hide<T: Shape, const PREFIX: bool>(
-        &self,
-        spatial: &mut impl Fragment,
-        temporal: &mut impl Fragment,
-        first: u32,
-    ) {
+    fn hide_from_temporal<T: Shape, const PREFIX: bool>(&self, temporal: &mut impl Fragment, first: u32) {
         let first = first + 2 * (self.lane % 4);
         let in_prefix = |column: u32| PREFIX & (first + column < self.prefix::<T>());
-        // A key is in a run of the body if its distance to the start, which wraps below it, is less than the run's length. Logic
-        // without short circuits, here and below: predicates are cheaper than branches.
-        let from_start = self.spatial.map(|row| math::opaque(first.wrapping_sub(row.start)));
-        let length = self.spatial.map(|row| row.end - row.start);
-        spatial.for_each(
-            #[inline(always)]
-            |i, weight| {
-                let (row, column) = (softmax::row_of(i), i / 4 * 8 + i % 2);
-                if !(in_prefix(column) | (from_start[row].wrapping_add(column) < length[row])) {
-                    *weight = 0.0;
-                }
-            },
-        );
         let shown = 2 * T::LAYOUT.half_width(HeadType::Temporal) - 1;
         let temporal_offset = self.temporal.map(math::opaque);
         // Counted from so many whole frames before the video that text has a place too.
@@ -405,6 +388,7 @@ impl Masks {
             |group, [a, b, c, d]| {
                 let column = |column: u32, token: Token, upper: &mut f32, lower: &mut f32| {
                     let (position, in_prefix) = (token.position::<T>(), in_prefix(column));
+                    // Logic without short circuits: predicates are cheaper than branches.
                     let hides = |row: usize| !(in_prefix | (position.wrapping_add(temporal_offset[row]) < shown));
                     if hides(0) {
                         *upper = 0.0;

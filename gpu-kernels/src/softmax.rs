@@ -136,16 +136,24 @@ pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
 /// Sets the scores of unseen keys to -inf: `first` is the packed row of the tile's first key, `rows` what the thread's rows see.
 #[inline(always)]
 pub fn hide_unseen(scores: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2]) {
-    // Bounds relative to this thread's first column, so that every element compares a constant with them.
-    let first = (first + 2 * (lane % 4)) as i32;
-    let relative = |bound: fn(&Visible) -> u32| [bound(&rows[0]) as i32 - first, bound(&rows[1]) as i32 - first];
-    let (prefix, start, end) = (relative(|row| row.prefix), relative(|row| row.start), relative(|row| row.end));
-    scores.for_each(
+    replace_unseen(scores, first, lane, rows, f32::NEG_INFINITY);
+}
+
+/// Replaces what belongs to unseen keys.
+#[inline(always)]
+pub fn replace_unseen(fragment: &mut impl Fragment, first: u32, lane: u32, rows: [Visible; 2], replacement: f32) {
+    // Bits of a word, of which one instruction (R2P) makes predicates of seven.
+    let seen = rows.map(
         #[inline(always)]
-        |i, score| {
-            let (row, column) = (row_of(i), (i / 4 * 8 + i % 2) as i32);
-            if !(column < prefix[row] || (column >= start[row] && column < end[row])) {
-                *score = f32::NEG_INFINITY;
+        |row| row.fragment_keys(first + 2 * (lane % 4)),
+    );
+    let seen = seen.map(|bits| [bits as u32, (bits >> 32) as u32]);
+    fragment.for_each(
+        #[inline(always)]
+        |i, value| {
+            let key = i / 4 * 2 + i % 2;
+            if seen[row_of(i)][(key / 32) as usize] & 1 << key % 32 == 0 {
+                *value = replacement;
             }
         },
     );

@@ -92,6 +92,23 @@ impl Visible {
     pub const fn sees(self, key: u32) -> bool {
         key < self.prefix || (key >= self.start && key < self.end)
     }
+
+    /// Which keys are seen of those that a thread has in its row of a tensor-core tile, two of each eight: bit b is for packed row
+    /// `first + b / 2 * 8 + b % 2`, where `first` is the thread's first key.
+    #[inline(always)]
+    pub const fn fragment_keys(self, first: u32) -> u64 {
+        Visible::fragment_keys_before(self.prefix, first)
+            | (Visible::fragment_keys_before(self.end, first) & !Visible::fragment_keys_before(self.start, first))
+    }
+
+    /// Likewise the keys before packed row `bound`.
+    #[inline(always)]
+    const fn fragment_keys_before(bound: u32, first: u32) -> u64 {
+        let rows = bound.saturating_sub(first);
+        let odd = if rows % 8 < 2 { rows % 8 } else { 2 };
+        let count = rows / 8 * 2 + odd;
+        if count < 64 { (1 << count) - 1 } else { u64::MAX }
+    }
 }
 
 /// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the rows' runs and what lies between them) and `all`

@@ -1,6 +1,6 @@
 //! The packed order and what its rows see.
 
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition};
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition, Visible};
 use proptest::prelude::*;
 
 use crate::rule::{self, Token};
@@ -188,6 +188,22 @@ fn check_ends(layout: &Layout) {
                     }
                 }
             }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    /// Bit by bit, up to the widest tile of wgmma, wherever its first key lies among the bounds.
+    #[test]
+    fn keys_of_a_fragment(bounds in [0..400u32, 0..400, 0..400], first in 0..400u32, far in any::<bool>()) {
+        let far = if far { u32::MAX - 1000 } else { 0 };
+        let [prefix, start, end] = bounds.map(|bound| bound + far);
+        let (visible, first) = (Visible { prefix, start, end }, first + far);
+        let bits = visible.fragment_keys(first);
+        for key in 0..64 {
+            prop_assert_eq!(bits >> key & 1 != 0, visible.sees(first + key / 2 * 8 + key % 2), "key {}", key);
         }
     }
 }
