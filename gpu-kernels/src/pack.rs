@@ -4,7 +4,8 @@
 //! flight to hide the latency of memory and lets a norm over all heads see the row before it is written; then each head's part is
 //! normed, rotated, scaled (Q) and stored where the head's layout wants it, in the image of
 //! [`packed_bytes`](framestride_shapes::launch::packed_bytes). A lane reads only what it has copied itself, so that warps never wait
-//! for each other. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
+//! for each other. At the end of a row of Q or K the largest norms of the heads are raised to the row's, for **attention** to know
+//! whether scores are bounded. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
 
 use crate::attention::valid_text;
 use crate::cuda::mma::TileProducts;
@@ -516,6 +517,7 @@ impl Rotation {
         rotation
     }
 
+    /// A rotation that multiplies by `scale` as well.
     #[inline(always)]
     fn scaled(self, scale: f32) -> Rotation {
         let scaled = |values: [f32; 8]| {

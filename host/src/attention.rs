@@ -54,7 +54,8 @@ pub struct Layer {
     pub text_lengths: u64,
     /// Natural log-sum-exp out, f32 \[B, H, S\]; 0 for none.
     pub lse: u64,
-    /// Softmax scale; 1 / sqrt(head_dim) when not given.
+    /// Softmax scale; 1 / sqrt(head_dim) when not given. Q is multiplied by scale x log2(e) before it is rounded to the spec's type,
+    /// so in f16 the product with the elements of Q should lie within its normal numbers, 2^-14 to 2^16.
     pub scale: Option<f32>,
 }
 

@@ -72,7 +72,8 @@ pub struct PackParams {
     pub packed_k: u64,
     /// Packed V.
     pub packed_v: u64,
-    /// Raised to the largest squared norm of a packed row of Q, and of K, of each head: f32 \[batch, heads, 2\]. Zero before.
+    /// Raised to the largest squared norm of a packed row of Q, and of K, of each head: f32 \[batch, heads, 2\]. Zero before;
+    /// [`PackPass::Temporal`] leaves it.
     pub norms: u64,
     /// Batch items.
     pub batch: u32,
