@@ -325,8 +325,8 @@ struct Consumer {
     slot: Slot,
 }
 
-/// Both go over the key tiles of a query tile from `slot` on: they take all weights into `rows`, and the products of all but the last
-/// tile with V into `output`. They return the weights of the last tile, with `slot` there.
+/// `sweep_bounded` and `sweep` go over the key tiles of a query tile from `slot` on: they take all weights into `rows`, and the products
+/// of all but the last tile with V into `output`. They return the weights of the last tile, with `slot` there.
 impl Consumer {
     /// Bounded scores.
     #[inline(always)]
@@ -337,32 +337,23 @@ impl Consumer {
         rows: &mut Rows,
         output: &mut <T::Attention as TileProducts>::Output,
     ) -> <T::Attention as TileProducts>::Weights {
-        let Consumer { lane, query, slot, .. } = self;
-        let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
-        Plan::<T>::key_full(slot.stage).wait(slot.parity);
-        T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
-        scores.wait::<0>();
+        let mut scores = self.first_scores::<T>();
         mask(&mut scores, 0);
         rows.take_bounded(&mut scores);
-        Plan::<T>::key_free(slot.stage).release(*lane);
-        Plan::<T>::value_full(slot.stage).wait(slot.parity);
+        Plan::<T>::key_free(self.slot.stage).release(self.lane);
+        Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
         let mut weights = T::Attention::weights(&scores);
         let mut tile = 1;
         while tile < tiles {
-            let last = *slot;
-            *slot = slot.next(T::TILES.stages);
-            Plan::<T>::key_full(slot.stage).wait(slot.parity);
-            T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
-            T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
-            scores.wait::<1>();
+            let last = self.next_scores::<T>(&mut scores, &weights, output);
             mask(&mut scores, tile);
-            Plan::<T>::key_free(slot.stage).release(*lane);
+            Plan::<T>::key_free(self.slot.stage).release(self.lane);
             rows.take_bounded(&mut scores);
             // The sum is never negative, but ptxas cannot know, and so leaves what is above before the wait for O.
-            let parity = slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
-            Plan::<T>::value_full(slot.stage).wait(parity);
+            let parity = self.slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
+            Plan::<T>::value_full(self.slot.stage).wait(parity);
             T::Attention::wait_output(output, &mut weights);
-            Plan::<T>::value_free(last.stage).release(*lane);
+            Plan::<T>::value_free(last.stage).release(self.lane);
             weights = T::Attention::weights(&scores);
             tile += 1;
         }
@@ -378,42 +369,60 @@ impl Consumer {
         rows: &mut Rows,
         output: &mut <T::Attention as TileProducts>::Output,
     ) -> <T::Attention as TileProducts>::Weights {
-        let Consumer { lane, warpgroup, query, slot } = self;
         let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
-        let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
         let mut tile = 0;
-        Plan::<T>::key_full(slot.stage).wait(slot.parity);
         loop {
-            T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
-            scores.wait::<0>();
+            let mut scores = self.first_scores::<T>();
             mask(&mut scores, tile);
             softmax::scale_rows(output, rows.lower(&mut scores, headroom));
-            Plan::<T>::key_free(slot.stage).release(*lane);
-            Plan::<T>::value_full(slot.stage).wait(slot.parity);
+            Plan::<T>::key_free(self.slot.stage).release(self.lane);
+            Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
             let mut weights = T::Attention::weights(&scores);
             loop {
                 tile += 1;
                 if tile == tiles {
                     return weights;
                 }
-                let last = *slot;
-                *slot = slot.next(T::TILES.stages);
-                Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                T::Attention::start_scores(&mut scores, *query, Plan::<T>::key_image(*slot));
-                T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
-                scores.wait::<1>();
+                let last = self.next_scores::<T>(&mut scores, &weights, output);
                 mask(&mut scores, tile);
-                let fits = rows.absorb(&mut scores, *warpgroup);
+                let fits = rows.absorb(&mut scores, self.warpgroup);
                 T::Attention::wait_output(output, &mut weights);
-                Plan::<T>::value_free(last.stage).release(*lane);
+                Plan::<T>::value_free(last.stage).release(self.lane);
                 if !fits {
                     break;
                 }
-                Plan::<T>::key_free(slot.stage).release(*lane);
-                Plan::<T>::value_full(slot.stage).wait(slot.parity);
+                Plan::<T>::key_free(self.slot.stage).release(self.lane);
+                Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
                 weights = T::Attention::weights(&scores);
             }
         }
+    }
+
+    /// S of the tile at `slot`, which may have been waited for before.
+    #[inline(always)]
+    unsafe fn first_scores<T: Shape>(&self) -> <T::Attention as TileProducts>::Scores {
+        let mut scores = <T::Attention as TileProducts>::Scores::splat(0.0);
+        Plan::<T>::key_full(self.slot.stage).wait(self.slot.parity);
+        T::Attention::start_scores(&mut scores, self.query, Plan::<T>::key_image(self.slot));
+        scores.wait::<0>();
+        scores
+    }
+
+    /// Goes on to the next tile: S of that, and O += P V of the last, which is still in flight. Returns the last tile's slot.
+    #[inline(always)]
+    unsafe fn next_scores<T: Shape>(
+        &mut self,
+        scores: &mut <T::Attention as TileProducts>::Scores,
+        weights: &<T::Attention as TileProducts>::Weights,
+        output: &mut <T::Attention as TileProducts>::Output,
+    ) -> Slot {
+        let last = self.slot;
+        self.slot = last.next(T::TILES.stages);
+        Plan::<T>::key_full(self.slot.stage).wait(self.slot.parity);
+        T::Attention::start_scores(scores, self.query, Plan::<T>::key_image(self.slot));
+        T::Attention::start_output(output, weights, Plan::<T>::value_image(last));
+        scores.wait::<1>();
+        last
     }
 }
 
