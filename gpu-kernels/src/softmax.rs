@@ -1,6 +1,7 @@
 //! Softmax over key tiles in powers of two, without a running maximum. Packed Q is scaled so that a score is an exponent of two.
 //!
-//! * **Bounded** scores, where no |q| |k| of a head is more than `SCORE_BOUND` (Cauchy and Schwarz; a QK-norm sees to it): the weight of a
+//! * **Bounded** scores, where no |q| |k| of a head is more than
+//!   [`SCORE_BOUND`](crate::element::Element::SCORE_BOUND) (Cauchy and Schwarz; a QK-norm sees to it): the weight of a
 //!   score s is 2^s, which the element type and f32 sums can hold. Between a score and its weight stands nothing but the exponential.
 //! * **Any** scores: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
 //!   an offset of the row, which may grow beyond 1. Only when they grow too large is the maximum looked for and the offset lowered; with
