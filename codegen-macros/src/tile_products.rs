@@ -83,6 +83,8 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let weight_fields = fields("a", key_rows / 4);
     let (even, odd): (Vec<Ident>, Vec<Ident>) =
         fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
+    // Registers of the A operand hold the thread's two rows by turns.
+    let row = (0..key_rows as usize / 4).map(|index| index % 2);
     let start_scores = start_scores(ptx, key_rows, head_dim);
     let start_output = start_output(ptx, key_rows, head_dim, columns);
     let none = quote!(0);
@@ -127,6 +129,11 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             fn weights(scores: &#scores) -> #weights {
                 use ::framestride_kernels::element::Element as _;
                 #weights { #(#weight_fields: ::framestride_kernels::element::#element::pack(scores.#even, scores.#odd),)* }
+            }
+
+            #[inline(always)]
+            fn and_rows(weights: &#weights, rows: [u32; 2]) -> #weights {
+                #weights { #(#weight_fields: weights.#weight_fields & rows[#row],)* }
             }
         }
     })

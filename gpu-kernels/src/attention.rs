@@ -121,10 +121,8 @@ impl Work {
         let first_row = tile * T::TILES.query_rows;
         let range = T::LAYOUT.range_visible(head_type, first_row, T::TILES.query_rows, valid_text);
         let keys = T::LAYOUT.key_tiles(range, T::TILES.key_rows);
-        // Squares of the largest |q| and |k|. NaN is not bounded.
-        let [query, key] = global::load_f32x2(params.norms + head as u64 * 8);
-        let bound = <T::Attention as TileProducts>::Element::SCORE_BOUND;
-        Work { head, head_type, valid_text, bounded: query * key <= bound * bound, first_row, keys }
+        let bounded = softmax::are_bounded::<<T::Attention as TileProducts>::Element>(params.norms, head);
+        Work { head, head_type, valid_text, bounded, first_row, keys }
     }
 }
 
@@ -294,7 +292,8 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             let mask = |scores: &mut <T::Attention as TileProducts>::Scores, tile: u32| {
                 let first = work.keys.first_row(tile, T::TILES.key_rows);
                 if !range.sees_all(first, T::TILES.key_rows) {
-                    softmax::hide_unseen(scores, first, lane, visible);
+                    let seen = softmax::seen_keys(first, T::TILES.key_rows, lane, visible);
+                    softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
                 }
             };
             let mut weights = if work.bounded {
@@ -349,9 +348,7 @@ impl Consumer {
             mask(&mut scores, tile);
             Plan::<T>::key_free(self.slot.stage).release(self.lane);
             rows.take_bounded(&mut scores);
-            // The sum is never negative, but ptxas cannot know, and so leaves what is above before the wait for O.
-            let parity = self.slot.parity ^ (rows.sum[0] + rows.sum[1] < 0.0) as u32;
-            Plan::<T>::value_full(self.slot.stage).wait(parity);
+            Plan::<T>::value_full(self.slot.stage).wait(rows.after(self.slot.parity));
             T::Attention::wait_output(output, &mut weights);
             Plan::<T>::value_free(last.stage).release(self.lane);
             weights = T::Attention::weights(&scores);

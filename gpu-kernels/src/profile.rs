@@ -2,10 +2,10 @@
 //!
 //! profile: a block takes 64 sampled rows of one head and one split of its key tiles. The weights of a tile are computed once, relative
 //! to an offset common to all masks, and multiplied with V three times: as they are (dense), and with what the spatial or the
-//! temporal mask hides set to zero. Keys lie in the spatial layout, so the temporal mask is tested by position. A consumer
-//! warpgroup has registers for three outputs of 64 columns: with head dim 128 both work on every tile, each on half of V's columns;
-//! with head dim 64 they take turns on the tiles, and the first merges in what the second has. Grid: x = splits of the key tiles,
-//! y = groups of 64 samples, z = batch x heads.
+//! temporal mask hides set to zero. Keys lie in the spatial layout: a row sees nearly every tile whole or not at all through the
+//! spatial mask, and a run of each frame through the temporal one. A consumer warpgroup has registers for three outputs of 64
+//! columns: with head dim 128 both work on every tile, each on half of V's columns; with head dim 64 they take turns on the tiles,
+//! and the first merges in what the second has. Grid: x = splits of the key tiles, y = groups of 64 samples, z = batch x heads.
 //!
 //! select: merges the splits, and compares both masked outputs with the dense one. Grid: z = batch x heads.
 
@@ -20,7 +20,7 @@ use framestride_shapes::launch::{
     PROFILE_COLUMNS as COLUMNS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_THREADS, ProfileParams, ProfilePlan, SAMPLE_ROWS,
     SELECT_THREADS, SelectParams, profile_stages,
 };
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Visible};
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible};
 
 const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS: u32 = 240;
@@ -46,11 +46,15 @@ impl<T: Shape> Plan<T> {
     fn value(stage: u32) -> u32 {
         Self::key(stage) + Self::TILE_BYTES
     }
-    fn full(stage: u32) -> Barrier {
+    fn key_full(stage: u32) -> Barrier {
         Barrier::at(stage)
     }
-    fn free(stage: u32) -> Barrier {
+    fn value_full(stage: u32) -> Barrier {
         Barrier::at(Self::STAGES + stage)
+    }
+    /// Of both.
+    fn free(stage: u32) -> Barrier {
+        Barrier::at(2 * Self::STAGES + stage)
     }
 
     /// Sizes of the partial results, for `splits` parts of the keys of a head.
@@ -81,14 +85,13 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
     if thread::index() == 0 {
         let mut stage = 0;
         while stage < Plan::<T>::STAGES {
-            Plan::<T>::full(stage).init(1);
+            Plan::<T>::key_full(stage).init(1);
+            Plan::<T>::value_full(stage).init(1);
             Plan::<T>::free(stage).init(Plan::<T>::READERS);
             stage += 1;
         }
         barrier::publish_initialised();
     }
-    gather_samples::<T>(params, head, group, valid_text, params.packed_q + head_bytes);
-    shared::publish_to_async();
     thread::sync_block();
 
     if thread_warp < 4 {
@@ -100,15 +103,20 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
             while tile < last_tile {
                 let (stage, rows) = (slot.stage, head_bytes + tile as u64 * bytes as u64);
                 Plan::<T>::free(stage).wait(slot.parity);
-                Plan::<T>::full(stage).arrive_expecting(2 * bytes);
-                copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::full(stage));
-                copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::full(stage));
+                Plan::<T>::key_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
+                Plan::<T>::value_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
                 slot = slot.next(Plan::<T>::STAGES);
                 tile += 1;
             }
         }
     } else {
         thread::take_registers::<CONSUMER_REGISTERS>();
+        // The first tiles are on their way meanwhile.
+        gather_samples::<T>(params, head, group, valid_text, params.packed_q + head_bytes);
+        shared::publish_to_async();
+        thread::sync_two_warpgroups();
         consume::<T>(params, thread_warp - 4, [split, group, head], valid_text, first_tile..last_tile);
     }
 }
@@ -124,72 +132,30 @@ unsafe fn consume<T: Shape>(
 ) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
-    let (turn, columns) = if Plan::<T>::TURNS { (warpgroup, 0) } else { (0, warpgroup) };
+    let columns = if Plan::<T>::TURNS { 0 } else { warpgroup };
     let samples = [consumer_warp % 4 * 16 + lane / 4, consumer_warp % 4 * 16 + lane / 4 + 8];
-    let masks = Masks::new::<T>(samples.map(|sample| sampled_row::<T>(params, head, group, sample)), valid_text, lane);
-    let query = Descriptor::image(Plan::<T>::query(), T::HEAD_DIM);
-    let key = |slot: Slot| Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM);
-    let value = |slot: Slot| Descriptor::image(Plan::<T>::value(slot.stage) + columns * ATOM_BYTES, T::HEAD_DIM);
-    let next = |slot: Slot| {
-        let slot = slot.next(Plan::<T>::STAGES);
-        if Plan::<T>::TURNS { slot.next(Plan::<T>::STAGES) } else { slot }
+    let videos = samples.map(|sample| sampled_row::<T>(params, head, group, sample));
+    let consumer = Consumer { lane, warpgroup, columns, masks: Masks::new::<T>(videos, valid_text, lane) };
+    let mut results = Results::<T> {
+        rows: Rows::new(),
+        sums: [[0.0; 2]; 2],
+        outputs: [<T::Profile as TileProducts>::Output::splat(0.0); 3],
     };
-
-    let mut rows = Rows::new();
-    let mut sums = [[0.0f32; 2]; 2];
-    let mut outputs = [<T::Profile as TileProducts>::Output::splat(0.0); 3];
-    let headroom = <T::Profile as TileProducts>::Element::HEADROOM;
-    let mut slot = if turn == 0 { Slot::FIRST_FULL } else { Slot::FIRST_FULL.next(Plan::<T>::STAGES) };
-    let mut tile = tiles.start + turn;
-    if tile < tiles.end {
-        Plan::<T>::full(slot.stage).wait(slot.parity);
-        let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
-        let mut weights;
-        'offsets: loop {
-            T::Profile::start_scores(&mut scores, query, key(slot));
-            scores.wait::<0>();
-            masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
-            let rescale = rows.lower(&mut scores, headroom);
-            let [dense, spatial, temporal] = &mut outputs;
-            softmax::scale_rows(dense, rescale);
-            softmax::scale_rows(spatial, rescale);
-            softmax::scale_rows(temporal, rescale);
-            sums = sums.map(|sum| [sum[0] * rescale[0], sum[1] * rescale[1]]);
-            weights = masks.weights::<T>(&scores, tile * KEY_ROWS, &mut sums);
-            loop {
-                tile += if Plan::<T>::TURNS { CONSUMERS } else { 1 };
-                if tile >= tiles.end {
-                    break 'offsets;
-                }
-                let last = slot;
-                slot = next(slot);
-                Plan::<T>::full(slot.stage).wait(slot.parity);
-                T::Profile::start_scores(&mut scores, query, key(slot));
-                start_outputs::<T>(&mut outputs, &weights, value(last));
-                scores.wait::<3>();
-                masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
-                let fits = rows.absorb(&mut scores, warpgroup);
-                wait_outputs::<T>(&mut outputs, &mut weights);
-                Plan::<T>::free(last.stage).release(lane);
-                if !fits {
-                    break;
-                }
-                weights = masks.weights::<T>(&scores, tile * KEY_ROWS, &mut sums);
-            }
-        }
-        start_outputs::<T>(&mut outputs, &weights, value(slot));
-        wait_outputs::<T>(&mut outputs, &mut weights);
+    if softmax::are_bounded::<<T::Profile as TileProducts>::Element>(params.norms, head) {
+        results.rows = Rows::bounded();
+        consumer.sweep::<T, true>(tiles, &mut results);
+    } else {
+        consumer.sweep::<T, false>(tiles, &mut results);
     }
-
     if Plan::<T>::TURNS {
-        merge_turns::<T>(warpgroup, &mut rows, &mut sums, &mut outputs);
+        results.merge_turns(warpgroup);
         if warpgroup > 0 {
             return;
         }
     }
     let plan = Plan::<T>::partials(params.splits);
     let partial = params.partials + plan.offset(head, group, split) * 4;
-    let [dense, spatial, temporal] = &mut outputs;
+    let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
     if lane % 4 == 0 && columns == 0 {
         let mut row = 0;
         while row < 2 {
@@ -203,89 +169,192 @@ unsafe fn consume<T: Shape>(
     store_mask::<T>(place(2), samples, sums[1], temporal, lane, columns);
 }
 
-/// Gives the first warpgroup the results of both. They have had different tiles, and so have different offsets.
-#[inline(always)]
-unsafe fn merge_turns<T: Shape>(
+/// What a thread has found for its two samples.
+struct Results<T: Shape> {
+    /// Of all keys.
+    rows: Rows,
+    /// Sums of weights under the spatial and the temporal mask.
+    sums: [[f32; 2]; 2],
+    /// Unnormalised: dense, spatial, temporal.
+    outputs: [<T::Profile as TileProducts>::Output; 3],
+}
+
+struct Consumer {
+    lane: u32,
     warpgroup: u32,
-    rows: &mut Rows,
-    sums: &mut [[f32; 2]; 2],
-    [dense, spatial, temporal]: &mut [<T::Profile as TileProducts>::Output; 3],
-) {
-    const PER_OUTPUT: u32 = COLUMNS / 2;
-    // Where tiles were: a value of one thread lies beside that of the next.
-    let place = |index: u32| Plan::<T>::key(0) + (index * 128 + thread::index() % 128) * 4;
-    // Both are done with the tiles.
-    thread::sync_two_warpgroups();
-    if warpgroup == 1 {
-        let mut row = 0;
-        while row < 2 {
-            shared::store_f32(place(row), rows.offset[row as usize]);
-            shared::store_f32(place(2 + row), rows.sum[row as usize]);
-            shared::store_f32(place(4 + row), sums[0][row as usize]);
-            shared::store_f32(place(6 + row), sums[1][row as usize]);
-            row += 1;
+    /// Its columns of V: from 64 x `columns` on.
+    columns: u32,
+    masks: Masks,
+}
+
+impl Consumer {
+    /// Takes the warpgroup's share of `tiles` into `results`; `BOUNDED` says what [`softmax`] does.
+    #[inline(always)]
+    unsafe fn sweep<T: Shape, const BOUNDED: bool>(&self, tiles: core::ops::Range<u32>, results: &mut Results<T>) {
+        let query = Descriptor::image(Plan::<T>::query(), T::HEAD_DIM);
+        let key = |slot: Slot| Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM);
+        let value =
+            |slot: Slot| Descriptor::image(Plan::<T>::value(slot.stage) + self.columns * ATOM_BYTES, T::HEAD_DIM);
+        let stride = if Plan::<T>::TURNS { CONSUMERS } else { 1 };
+        let turn = if Plan::<T>::TURNS { self.warpgroup } else { 0 };
+        let mut slot = if turn == 0 { Slot::FIRST_FULL } else { Slot::FIRST_FULL.next(Plan::<T>::STAGES) };
+        let mut tile = tiles.start + turn;
+        if tile >= tiles.end {
+            return;
         }
-        dense.for_each(
-            #[inline(always)]
-            |i, value| shared::store_f32(place(8 + i), *value),
-        );
-        spatial.for_each(
-            #[inline(always)]
-            |i, value| shared::store_f32(place(8 + PER_OUTPUT + i), *value),
-        );
-        temporal.for_each(
-            #[inline(always)]
-            |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
-        );
-    }
-    thread::sync_two_warpgroups();
-    if warpgroup == 0 {
-        let offset = [0, 1].map(|row| rows.offset[row as usize].min(shared::load_f32(place(row))));
-        let own = [0, 1].map(|row| math::exp2(offset[row] - rows.offset[row]));
-        let other = [0, 1].map(|row| math::exp2(offset[row as usize] - shared::load_f32(place(row))));
-        let add = |value: f32, row: usize, index: u32| {
-            math::fma(value, own[row], shared::load_f32(place(index)) * other[row])
-        };
-        rows.offset = offset;
-        rows.sum = [0, 1].map(|row| add(rows.sum[row], row, 2 + row as u32));
-        sums[0] = [0, 1].map(|row| add(sums[0][row], row, 4 + row as u32));
-        sums[1] = [0, 1].map(|row| add(sums[1][row], row, 6 + row as u32));
-        dense.for_each(
-            #[inline(always)]
-            |i, value| *value = add(*value, softmax::row_of(i), 8 + i),
-        );
-        spatial.for_each(
-            #[inline(always)]
-            |i, value| *value = add(*value, softmax::row_of(i), 8 + PER_OUTPUT + i),
-        );
-        temporal.for_each(
-            #[inline(always)]
-            |i, value| *value = add(*value, softmax::row_of(i), 8 + 2 * PER_OUTPUT + i),
-        );
+        let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
+        let mut seen = self.masks.seen::<T>(tile * KEY_ROWS);
+        let mut weights;
+        Plan::<T>::key_full(slot.stage).wait(slot.parity);
+        'offsets: loop {
+            T::Profile::start_scores(&mut scores, query, key(slot));
+            scores.wait::<0>();
+            self.masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
+            if BOUNDED {
+                results.rows.take_bounded(&mut scores);
+            } else {
+                results.lower(&mut scores);
+            }
+            Plan::<T>::value_full(slot.stage).wait(slot.parity);
+            weights = results.weights(&scores, seen);
+            loop {
+                tile += stride;
+                if tile >= tiles.end {
+                    break 'offsets;
+                }
+                let last = slot;
+                slot = slot.next(Plan::<T>::STAGES);
+                if Plan::<T>::TURNS {
+                    slot = slot.next(Plan::<T>::STAGES);
+                }
+                Plan::<T>::key_full(slot.stage).wait(slot.parity);
+                T::Profile::start_scores(&mut scores, query, key(slot));
+                results.start_outputs(&weights, value(last));
+                // While the products run.
+                seen = self.masks.seen::<T>(tile * KEY_ROWS);
+                scores.wait::<3>();
+                self.masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
+                let fits = if BOUNDED {
+                    results.rows.take_bounded(&mut scores);
+                    true
+                } else {
+                    results.rows.absorb(&mut scores, self.warpgroup)
+                };
+                Plan::<T>::value_full(slot.stage).wait(results.rows.after(slot.parity));
+                results.wait_outputs(&mut weights);
+                Plan::<T>::free(last.stage).release(self.lane);
+                if !fits {
+                    break;
+                }
+                weights = results.weights(&scores, seen);
+            }
+        }
+        results.start_outputs(&weights, value(slot));
+        results.wait_outputs(&mut weights);
     }
 }
 
-/// The three products with V, a group each.
-#[inline(always)]
-unsafe fn start_outputs<T: Shape>(
-    [dense, spatial, temporal]: &mut [<T::Profile as TileProducts>::Output; 3],
-    weights: &[<T::Profile as TileProducts>::Weights; 3],
-    value: Descriptor,
-) {
-    T::Profile::start_output(dense, &weights[0], value);
-    T::Profile::start_output(spatial, &weights[1], value);
-    T::Profile::start_output(temporal, &weights[2], value);
-}
+impl<T: Shape> Results<T> {
+    /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
+    #[inline(always)]
+    unsafe fn lower(&mut self, scores: &mut <T::Profile as TileProducts>::Scores) {
+        let rescale = self.rows.lower(scores, <T::Profile as TileProducts>::Element::HEADROOM);
+        let [dense, spatial, temporal] = &mut self.outputs;
+        softmax::scale_rows(dense, rescale);
+        softmax::scale_rows(spatial, rescale);
+        softmax::scale_rows(temporal, rescale);
+        self.sums = self.sums.map(|sum| [sum[0] * rescale[0], sum[1] * rescale[1]]);
+    }
 
-/// Waits for all products.
-#[inline(always)]
-unsafe fn wait_outputs<T: Shape>(
-    [dense, spatial, temporal]: &mut [<T::Profile as TileProducts>::Output; 3],
-    weights: &mut [<T::Profile as TileProducts>::Weights; 3],
-) {
-    T::Profile::wait_output(dense, &mut weights[0]);
-    T::Profile::wait_output(spatial, &mut weights[1]);
-    T::Profile::wait_output(temporal, &mut weights[2]);
+    /// Rounds the weights of a tile: dense, spatial and temporal. Adds those that the last two keep to their sums.
+    #[inline(always)]
+    unsafe fn weights(
+        &mut self,
+        dense: &<T::Profile as TileProducts>::Scores,
+        [spatial, temporal]: [[u64; 2]; 2],
+    ) -> [<T::Profile as TileProducts>::Weights; 3] {
+        let all = T::Profile::weights(dense);
+        let [spatial_sum, temporal_sum] = &mut self.sums;
+        let spatial = keep_seen::<T>(dense, &all, self.rows.tile_sum, spatial, spatial_sum);
+        let temporal = keep_seen::<T>(dense, &all, self.rows.tile_sum, temporal, temporal_sum);
+        [all, spatial, temporal]
+    }
+
+    /// The three products with V, a group each.
+    #[inline(always)]
+    unsafe fn start_outputs(&mut self, weights: &[<T::Profile as TileProducts>::Weights; 3], value: Descriptor) {
+        let [dense, spatial, temporal] = &mut self.outputs;
+        T::Profile::start_output(dense, &weights[0], value);
+        T::Profile::start_output(spatial, &weights[1], value);
+        T::Profile::start_output(temporal, &weights[2], value);
+    }
+
+    /// Waits for all products.
+    #[inline(always)]
+    unsafe fn wait_outputs(&mut self, weights: &mut [<T::Profile as TileProducts>::Weights; 3]) {
+        let [dense, spatial, temporal] = &mut self.outputs;
+        T::Profile::wait_output(dense, &mut weights[0]);
+        T::Profile::wait_output(spatial, &mut weights[1]);
+        T::Profile::wait_output(temporal, &mut weights[2]);
+    }
+
+    /// Gives the first warpgroup the results of both. They have had different tiles, and so have different offsets.
+    #[inline(always)]
+    unsafe fn merge_turns(&mut self, warpgroup: u32) {
+        let Results { rows, sums, outputs: [dense, spatial, temporal] } = self;
+        const PER_OUTPUT: u32 = COLUMNS / 2;
+        // Where tiles were: a value of one thread lies beside that of the next.
+        let place = |index: u32| Plan::<T>::key(0) + (index * 128 + thread::index() % 128) * 4;
+        // Both are done with the tiles.
+        thread::sync_two_warpgroups();
+        if warpgroup == 1 {
+            let mut row = 0;
+            while row < 2 {
+                shared::store_f32(place(row), rows.offset[row as usize]);
+                shared::store_f32(place(2 + row), rows.sum[row as usize]);
+                shared::store_f32(place(4 + row), sums[0][row as usize]);
+                shared::store_f32(place(6 + row), sums[1][row as usize]);
+                row += 1;
+            }
+            dense.for_each(
+                #[inline(always)]
+                |i, value| shared::store_f32(place(8 + i), *value),
+            );
+            spatial.for_each(
+                #[inline(always)]
+                |i, value| shared::store_f32(place(8 + PER_OUTPUT + i), *value),
+            );
+            temporal.for_each(
+                #[inline(always)]
+                |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
+            );
+        }
+        thread::sync_two_warpgroups();
+        if warpgroup == 0 {
+            let offset = [0, 1].map(|row| rows.offset[row as usize].min(shared::load_f32(place(row))));
+            let own = [0, 1].map(|row| math::exp2(offset[row] - rows.offset[row]));
+            let other = [0, 1].map(|row| math::exp2(offset[row as usize] - shared::load_f32(place(row))));
+            let add = |value: f32, row: usize, index: u32| {
+                math::fma(value, own[row], shared::load_f32(place(index)) * other[row])
+            };
+            rows.offset = offset;
+            rows.sum = [0, 1].map(|row| add(rows.sum[row], row, 2 + row as u32));
+            sums[0] = [0, 1].map(|row| add(sums[0][row], row, 4 + row as u32));
+            sums[1] = [0, 1].map(|row| add(sums[1][row], row, 6 + row as u32));
+            dense.for_each(
+                #[inline(always)]
+                |i, value| *value = add(*value, softmax::row_of(i), 8 + i),
+            );
+            spatial.for_each(
+                #[inline(always)]
+                |i, value| *value = add(*value, softmax::row_of(i), 8 + PER_OUTPUT + i),
+            );
+            temporal.for_each(
+                #[inline(always)]
+                |i, value| *value = add(*value, softmax::row_of(i), 8 + 2 * PER_OUTPUT + i),
+            );
+        }
+    }
 }
 
 /// Video row, frame-major, of a sample; samples beyond the last repeat it.
@@ -295,11 +364,12 @@ fn sampled_row<T: Shape>(params: &ProfileParams, head: u32, group: u32, sample: 
     T::LAYOUT.sampled_video_row(params.seed, head, index, T::PROFILE_ROWS)
 }
 
-/// Copies the sampled rows of packed Q into the image of a query tile. All threads of the block take part.
+/// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
 #[inline(always)]
 unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32, valid_text: u32, packed_q: u64) {
     let blocks = T::HEAD_DIM / 64;
-    let mut chunk = thread::index();
+    const THREADS: u32 = CONSUMERS * 128;
+    let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
     while chunk < SAMPLE_ROWS * T::HEAD_DIM / 8 {
         let (sample, column) = (chunk / (T::HEAD_DIM / 8), chunk % (T::HEAD_DIM / 8));
         let row = valid_text + sampled_row::<T>(params, head, group, sample);
@@ -308,31 +378,29 @@ unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32
             atom as u64 * 1024 + (row % ATOM_ROWS * 128 + (column % 8 ^ row % ATOM_ROWS) * 16) as u64
         };
         shared::store16(Plan::<T>::query() + place(sample) as u32, global::load16(packed_q + place(row)));
-        chunk += PROFILE_THREADS;
+        chunk += THREADS;
     }
 }
 
-/// What the thread's two samples see of a tile of the spatial layout.
+/// What the thread's two samples see of the keys, which lie in the spatial layout.
 struct Masks {
     lane: u32,
     valid_text: u32,
     /// Through the spatial mask.
     spatial: [Visible; 2],
-    /// Added to a key's position in the temporal layout, it gives a number below `2 half_width - 1` where the temporal mask shows
-    /// the key: `|position(query) - position(key)| < half_width`.
-    temporal: [u32; 2],
+    /// The samples' positions in the temporal layout.
+    positions: [u32; 2],
 }
 
 impl Masks {
-    /// For two video rows, frame-major.
     #[inline(always)]
     fn new<T: Shape>(videos: [u32; 2], valid_text: u32, lane: u32) -> Masks {
-        let half_width = T::LAYOUT.half_width(HeadType::Temporal);
+        let tokens_per_frame = T::LAYOUT.tokens_per_frame;
         Masks {
             lane,
             valid_text,
             spatial: videos.map(|video| T::LAYOUT.visible(HeadType::Spatial, valid_text + video, valid_text)),
-            temporal: videos.map(|video| (half_width - 1).wrapping_sub(Token::of::<T>(video).position::<T>())),
+            positions: videos.map(|video| video % tokens_per_frame * T::LAYOUT.frames + video / tokens_per_frame),
         }
     }
 
@@ -341,109 +409,64 @@ impl Masks {
     fn hide_beyond_end<T: Shape>(&self, scores: &mut impl Fragment, first: u32) {
         let end = self.valid_text + T::LAYOUT.video_tokens();
         if first + KEY_ROWS > end {
-            softmax::hide_unseen(scores, first, self.lane, [Visible { prefix: end, start: end, end }; 2]);
+            let seen = softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]);
+            softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
         }
     }
 
-    /// Rounds the weights of a tile, whose first key is packed row `first`: dense, spatial and temporal. Adds those of the last two
-    /// to `sums`.
+    /// [`softmax::seen_keys`] of a tile, whose first key is packed row `first`, through the spatial and the temporal mask.
     #[inline(always)]
-    fn weights<T: Shape>(
-        &self,
-        dense: &<T::Profile as TileProducts>::Scores,
-        first: u32,
-        sums: &mut [[f32; 2]; 2],
-    ) -> [<T::Profile as TileProducts>::Weights; 3] {
-        let (mut spatial, mut temporal) = (*dense, *dense);
-        softmax::replace_unseen(&mut spatial, first, self.lane, self.spatial, 0.0);
-        if first < self.prefix::<T>() {
-            self.hide_from_temporal::<T, true>(&mut temporal, first);
-        } else {
-            self.hide_from_temporal::<T, false>(&mut temporal, first);
-        }
-        add_rows(&mut spatial, &mut sums[0]);
-        add_rows(&mut temporal, &mut sums[1]);
-        [T::Profile::weights(dense), T::Profile::weights(&spatial), T::Profile::weights(&temporal)]
+    fn seen<T: Shape>(&self, first: u32) -> [[u64; 2]; 2] {
+        [softmax::seen_keys(first, KEY_ROWS, self.lane, self.spatial), self.seen_through_temporal::<T>(first)]
     }
 
-    /// End of text and sink frames, which every query sees.
     #[inline(always)]
-    fn prefix<T: Shape>(&self) -> u32 {
-        self.valid_text + T::LAYOUT.sink_tokens()
-    }
-
-    /// Sets the weights of the keys that the temporal mask hides to zero. Without `PREFIX`, the tile has no key of the prefix.
-    #[inline(always)]
-    fn hide_from_temporal<T: Shape, const PREFIX: bool>(&self, temporal: &mut impl Fragment, first: u32) {
-        let first = first + 2 * (self.lane % 4);
-        let in_prefix = |column: u32| PREFIX & (first + column < self.prefix::<T>());
-        let shown = 2 * T::LAYOUT.half_width(HeadType::Temporal) - 1;
-        let temporal_offset = self.temporal.map(math::opaque);
-        // Counted from so many whole frames before the video that text has a place too.
-        let frames_before = T::LAYOUT.text_tokens.div_ceil(T::LAYOUT.tokens_per_frame);
-        let mut token = Token::of::<T>(first + frames_before * T::LAYOUT.tokens_per_frame - self.valid_text);
-        token.frame = token.frame.wrapping_sub(frames_before);
-        temporal.for_each_group(
-            #[inline(always)]
-            |group, [a, b, c, d]| {
-                let column = |column: u32, token: Token, upper: &mut f32, lower: &mut f32| {
-                    let (position, in_prefix) = (token.position::<T>(), in_prefix(column));
-                    // Logic without short circuits: predicates are cheaper than branches.
-                    let hides = |row: usize| !(in_prefix | (position.wrapping_add(temporal_offset[row]) < shown));
-                    if hides(0) {
-                        *upper = 0.0;
-                    }
-                    if hides(1) {
-                        *lower = 0.0;
-                    }
-                };
-                column(group * 8, token, a, c);
-                column(group * 8 + 1, token.after::<T>(1), b, d);
-                token = token.after::<T>(8);
-            },
-        );
-    }
-}
-
-/// A video token in the model's frame-major order.
-#[derive(Clone, Copy)]
-struct Token {
-    frame: u32,
-    patch: u32,
-}
-
-impl Token {
-    #[inline(always)]
-    fn of<T: Shape>(video: u32) -> Token {
-        Token { frame: video / T::LAYOUT.tokens_per_frame, patch: video % T::LAYOUT.tokens_per_frame }
-    }
-
-    /// The token `count` further on, for a constant count: no division is left.
-    #[inline(always)]
-    fn after<T: Shape>(self, count: u32) -> Token {
-        let tokens = T::LAYOUT.tokens_per_frame;
-        let (frame, patch) = (self.frame.wrapping_add(count / tokens), self.patch + count % tokens);
-        if patch < tokens {
-            Token { frame, patch }
-        } else {
-            Token { frame: frame.wrapping_add(1), patch: patch - tokens }
+    fn seen_through_temporal<T: Shape>(&self, first: u32) -> [u64; 2] {
+        let Layout { frames, tokens_per_frame, sink_frames, .. } = T::LAYOUT;
+        let prefix = self.valid_text + T::LAYOUT.sink_tokens();
+        // Of each frame in the tile a sample sees a run.
+        let mut frame = (first.saturating_sub(self.valid_text) / tokens_per_frame).max(sink_frames);
+        let mut seen = [0; 2];
+        loop {
+            let first_token = self.valid_text + frame * tokens_per_frame;
+            let runs = self.positions.map(|position| {
+                let [start, end] = T::LAYOUT.temporal_patches(position, frame);
+                Visible { prefix, start: first_token + start, end: first_token + end }
+            });
+            let of_frame = softmax::seen_keys(first, KEY_ROWS, self.lane, runs);
+            seen = [seen[0] | of_frame[0], seen[1] | of_frame[1]];
+            frame += 1;
+            if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
+                return seen;
+            }
         }
     }
-
-    /// Position in the temporal layout.
-    #[inline(always)]
-    fn position<T: Shape>(self) -> u32 {
-        (self.patch * T::LAYOUT.frames).wrapping_add(self.frame)
-    }
 }
 
-/// Adds each row of a fragment to its sum.
+/// The weights of `seen` keys, rounded; adds them to `sum`. `dense` are those of all keys, `all` the same rounded, `tile_sum` their sum.
 #[inline(always)]
-fn add_rows(fragment: &mut impl Fragment, sums: &mut [f32; 2]) {
-    fragment.for_each(
-        #[inline(always)]
-        |i, value| sums[softmax::row_of(i)] += *value,
-    );
+unsafe fn keep_seen<T: Shape>(
+    dense: &<T::Profile as TileProducts>::Scores,
+    all: &<T::Profile as TileProducts>::Weights,
+    tile_sum: [f32; 2],
+    seen: [u64; 2],
+    sum: &mut [f32; 2],
+) -> <T::Profile as TileProducts>::Weights {
+    const EVERY_KEY: u64 = (1 << KEY_ROWS / 4) - 1;
+    let is_whole = |keys: u64| keys == 0 || keys == EVERY_KEY;
+    if warp::any(!(is_whole(seen[0]) & is_whole(seen[1]))) {
+        let mut masked = *dense;
+        softmax::replace_unseen(&mut masked, seen, 0.0);
+        masked.for_each(
+            #[inline(always)]
+            |i, weight| sum[softmax::row_of(i)] += *weight,
+        );
+        T::Profile::weights(&masked)
+    } else {
+        // Most tiles are wholly inside or outside of what a row sees.
+        *sum = [0, 1].map(|row| if seen[row] != 0 { sum[row] + tile_sum[row] } else { sum[row] });
+        T::Profile::and_rows(all, seen.map(|keys| if keys != 0 { u32::MAX } else { 0 }))
+    }
 }
 
 /// Writes sums and unnormalised outputs of the thread's two samples, from column `64 columns` on.

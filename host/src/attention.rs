@@ -317,6 +317,7 @@ impl SparseAttention {
                 packed_k: packed[1],
                 packed_v: packed[2],
                 text_lengths: layer.text_lengths,
+                norms: part(&self.plan.norms),
                 partials,
                 seed: spec.profile.seed,
                 batch,

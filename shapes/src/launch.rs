@@ -101,6 +101,8 @@ pub struct ProfileParams {
     pub packed_v: u64,
     /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
     pub text_lengths: u64,
+    /// The largest squared norms of packed rows, see [`PackParams::norms`].
+    pub norms: u64,
     /// Partial results, see [`ProfilePlan`].
     pub partials: u64,
     /// Seed of the row draw.

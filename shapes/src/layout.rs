@@ -93,21 +93,20 @@ impl Visible {
         key < self.prefix || (key >= self.start && key < self.end)
     }
 
-    /// Which keys are seen of those that a thread has in its row of a tensor-core tile, two of each eight: bit b is for packed row
-    /// `first + b / 2 * 8 + b % 2`, where `first` is the thread's first key.
+    /// Which keys are seen of those that a thread has in its row of a tensor-core tile of `tile_rows` keys (a multiple of 8, less than
+    /// 256), two of each eight: bit b is for packed row `first + b / 2 * 8 + b % 2`, where `first` is the thread's first key.
     #[inline(always)]
-    pub const fn fragment_keys(self, first: u32) -> u64 {
-        Visible::fragment_keys_before(self.prefix, first)
-            | (Visible::fragment_keys_before(self.end, first) & !Visible::fragment_keys_before(self.start, first))
-    }
-
-    /// Likewise the keys before packed row `bound`.
-    #[inline(always)]
-    const fn fragment_keys_before(bound: u32, first: u32) -> u64 {
-        let rows = bound.saturating_sub(first);
-        let odd = if rows % 8 < 2 { rows % 8 } else { 2 };
-        let count = rows / 8 * 2 + odd;
-        if count < 64 { (1 << count) - 1 } else { u64::MAX }
+    pub const fn fragment_keys(self, first: u32, tile_rows: u32) -> u64 {
+        /// The keys before packed row `bound`.
+        #[inline(always)]
+        const fn before(bound: u32, first: u32, tile_rows: u32) -> u64 {
+            let rows = bound.saturating_sub(first);
+            let rows = if rows < tile_rows { rows } else { tile_rows };
+            let odd = if rows % 8 < 2 { rows % 8 } else { 2 };
+            (1 << (rows / 8 * 2 + odd)) - 1
+        }
+        before(self.prefix, first, tile_rows)
+            | (before(self.end, first, tile_rows) & !before(self.start, first, tile_rows))
     }
 }
 
@@ -374,6 +373,16 @@ impl Layout {
             return KeyTiles { prefix_tiles: 0, body_start: 0, tiles: range.any_end.div_ceil(key_rows) };
         }
         KeyTiles { prefix_tiles, body_start, tiles: prefix_tiles + (range.any_end - body_start).div_ceil(key_rows) }
+    }
+
+    /// The patches of frame `frame` whose tokens a query sees through the temporal mask, itself at `position` of the temporal layout:
+    /// `[start, end)`. They are a run, since positions grow by `frames` from patch to patch.
+    #[inline(always)]
+    pub const fn temporal_patches(&self, position: u32, frame: u32) -> [u32; 2] {
+        let half_width = self.half_width(HeadType::Temporal);
+        let start = (position + 1).saturating_sub(half_width + frame).div_ceil(self.frames);
+        let end = (position + half_width).saturating_sub(frame).div_ceil(self.frames);
+        [start, if end < self.tokens_per_frame { end } else { self.tokens_per_frame }]
     }
 
     /// Row of the video, in the model's frame-major order, that profiling draws as sample `index` of `samples` for one head: one

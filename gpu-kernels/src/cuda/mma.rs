@@ -77,4 +77,7 @@ pub trait TileProducts {
 
     /// Rounds scores to weights.
     fn weights(scores: &Self::Scores) -> Self::Weights;
+
+    /// The weights of the thread's rows, each and-ed with the row's word: all ones keep a row, 0 makes it zero.
+    fn and_rows(weights: &Self::Weights, rows: [u32; 2]) -> Self::Weights;
 }

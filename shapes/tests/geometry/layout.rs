@@ -65,6 +65,23 @@ proptest! {
         }
     }
 
+    #[test]
+    fn temporal_patches_are_the_rule(layout in layouts()) {
+        let rows = |video: u32| layout.first_video_row() + video;
+        for query in 0..layout.video_tokens() {
+            let position = query % layout.tokens_per_frame * layout.frames + query / layout.tokens_per_frame;
+            for frame in layout.sink_frames..layout.frames {
+                let [start, end] = layout.temporal_patches(position, frame);
+                prop_assert!(start <= end && end <= layout.tokens_per_frame);
+                for patch in 0..layout.tokens_per_frame {
+                    let key = rows(frame * layout.tokens_per_frame + patch);
+                    let expected = rule::sees(&layout, HeadType::Temporal, rows(query), key, layout.text_tokens);
+                    prop_assert_eq!((start..end).contains(&patch), expected, "query {}, frame {}, {}", query, frame, patch);
+                }
+            }
+        }
+    }
+
     /// Rows of invalid text and padding see no invalid key either.
     #[test]
     fn dead_rows_see_all_live_keys((layout, valid_text) in layouts_with_text(), head in heads()) {
@@ -197,13 +214,19 @@ proptest! {
 
     /// Bit by bit, up to the widest tile of wgmma, wherever its first key lies among the bounds.
     #[test]
-    fn keys_of_a_fragment(bounds in [0..400u32, 0..400, 0..400], first in 0..400u32, far in any::<bool>()) {
+    fn keys_of_a_fragment(
+        bounds in [0..400u32, 0..400, 0..400],
+        first in 0..400u32,
+        far in any::<bool>(),
+        groups in 1..=31u32,
+    ) {
         let far = if far { u32::MAX - 1000 } else { 0 };
         let [prefix, start, end] = bounds.map(|bound| bound + far);
         let (visible, first) = (Visible { prefix, start, end }, first + far);
-        let bits = visible.fragment_keys(first);
+        let bits = visible.fragment_keys(first, groups * 8);
         for key in 0..64 {
-            prop_assert_eq!(bits >> key & 1 != 0, visible.sees(first + key / 2 * 8 + key % 2), "key {}", key);
+            let seen = key < groups * 2 && visible.sees(first + key / 2 * 8 + key % 2);
+            prop_assert_eq!(bits >> key & 1 != 0, seen, "key {}", key);
         }
     }
 }
