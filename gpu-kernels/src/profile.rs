@@ -3,11 +3,14 @@
 //! profile: a block takes 64 sampled rows of one head and one split of its key tiles. The weights of a tile are computed once, relative
 //! to an offset common to all masks, and multiplied with V three times: as they are (dense), and with what the spatial or the
 //! temporal mask hides set to zero. Keys lie in the spatial layout: a row sees nearly every tile whole or not at all through the
-//! spatial mask, and a run of each frame through the temporal one. A consumer warpgroup has registers for three outputs of 64
-//! columns: with head dim 128 both work on every tile, each on half of V's columns; with head dim 64 they take turns on the tiles,
-//! and the first merges in what the second has. Grid: x = splits of the key tiles, y = groups of 64 samples, z = batch x heads.
+//! spatial mask, and a run of each frame through the temporal one; the producers say which keys. A consumer warpgroup has registers
+//! for three outputs of 64 columns: with head dim 128 both work on every tile, each on half of V's columns; with head dim 64 they
+//! take turns on the tiles, and the first merges in what the second has. Grid: x = splits of the key tiles, y = groups of 64
+//! samples, z = batch x heads.
 //!
 //! select: merges the splits, and compares both masked outputs with the dense one. Grid: z = batch x heads.
+
+use core::ops::Range;
 
 use crate::attention::valid_text;
 use crate::cuda::barrier::{self, Barrier, Slot};
@@ -17,10 +20,10 @@ use crate::element::Element;
 use crate::shape::Shape;
 use crate::softmax::{self, Rows};
 use framestride_shapes::launch::{
-    PROFILE_COLUMNS as COLUMNS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_THREADS, ProfileParams, ProfilePlan, SAMPLE_ROWS,
-    SELECT_THREADS, SelectParams, profile_stages,
+    PROFILE_COLUMNS as COLUMNS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_SEEN_BYTES as SEEN_BYTES, PROFILE_THREADS,
+    ProfileParams, ProfilePlan, SAMPLE_ROWS, SELECT_THREADS, SelectParams, profile_stages,
 };
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible};
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible, fragment_of};
 
 const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS: u32 = 240;
@@ -46,13 +49,18 @@ impl<T: Shape> Plan<T> {
     fn value(stage: u32) -> u32 {
         Self::key(stage) + Self::TILE_BYTES
     }
+    /// Where the producers say which keys a sample sees ([`Visible::keys`]): through the spatial mask, then through the temporal one.
+    fn seen(stage: u32, sample: u32) -> u32 {
+        Self::key(Self::STAGES) + stage * SEEN_BYTES + sample * 16
+    }
+    /// Of keys, and of what the samples see of them.
     fn key_full(stage: u32) -> Barrier {
         Barrier::at(stage)
     }
     fn value_full(stage: u32) -> Barrier {
         Barrier::at(Self::STAGES + stage)
     }
-    /// Of both.
+    /// Of all of the stage.
     fn free(stage: u32) -> Barrier {
         Barrier::at(2 * Self::STAGES + stage)
     }
@@ -79,13 +87,12 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
     // Splits that differ by one tile at most.
     let (share, rest) = (tiles / params.splits, tiles % params.splits);
     let first_tile = split * share + split.min(rest);
-    let last_tile = first_tile + share + (split < rest) as u32;
-    let head_bytes = T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
+    let tiles = first_tile..first_tile + share + (split < rest) as u32;
 
     if thread::index() == 0 {
         let mut stage = 0;
         while stage < Plan::<T>::STAGES {
-            Plan::<T>::key_full(stage).init(1);
+            Plan::<T>::key_full(stage).init(1 + 4);
             Plan::<T>::value_full(stage).init(1);
             Plan::<T>::free(stage).init(Plan::<T>::READERS);
             stage += 1;
@@ -96,28 +103,77 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
 
     if thread_warp < 4 {
         thread::release_registers::<PRODUCER_REGISTERS>();
-        if thread::index() == 0 {
-            let bytes = Plan::<T>::TILE_BYTES;
-            let mut slot = Slot::FIRST_FREE;
-            let mut tile = first_tile;
-            while tile < last_tile {
-                let (stage, rows) = (slot.stage, head_bytes + tile as u64 * bytes as u64);
-                Plan::<T>::free(stage).wait(slot.parity);
-                Plan::<T>::key_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
-                Plan::<T>::value_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
-                slot = slot.next(Plan::<T>::STAGES);
-                tile += 1;
-            }
-        }
+        produce::<T>(params, thread_warp, [group, head], valid_text, tiles);
     } else {
         thread::take_registers::<CONSUMER_REGISTERS>();
         // The first tiles are on their way meanwhile.
-        gather_samples::<T>(params, head, group, valid_text, params.packed_q + head_bytes);
+        gather_samples::<T>(params, head, group, valid_text);
         shared::publish_to_async();
         thread::sync_two_warpgroups();
-        consume::<T>(params, thread_warp - 4, [split, group, head], valid_text, first_tile..last_tile);
+        consume::<T>(params, thread_warp - 4, [split, group, head], valid_text, tiles);
+    }
+}
+
+/// The producer warpgroup: its first thread keeps the stages full, and each thread works out which keys one sample sees through one
+/// mask. The consumers would do that between two products, and with head dim 128 both of them.
+#[inline(always)]
+unsafe fn produce<T: Shape>(
+    params: &ProfileParams,
+    producer_warp: u32,
+    [group, head]: [u32; 2],
+    valid_text: u32,
+    tiles: Range<u32>,
+) {
+    let head_bytes = T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
+    let bytes = Plan::<T>::TILE_BYTES;
+    let lane = thread::lane();
+    let is_temporal = producer_warp >= 2;
+    let sample = producer_warp % 2 * 32 + lane;
+    let video = sampled_row::<T>(params, head, group, sample);
+    let place = |stage: u32| Plan::<T>::seen(stage, sample) + if is_temporal { 8 } else { 0 };
+    let mut slot = Slot::FIRST_FREE;
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        let (stage, rows) = (slot.stage, head_bytes + tile as u64 * bytes as u64);
+        Plan::<T>::free(stage).wait(slot.parity);
+        if thread::index() == 0 {
+            Plan::<T>::key_full(stage).arrive_expecting(bytes);
+            copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
+            Plan::<T>::value_full(stage).arrive_expecting(bytes);
+            copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
+        }
+        let first = tile * KEY_ROWS;
+        let seen = if is_temporal {
+            keys_through_temporal::<T>(video, valid_text, first)
+        } else {
+            T::LAYOUT.visible(HeadType::Spatial, valid_text + video, valid_text).keys(first)
+        };
+        shared::store_u32(place(stage), seen as u32);
+        shared::store_u32(place(stage) + 4, (seen >> 32) as u32);
+        warp::sync();
+        Plan::<T>::key_full(stage).release(lane);
+        slot = slot.next(Plan::<T>::STAGES);
+        tile += 1;
+    }
+}
+
+/// [`Visible::keys`] of the sample that is row `video` of the video, through the temporal mask; keys lie in the spatial layout.
+#[inline(always)]
+fn keys_through_temporal<T: Shape>(video: u32, valid_text: u32, first: u32) -> u64 {
+    let Layout { frames, tokens_per_frame, sink_frames, .. } = T::LAYOUT;
+    let position = video % tokens_per_frame * frames + video / tokens_per_frame;
+    let prefix = valid_text + T::LAYOUT.sink_tokens();
+    let mut frame = (first.saturating_sub(valid_text) / tokens_per_frame).max(sink_frames);
+    let mut keys = 0;
+    // Of each frame in the tile a run.
+    loop {
+        let first_token = valid_text + frame * tokens_per_frame;
+        let [start, end] = T::LAYOUT.temporal_patches(position, frame);
+        keys |= Visible { prefix, start: first_token + start, end: first_token + end }.keys(first);
+        frame += 1;
+        if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
+            return keys;
+        }
     }
 }
 
@@ -128,14 +184,13 @@ unsafe fn consume<T: Shape>(
     consumer_warp: u32,
     [split, group, head]: [u32; 3],
     valid_text: u32,
-    tiles: core::ops::Range<u32>,
+    tiles: Range<u32>,
 ) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
     let columns = if Plan::<T>::TURNS { 0 } else { warpgroup };
     let samples = [consumer_warp % 4 * 16 + lane / 4, consumer_warp % 4 * 16 + lane / 4 + 8];
-    let videos = samples.map(|sample| sampled_row::<T>(params, head, group, sample));
-    let consumer = Consumer { lane, warpgroup, columns, masks: Masks::new::<T>(videos, valid_text, lane) };
+    let consumer = Consumer { lane, warpgroup, columns, samples, end: valid_text + T::LAYOUT.video_tokens() };
     let mut results = Results::<T> {
         rows: Rows::new(),
         sums: [[0.0; 2]; 2],
@@ -184,13 +239,16 @@ struct Consumer {
     warpgroup: u32,
     /// Its columns of V: from 64 x `columns` on.
     columns: u32,
-    masks: Masks,
+    /// The thread's.
+    samples: [u32; 2],
+    /// Of the video.
+    end: u32,
 }
 
 impl Consumer {
     /// Takes the warpgroup's share of `tiles` into `results`; `BOUNDED` says what [`softmax`] does.
     #[inline(always)]
-    unsafe fn sweep<T: Shape, const BOUNDED: bool>(&self, tiles: core::ops::Range<u32>, results: &mut Results<T>) {
+    unsafe fn sweep<T: Shape, const BOUNDED: bool>(&self, tiles: Range<u32>, results: &mut Results<T>) {
         let query = Descriptor::image(Plan::<T>::query(), T::HEAD_DIM);
         let key = |slot: Slot| Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM);
         let value =
@@ -203,20 +261,20 @@ impl Consumer {
             return;
         }
         let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
-        let mut seen = self.masks.seen::<T>(tile * KEY_ROWS);
         let mut weights;
         Plan::<T>::key_full(slot.stage).wait(slot.parity);
+        let mut seen = self.seen::<T>(slot.stage);
         'offsets: loop {
             T::Profile::start_scores(&mut scores, query, key(slot));
             scores.wait::<0>();
-            self.masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
+            self.hide_beyond_end(&mut scores, tile * KEY_ROWS);
             if BOUNDED {
                 results.rows.take_bounded(&mut scores);
             } else {
                 results.lower(&mut scores);
             }
             Plan::<T>::value_full(slot.stage).wait(slot.parity);
-            weights = results.weights(&scores, seen);
+            weights = results.weights(&scores, seen, self.lane);
             loop {
                 tile += stride;
                 if tile >= tiles.end {
@@ -230,10 +288,9 @@ impl Consumer {
                 Plan::<T>::key_full(slot.stage).wait(slot.parity);
                 T::Profile::start_scores(&mut scores, query, key(slot));
                 results.start_outputs(&weights, value(last));
-                // While the products run.
-                seen = self.masks.seen::<T>(tile * KEY_ROWS);
+                seen = self.seen::<T>(slot.stage);
                 scores.wait::<3>();
-                self.masks.hide_beyond_end::<T>(&mut scores, tile * KEY_ROWS);
+                self.hide_beyond_end(&mut scores, tile * KEY_ROWS);
                 let fits = if BOUNDED {
                     results.rows.take_bounded(&mut scores);
                     true
@@ -246,11 +303,30 @@ impl Consumer {
                 if !fits {
                     break;
                 }
-                weights = results.weights(&scores, seen);
+                weights = results.weights(&scores, seen, self.lane);
             }
         }
         results.start_outputs(&weights, value(slot));
         results.wait_outputs(&mut weights);
+    }
+
+    /// What the thread's samples see of the tile in a stage: through the spatial mask, through the temporal one.
+    #[inline(always)]
+    unsafe fn seen<T: Shape>(&self, stage: u32) -> [[u64; 2]; 2] {
+        let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
+        let [a, b, c, d] = shared::load16(Plan::<T>::seen(stage, self.samples[0]));
+        let [e, f, g, h] = shared::load16(Plan::<T>::seen(stage, self.samples[1]));
+        [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
+    }
+
+    /// Sets the scores of keys behind the video, which nobody sees, to -inf.
+    #[inline(always)]
+    fn hide_beyond_end(&self, scores: &mut impl Fragment, first: u32) {
+        let end = self.end;
+        if first + KEY_ROWS > end {
+            let seen = softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]);
+            softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
+        }
     }
 }
 
@@ -272,11 +348,12 @@ impl<T: Shape> Results<T> {
         &mut self,
         dense: &<T::Profile as TileProducts>::Scores,
         [spatial, temporal]: [[u64; 2]; 2],
+        lane: u32,
     ) -> [<T::Profile as TileProducts>::Weights; 3] {
         let all = T::Profile::weights(dense);
         let [spatial_sum, temporal_sum] = &mut self.sums;
-        let spatial = keep_seen::<T>(dense, &all, self.rows.tile_sum, spatial, spatial_sum);
-        let temporal = keep_seen::<T>(dense, &all, self.rows.tile_sum, temporal, temporal_sum);
+        let spatial = keep_seen::<T>(dense, &all, self.rows.tile_sum, spatial, lane, spatial_sum);
+        let temporal = keep_seen::<T>(dense, &all, self.rows.tile_sum, temporal, lane, temporal_sum);
         [all, spatial, temporal]
     }
 
@@ -366,7 +443,8 @@ fn sampled_row<T: Shape>(params: &ProfileParams, head: u32, group: u32, sample: 
 
 /// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
 #[inline(always)]
-unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32, valid_text: u32, packed_q: u64) {
+unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
+    let packed_q = params.packed_q + T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
     let blocks = T::HEAD_DIM / 64;
     const THREADS: u32 = CONSUMERS * 128;
     let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
@@ -382,67 +460,6 @@ unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32
     }
 }
 
-/// What the thread's two samples see of the keys, which lie in the spatial layout.
-struct Masks {
-    lane: u32,
-    valid_text: u32,
-    /// Through the spatial mask.
-    spatial: [Visible; 2],
-    /// The samples' positions in the temporal layout.
-    positions: [u32; 2],
-}
-
-impl Masks {
-    #[inline(always)]
-    fn new<T: Shape>(videos: [u32; 2], valid_text: u32, lane: u32) -> Masks {
-        let tokens_per_frame = T::LAYOUT.tokens_per_frame;
-        Masks {
-            lane,
-            valid_text,
-            spatial: videos.map(|video| T::LAYOUT.visible(HeadType::Spatial, valid_text + video, valid_text)),
-            positions: videos.map(|video| video % tokens_per_frame * T::LAYOUT.frames + video / tokens_per_frame),
-        }
-    }
-
-    /// Sets the scores of keys behind the video, which nobody sees, to -inf.
-    #[inline(always)]
-    fn hide_beyond_end<T: Shape>(&self, scores: &mut impl Fragment, first: u32) {
-        let end = self.valid_text + T::LAYOUT.video_tokens();
-        if first + KEY_ROWS > end {
-            let seen = softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]);
-            softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
-        }
-    }
-
-    /// [`softmax::seen_keys`] of a tile, whose first key is packed row `first`, through the spatial and the temporal mask.
-    #[inline(always)]
-    fn seen<T: Shape>(&self, first: u32) -> [[u64; 2]; 2] {
-        [softmax::seen_keys(first, KEY_ROWS, self.lane, self.spatial), self.seen_through_temporal::<T>(first)]
-    }
-
-    #[inline(always)]
-    fn seen_through_temporal<T: Shape>(&self, first: u32) -> [u64; 2] {
-        let Layout { frames, tokens_per_frame, sink_frames, .. } = T::LAYOUT;
-        let prefix = self.valid_text + T::LAYOUT.sink_tokens();
-        // Of each frame in the tile a sample sees a run.
-        let mut frame = (first.saturating_sub(self.valid_text) / tokens_per_frame).max(sink_frames);
-        let mut seen = [0; 2];
-        loop {
-            let first_token = self.valid_text + frame * tokens_per_frame;
-            let runs = self.positions.map(|position| {
-                let [start, end] = T::LAYOUT.temporal_patches(position, frame);
-                Visible { prefix, start: first_token + start, end: first_token + end }
-            });
-            let of_frame = softmax::seen_keys(first, KEY_ROWS, self.lane, runs);
-            seen = [seen[0] | of_frame[0], seen[1] | of_frame[1]];
-            frame += 1;
-            if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
-                return seen;
-            }
-        }
-    }
-}
-
 /// The weights of `seen` keys, rounded; adds them to `sum`. `dense` are those of all keys, `all` the same rounded, `tile_sum` their sum.
 #[inline(always)]
 unsafe fn keep_seen<T: Shape>(
@@ -450,13 +467,14 @@ unsafe fn keep_seen<T: Shape>(
     all: &<T::Profile as TileProducts>::Weights,
     tile_sum: [f32; 2],
     seen: [u64; 2],
+    lane: u32,
     sum: &mut [f32; 2],
 ) -> <T::Profile as TileProducts>::Weights {
-    const EVERY_KEY: u64 = (1 << KEY_ROWS / 4) - 1;
-    let is_whole = |keys: u64| keys == 0 || keys == EVERY_KEY;
+    let is_whole = |keys: u64| keys == 0 || keys == u64::MAX;
     if warp::any(!(is_whole(seen[0]) & is_whole(seen[1]))) {
         let mut masked = *dense;
-        softmax::replace_unseen(&mut masked, seen, 0.0);
+        let own = seen.map(|keys| fragment_of(keys, lane % 4));
+        softmax::replace_unseen(&mut masked, own, 0.0);
         masked.for_each(
             #[inline(always)]
             |i, weight| sum[softmax::row_of(i)] += *weight,

@@ -314,9 +314,13 @@ pub const fn profile_stages(head_dim: u32) -> u32 {
     768 / head_dim
 }
 
+/// Bytes that say which keys of a tile the samples see: two masks of a sample, a bit a key.
+pub const PROFILE_SEEN_BYTES: u32 = SAMPLE_ROWS * 2 * PROFILE_KEY_ROWS / 8;
+
 /// Bytes of shared memory of **profile**: barriers (1 KiB, which keeps the tiles aligned to swizzle atoms), the samples, the stages.
 pub const fn profile_shared_bytes(head_dim: u32) -> u32 {
-    1024 + (SAMPLE_ROWS + 2 * profile_stages(head_dim) * PROFILE_KEY_ROWS) * head_dim * 2
+    let stage = 2 * PROFILE_KEY_ROWS * head_dim * 2 + PROFILE_SEEN_BYTES;
+    1024 + SAMPLE_ROWS * head_dim * 2 + profile_stages(head_dim) * stage
 }
 
 /// Block of **select**.

@@ -93,6 +93,18 @@ impl Visible {
         key < self.prefix || (key >= self.start && key < self.end)
     }
 
+    /// Which of the 64 keys from packed row `first` on are seen: bit b is for packed row `first + b`.
+    #[inline(always)]
+    pub const fn keys(self, first: u32) -> u64 {
+        /// The keys before packed row `bound`.
+        #[inline(always)]
+        const fn before(bound: u32, first: u32) -> u64 {
+            let rows = bound.saturating_sub(first);
+            if rows < 64 { (1 << rows) - 1 } else { u64::MAX }
+        }
+        before(self.prefix, first) | (before(self.end, first) & !before(self.start, first))
+    }
+
     /// Which keys are seen of those that a thread has in its row of a tensor-core tile of `tile_rows` keys (a multiple of 8, less than
     /// 256), two of each eight: bit b is for packed row `first + b / 2 * 8 + b % 2`, where `first` is the thread's first key.
     #[inline(always)]
@@ -108,6 +120,18 @@ impl Visible {
         before(self.prefix, first, tile_rows)
             | (before(self.end, first, tile_rows) & !before(self.start, first, tile_rows))
     }
+}
+
+/// Of [`Visible::keys`] those that lane `quad_lane` of a quad has, as [`Visible::fragment_keys`] of its first key says it.
+#[inline(always)]
+pub const fn fragment_of(keys: u64, quad_lane: u32) -> u64 {
+    /// The lowest two bits of each byte, together: the product has byte b's at 18 + 2 b, where no other term is.
+    #[inline(always)]
+    const fn gather(word: u32) -> u32 {
+        (word & 0x0303_0303).wrapping_mul(1 | 1 << 6 | 1 << 12 | 1 << 18) >> 18 & 0xff
+    }
+    let [low, high] = [keys as u32, (keys >> 32) as u32];
+    (gather(low >> (2 * quad_lane)) | gather(high >> (2 * quad_lane)) << 8) as u64
 }
 
 /// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the rows' runs and what lies between them) and `all`

@@ -1,6 +1,6 @@
 //! The packed order and what its rows see.
 
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition, Visible};
+use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition, Visible, fragment_of};
 use proptest::prelude::*;
 
 use crate::rule::{self, Token};
@@ -227,6 +227,21 @@ proptest! {
         for key in 0..64 {
             let seen = key < groups * 2 && visible.sees(first + key / 2 * 8 + key % 2);
             prop_assert_eq!(bits >> key & 1 != 0, seen, "key {}", key);
+        }
+    }
+
+    /// The same tile by whole rows, and of those what a lane has.
+    #[test]
+    fn keys_of_a_row(bounds in [0..400u32, 0..400, 0..400], first in 0..400u32, far in any::<bool>()) {
+        let far = if far { u32::MAX - 1000 } else { 0 };
+        let [prefix, start, end] = bounds.map(|bound| bound + far);
+        let (visible, first) = (Visible { prefix, start, end }, first + far);
+        let keys = visible.keys(first);
+        for key in 0..64 {
+            prop_assert_eq!(keys >> key & 1 != 0, visible.sees(first + key), "key {}", key);
+        }
+        for lane in 0..4 {
+            prop_assert_eq!(fragment_of(keys, lane), visible.fragment_keys(first + 2 * lane, 64), "lane {}", lane);
         }
     }
 }
