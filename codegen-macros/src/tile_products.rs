@@ -198,15 +198,14 @@ fn operand_list(first: u32, count: u32) -> String {
     format!("{{{{{}}}}}", list.join(", "))
 }
 
-/// S = Q K^T: both operands K-major images, head_dim / 16 k-steps. The first step ignores what the registers hold.
+/// S += Q K^T: both operands K-major images, head_dim / 16 k-steps.
 fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
     let count = key_rows / 2;
     let (q, k) = (format!("{{{count}}}"), format!("{{{}}}", count + 1));
     let mut lines = vec![
         "{{".to_string(),
-        ".reg .pred %fresh, %add;".to_string(),
+        ".reg .pred %add;".to_string(),
         ".reg .b64 %q, %k;".to_string(),
-        "setp.ne.b32 %fresh, 0, 0;".to_string(),
         "setp.eq.b32 %add, 0, 0;".to_string(),
         "wgmma.fence.sync.aligned;".to_string(),
     ];
@@ -216,9 +215,8 @@ fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
         lines.push(format!("add.s64 %q, {q}, {offset};"));
         lines.push(format!("add.s64 %k, {k}, {offset};"));
         lines.push(format!(
-            "wgmma.mma_async.sync.aligned.m64n{key_rows}k16.f32.{ptx}.{ptx} {}, %q, %k, {}, 1, 1, 0, 0;",
-            operand_list(0, count),
-            if step == 0 { "%fresh" } else { "%add" }
+            "wgmma.mma_async.sync.aligned.m64n{key_rows}k16.f32.{ptx}.{ptx} {}, %q, %k, %add, 1, 1, 0, 0;",
+            operand_list(0, count)
         ));
     }
     lines.push("wgmma.commit_group.sync.aligned;".to_string());

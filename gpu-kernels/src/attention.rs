@@ -5,14 +5,14 @@
 //! they are done with one; those with text, which see every key, go first. For each query tile a consumer does:
 //!
 //! ```text
-//! from tile j = 0, and (scores that are not bounded) again from a tile whose weights are too large for the rows' offsets:
-//!     S = Q K[j]^T;  (lower the offsets;  rescale O;)  P = weights of S
+//! from the first tile j, and again from a tile whose weights are too large for the rows' offsets:
+//!     S = Q K[j]^T;  lower the offsets, unless rows may do without;  rescale O;  P = weights of S
 //!     for each tile j after it:
-//!         start S = Q K[j]^T
+//!         start S = offsets + Q K[j]^T
 //!         start O += P V[j-1]
 //!         wait for S;  S = weights of S                       (while O += P V runs on the tensor cores)
 //!         wait for O;  P = S
-//! O += P V[tiles-1];  O / sum -> the model's order
+//! O += P V of the last tile;  O / sum -> the model's order
 //! ```
 
 use crate::cuda::barrier::{self, Barrier, Slot};
@@ -28,6 +28,8 @@ use framestride_shapes::layout::{HeadType, KeyTiles};
 /// threads starts with.
 const REGISTERS_OF_2: [u32; 2] = [24, 240];
 const REGISTERS_OF_3: [u32; 2] = [32, 160];
+
+type ElementOf<T> = <<T as Shape>::Attention as TileProducts>::Element;
 
 /// Where tiles and barriers lie in shared memory.
 struct Plan<T>(core::marker::PhantomData<T>);
@@ -85,8 +87,6 @@ struct Work {
     head: u32,
     head_type: HeadType,
     valid_text: u32,
-    /// Whether the head's scores are bounded, see [`crate::softmax`].
-    bounded: bool,
     /// Packed row of its first query.
     first_row: u32,
     keys: KeyTiles,
@@ -116,13 +116,16 @@ impl Work {
         } else {
             ((index - with_text) / video_tiles.max(1), text_tiles + (index - with_text) % video_tiles.max(1))
         };
-        let head_type = HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4));
+        let head_type = if params.head_types == 0 {
+            HeadType::Dense
+        } else {
+            HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4))
+        };
         let valid_text = valid_text::<T>(params.text_lengths, head / params.heads);
         let first_row = tile * T::TILES.query_rows;
         let range = T::LAYOUT.range_visible(head_type, first_row, T::TILES.query_rows, valid_text);
         let keys = T::LAYOUT.key_tiles(range, T::TILES.key_rows);
-        let bounded = softmax::are_bounded::<<T::Attention as TileProducts>::Element>(params.norms, head);
-        Work { head, head_type, valid_text, bounded, first_row, keys }
+        Work { head, head_type, valid_text, first_row, keys }
     }
 }
 
@@ -281,32 +284,27 @@ unsafe fn consume<T: Shape>(params: &AttentionParams, consumer_warp: u32) {
             break;
         }
         let work = Work::at::<T>(params, index);
+        let keys = KeyTiles {
+            prefix_tiles: warp::uniform(work.keys.prefix_tiles),
+            body_start: warp::uniform(work.keys.body_start),
+            tiles: warp::uniform(work.keys.tiles),
+        };
         // Rows of this warp, and of this thread.
         let warp_row = work.first_row + consumer_warp * 16;
         let thread_rows = [warp_row + lane / 4, warp_row + lane / 4 + 8];
-        let mut rows = if work.bounded { Rows::bounded() } else { Rows::new() };
+        let mut rows = Rows::new();
         let mut output = <T::Attention as TileProducts>::Output::splat(0.0);
-        if work.keys.tiles > 0 {
+        if keys.tiles > 0 {
             let range = T::LAYOUT.range_visible(work.head_type, warp_row, 16, work.valid_text);
             let visible = thread_rows.map(|row| T::LAYOUT.visible(work.head_type, row, work.valid_text));
             let mask = |scores: &mut <T::Attention as TileProducts>::Scores, tile: u32| {
-                let first = work.keys.first_row(tile, T::TILES.key_rows);
+                let first = keys.first_row(tile, T::TILES.key_rows);
                 if !range.sees_all(first, T::TILES.key_rows) {
                     let seen = softmax::seen_keys(first, T::TILES.key_rows, lane, visible);
                     softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
                 }
             };
-            let mut weights = if work.bounded {
-                consumer.sweep_bounded::<T>(work.keys.tiles, mask, &mut rows, &mut output)
-            } else {
-                consumer.sweep::<T>(work.keys.tiles, mask, &mut rows, &mut output)
-            };
-            Plan::<T>::query_free(warpgroup).release(lane);
-            let slot = consumer.slot;
-            T::Attention::start_output(&mut output, &weights, Plan::<T>::value_image(slot));
-            T::Attention::wait_output(&mut output, &mut weights);
-            Plan::<T>::value_free(slot.stage).release(lane);
-            consumer.slot = slot.next(T::TILES.stages);
+            consumer.sweep::<T>(keys.tiles, mask, &mut rows, &mut output);
         } else {
             Plan::<T>::query_free(warpgroup).release(lane);
         }
@@ -324,40 +322,9 @@ struct Consumer {
     slot: Slot,
 }
 
-/// `sweep_bounded` and `sweep` go over the key tiles of a query tile from `slot` on: they take all weights into `rows`, and the products
-/// of all but the last tile with V into `output`. They return the weights of the last tile, with `slot` there.
 impl Consumer {
-    /// Bounded scores.
-    #[inline(always)]
-    unsafe fn sweep_bounded<T: Shape>(
-        &mut self,
-        tiles: u32,
-        mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
-        rows: &mut Rows,
-        output: &mut <T::Attention as TileProducts>::Output,
-    ) -> <T::Attention as TileProducts>::Weights {
-        let mut scores = self.first_scores::<T>();
-        mask(&mut scores, 0);
-        rows.take_bounded(&mut scores);
-        Plan::<T>::key_free(self.slot.stage).release(self.lane);
-        Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
-        let mut weights = T::Attention::weights(&scores);
-        let mut tile = 1;
-        while tile < tiles {
-            let last = self.next_scores::<T>(&mut scores, &weights, output);
-            mask(&mut scores, tile);
-            Plan::<T>::key_free(self.slot.stage).release(self.lane);
-            rows.take_bounded(&mut scores);
-            Plan::<T>::value_full(self.slot.stage).wait(rows.after(self.slot.parity));
-            T::Attention::wait_output(output, &mut weights);
-            Plan::<T>::value_free(last.stage).release(self.lane);
-            weights = T::Attention::weights(&scores);
-            tile += 1;
-        }
-        weights
-    }
-
-    /// Any scores.
+    /// Goes over the key tiles of a query tile from `slot` to behind the last: takes all weights into `rows`, and their products with V into
+    /// `output`.
     #[inline(always)]
     unsafe fn sweep<T: Shape>(
         &mut self,
@@ -365,32 +332,62 @@ impl Consumer {
         mask: impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
         rows: &mut Rows,
         output: &mut <T::Attention as TileProducts>::Output,
-    ) -> <T::Attention as TileProducts>::Weights {
-        let headroom = <T::Attention as TileProducts>::Element::HEADROOM;
+    ) {
         let mut tile = 0;
+        let mut scores = self.first_scores::<T>();
+        mask(&mut scores, tile);
+        if rows.start_plain::<ElementOf<T>>(&mut scores, self.warpgroup)
+            && self.rounds::<T, false>(&mut tile, tiles, &mask, &mut scores, rows, output)
+        {
+            return;
+        }
         loop {
-            let mut scores = self.first_scores::<T>();
+            scores = self.first_scores::<T>();
             mask(&mut scores, tile);
-            softmax::scale_rows(output, rows.lower(&mut scores, headroom));
+            softmax::scale_rows(output, rows.lower::<ElementOf<T>>(&mut scores));
+            if self.rounds::<T, true>(&mut tile, tiles, &mask, &mut scores, rows, output) {
+                return;
+            }
+        }
+    }
+
+    /// The rounds of [`Consumer::sweep`], from the weights of `tile` on, with the rows' offsets or (`OFFSETS` is false) with none. False
+    /// at a tile whose weights are too large, where `tile` and `slot` are then.
+    #[inline(always)]
+    unsafe fn rounds<T: Shape, const OFFSETS: bool>(
+        &mut self,
+        tile: &mut u32,
+        tiles: u32,
+        mask: &impl Fn(&mut <T::Attention as TileProducts>::Scores, u32),
+        scores: &mut <T::Attention as TileProducts>::Scores,
+        rows: &mut Rows,
+        output: &mut <T::Attention as TileProducts>::Output,
+    ) -> bool {
+        loop {
             Plan::<T>::key_free(self.slot.stage).release(self.lane);
             Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
-            let mut weights = T::Attention::weights(&scores);
-            loop {
-                tile += 1;
-                if tile == tiles {
-                    return weights;
-                }
-                let last = self.next_scores::<T>(&mut scores, &weights, output);
-                mask(&mut scores, tile);
-                let fits = rows.absorb(&mut scores, self.warpgroup);
+            let mut weights = T::Attention::weights(scores);
+            let last = self.slot;
+            self.slot = last.next(T::TILES.stages);
+            *tile += 1;
+            if *tile == tiles {
+                Plan::<T>::query_free(self.warpgroup).release(self.lane);
+                T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
                 T::Attention::wait_output(output, &mut weights);
                 Plan::<T>::value_free(last.stage).release(self.lane);
-                if !fits {
-                    break;
-                }
-                Plan::<T>::key_free(self.slot.stage).release(self.lane);
-                Plan::<T>::value_full(self.slot.stage).wait(self.slot.parity);
-                weights = T::Attention::weights(&scores);
+                return true;
+            }
+            Plan::<T>::key_full(self.slot.stage).wait(self.slot.parity);
+            rows.put_offsets::<OFFSETS>(scores);
+            T::Attention::start_scores(scores, self.query, Plan::<T>::key_image(self.slot));
+            T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
+            scores.wait::<1>();
+            mask(scores, *tile);
+            let fits = rows.absorb::<ElementOf<T>, OFFSETS>(scores, self.warpgroup);
+            T::Attention::wait_output(output, &mut weights);
+            Plan::<T>::value_free(last.stage).release(self.lane);
+            if !fits {
+                return false;
             }
         }
     }
@@ -403,23 +400,6 @@ impl Consumer {
         T::Attention::start_scores(&mut scores, self.query, Plan::<T>::key_image(self.slot));
         scores.wait::<0>();
         scores
-    }
-
-    /// Goes on to the next tile: S of that, and O += P V of the last, which is still in flight. Returns the last tile's slot.
-    #[inline(always)]
-    unsafe fn next_scores<T: Shape>(
-        &mut self,
-        scores: &mut <T::Attention as TileProducts>::Scores,
-        weights: &<T::Attention as TileProducts>::Weights,
-        output: &mut <T::Attention as TileProducts>::Output,
-    ) -> Slot {
-        let last = self.slot;
-        self.slot = last.next(T::TILES.stages);
-        Plan::<T>::key_full(self.slot.stage).wait(self.slot.parity);
-        T::Attention::start_scores(scores, self.query, Plan::<T>::key_image(self.slot));
-        T::Attention::start_output(output, weights, Plan::<T>::value_image(last));
-        scores.wait::<1>();
-        last
     }
 }
 

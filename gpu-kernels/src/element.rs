@@ -1,14 +1,15 @@
 //! The two-byte element types of Q, K, V and O.
 
 use core::arch::asm;
+
 use framestride_shapes::operators::Dtype;
 
 /// bf16 or f16; two of them in a register, the first in the low half.
 pub trait Element: Copy {
     /// log2 of the weight of a row's maximum: more than 0 where the exponent is narrow, to keep small weights away from its end.
     const HEADROOM: f32;
-    /// [`Dtype::score_bound`].
-    const SCORE_BOUND: f32;
+    /// [`Dtype::plain_sums`].
+    const PLAIN_SUMS: [f32; 2];
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Widens both halves, exactly.
@@ -25,7 +26,7 @@ pub struct F16;
 
 impl Element for Bf16 {
     const HEADROOM: f32 = 0.0;
-    const SCORE_BOUND: f32 = Dtype::Bf16.score_bound();
+    const PLAIN_SUMS: [f32; 2] = Dtype::Bf16.plain_sums();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
@@ -43,7 +44,7 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     const HEADROOM: f32 = 8.0;
-    const SCORE_BOUND: f32 = Dtype::F16.score_bound();
+    const PLAIN_SUMS: [f32; 2] = Dtype::F16.plain_sums();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;

@@ -4,8 +4,7 @@
 //! flight to hide the latency of memory and lets a norm over all heads see the row before it is written; then each head's part is
 //! normed, rotated, scaled (Q) and stored where the head's layout wants it, in the image of
 //! [`packed_bytes`](framestride_shapes::launch::packed_bytes). A lane reads only what it has copied itself, so that warps never wait
-//! for each other. At the end of a row of Q or K the largest norms of the heads are raised to the row's, for **attention** to know
-//! whether scores are bounded. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
+//! for each other. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
 
 use crate::attention::valid_text;
 use crate::cuda::mma::TileProducts;
@@ -54,6 +53,10 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
     // tokens, one a warp, of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have
     // Q and K of half of the tokens, whose tables L1 has, and one has V.
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
+    if block == 0 && thread::index() == 0 {
+        global::store_u32(params.schedule, 0);
+        global::store_u32(params.schedule + 4, 0);
+    }
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.batch != 0);
     let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);
@@ -114,14 +117,11 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
         let (atom_row, row) = (packed_row / ATOM_ROWS, packed_row % ATOM_ROWS);
         (atom_row * (T::HEAD_DIM / 64) + chunk / 8) * 1024 + row * 128 + (chunk % 8 ^ row) * 16
     };
-    // A second pass packs the same rows.
-    let measured = operand != V && params.pass == PackPass::All as u32;
-    let norms = params.norms + (item * params.heads * 8 + operand * 4) as u64;
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 
     heads.each::<T>(
         #[inline(always)]
-        |Head { index, slot, temporal, written, mut values, .. }| {
+        |Head { index, temporal, written, mut values, .. }| {
             if operand != V && warp::any(written) {
                 // Lanes without a head go with the others, since all exchange values.
                 let head = if written { index } else { 0 };
@@ -146,21 +146,12 @@ pub unsafe fn pack<T: Shape>(params: &PackParams) {
                         |x| x * scale,
                     );
                 }
-                if measured {
-                    shared::store_f32(slot + thread::lane() / 8 * 4, squared_distance(x, 0.0));
-                }
                 values = element::narrow::<ElementOf<T>>(x);
             }
             if written {
                 let image = packed + (item * params.heads + index) as u64 * image_bytes;
                 let place = if temporal { temporal_place } else { spatial_place };
                 global::store16(image + place as u64, values);
-            }
-        },
-        #[inline(always)]
-        |held, count| {
-            if measured {
-                raise_norms::<T>(held, count, params.heads, norms);
             }
         },
     );
@@ -231,8 +222,6 @@ struct Held {
 /// A lane's part of one head.
 struct Head {
     index: u32,
-    /// Shared address of its 16 bytes, which whoever passes over the row for the last time may overwrite.
-    slot: u32,
     temporal: bool,
     written: bool,
     read: bool,
@@ -241,9 +230,9 @@ struct Head {
 }
 
 impl Heads {
-    /// Calls `f` with every head, as often in all lanes, and `done` after the last of those that are held at a time, with their steps.
+    /// Calls `f` with every head, as often in all lanes.
     #[inline(always)]
-    unsafe fn each<T: Shape>(&mut self, mut f: impl FnMut(Head), done: impl Fn(&Held, u32)) {
+    unsafe fn each<T: Shape>(&mut self, mut f: impl FnMut(Head)) {
         let steps = self.count.div_ceil(heads_at_once::<T>());
         let mut first = 0;
         while first < steps {
@@ -258,13 +247,11 @@ impl Heads {
             while i < count {
                 let is = |mask: u32| mask >> i & 1 != 0;
                 let read = is(held.read);
-                let slot = held.address + i * PACK_STEP_BYTES;
-                let values = if read { shared::load16(slot) } else { [0; 4] };
-                f(Head { index, slot, temporal: is(held.temporal), written: is(held.written), read, values });
+                let values = if read { shared::load16(held.address + i * PACK_STEP_BYTES) } else { [0; 4] };
+                f(Head { index, temporal: is(held.temporal), written: is(held.written), read, values });
                 index += heads_at_once::<T>();
                 i += 1;
             }
-            done(held, count);
             first += count;
         }
     }
@@ -330,39 +317,6 @@ fn head_of<T: Shape>(step: u32) -> u32 {
     step * heads_at_once::<T>() + thread::lane() / head_lanes::<T>()
 }
 
-/// Raises the largest squared norms of packed rows, at `norms` every 8 bytes, to those of the row's heads in `count` held steps. There
-/// each lane has left its part of the sum of squares, in that of the four words of its 16 bytes which no lane 8, 16 or 24 beside it has
-/// taken, so that no two parts that are read at a time lie in one bank.
-#[inline(always)]
-unsafe fn raise_norms<T: Shape>(held: &Held, count: u32, heads: u32, norms: u64) {
-    let (at_once, lanes) = (heads_at_once::<T>(), head_lanes::<T>());
-    warp::sync();
-    let mut index = thread::lane();
-    while index < count * at_once {
-        let head = held.first * at_once + index;
-        if head < heads {
-            let largest = norms + head as u64 * 8;
-            let known = global::load_rising_f32(largest);
-            let (step, first_lane) = (index / at_once, index % at_once * lanes);
-            let row = held.address - thread::lane() * 16 + step * PACK_STEP_BYTES;
-            let mut sum = 0.0;
-            let mut i = 0;
-            while i < lanes {
-                let lane = first_lane + (i + step) % lanes;
-                sum += shared::load_f32(row + lane * 16 + lane / 8 * 4);
-                i += 1;
-            }
-            // Nearly never. Not a number is more than any.
-            if !(sum <= known) {
-                global::raise_f32(largest, sum);
-            }
-        }
-        index += 32;
-    }
-    // What is held next comes to the same place.
-    warp::sync();
-}
-
 /// The statistic of a norm over all heads.
 #[inline(always)]
 unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
@@ -371,7 +325,6 @@ unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
         heads.each::<T>(
             #[inline(always)]
             |head| sum += element::widen::<ElementOf<T>>(head.values).iter().sum::<f32>(),
-            |_, _| {},
         );
     }
     let mean = Statistic::mean::<T, 32>(sum, T::HEADS * T::HEAD_DIM);
@@ -382,7 +335,6 @@ unsafe fn token_statistic<T: Shape>(heads: &mut Heads) -> Statistic {
                 distance += squared_distance(element::widen::<ElementOf<T>>(head.values), mean);
             }
         },
-        |_, _| {},
     );
     Statistic::new::<T, 32>(mean, distance, T::HEADS * T::HEAD_DIM)
 }

@@ -16,7 +16,6 @@ use crate::attention::valid_text;
 use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::{ATOM_BYTES, Descriptor, Fragment, TileProducts};
 use crate::cuda::{copy, global, math, shared, thread, warp};
-use crate::element::Element;
 use crate::shape::Shape;
 use crate::softmax::{self, Rows};
 use framestride_shapes::launch::{
@@ -28,6 +27,8 @@ use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible, fragment_
 const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS: u32 = 240;
 const CONSUMERS: u32 = 2;
+
+type ElementOf<T> = <<T as Shape>::Profile as TileProducts>::Element;
 
 /// Where samples, tiles and barriers lie in shared memory, and how a block divides its work.
 struct Plan<T>(core::marker::PhantomData<T>);
@@ -48,6 +49,16 @@ impl<T: Shape> Plan<T> {
     }
     fn value(stage: u32) -> u32 {
         Self::key(stage) + Self::TILE_BYTES
+    }
+    fn query_image() -> Descriptor {
+        Descriptor::image(Self::query(), T::HEAD_DIM)
+    }
+    fn key_image(slot: Slot) -> Descriptor {
+        Descriptor::image(Self::key(slot.stage), T::HEAD_DIM)
+    }
+    /// From column 64 x `columns` on.
+    fn value_image(slot: Slot, columns: u32) -> Descriptor {
+        Descriptor::image(Self::value(slot.stage) + columns * ATOM_BYTES, T::HEAD_DIM)
     }
     /// Where the producers say which keys a sample sees ([`Visible::keys`]): through the spatial mask, then through the temporal one.
     fn seen(stage: u32, sample: u32) -> u32 {
@@ -196,12 +207,7 @@ unsafe fn consume<T: Shape>(
         sums: [[0.0; 2]; 2],
         outputs: [<T::Profile as TileProducts>::Output::splat(0.0); 3],
     };
-    if softmax::are_bounded::<<T::Profile as TileProducts>::Element>(params.norms, head) {
-        results.rows = Rows::bounded();
-        consumer.sweep::<T, true>(tiles, &mut results);
-    } else {
-        consumer.sweep::<T, false>(tiles, &mut results);
-    }
+    consumer.sweep::<T>(tiles, &mut results);
     if Plan::<T>::TURNS {
         results.merge_turns(warpgroup);
         if warpgroup > 0 {
@@ -234,6 +240,12 @@ struct Results<T: Shape> {
     outputs: [<T::Profile as TileProducts>::Output; 3],
 }
 
+/// Where a consumer warpgroup is: a tile, and the slot that it lies in.
+struct Place {
+    tile: u32,
+    slot: Slot,
+}
+
 struct Consumer {
     lane: u32,
     warpgroup: u32,
@@ -246,68 +258,84 @@ struct Consumer {
 }
 
 impl Consumer {
-    /// Takes the warpgroup's share of `tiles` into `results`; `BOUNDED` says what [`softmax`] does.
+    /// Takes the warpgroup's share of `tiles` into `results`.
     #[inline(always)]
-    unsafe fn sweep<T: Shape, const BOUNDED: bool>(&self, tiles: Range<u32>, results: &mut Results<T>) {
-        let query = Descriptor::image(Plan::<T>::query(), T::HEAD_DIM);
-        let key = |slot: Slot| Descriptor::image(Plan::<T>::key(slot.stage), T::HEAD_DIM);
-        let value =
-            |slot: Slot| Descriptor::image(Plan::<T>::value(slot.stage) + self.columns * ATOM_BYTES, T::HEAD_DIM);
-        let stride = if Plan::<T>::TURNS { CONSUMERS } else { 1 };
+    unsafe fn sweep<T: Shape>(&self, tiles: Range<u32>, results: &mut Results<T>) {
         let turn = if Plan::<T>::TURNS { self.warpgroup } else { 0 };
-        let mut slot = if turn == 0 { Slot::FIRST_FULL } else { Slot::FIRST_FULL.next(Plan::<T>::STAGES) };
-        let mut tile = tiles.start + turn;
-        if tile >= tiles.end {
+        let mut place = Place {
+            tile: tiles.start + turn,
+            slot: if turn == 0 { Slot::FIRST_FULL } else { Slot::FIRST_FULL.next(Plan::<T>::STAGES) },
+        };
+        if place.tile >= tiles.end {
             return;
         }
-        let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
-        let mut weights;
-        Plan::<T>::key_full(slot.stage).wait(slot.parity);
-        let mut seen = self.seen::<T>(slot.stage);
-        'offsets: loop {
-            T::Profile::start_scores(&mut scores, query, key(slot));
-            scores.wait::<0>();
-            self.hide_beyond_end(&mut scores, tile * KEY_ROWS);
-            if BOUNDED {
-                results.rows.take_bounded(&mut scores);
-            } else {
-                results.lower(&mut scores);
-            }
-            Plan::<T>::value_full(slot.stage).wait(slot.parity);
-            weights = results.weights(&scores, seen, self.lane);
-            loop {
-                tile += stride;
-                if tile >= tiles.end {
-                    break 'offsets;
-                }
-                let last = slot;
-                slot = slot.next(Plan::<T>::STAGES);
-                if Plan::<T>::TURNS {
-                    slot = slot.next(Plan::<T>::STAGES);
-                }
-                Plan::<T>::key_full(slot.stage).wait(slot.parity);
-                T::Profile::start_scores(&mut scores, query, key(slot));
-                results.start_outputs(&weights, value(last));
-                seen = self.seen::<T>(slot.stage);
-                scores.wait::<3>();
-                self.hide_beyond_end(&mut scores, tile * KEY_ROWS);
-                let fits = if BOUNDED {
-                    results.rows.take_bounded(&mut scores);
-                    true
-                } else {
-                    results.rows.absorb(&mut scores, self.warpgroup)
-                };
-                Plan::<T>::value_full(slot.stage).wait(results.rows.after(slot.parity));
-                results.wait_outputs(&mut weights);
-                Plan::<T>::free(last.stage).release(self.lane);
-                if !fits {
-                    break;
-                }
-                weights = results.weights(&scores, seen, self.lane);
+        Plan::<T>::key_full(place.slot.stage).wait(place.slot.parity);
+        let mut scores = self.first_scores::<T>(&place);
+        if results.rows.start_plain::<ElementOf<T>>(&mut scores, self.warpgroup)
+            && self.rounds::<T, false>(&mut place, tiles.end, &mut scores, results)
+        {
+            return;
+        }
+        loop {
+            scores = self.first_scores::<T>(&place);
+            results.lower(&mut scores);
+            if self.rounds::<T, true>(&mut place, tiles.end, &mut scores, results) {
+                return;
             }
         }
-        results.start_outputs(&weights, value(slot));
-        results.wait_outputs(&mut weights);
+    }
+
+    /// S of the tile at `place`, which is there.
+    #[inline(always)]
+    unsafe fn first_scores<T: Shape>(&self, place: &Place) -> <T::Profile as TileProducts>::Scores {
+        let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
+        T::Profile::start_scores(&mut scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
+        scores.wait::<0>();
+        self.hide_beyond_end(&mut scores, place.tile * KEY_ROWS);
+        scores
+    }
+
+    /// The rounds of [`Consumer::sweep`], from the weights of the tile at `place` on, with the rows' offsets or (`OFFSETS` is false) with
+    /// none. False at a tile whose weights are too large, where `place` is then.
+    #[inline(always)]
+    unsafe fn rounds<T: Shape, const OFFSETS: bool>(
+        &self,
+        place: &mut Place,
+        end: u32,
+        scores: &mut <T::Profile as TileProducts>::Scores,
+        results: &mut Results<T>,
+    ) -> bool {
+        let value = |slot: Slot| Plan::<T>::value_image(slot, self.columns);
+        let stride = if Plan::<T>::TURNS { CONSUMERS } else { 1 };
+        let mut seen = self.seen::<T>(place.slot.stage);
+        loop {
+            Plan::<T>::value_full(place.slot.stage).wait(place.slot.parity);
+            let mut weights = results.weights(scores, seen, self.lane);
+            place.tile += stride;
+            if place.tile >= end {
+                results.start_outputs(&weights, value(place.slot));
+                results.wait_outputs(&mut weights);
+                return true;
+            }
+            let last = place.slot;
+            place.slot = last.next(Plan::<T>::STAGES);
+            if Plan::<T>::TURNS {
+                place.slot = place.slot.next(Plan::<T>::STAGES);
+            }
+            Plan::<T>::key_full(place.slot.stage).wait(place.slot.parity);
+            results.rows.put_offsets::<OFFSETS>(scores);
+            T::Profile::start_scores(scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
+            results.start_outputs(&weights, value(last));
+            seen = self.seen::<T>(place.slot.stage);
+            scores.wait::<3>();
+            self.hide_beyond_end(scores, place.tile * KEY_ROWS);
+            let fits = results.rows.absorb::<ElementOf<T>, OFFSETS>(scores, self.warpgroup);
+            results.wait_outputs(&mut weights);
+            Plan::<T>::free(last.stage).release(self.lane);
+            if !fits {
+                return false;
+            }
+        }
     }
 
     /// What the thread's samples see of the tile in a stage: through the spatial mask, through the temporal one.
@@ -334,7 +362,7 @@ impl<T: Shape> Results<T> {
     /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
     #[inline(always)]
     unsafe fn lower(&mut self, scores: &mut <T::Profile as TileProducts>::Scores) {
-        let rescale = self.rows.lower(scores, <T::Profile as TileProducts>::Element::HEADROOM);
+        let rescale = self.rows.lower::<ElementOf<T>>(scores);
         let [dense, spatial, temporal] = &mut self.outputs;
         softmax::scale_rows(dense, rescale);
         softmax::scale_rows(spatial, rescale);

@@ -1,40 +1,31 @@
 //! Softmax over key tiles in powers of two, without a running maximum. Packed Q is scaled so that a score is an exponent of two.
 //!
-//! * **Bounded** scores, where no |q| |k| of a head is more than
-//!   [`SCORE_BOUND`](Element::SCORE_BOUND) (Cauchy and Schwarz; a QK-norm sees to it): the weight of a
-//!   score s is 2^s, which the element type and f32 sums can hold. Between a score and its weight stands nothing but the exponential.
-//! * **Any** scores: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
-//!   an offset of the row, which may grow beyond 1. Only when they grow too large is the maximum looked for and the offset lowered; with
-//!   scores that vary little from tile to tile that is the first tile alone. Lanes exchange nothing otherwise.
+//! * **Plain**: the weight of a score s is 2^s, and between the two stands nothing but the exponential. f32 and bf16 hold it for any score
+//!   up to about a hundred on either side of 0. Rows begin so if the sums of their weights of a first tile are in
+//!   [`Element::PLAIN_SUMS`].
+//! * **With offsets**: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
+//!   an offset of the row. Accumulators of the scores start from the offsets, so that the tensor cores add them.
+//!
+//! In both, weights may grow from tile to tile. Only when they grow too large is the maximum looked for and the offset lowered; with
+//! scores that vary little from tile to tile that is never. Otherwise threads exchange one bit a tile: whether all is well.
 //!
 //! A thread of a warpgroup holds two query rows of an m64 fragment ([`crate::cuda::mma`]); the four lanes of a quad share them.
 
 use crate::cuda::mma::Fragment;
-use crate::cuda::{global, math, thread, warp};
+use crate::cuda::{math, thread, warp};
 use crate::element::Element;
 use framestride_shapes::layout::Visible;
-
-/// Whether a head's scores are bounded, by the largest squared norms of packed rows.
-///
-/// # Safety
-/// `norms` as [`PackParams::norms`](framestride_shapes::launch::PackParams::norms) says, for more than `head` heads.
-#[inline(always)]
-pub unsafe fn are_bounded<E: Element>(norms: u64, head: u32) -> bool {
-    let [query, key] = global::load_f32x2(norms + head as u64 * 8);
-    // NaN is not bounded.
-    query * key <= E::SCORE_BOUND * E::SCORE_BOUND
-}
 
 /// The offset of a row that has seen nothing: with any finite score the weight is infinite, with a hidden one (-inf) exactly 0.
 const NOTHING_SEEN: f32 = 1e30;
 
-/// Largest sum of one thread's weights of a tile: no weight is more, which f16 can hold.
+/// Largest sum of one thread's weights of a tile, with offsets: no weight is more, which f16 can hold.
 const MOST: f32 = 32768.0;
 
 /// Running offset and sum of this thread's two rows: the weight of a score is 2^(score + offset).
 #[derive(Clone, Copy)]
 pub struct Rows {
-    /// The same in all lanes of the quad.
+    /// The same in all lanes of the quad; 0 while rows are plain.
     pub offset: [f32; 2],
     /// Sum of the weights in this thread's own columns; [`Rows::total`] adds the quad's.
     pub sum: [f32; 2],
@@ -43,47 +34,56 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Nothing seen of any scores.
+    /// Nothing seen.
     #[inline(always)]
     pub fn new() -> Rows {
         Rows { offset: [NOTHING_SEEN; 2], sum: [0.0; 2], tile_sum: [0.0; 2] }
     }
 
-    /// Nothing seen of bounded scores.
-    #[inline(always)]
-    pub fn bounded() -> Rows {
-        Rows { offset: [0.0; 2], ..Rows::new() }
-    }
-
-    /// Turns a tile of bounded scores into weights and takes them in.
-    #[inline(always)]
-    pub fn take_bounded(&mut self, scores: &mut impl Fragment) {
-        self.tile_sum = weigh(
-            scores,
-            #[inline(always)]
-            |score, _| score,
-        );
-        self.sum = [0, 1].map(|row| self.sum[row] + self.tile_sum[row]);
-    }
-
-    /// `parity`, which ptxas can only know when all weights are summed: a sum is never negative, but it cannot know that. So it leaves the
-    /// softmax before the wait for that parity, and does not sink it below the wait for products that should run meanwhile.
-    #[inline(always)]
-    pub fn after(&self, parity: u32) -> u32 {
-        parity ^ (self.sum[0] + self.sum[1] < 0.0) as u32
-    }
-
-    /// Turns a tile of any scores into weights and takes them in, unless some row of the warpgroup has weights too large for its
-    /// offset: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute them again
-    /// for [`Rows::lower`].
+    /// Turns a first tile of scores into plain weights and takes them in, unless these are too large for some row of the warpgroup, or so
+    /// small that later ones might be too: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are
+    /// lost: compute them again for [`Rows::lower`].
     ///
     /// # Safety
     /// The whole warpgroup comes here; `warpgroup` is its number in the block.
     #[inline(always)]
-    pub unsafe fn absorb(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let sum = self.weigh_with_offset(scores);
+    pub unsafe fn start_plain<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
+        let [least, most] = E::PLAIN_SUMS;
+        let sum = weigh(scores);
+        // Not a number does not fit.
+        let fits = |sum: f32| (sum >= least) & (sum <= most);
+        if thread::any_of_warpgroup(!(fits(sum[0]) & fits(sum[1])), warpgroup) {
+            return false;
+        }
+        *self = Rows { offset: [0.0; 2], sum, tile_sum: sum };
+        true
+    }
+
+    /// Puts the rows' offsets, or zeros for plain rows, where the products of queries and keys are added to them.
+    #[inline(always)]
+    pub fn put_offsets<const OFFSETS: bool>(&self, scores: &mut impl Fragment) {
+        scores.for_each(
+            #[inline(always)]
+            |i, score| *score = if OFFSETS { self.offset[row_of(i)] } else { 0.0 },
+        );
+    }
+
+    /// Turns a tile of scores into weights and takes them in, unless they are too large for some row of the warpgroup: then it gives
+    /// false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute them again for [`Rows::lower`]. With
+    /// `OFFSETS`, they hold [the offsets](Rows::put_offsets) already; without, rows are plain.
+    ///
+    /// # Safety
+    /// As for [`Rows::start_plain`].
+    #[inline(always)]
+    pub unsafe fn absorb<E: Element, const OFFSETS: bool>(
+        &mut self,
+        scores: &mut impl Fragment,
+        warpgroup: u32,
+    ) -> bool {
+        let most = if OFFSETS { MOST } else { E::PLAIN_SUMS[1] };
+        let sum = weigh(scores);
         // Not a number is too large as well.
-        if thread::any_of_warpgroup(!(sum[0] <= MOST) | !(sum[1] <= MOST), warpgroup) {
+        if thread::any_of_warpgroup(!(sum[0] <= most) | !(sum[1] <= most), warpgroup) {
             return false;
         }
         self.tile_sum = sum;
@@ -91,13 +91,14 @@ impl Rows {
         true
     }
 
-    /// Lowers the offsets so that the largest of all weights, those of this tile of scores included, is at most 2^headroom. Turns
-    /// the scores into weights and takes them in. Returns the factors by which everything weighted before must be multiplied.
+    /// Lowers the offsets so that the largest of all weights, those of this tile of scores included, is at most
+    /// 2^[`HEADROOM`](Element::HEADROOM). Turns the scores, which do not hold the offsets, into weights and takes them in. Returns the
+    /// factors by which everything weighted before must be multiplied.
     ///
     /// # Safety
     /// All lanes of the warp come here.
     #[inline(always)]
-    pub unsafe fn lower(&mut self, scores: &mut impl Fragment, headroom: f32) -> [f32; 2] {
+    pub unsafe fn lower<E: Element>(&mut self, scores: &mut impl Fragment) -> [f32; 2] {
         let mut max = [f32::NEG_INFINITY; 2];
         scores.for_each(
             #[inline(always)]
@@ -107,21 +108,16 @@ impl Rows {
             },
         );
         let max = [warp::max::<4>(max[0]), warp::max::<4>(max[1])];
-        let offset = [0, 1].map(|row| self.offset[row].min(headroom - max[row]));
+        let offset = [0, 1].map(|row| self.offset[row].min(E::HEADROOM - max[row]));
         let rescale = [0, 1].map(|row| math::exp2(offset[row] - self.offset[row]));
         self.offset = offset;
-        self.tile_sum = self.weigh_with_offset(scores);
+        scores.for_each(
+            #[inline(always)]
+            |i, score| *score += offset[row_of(i)],
+        );
+        self.tile_sum = weigh(scores);
         self.sum = [0, 1].map(|row| math::fma(self.sum[row], rescale[row], self.tile_sum[row]));
         rescale
-    }
-
-    #[inline(always)]
-    fn weigh_with_offset(&self, scores: &mut impl Fragment) -> [f32; 2] {
-        weigh(
-            scores,
-            #[inline(always)]
-            |score, row| score + self.offset[row],
-        )
     }
 
     /// Sums of all weights of the two rows.
@@ -134,16 +130,15 @@ impl Rows {
     }
 }
 
-/// Turns scores into weights, two to the power of `exponent(score, row)`; the sums of both rows.
+/// Turns exponents of two into weights; the sums of both rows.
 #[inline(always)]
-fn weigh(scores: &mut impl Fragment, exponent: impl Fn(f32, usize) -> f32) -> [f32; 2] {
+fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
     let mut sum = [0.0; 2];
-    scores.for_each(
+    exponents.for_each(
         #[inline(always)]
-        |i, score| {
-            let row = row_of(i);
-            *score = math::exp2(exponent(*score, row));
-            sum[row] += *score;
+        |i, weight| {
+            *weight = math::exp2(*weight);
+            sum[row_of(i)] += *weight;
         },
     );
     sum

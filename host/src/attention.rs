@@ -130,16 +130,8 @@ pub struct SparseAttention {
     plan: Plan,
 }
 
-/// Most launches of a layer.
-pub(crate) const STEPS: usize = 5;
-
-/// What a layer runs, in order.
-pub(crate) struct Steps {
-    /// Device memory that is set to zero first: in the workspace, what pack and attention count on, and the head types of a dense call.
-    cleared: Range<u64>,
-    /// Pack of all heads, profile, select, pack of temporal heads, attention.
-    pub(crate) launches: [Option<Launch>; STEPS],
-}
+/// What a layer runs, in order: pack of all heads, profile, select, pack of temporal heads, attention.
+pub(crate) type Steps = [Option<Launch>; 5];
 
 impl SparseAttention {
     /// Plans for `batch` items of `heads` heads: any number up to the spec's, all of them when its QK-norm is over all heads.
@@ -188,8 +180,7 @@ impl SparseAttention {
     pub unsafe fn forward(&self, stream: Stream, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<()> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
-        self.clear(stream, &steps)?;
-        steps.launches.iter().flatten().try_for_each(|launch| device.launch(stream, self.module.loaded(), launch))
+        steps.iter().flatten().try_for_each(|launch| device.launch(stream, self.module.loaded(), launch))
     }
 
     /// [`SparseAttention::forward`], waiting after each kernel: gives the milliseconds of each, in order.
@@ -209,9 +200,8 @@ impl SparseAttention {
     ) -> Result<Vec<(Kernel, f64)>> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
-        self.clear(stream, &steps)?;
-        let mut times = Vec::with_capacity(STEPS);
-        for launch in steps.launches.iter().flatten() {
+        let mut times = Vec::with_capacity(steps.len());
+        for launch in steps.iter().flatten() {
             before(launch.kernel);
             times.push((launch.kernel, device.time(stream, || device.launch(stream, self.module.loaded(), launch))?));
         }
@@ -239,11 +229,6 @@ impl SparseAttention {
             .collect())
     }
 
-    fn clear(&self, stream: Stream, steps: &Steps) -> Result<()> {
-        let Range { start, end } = steps.cleared;
-        self.module.device().fill_words(stream, start, 0, (end - start) / 4)
-    }
-
     /// Checks a call and writes its launches.
     pub(crate) fn steps(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Steps> {
         let spec = self.module.spec();
@@ -257,7 +242,8 @@ impl SparseAttention {
         let (batch, heads, splits) = (self.batch, self.heads, self.splits);
         let own_types = part(&self.plan.head_types);
         let (pack_types, attention_types) = match types {
-            HeadTypes::Profiled | HeadTypes::Dense => (0, own_types),
+            HeadTypes::Profiled => (0, own_types),
+            HeadTypes::Dense => (0, 0),
             HeadTypes::Given(address) => (address, address),
         };
         let pack = |pass: PackPass, head_types: u64| {
@@ -277,7 +263,7 @@ impl SparseAttention {
                 packed_q: packed[0],
                 packed_k: packed[1],
                 packed_v: packed[2],
-                norms: part(&self.plan.norms),
+                schedule: part(&self.plan.schedule),
                 batch,
                 heads,
                 scale_log2: scale * std::f32::consts::LOG2_E,
@@ -297,7 +283,6 @@ impl SparseAttention {
                 lse: layer.lse,
                 head_types: attention_types,
                 text_lengths: layer.text_lengths,
-                norms: part(&self.plan.norms),
                 schedule: part(&self.plan.schedule),
                 batch,
                 heads,
@@ -308,7 +293,7 @@ impl SparseAttention {
             let blocks = self.module.device().multiprocessors() * self.module.resources(Kernel::Attention).min_blocks;
             self.launch(Kernel::Attention, [items.min(blocks.into()) as u32, 1, 1], params)
         };
-        let mut launches = [None; STEPS];
+        let mut launches: Steps = [None; 5];
         launches[0] = Some(pack(PackPass::All, pack_types));
         if types == HeadTypes::Profiled {
             let (partials, errors) = (part(&self.plan.partials), part(&self.plan.errors));
@@ -317,7 +302,6 @@ impl SparseAttention {
                 packed_k: packed[1],
                 packed_v: packed[2],
                 text_lengths: layer.text_lengths,
-                norms: part(&self.plan.norms),
                 partials,
                 seed: spec.profile.seed,
                 batch,
@@ -340,9 +324,7 @@ impl SparseAttention {
             launches[3] = Some(pack(PackPass::Temporal, own_types));
         }
         launches[4] = Some(attention());
-        // HeadType::Dense is 0. Types that are given may be those of an earlier call in this workspace.
-        let first = if types == HeadTypes::Dense { &self.plan.head_types } else { &self.plan.norms };
-        Ok(Steps { cleared: part(first)..workspace.address + self.plan.schedule.end, launches })
+        Ok(launches)
     }
 
     fn launch(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {

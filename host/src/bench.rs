@@ -50,12 +50,14 @@ pub struct Options {
     pub copy_bytes: u64,
     /// TFLOP/s of a large 16-bit matrix product on this GPU, the ceiling for arithmetic, where known.
     pub matmul_tflops: Option<f64>,
+    /// What the weights of the QK-norm lie around, where inputs are random: scores grow with its square.
+    pub qk_norm_weight: f64,
 }
 
 impl Default for Options {
     /// Everything, against a copy of 1 GiB.
     fn default() -> Options {
-        Options { timed: Timed::ALL.to_vec(), copy_bytes: 1 << 30, matmul_tflops: None }
+        Options { timed: Timed::ALL.to_vec(), copy_bytes: 1 << 30, matmul_tflops: None, qk_norm_weight: 1.0 }
     }
 }
 
@@ -168,7 +170,7 @@ pub const SAMPLE_MILLISECONDS: f64 = 20.0;
 /// Runs of one sample.
 const RUNS: RangeInclusive<u32> = 1..=500;
 
-/// Elements of the random values that fill Q, K and V over and over: odd, so that no two rows are equal.
+/// Elements of the random values that fill Q, of those that fill K and of those that fill V over and over: odd, so that no two rows are equal.
 const POOL: usize = (1 << 24) + 1;
 
 /// Everything in place for rounds.
@@ -201,7 +203,7 @@ impl Bench {
         let (spec, device) = (module.spec(), module.device());
         let inputs = match inputs {
             Some(inputs) => BenchInputs::given(device, spec, inputs)?,
-            None => BenchInputs::random(device, spec)?,
+            None => BenchInputs::random(device, spec, options.qk_norm_weight)?,
         };
         let [batch, sequence, heads, head_dim] = inputs.shape;
         let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
@@ -262,7 +264,7 @@ impl Bench {
         };
         let launches = |types| -> Result<Vec<Launch>> {
             let steps = self.attention.steps(&self.inputs.layer, types, &self.workspace)?;
-            Ok(steps.launches.into_iter().flatten().collect())
+            Ok(steps.into_iter().flatten().collect())
         };
         let copied = 2 * self.copy[0].bytes();
         let mut items = vec![Item { work: Work::Copy, ..item("ceiling", None, &[], &[], copied, Pairs::None) }];
@@ -427,8 +429,8 @@ impl BenchInputs {
         Ok(BenchInputs { layer, shape, out, _memory: Vec::new(), _placed: Some(placed) })
     }
 
-    /// Normal values for Q, K and V, norm weights around one, RoPE of the spec's grid; all text valid.
-    fn random(device: &Device, spec: &Spec) -> Result<BenchInputs> {
+    /// Normal values for Q, K and V, norm weights around `qk_norm_weight`, RoPE of the spec's grid; all text valid.
+    fn random(device: &Device, spec: &Spec, qk_norm_weight: f64) -> Result<BenchInputs> {
         let shape @ [batch, sequence, heads, head_dim] =
             [spec.batch, spec.layout.sequence(), spec.heads, spec.head_dim].map(|extent| extent as usize);
         let mut memory = Vec::new();
@@ -438,8 +440,8 @@ impl BenchInputs {
             address
         };
         let elements = batch * sequence * heads * head_dim;
-        let pool = pool(spec, elements.min(POOL));
-        let mut tensor = || -> Result<Tensor> {
+        let mut tensor = |which: u64| -> Result<Tensor> {
+            let pool = pool(spec, elements.min(POOL), which);
             let buffer = device.allocate(elements as u64 * 2)?;
             for offset in (0..elements * 2).step_by(pool.len()) {
                 device.write(&buffer, offset as u64, &pool[..pool.len().min(elements * 2 - offset)])?;
@@ -448,7 +450,7 @@ impl BenchInputs {
             let strides = [sequence * row, row, head_dim].map(|stride| stride as u64);
             Ok(Tensor { data: keep(buffer), batch: strides[0], row: strides[1], head: strides[2] })
         };
-        let (q, k, v) = (tensor()?, tensor()?, tensor()?);
+        let (q, k, v) = (tensor(0)?, tensor(1)?, tensor(2)?);
         let out = Placed::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
         let mut layer = Layer { q, k, v, out: out.tensor(), ..Layer::default() };
         let mut floats = |values: &[f32]| -> Result<u64> {
@@ -461,7 +463,7 @@ impl BenchInputs {
                 floats(&(0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
             };
             for weights in [&mut layer.q_norm, &mut layer.k_norm] {
-                weights.weight = around(1.0)?;
+                weights.weight = around(qk_norm_weight)?;
                 weights.bias = if norm.kind == NormKind::Layer { around(0.0)? } else { 0 };
             }
         }
@@ -473,12 +475,12 @@ impl BenchInputs {
     }
 }
 
-/// `elements` standard normal values of the spec's type.
-fn pool(spec: &Spec, elements: usize) -> Vec<u8> {
+/// `elements` standard normal values of the spec's type, for tensor `which`.
+fn pool(spec: &Spec, elements: usize, which: u64) -> Vec<u8> {
     const CHUNK: usize = 1 << 14;
     let mut bytes = vec![0; elements * 2];
     bytes.par_chunks_mut(CHUNK * 2).enumerate().for_each(|(chunk, bytes)| {
-        let mut generator = row_generator(0, chunk as u64);
+        let mut generator = row_generator(which, chunk as u64);
         for element in bytes.as_chunks_mut::<2>().0 {
             *element = narrow(spec.dtype, normal(&mut generator)).to_le_bytes();
         }

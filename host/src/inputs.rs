@@ -486,8 +486,14 @@ const ANGLES: u64 = 3;
 const CODES: u64 = 4;
 const PARTS: u64 = 5;
 
-/// Softmax scale of [`Inputs::quiet`], over the usual one.
-const QUIETER: f32 = 0.125;
+/// Score of a query with its own key in [`Inputs::sudden`], in powers of two: beyond what plain weights hold
+/// ([`Dtype::plain_sums`]).
+fn sudden_score(dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::Bf16 => 134.0,
+        Dtype::F16 => 24.0,
+    }
+}
 
 /// Softmax scale of [`Inputs::rising`].
 const RISING_SCALE: f32 = 4.0;
@@ -528,11 +534,16 @@ impl Inputs {
         }
     }
 
-    /// [`Inputs::random`] with so small a scale that scores are bounded
-    /// ([`Dtype::score_bound`]) in either type, with a QK-norm and without.
-    pub fn quiet(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let scale = Some(QUIETER / (spec.head_dim as f32).sqrt());
-        Inputs { scale, ..Inputs::random(spec, batch, heads, seed) }
+    /// Random V and K, queries that are their own keys, and such a scale that a softmax may begin without an offset, until a query meets
+    /// its key: all norms are sqrt(head_dim), so other scores are smaller by a factor of sqrt(head_dim) or so.
+    pub fn sudden(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, _, video, head, values| {
+            let mut generator = quick_generator(seed, PARTS, (head as u64) << 32 | video as u64);
+            values.fill_with(|| f64::from(normals.pick(generator.random())));
+            let size = norm(values) / (values.len() as f64).sqrt();
+            values.iter_mut().for_each(|value| *value /= size);
+        });
+        Inputs { scale: Some(sudden_score(spec.dtype) * std::f32::consts::LN_2 / spec.head_dim as f32), ..inputs }
     }
 
     /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames

@@ -103,6 +103,9 @@ enum Command {
         /// TFLOP/s of a large 16-bit matrix product on this GPU, to show shares of.
         #[arg(long, value_name = "TFLOPS")]
         matmul_tflops: Option<f64>,
+        /// What the random weights of the QK-norm lie around: scores grow with its square.
+        #[arg(long, value_name = "WEIGHT", default_value_t = 1.0, conflicts_with = "qkv")]
+        qk_norm_weight: f64,
         /// Waits for a line on standard input before each round and answers it with a line, so that others can take turns on the
         /// GPU; the result comes when standard input ends.
         #[arg(long, conflicts_with = "rounds")]
@@ -152,9 +155,10 @@ fn main() -> ExitCode {
         Command::Run { spec, on, video, qkv, out, report } => {
             run_spec(&spec, &on, video.as_deref(), qkv.as_deref(), out, report.as_deref())
         }
-        Command::Bench { spec, on, rounds, types, matmul_tflops, paced, qkv, out } => {
+        Command::Bench { spec, on, rounds, types, matmul_tflops, qk_norm_weight, paced, qkv, out } => {
             let rounds = if paced { Rounds::Paced } else { Rounds::Count(rounds) };
-            bench_spec(&spec, &on, rounds, Options { timed: types, matmul_tflops, ..Options::default() }, qkv, out)
+            let options = Options { timed: types, matmul_tflops, qk_norm_weight, ..Options::default() };
+            bench_spec(&spec, &on, rounds, options, qkv, out)
         }
         Command::Plot { spec, out } => plot(&spec, out),
         Command::Doctor => Ok(doctor()),

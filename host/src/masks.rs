@@ -25,20 +25,21 @@ enum Fate {
 struct Tiling<'a> {
     spec: &'a Spec,
     head: HeadType,
+    /// With their key tiles in the order of the rows.
     tiles: Vec<QueryTile>,
 }
 
 impl<'a> Tiling<'a> {
     fn new(spec: &'a Spec, head: HeadType) -> Tiling<'a> {
         let layout = &spec.layout;
-        let tiles = query_tiles(layout, head, spec.tiles(), layout.text_tokens).collect();
+        let mut tiles: Vec<_> = query_tiles(layout, head, spec.tiles(), layout.text_tokens).collect();
+        tiles.iter_mut().for_each(|tile| tile.key_tiles.sort_unstable_by_key(|key_tile| key_tile.first_row));
         Tiling { spec, head, tiles }
     }
 
     /// Fate of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
         let keys = &self.tiles[(query / self.spec.tiles().query_rows) as usize].key_tiles;
-        // Key tiles come in the order of their rows.
         let after = keys.partition_point(|tile| tile.first_row <= key);
         match after.checked_sub(1).map(|index| keys[index]) {
             Some(tile) if key < tile.first_row + tile.rows => {

@@ -16,8 +16,8 @@
 //!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre; norm, affine part,
 //!   rotation and scale add at most 16 roundings of values no larger than 4 times the row.
 //! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
-//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations and four
-//!   roundings of at most |q| |k| scale, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
+//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations, of twice
+//!   |q| |k| scale since an offset may be among the terms, and four roundings, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
 //!   and the sum over the keys one truncation for each 16 keys, of partial sums about as large as spread or out. Where scores rise
 //!   along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
@@ -55,13 +55,15 @@ fn smallest_error(dtype: Dtype) -> f64 {
     }
 }
 
-/// Largest absolute error of rounding a weight too small for full precision, relative to the largest weight of the row: f32 flushes what
-/// is below its normal numbers to zero, and for f16 the kernels keep the largest weight at 2^8 or more.
+/// Largest absolute error of rounding a weight too small for full precision, relative to the largest weight of the row, which is a 64th
+/// of the least sum of plain weights or more, since a thread has no more keys of a tile. f32 flushes what is below its normal numbers to
+/// zero.
 fn smallest_weight_error(dtype: Dtype) -> f64 {
-    match dtype {
+    let error = match dtype {
         Dtype::Bf16 => f32::MIN_POSITIVE.into(),
-        Dtype::F16 => smallest_error(dtype) / 256.0,
-    }
+        Dtype::F16 => smallest_error(dtype),
+    };
+    error * 64.0 / f64::from(dtype.plain_sums()[0])
 }
 
 /// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given.
@@ -86,15 +88,9 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
     tolerance + steps / norm(output).max(f64::MIN_POSITIVE)
 }
 
-/// The squared norm of a row of Q or K before it is rounded, against that of the rounded row.
-pub fn squared_norm(dtype: Dtype, head_dim: usize, norm: f64) -> f64 {
-    let steps = smallest_error(dtype) * (head_dim as f64).sqrt() / norm.max(f64::MIN_POSITIVE);
-    2.0 * (unit_roundoff(dtype) + steps) + head_dim as f64 * F32
-}
-
 /// Relative error of a weight that comes from its score.
 fn score_error(head_dim: usize, row: &Attended) -> f64 {
-    (head_dim as f64 / 8.0 * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
+    (2.0 * head_dim as f64 / 8.0 * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
 }
 
 /// Error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, which is once for each key tile at most, and

@@ -73,9 +73,13 @@ fn verify_finds_wrong_kernels() {
     let entry = |name: &str| kernels.ptx.find(&format!(".entry {name}(")).unwrap();
     let changes = [
         ("pack", 0, "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
-        // The first exponentials rescale what was summed before offsets are lowered, the others are weights.
-        ("attention", 0, "ex2.approx.ftz.f32", "neg.ftz.f32"),
-        ("attention", 8, "ex2.approx.ftz.f32", "neg.ftz.f32"),
+        // Exponentials: the weights of a first tile without offsets, 64 a thread; those of another; two factors where offsets are lowered;
+        // the weights of the tile that made that necessary; those of another with offsets. The first must stay positive, or offsets mend it.
+        ("attention", 0, "ex2.approx.ftz.f32", "abs.ftz.f32"),
+        ("attention", 64, "ex2.approx.ftz.f32", "neg.ftz.f32"),
+        ("attention", 128, "ex2.approx.ftz.f32", "neg.ftz.f32"),
+        ("attention", 138, "ex2.approx.ftz.f32", "neg.ftz.f32"),
+        ("attention", 202, "ex2.approx.ftz.f32", "neg.ftz.f32"),
         ("attention", 0, "rcp.approx.ftz.f32", "neg.ftz.f32"),
         ("select", 0, "setp.lt.f32", "setp.gt.f32"),
         // The errors are not stored: what lay in their place stays.

@@ -72,9 +72,8 @@ pub struct PackParams {
     pub packed_k: u64,
     /// Packed V.
     pub packed_v: u64,
-    /// Raised to the largest squared norm of a packed row of Q, and of K, of each head: f32 \[batch, heads, 2\]. Zero before;
-    /// [`PackPass::Temporal`] leaves it.
-    pub norms: u64,
+    /// Set to zero for the **attention** that follows, see [`AttentionParams::schedule`].
+    pub schedule: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads given in this launch (any subset of the model's).
@@ -101,8 +100,6 @@ pub struct ProfileParams {
     pub packed_v: u64,
     /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
     pub text_lengths: u64,
-    /// The largest squared norms of packed rows, see [`PackParams::norms`].
-    pub norms: u64,
     /// Partial results, see [`ProfilePlan`].
     pub partials: u64,
     /// Seed of the row draw.
@@ -151,12 +148,10 @@ pub struct AttentionParams {
     pub out: Tensor,
     /// Natural log-sum-exp of the scaled scores, f32 \[batch, heads, S\] in the model's order, -inf for invalid text; 0 for none.
     pub lse: u64,
-    /// Head types, u32 \[batch, heads\].
+    /// Head types, u32 \[batch, heads\]; 0 when every head is dense.
     pub head_types: u64,
     /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
     pub text_lengths: u64,
-    /// The largest squared norms of packed rows, see [`PackParams::norms`].
-    pub norms: u64,
     /// Two u32, both 0 before and after: query tiles that blocks have taken beyond their first, and blocks that are done.
     pub schedule: u64,
     /// Batch items.

@@ -161,7 +161,9 @@ impl RangeVisible {
     }
 }
 
-/// The key tiles that a query tile reads: `prefix_tiles` from packed row 0, the rest from packed row `body_start`.
+/// The key tiles that a query tile reads: `prefix_tiles` from packed row 0, the rest from packed row `body_start`. They are read from the
+/// middle one on, and from the first when the last is done: in the middle of a band wider than the tiles are keys that every row sees, so
+/// that a softmax which begins there knows how large the weights of each row are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyTiles {
     /// Tiles over text and sink frames, from row 0.
@@ -173,9 +175,11 @@ pub struct KeyTiles {
 }
 
 impl KeyTiles {
-    /// First packed row of tile `index`, for tiles of `key_rows` rows.
+    /// First packed row of the tile of `key_rows` rows that is read after `index` others.
     #[inline(always)]
     pub const fn first_row(self, index: u32, key_rows: u32) -> u32 {
+        let middle = self.tiles / 2;
+        let index = if index < self.tiles - middle { index + middle } else { index + middle - self.tiles };
         if index < self.prefix_tiles {
             index * key_rows
         } else {

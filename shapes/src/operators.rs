@@ -22,14 +22,18 @@ impl Dtype {
         }
     }
 
-    /// Largest score, as an exponent of two, of a head that **attention** takes as bounded: weights are 2^score, from 2^-bound to 2^bound.
+    /// Sums of a thread's weights 2^score of a key tile with which a row needs no offset: at least the first of its first tile, at most
+    /// the second of any.
     ///
-    /// The type holds them with full precision: normal numbers of f16 begin at 2^-14. In bf16 what ends first is f32, which holds one
-    /// such weight, and the sum of 2^17 of them, times a V between 2^-30 and 2^14.
-    pub const fn score_bound(self) -> f32 {
+    /// Of bf16 the exponents are those of f32, which tells weights from zero down to 2^-126, and holds 2^16 times the most, times a V of up
+    /// to 2^15. Normal numbers of f16 begin at 2^-14 and end below 2^16.
+    pub const fn plain_sums(self) -> [f32; 2] {
+        const fn power(exponent: i32) -> f32 {
+            f32::from_bits(((127 + exponent) as u32) << 23)
+        }
         match self {
-            Dtype::Bf16 => 96.0,
-            Dtype::F16 => 14.0,
+            Dtype::Bf16 => [power(-60), power(96)],
+            Dtype::F16 => [power(0), power(15)],
         }
     }
 }

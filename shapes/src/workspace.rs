@@ -25,11 +25,8 @@ pub struct Workspace {
     pub partials: Range<u64>,
     /// Mean squared errors of the masks, f32 \[batch, heads, 2\]: spatial, temporal.
     pub errors: Range<u64>,
-    /// Head types, u32 \[batch, heads\]: set to zero before a dense layer.
+    /// Head types, u32 \[batch, heads\].
     pub head_types: Range<u64>,
-    /// Largest squared norms of packed rows, see [`PackParams::norms`](crate::launch::PackParams). Set to zero before any layer, with the
-    /// next part; all three lie in this order, so that one fill will do.
-    pub norms: Range<u64>,
     /// What the blocks of attention share their work by, see [`AttentionParams::schedule`](crate::launch::AttentionParams).
     pub schedule: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
@@ -50,7 +47,7 @@ impl Workspace {
         let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
         let partials = place(profile.bytes(batch * heads));
         let errors = place(all_heads * 2 * 4);
-        let (head_types, norms, schedule) = (place(all_heads * 4), place(all_heads * 2 * 4), place(SCHEDULE_BYTES));
-        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, norms, schedule, bytes }
+        let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
+        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
     }
 }

@@ -138,27 +138,6 @@ pub unsafe fn add_u32(address: u64, value: u32) -> u32 {
     old
 }
 
-/// Raises an f32 to `value` at least, neither of them negative; NaN counts as more than any number (9.7.13.5, red).
-///
-/// # Safety
-/// `address` is 4-byte aligned and valid; others touch it during the launch by this function and [`load_rising_f32`] alone.
-#[inline(always)]
-pub unsafe fn raise_f32(address: u64, value: f32) {
-    // Bits of numbers that are not negative are in the numbers' order.
-    asm!("red.relaxed.gpu.global.max.u32 [{}], {};", in(reg64) address, in(reg32) value.to_bits(), options(nostack));
-}
-
-/// What an f32 has been raised to so far, at least.
-///
-/// # Safety
-/// As [`raise_f32`].
-#[inline(always)]
-pub unsafe fn load_rising_f32(address: u64) -> f32 {
-    let value: f32;
-    asm!("ld.relaxed.gpu.global.f32 {}, [{}];", out(reg32) value, in(reg64) address, options(nostack));
-    value
-}
-
 /// Stores two f32.
 ///
 /// # Safety

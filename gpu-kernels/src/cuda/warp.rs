@@ -63,6 +63,18 @@ pub unsafe fn broadcast<T: Register>(value: T, from: u32) -> T {
     T::from_bits(out)
 }
 
+/// A value that all lanes have, in a uniform register (9.7.9.24, redux.sync): what ptxas does not see to be the same in all of them, and all
+/// that follows from it, would be moved to one again and again.
+///
+/// # Safety
+/// All 32 lanes come here with one value.
+#[inline(always)]
+pub unsafe fn uniform(value: u32) -> u32 {
+    let out: u32;
+    asm!("redux.sync.or.b32 {}, {}, -1;", out(reg32) out, in(reg32) value, options(nostack));
+    out
+}
+
 /// The sum over groups of `WIDTH` neighbouring lanes (a power of two), in every lane of the group.
 ///
 /// # Safety

@@ -107,7 +107,6 @@ fn workspaces() {
                 (&workspace.partials, partials),
                 (&workspace.errors, all_heads * 2 * 4),
                 (&workspace.head_types, all_heads * 4),
-                (&workspace.norms, all_heads * 2 * 4),
                 (&workspace.schedule, 8),
             ];
             let mut end = 0;
