@@ -383,7 +383,7 @@ impl Consumer {
             T::Attention::start_output(output, &weights, Plan::<T>::value_image(last));
             scores.wait::<1>();
             mask(scores, *tile);
-            let fits = rows.absorb::<ElementOf<T>, OFFSETS>(scores, self.warpgroup);
+            let fits = rows.absorb::<ElementOf<T>>(scores, self.warpgroup);
             T::Attention::wait_output(output, &mut weights);
             Plan::<T>::value_free(last.stage).release(self.lane);
             if !fits {

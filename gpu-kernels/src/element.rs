@@ -8,8 +8,8 @@ use framestride_shapes::operators::Dtype;
 pub trait Element: Copy {
     /// log2 of the weight of a row's maximum: more than 0 where the exponent is narrow, to keep small weights away from its end.
     const HEADROOM: f32;
-    /// [`Dtype::plain_sums`].
-    const PLAIN_SUMS: [f32; 2];
+    /// [`Dtype::tile_sums`].
+    const TILE_SUMS: [f32; 2];
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Widens both halves, exactly.
@@ -26,7 +26,7 @@ pub struct F16;
 
 impl Element for Bf16 {
     const HEADROOM: f32 = 0.0;
-    const PLAIN_SUMS: [f32; 2] = Dtype::Bf16.plain_sums();
+    const TILE_SUMS: [f32; 2] = Dtype::Bf16.tile_sums();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
@@ -44,7 +44,7 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     const HEADROOM: f32 = 8.0;
-    const PLAIN_SUMS: [f32; 2] = Dtype::F16.plain_sums();
+    const TILE_SUMS: [f32; 2] = Dtype::F16.tile_sums();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;

@@ -329,7 +329,7 @@ impl Consumer {
             seen = self.seen::<T>(place.slot.stage);
             scores.wait::<3>();
             self.hide_beyond_end(scores, place.tile * KEY_ROWS);
-            let fits = results.rows.absorb::<ElementOf<T>, OFFSETS>(scores, self.warpgroup);
+            let fits = results.rows.absorb::<ElementOf<T>>(scores, self.warpgroup);
             results.wait_outputs(&mut weights);
             Plan::<T>::free(last.stage).release(self.lane);
             if !fits {

@@ -2,7 +2,7 @@
 //!
 //! * **Plain**: the weight of a score s is 2^s, and between the two stands nothing but the exponential. f32 and bf16 hold it for any score
 //!   up to about a hundred on either side of 0. Rows begin so if the sums of their weights of a first tile are in
-//!   [`Element::PLAIN_SUMS`].
+//!   [`Element::TILE_SUMS`].
 //! * **With offsets**: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
 //!   an offset of the row. Accumulators of the scores start from the offsets, so that the tensor cores add them.
 //!
@@ -18,9 +18,6 @@ use framestride_shapes::layout::Visible;
 
 /// The offset of a row that has seen nothing: with any finite score the weight is infinite, with a hidden one (-inf) exactly 0.
 const NOTHING_SEEN: f32 = 1e30;
-
-/// Largest sum of one thread's weights of a tile, with offsets: no weight is more, which f16 can hold.
-const MOST: f32 = 32768.0;
 
 /// Running offset and sum of this thread's two rows: the weight of a score is 2^(score + offset).
 #[derive(Clone, Copy)]
@@ -48,7 +45,7 @@ impl Rows {
     /// The whole warpgroup comes here; `warpgroup` is its number in the block.
     #[inline(always)]
     pub unsafe fn start_plain<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let [least, most] = E::PLAIN_SUMS;
+        let [least, most] = E::TILE_SUMS;
         let sum = weigh(scores);
         // Not a number does not fit.
         let fits = |sum: f32| (sum >= least) & (sum <= most);
@@ -68,19 +65,15 @@ impl Rows {
         );
     }
 
-    /// Turns a tile of scores into weights and takes them in, unless they are too large for some row of the warpgroup: then it gives
-    /// false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute them again for [`Rows::lower`]. With
-    /// `OFFSETS`, they hold [the offsets](Rows::put_offsets) already; without, rows are plain.
+    /// Turns a tile of scores, which hold [the offsets](Rows::put_offsets), into weights and takes them in, unless they are too large for
+    /// some row of the warpgroup: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute
+    /// them again for [`Rows::lower`].
     ///
     /// # Safety
     /// As for [`Rows::start_plain`].
     #[inline(always)]
-    pub unsafe fn absorb<E: Element, const OFFSETS: bool>(
-        &mut self,
-        scores: &mut impl Fragment,
-        warpgroup: u32,
-    ) -> bool {
-        let most = if OFFSETS { MOST } else { E::PLAIN_SUMS[1] };
+    pub unsafe fn absorb<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
+        let [_, most] = E::TILE_SUMS;
         let sum = weigh(scores);
         // Not a number is too large as well.
         if thread::any_of_warpgroup(!(sum[0] <= most) | !(sum[1] <= most), warpgroup) {

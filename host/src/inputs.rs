@@ -487,7 +487,7 @@ const CODES: u64 = 4;
 const PARTS: u64 = 5;
 
 /// Score of a query with its own key in [`Inputs::sudden`], in powers of two: beyond what plain weights hold
-/// ([`Dtype::plain_sums`]).
+/// ([`Dtype::tile_sums`]).
 fn sudden_score(dtype: Dtype) -> f32 {
     match dtype {
         Dtype::Bf16 => 134.0,

@@ -63,7 +63,7 @@ fn smallest_weight_error(dtype: Dtype) -> f64 {
         Dtype::Bf16 => f32::MIN_POSITIVE.into(),
         Dtype::F16 => smallest_error(dtype),
     };
-    error * 64.0 / f64::from(dtype.plain_sums()[0])
+    error * 64.0 / f64::from(dtype.tile_sums()[0])
 }
 
 /// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given.

@@ -22,12 +22,12 @@ impl Dtype {
         }
     }
 
-    /// Sums of a thread's weights 2^score of a key tile with which a row needs no offset: at least the first of its first tile, at most
-    /// the second of any.
+    /// What the sums of a thread's weights of a key tile may be: of a first tile at least the first number, if weights are to be 2^score, of
+    /// any tile at most the second.
     ///
     /// Of bf16 the exponents are those of f32, which tells weights from zero down to 2^-126, and holds 2^16 times the most, times a V of up
     /// to 2^15. Normal numbers of f16 begin at 2^-14 and end below 2^16.
-    pub const fn plain_sums(self) -> [f32; 2] {
+    pub const fn tile_sums(self) -> [f32; 2] {
         const fn power(exponent: i32) -> f32 {
             f32::from_bits(((127 + exponent) as u32) << 23)
         }
