@@ -477,10 +477,10 @@ def measure_errors(shape, inputs, args, peers, our_rows):
 
 
 def measure(shape, args, ceilings, end):
-    """Rows of one shape, and the memory of ours."""
+    """Rows of one shape, and of ours the memory and the digest of the kernels."""
     started = time.monotonic()
     deadline = min(started + args.shape_seconds, end)
-    rows, memory, ours = [], None, None
+    rows, ours, about = [], None, {}
     failed = {"shape": shape.name, "what": "layer", "mask": None, "who": "framestride", "ms": None, "density": None}
     try:
         # Before anything is allocated here: it measures by how much free memory falls.
@@ -514,7 +514,7 @@ def measure(shape, args, ceilings, end):
     if ours:
         try:
             report = ours.finish()
-            rows, memory = report["rows"], report["memory"]
+            rows, about = report["rows"], {key: report[key] for key in ("memory", "ptx_sha256")}
         except Exception as error:
             rows.append(failed | {"why": reason(error)})
     if shape.tensor_bytes <= args.error_mib * 2**20 and time.monotonic() < deadline:
@@ -522,7 +522,7 @@ def measure(shape, args, ceilings, end):
             measure_errors(shape, inputs, args, peers, rows)
         except Exception as error:
             print(f"    errors: {reason(error)}", flush=True)
-    return rows + [peer.row(shape.name, ceilings) for peer in peers], memory
+    return rows + [peer.row(shape.name, ceilings) for peer in peers], about
 
 
 def measure_ceilings():
@@ -556,7 +556,6 @@ def show(rows):
 def versions(args):
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found["framestride"] = (output_of([args.binary, "--version"]) or "unknown").removeprefix("framestride ")
-    found["commit"] = output_of(["git", "rev-parse", "--short=10", "HEAD"])
     for name in ("triton", "flash-attn-4"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -604,8 +603,8 @@ def main():
         try:
             shape = Shape(argument, args)
             print(f"{shape.name}", flush=True)
-            rows, memory = measure(shape, args, ceilings, end)
-            results["shapes"][shape.name] = shape.described | {"memory": memory}
+            rows, about = measure(shape, args, ceilings, end)
+            results["shapes"][shape.name] = shape.described | about
             results["rows"] += rows
             show(rows)
         except Exception as error:

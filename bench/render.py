@@ -87,7 +87,8 @@ GLANCE = [
 
 def sections(name, shape, rows):
     extent = f"{shape['batch']} x {shape['sequence']} tokens x {shape['heads']} heads x {shape['head_dim']}, {shape['dtype']}"
-    text = f"### {name}\n\n{extent}.\n\n"
+    kernels = f" Kernels: PTX with the SHA-256 {shape['ptx_sha256'][:16]}..." if "ptx_sha256" in shape else ""
+    text = f"### {name}\n\n{extent}.{kernels}\n\n"
     measured = rows.measured()
     attention = [row for row in measured if row["what"] in ("dense", "sparse", "layer")]
     text += table(

@@ -110,6 +110,8 @@ pub struct Memory {
 pub struct Report {
     /// Name of the spec.
     pub spec: String,
+    /// Of the kernels' PTX, as in their manifest: which kernels these are.
+    pub ptx_sha256: String,
     /// The GPU.
     pub device: String,
     /// Batch items, tokens, heads, head_dim.
@@ -393,6 +395,7 @@ impl Bench {
         });
         Ok(Report {
             spec: spec.name.clone(),
+            ptx_sha256: self.module.manifest().ptx_sha256.clone(),
             device: self.module.device().name(),
             shape: self.inputs.shape,
             rounds: self.items.iter().map(|item| item.samples.len()).min().unwrap_or(0),
