@@ -144,7 +144,8 @@ INTRO = """# Benchmarks
 
 Made by [`bench/render.py`](bench/render.py) from [`bench/results`](bench/results); [`bench`](bench/README.md) says what is measured,
 and how to repeat it. All contenders of a shape take turns in one run. TFLOP/s count visible pairs only (4 x head_dim operations
-each); GB/s count every byte that must be moved once. Relative errors are against f64 on the same random inputs.
+each); GB/s count every byte that must be moved once. Relative errors are against f64 on the same random inputs. Results of a GPU stay
+until it is measured again: the digest of the PTX, or the commit, says which kernels were measured.
 
 """
 
@@ -266,7 +267,7 @@ def main():
         (args.out / "docs/density.svg").write_text(picture)
         text += "## Time against density\n\n![Milliseconds of attention against density](docs/density.svg)\n\n"
         for results in all_results:
-            if any(name in group for name in results["shapes"]):
+            if results["gpu"] == extent[0] and any(name in group for name in results["shapes"]):
                 text += header(results)
         text += sweep_table(group)
     (args.out / "BENCHMARKS.md").write_text(text.rstrip() + "\n")

@@ -23,8 +23,8 @@ const LAUNCH: f64 = 5e-3;
 /// Operations a millisecond in full tiles of attention on all multiprocessors, and time of an edge tile over a full one's.
 ///
 /// From the dense and sparse rows of BENCHMARKS.md, with every pair of a visited tile counted: 702 to 759 TFLOP/s at head dim 128,
-/// edges or not; at 64 dense 619 and 634, of which LTX's sparse heads, with 22% of their tiles edges, keep 88%. Of heads whose scores are
-/// bounded, as a QK-norm makes them.
+/// edges or not; at 64 dense 619 and 634, of which LTX's sparse heads, with 22% of their tiles edges, keep 88%. Of heads whose softmax needs
+/// no offsets.
 const fn attention_rate(head_dim: u32) -> (f64, f64) {
     if head_dim == 64 { (625e9, 1.6) } else { (735e9, 1.0) }
 }
