@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::attention::{HeadTypes, Layer, SparseAttention, Workspace};
 use crate::device::{Buffer, Device, Stream};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inputs::{Inputs, RopeTables, Tokens, narrow, normal, row_generator};
 use crate::launch::Launch;
 use crate::module::Module;
@@ -172,7 +172,8 @@ pub const SAMPLE_MILLISECONDS: f64 = 20.0;
 /// Runs of one sample.
 const RUNS: RangeInclusive<u32> = 1..=500;
 
-/// Elements of the random values that fill Q, of those that fill K and of those that fill V over and over: odd, so that no two rows are equal.
+/// Elements of the random values that fill Q, of those that fill K and of those that fill V, over and over: odd, so that no two rows
+/// are equal.
 const POOL: usize = (1 << 24) + 1;
 
 /// Everything in place for rounds.
@@ -434,6 +435,10 @@ impl BenchInputs {
 
     /// Normal values for Q, K and V, norm weights around `qk_norm_weight`, RoPE of the spec's grid; all text valid.
     fn random(device: &Device, spec: &Spec, qk_norm_weight: f64) -> Result<BenchInputs> {
+        let allowed = if spec.qk_norm.is_some() { "a number from 0 to 1000" } else { "1: the spec has no [qk_norm]" };
+        if !(0.0..=1000.0).contains(&qk_norm_weight) || (spec.qk_norm.is_none() && qk_norm_weight != 1.0) {
+            return Err(Error::input("qk_norm_weight", qk_norm_weight, allowed, "Leave it out for weights around 1"));
+        }
         let shape @ [batch, sequence, heads, head_dim] =
             [spec.batch, spec.layout.sequence(), spec.heads, spec.head_dim].map(|extent| extent as usize);
         let mut memory = Vec::new();

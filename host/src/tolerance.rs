@@ -17,9 +17,9 @@
 //!   rotation and scale add at most 16 roundings of values no larger than 4 times the row.
 //! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
 //!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations, of twice
-//!   |q| |k| scale since an offset may be among the terms, and four roundings, which is the relative error of a weight. The output's own rounding adds `u^2/3 |out|^2`,
-//!   and the sum over the keys one truncation for each 16 keys, of partial sums about as large as spread or out. Where scores rise
-//!   along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
+//!   |q| |k| scale since an offset may be among the terms, and four roundings, which is the relative error of a weight. The output's
+//!   own rounding adds `u^2/3 |out|^2`, and the sum over the keys one truncation for each 16 keys, of partial sums about as large as
+//!   spread or out. Where scores rise along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
 //! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
 //!   wrong by no more than the root mean square error of masked and dense output together. Weights are relative to the largest of

@@ -67,6 +67,27 @@ fn given_inputs_have_the_output_of_a_run() {
 }
 
 #[test]
+fn weights_are_of_a_norm_that_there_is() {
+    for (spec, qk_norm_weight, expected) in [
+        ("tiny_plain", 3.0, Some("no [qk_norm]")),
+        ("tiny_plain", 1.0, None),
+        ("tiny_text_last", f64::NAN, Some("0 to 1000")),
+        ("tiny_text_last", -1.0, Some("0 to 1000")),
+        ("tiny_text_last", 3.0, None),
+    ] {
+        let module = Module::load(&Device::emulator(), &Kernels::shipped(spec).unwrap()).unwrap();
+        let options = Options { qk_norm_weight, copy_bytes: COPY, ..Options::default() };
+        let error = Bench::new(&module, None, &options).err().map(|error| error.to_string());
+        let as_expected = match (&error, expected) {
+            (Some(error), Some(words)) => error.contains(words) && error.contains("qk_norm_weight"),
+            (None, None) => true,
+            _ => false,
+        };
+        assert!(as_expected, "{spec}, {qk_norm_weight}: {error:?}");
+    }
+}
+
+#[test]
 fn command_refuses_what_it_cannot_time() {
     let emulator: &[&str] = &["--device", "emulator"];
     let two_types: &[&str] = &["--types", "dense", "spatial", "--out", "out.safetensors"];
