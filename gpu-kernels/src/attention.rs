@@ -5,7 +5,7 @@
 //! they are done with one; those with text, which see every key, go first. For each query tile a consumer does:
 //!
 //! ```text
-//! from the first tile j, and again from a tile whose weights are too large for the rows' offsets:
+//! from the first tile j (the middle one, see `KeyTiles`), and again from a tile whose weights are too large for the rows' offsets:
 //!     S = Q K[j]^T;  lower the offsets, unless rows may do without;  rescale O;  P = weights of S
 //!     for each tile j after it:
 //!         start S = offsets + Q K[j]^T

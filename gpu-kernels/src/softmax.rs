@@ -37,9 +37,9 @@ impl Rows {
         Rows { offset: [NOTHING_SEEN; 2], sum: [0.0; 2], tile_sum: [0.0; 2] }
     }
 
-    /// Turns a first tile of scores into plain weights and takes them in, unless these are too large for some row of the warpgroup, or so
-    /// small that later ones might be too: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are
-    /// lost: compute them again for [`Rows::lower`].
+    /// Turns a first tile of scores into plain weights and takes them in, unless for some row of the warpgroup these are too large, or so
+    /// small that the type might lose others beside them: then it gives false, in all threads of the warpgroup, and nothing is taken in. The
+    /// scores are lost: compute them again for [`Rows::lower`].
     ///
     /// # Safety
     /// The whole warpgroup comes here; `warpgroup` is its number in the block.
@@ -84,9 +84,9 @@ impl Rows {
         true
     }
 
-    /// Lowers the offsets so that the largest of all weights, those of this tile of scores included, is at most
-    /// 2^[`HEADROOM`](Element::HEADROOM). Turns the scores, which do not hold the offsets, into weights and takes them in. Returns the
-    /// factors by which everything weighted before must be multiplied.
+    /// Lowers the offsets of rows where this tile of scores has weights of more than 2^[`HEADROOM`](Element::HEADROOM), so that the largest is
+    /// that. Turns the scores, which do not hold the offsets, into weights and takes them in. Returns the factors by which everything
+    /// weighted before must be multiplied.
     ///
     /// # Safety
     /// All lanes of the warp come here.

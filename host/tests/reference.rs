@@ -191,7 +191,7 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
 
 /// Maxima of key tiles, in log2 units, in the order in which the attention kernel meets them: many rise by more than a weight may grow before
 /// offsets are lowered, some by more than f32 holds, some tiles lie below what f32 tells from zero, and no mask hides the largest of most
-/// rows. Through a mask most rows meet their own key, the largest, in their first tile.
+/// rows.
 #[test]
 fn rising_scores_rise_and_fall() {
     for spec in tiny_specs().chain([spec("demo")]) {
@@ -224,13 +224,12 @@ fn rising_scores_rise_and_fall() {
                     kept += f64::from(scores.iter().all(|score| score - largest < 22.0));
                 }
             }
-            let shares = [risen, overflown, vanished, kept].map(|count| count / rows);
-            let expected = if head_type == HeadType::Dense { [0.2, 0.05, 0.05, 0.95] } else { [0.0, 0.0, 0.05, 0.75] };
-            assert!(
-                shares.iter().zip(expected).all(|(share, least)| *share >= least),
-                "{} {head_type:?}: {shares:?}",
-                spec.name
-            );
+            // Through a mask most rows meet their own key, the largest, in their first tile: some still rise, of no fixed share.
+            let is_dense = head_type == HeadType::Dense;
+            let [risen, overflown, vanished, kept] = [risen, overflown, vanished, kept].map(|count| count / rows);
+            let shares = format!("{} {head_type:?}: {risen:.2} {overflown:.2} {vanished:.2} {kept:.2}", spec.name);
+            assert!(vanished > 0.05 && kept > if is_dense { 0.95 } else { 0.75 }, "{shares}");
+            assert!(!is_dense || (risen > 0.2 && overflown > 0.05), "{shares}");
         }
     }
 }

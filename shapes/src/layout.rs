@@ -162,8 +162,8 @@ impl RangeVisible {
 }
 
 /// The key tiles that a query tile reads: `prefix_tiles` from packed row 0, the rest from packed row `body_start`. They are read from the
-/// middle one on, and from the first when the last is done: in the middle of a band wider than the tiles are keys that every row sees, so
-/// that a softmax which begins there knows how large the weights of each row are.
+/// middle one on, and from the first when the last is done: in the middle of a band much wider than the tiles are keys that nearly every
+/// row sees, so that a softmax which begins there knows how large the weights of each row are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyTiles {
     /// Tiles over text and sink frames, from row 0.

@@ -57,7 +57,7 @@ pub trait TileProducts {
     /// O: 64 query rows by the columns of V that the products take, all of them or 64.
     type Output: Fragment;
 
-    /// Starts S += Q K^T. Where `scores` are constant zeros, ptxas adds to nothing.
+    /// Starts S += Q K^T. Where `scores` are constant zeros, ptxas sees it, and the first k-step reads no registers.
     ///
     /// # Safety
     /// The whole warpgroup comes here; the images are complete and stay until the wait; `scores` is not touched until then.

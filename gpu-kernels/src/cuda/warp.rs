@@ -63,7 +63,7 @@ pub unsafe fn broadcast<T: Register>(value: T, from: u32) -> T {
     T::from_bits(out)
 }
 
-/// A value that all lanes have, in a uniform register (9.7.9.24, redux.sync): what ptxas does not see to be the same in all of them, and all
+/// A value that all lanes have, in a uniform register (9.7.13.12, redux.sync): what ptxas does not see to be the same in all of them, and all
 /// that follows from it, would be moved to one again and again.
 ///
 /// # Safety
