@@ -18,12 +18,12 @@ use framestride_shapes::launch::{
     Tensor, pack_warps,
 };
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::spec::{NormKind, Spec};
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
 use framestride_shapes::workspace::{self, Workspace as Plan};
 
 use crate::device::{Buffer, Device, Stream};
 use crate::error::{Error, Result};
-use crate::inputs::check_heads;
+use crate::inputs::{RopeTables, check_heads};
 use crate::launch::{Kernel, Launch, Params};
 use crate::module::Module;
 
@@ -55,7 +55,8 @@ pub struct Layer {
     /// Natural log-sum-exp out, f32 \[B, H, S\]; 0 for none.
     pub lse: u64,
     /// Softmax scale; 1 / sqrt(head_dim) when not given. Q is multiplied by scale x log2(e) before it is rounded to the spec's type,
-    /// so in f16 the product with the elements of Q should lie within its normal numbers, 2^-14 to 2^16.
+    /// so in f16 the product with the elements of Q should lie within its normal numbers, 2^-14 to 2^16. Allowed are scales with
+    /// which rows of Q and K of root mean square 1 stay finite.
     pub scale: Option<f32>,
 }
 
@@ -66,7 +67,8 @@ pub enum HeadTypes {
     Profiled,
     /// Every head dense: what the schedule's warm-up asks for, see [`SparseAttention::head_types`].
     Dense,
-    /// Address of u32 \[B, H\] in device memory, [`HeadType`] values: an earlier call's, or the embedder's.
+    /// Address of u32 \[B, H\] in device memory, [`HeadType`] values: the embedder's, or those of an earlier call in the same
+    /// workspace, at `head_types` of its [`SparseAttention::plan`].
     Given(u64),
 }
 
@@ -92,6 +94,7 @@ fn head_type_name<S: serde::Serializer>(head: &HeadType, serializer: S) -> std::
 
 /// The one piece of device memory that a layer needs besides its tensors. It may serve all layers of a model in turn.
 pub struct Workspace {
+    device: Device,
     address: u64,
     bytes: u64,
     /// None for borrowed memory.
@@ -102,12 +105,16 @@ impl Workspace {
     /// Allocates.
     pub fn allocate(device: &Device, bytes: u64) -> Result<Workspace> {
         let buffer = device.allocate(bytes)?;
-        Ok(Workspace { address: buffer.address(), bytes, owned: Some(buffer) })
+        Ok(Workspace { device: device.clone(), address: buffer.address(), bytes, owned: Some(buffer) })
     }
 
-    /// Borrows `bytes` of device memory at `address`, a multiple of 256. It is checked at each call, and never freed.
-    pub fn borrow(address: u64, bytes: u64) -> Workspace {
-        Workspace { address, bytes, owned: None }
+    /// Borrows `bytes` of memory of `device` at `address`, a multiple of 256. Size and alignment are checked at each call; the
+    /// memory is never freed.
+    ///
+    /// # Safety
+    /// The range is memory of `device` for as long as this value lives, and holds nothing that anybody else needs.
+    pub unsafe fn borrow(device: &Device, address: u64, bytes: u64) -> Workspace {
+        Workspace { device: device.clone(), address, bytes, owned: None }
     }
 
     /// Address of the first byte.
@@ -174,19 +181,21 @@ impl SparseAttention {
     /// Whatever is wrong with the arguments is said before anything is launched.
     ///
     /// # Safety
-    /// Every address in `layer`, `types` and `workspace` is device memory (for the emulator: of this module's device) that holds
-    /// what its documentation says for as long as the work runs, and nobody else writes it meanwhile. Two calls that may run at
-    /// the same time have different workspaces.
+    /// Every address in `layer` and `types` is memory of this module's device that holds what its documentation says for as long as
+    /// the work runs, and nobody else writes it or the workspace meanwhile: so two calls that may run at the same time have
+    /// different workspaces. This value and `workspace` outlive the work.
     pub unsafe fn forward(&self, stream: Stream, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<()> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
-        steps.iter().flatten().try_for_each(|launch| device.launch(stream, self.module.loaded(), launch))
+        // SAFETY: the workspace is memory of this device (checked above), and the rest is the caller's promise.
+        steps.iter().flatten().try_for_each(|launch| unsafe { device.launch(stream, self.module.loaded(), launch) })
     }
 
-    /// [`SparseAttention::forward`], waiting after each kernel: gives the milliseconds of each, in order.
+    /// [`SparseAttention::forward`], waiting after each kernel: gives the milliseconds of each, in order. `before` hears of each
+    /// kernel before it is launched.
     ///
     /// # Errors
-    /// As for `forward`, and what the kernels themselves end with.
+    /// As for `forward`, what the kernels themselves end with, and `before`'s.
     ///
     /// # Safety
     /// As for `forward`.
@@ -196,22 +205,27 @@ impl SparseAttention {
         layer: &Layer,
         types: HeadTypes,
         workspace: &Workspace,
-        mut before: impl FnMut(Kernel),
+        mut before: impl FnMut(Kernel) -> Result<()>,
     ) -> Result<Vec<(Kernel, f64)>> {
         let steps = self.steps(layer, types, workspace)?;
         let device = self.module.device();
         let mut times = Vec::with_capacity(steps.len());
         for launch in steps.iter().flatten() {
-            before(launch.kernel);
-            times.push((launch.kernel, device.time(stream, || device.launch(stream, self.module.loaded(), launch))?));
+            before(launch.kernel)?;
+            // SAFETY: as in `forward`.
+            let work = || unsafe { device.launch(stream, self.module.loaded(), launch) };
+            times.push((launch.kernel, device.time(stream, work)?));
         }
         Ok(times)
     }
 
     /// Errors and head types of the last profiled call in `workspace`, `[batch, heads]`, once its work is done.
     pub fn read_profile(&self, workspace: &Workspace) -> Result<Vec<HeadProfile>> {
+        let device = self.module.device();
+        check_workspace(device, &self.plan, workspace)?;
         let words = |range: &Range<u64>| -> Result<Vec<[u8; 4]>> {
-            let bytes = self.module.device().read_address(workspace.address + range.start, range.end - range.start)?;
+            // SAFETY: the range lies in the workspace, which is memory of this device (checked above).
+            let bytes = unsafe { device.read_address(workspace.address + range.start, range.end - range.start)? };
             Ok(bytes.as_chunks().0.to_vec())
         };
         let (errors, types) = (words(&self.plan.errors)?, words(&self.plan.head_types)?);
@@ -235,7 +249,9 @@ impl SparseAttention {
         let shape =
             Shape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };
         let scale = layer.scale.unwrap_or(1.0 / (spec.head_dim as f32).sqrt());
-        check_call(spec, shape, layer, types, scale, workspace, &self.plan)?;
+        check_scale(spec, scale)?;
+        check_workspace(self.module.device(), &self.plan, workspace)?;
+        check_call(spec, shape, layer, types, workspace.address, &self.plan)?;
 
         let part = |range: &Range<u64>| workspace.address + range.start;
         let packed = [&self.plan.packed_q, &self.plan.packed_k, &self.plan.packed_v].map(part);
@@ -290,8 +306,9 @@ impl SparseAttention {
                 reserved: 0,
             });
             let items = u64::from(shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
-            let blocks = self.module.device().multiprocessors() * self.module.resources(Kernel::Attention).min_blocks;
-            self.launch(Kernel::Attention, [items.min(blocks.into()) as u32, 1, 1], params)
+            let min_blocks = self.module.resources(Kernel::Attention).min_blocks;
+            let blocks = u64::from(self.module.device().multiprocessors()) * u64::from(min_blocks);
+            self.launch(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
         };
         let mut launches: Steps = [None; 5];
         launches[0] = Some(pack(PackPass::All, pack_types));
@@ -374,31 +391,29 @@ fn is_aligned(tensor: &Tensor, shape: Shape) -> bool {
         && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / ELEMENT))
 }
 
-/// Everything that can be seen to be wrong with a call without looking at device memory.
-fn check_call(
-    spec: &Spec,
-    shape: Shape,
-    layer: &Layer,
-    types: HeadTypes,
-    scale: f32,
-    workspace: &Workspace,
-    plan: &Plan,
-) -> Result<()> {
-    let mut inputs = Vec::new();
-    for (name, tensor) in [("q", &layer.q), ("k", &layer.k), ("v", &layer.v), ("out", &layer.out)] {
+/// What lies where in device memory.
+type Region = (String, Range<u64>);
+
+/// Everything that can be seen to be wrong with a call without looking at device memory, but for scale and workspace.
+fn check_call(spec: &Spec, shape: Shape, layer: &Layer, types: HeadTypes, workspace: u64, plan: &Plan) -> Result<()> {
+    let tensor = |name: &str, tensor: &Tensor| -> Result<Region> {
         check_address(name, tensor.data, ELEMENT)?;
-        let Some(bytes) = shape.bytes(tensor) else {
-            return Err(Error::input(
+        let bytes = shape.bytes(tensor).ok_or_else(|| {
+            Error::input(
                 format!("{name}, strides"),
                 format!("{tensor:?}"),
                 "a tensor that ends below 2^64",
                 "Strides count elements, not bytes, and are not negative",
-            ));
-        };
-        inputs.push((name, bytes));
-    }
-    let out = inputs.swap_remove(3).1;
+            )
+        })?;
+        Ok((name.to_owned(), bytes))
+    };
+    let projections = [tensor("q", &layer.q)?, tensor("k", &layer.k)?, tensor("v", &layer.v)?];
+    let out = tensor("out", &layer.out)?;
     check_disjoint_rows(&layer.out, shape)?;
+
+    // What is read besides Q, K and V.
+    let mut read = Vec::new();
     let affine = [
         ("q_norm", Some(layer.q_norm)),
         ("k_norm", Some(layer.k_norm)),
@@ -422,12 +437,16 @@ fn check_call(
                     "Pass 0, or change [qk_norm] in the spec",
                 ));
             }
-            check_address(&format!("{name}.{part}"), address, WIDE)?;
+            let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+            let heads = if over_heads { shape.heads } else { 1 };
+            let words = u64::from(heads) * u64::from(shape.head_dim);
+            read.push(words_at(&format!("{name}.{part}"), address, WIDE, words)?);
         }
     }
+    let table = RopeTables::shape(spec, shape.heads as usize).into_iter().map(|extent| extent as u64).product();
     for (name, address) in [("cos", layer.cos), ("sin", layer.sin)] {
         match (spec.rope.is_some(), address) {
-            (true, address) => check_address(name, address, WIDE)?,
+            (true, address) => read.push(words_at(name, address, WIDE, table)?),
             (false, 0) => {}
             (false, address) => {
                 return Err(Error::input(
@@ -439,24 +458,67 @@ fn check_call(
             }
         }
     }
-    let rows = u64::from(shape.batch) * u64::from(shape.heads) * u64::from(shape.rows);
-    let words = |address: u64, count: u64| address..address.saturating_add(count * 4);
-    let mut read_late = Vec::new();
+    let all_heads = u64::from(shape.batch) * u64::from(shape.heads);
     if layer.text_lengths != 0 {
-        check_address("text_lengths", layer.text_lengths, 4)?;
-        read_late.push(("text_lengths", words(layer.text_lengths, shape.batch.into())));
+        read.push(words_at("text_lengths", layer.text_lengths, 4, shape.batch.into())?);
     }
     if let HeadTypes::Given(address) = types {
-        check_address("head types", address, 4)?;
-        read_late.push(("head types", words(address, u64::from(shape.batch) * u64::from(shape.heads))));
+        // Those that an earlier call left in the workspace stay there.
+        if address != workspace + plan.head_types.start {
+            read.push(words_at("head types", address, 4, all_heads)?);
+        }
     }
-    let mut written = vec![("out", out)];
-    if layer.lse != 0 {
-        check_address("lse", layer.lse, 4)?;
-        written.push(("lse", words(layer.lse, rows)));
+    let lse = match layer.lse {
+        0 => None,
+        address => Some(words_at("lse", address, 4, all_heads * u64::from(shape.rows))?),
+    };
+
+    // Q, K and V are read before out is written, and so may share its memory. Nothing else that is written may be anything else's.
+    let workspace = ("workspace".to_owned(), workspace..workspace + plan.bytes);
+    for region in read.iter().chain(&projections).chain([&out]).chain(&lse) {
+        check_apart(region, &workspace)?;
     }
-    if !(scale.is_finite() && scale > 0.0) {
-        return Err(Error::input("scale", scale, "a finite number above 0", "Leave it out for 1 / sqrt(head_dim)"));
+    for region in read.iter().chain(&lse) {
+        check_apart(region, &out)?;
+    }
+    match &lse {
+        Some(lse) => read.iter().chain(&projections).try_for_each(|region| check_apart(region, lse)),
+        None => Ok(()),
+    }
+}
+
+/// Checks a softmax scale: see [`Layer::scale`]. An element of a row of root mean square 1 is at most sqrt(head_dim), and the product
+/// of two such rows at most head_dim. Below its normal numbers f32 arithmetic here has only zero.
+fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
+    let largest = match spec.dtype {
+        Dtype::Bf16 => half::bf16::MAX.to_f32(),
+        Dtype::F16 => half::f16::MAX.to_f32(),
+    };
+    let (log2_e, head_dim) = (std::f32::consts::LOG2_E, spec.head_dim as f32);
+    let most = (largest / head_dim.sqrt()).min(f32::MAX / head_dim) / log2_e;
+    // Its product with log2(e), which is above 1, is normal too.
+    let least = f32::MIN_POSITIVE;
+    // NaN lies in no range.
+    if (least..=most).contains(&scale) {
+        return Ok(());
+    }
+    Err(Error::input(
+        "scale",
+        format!("{scale:e}"),
+        format!("{least:.1e} to {most:.1e} in {} with head_dim {head_dim}", spec.dtype.as_str()),
+        "Leave it out for 1 / sqrt(head_dim)",
+    ))
+}
+
+/// Whether a workspace is memory of the device, and holds the plan.
+fn check_workspace(device: &Device, plan: &Plan, workspace: &Workspace) -> Result<()> {
+    if !workspace.device.is(device) {
+        return Err(Error::input(
+            "workspace",
+            format!("memory of another device ({})", workspace.device.name()),
+            format!("memory of the module's device ({})", device.name()),
+            "Allocate it on the device that the module was loaded on",
+        ));
     }
     if workspace.bytes < plan.bytes {
         return Err(Error::input(
@@ -467,14 +529,26 @@ fn check_call(
         ));
     }
     check_address("workspace", workspace.address, workspace::ALIGNMENT)?;
-    // q, k and v are read before out is written, and so may share its memory. Nothing else may be written while it is needed.
-    let workspace = ("workspace", workspace.address..workspace.address.saturating_add(plan.bytes));
-    for (index, write) in written.iter().enumerate() {
-        for other in written[..index].iter().chain(&read_late).chain([&workspace]) {
-            check_apart(write, other)?;
-        }
-    }
-    inputs.iter().try_for_each(|input| check_apart(&workspace, input))
+    range_at("workspace", workspace.address, plan.bytes).map(drop)
+}
+
+/// The bytes of `words` 4-byte words at an aligned address.
+fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Region> {
+    check_address(name, address, alignment)?;
+    Ok((name.to_owned(), range_at(name, address, words * 4)?))
+}
+
+/// `bytes` bytes from an address.
+fn range_at(name: &str, address: u64, bytes: u64) -> Result<Range<u64>> {
+    let end = address.checked_add(bytes).ok_or_else(|| {
+        Error::input(
+            name,
+            format!("{bytes} bytes at {address:#x}"),
+            "memory that ends below 2^64",
+            "Pass the address of an allocation",
+        )
+    })?;
+    Ok(address..end)
 }
 
 fn check_address(name: &str, address: u64, alignment: u64) -> Result<()> {
@@ -490,12 +564,12 @@ fn check_address(name: &str, address: u64, alignment: u64) -> Result<()> {
     ))
 }
 
-fn check_apart(a: &(&str, Range<u64>), b: &(&str, Range<u64>)) -> Result<()> {
+fn check_apart(a: &Region, b: &Region) -> Result<()> {
     if a.1.end <= b.1.start || b.1.end <= a.1.start {
         return Ok(());
     }
     Err(Error::input(
-        a.0,
+        &a.0,
         format!("{:#x} to {:#x}, which overlaps {} at {:#x} to {:#x}", a.1.start, a.1.end, b.0, b.1.start, b.1.end),
         "memory of its own",
         "Allocate the two apart",
@@ -528,13 +602,15 @@ fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
 /// multiprocessors: what [`Spec::workspace`] asks for.
 pub fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
     let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
-    splits_of(batch * heads * spec.profile_plan(1).groups, multiprocessors, key_tiles.clamp(1, MOST_SPLITS))
+    let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.profile_plan(1).groups);
+    splits_of(blocks, multiprocessors.max(1), key_tiles.clamp(1, MOST_SPLITS))
 }
 
 /// A multiprocessor holds one block, so the time is the number of waves of blocks times the keys of a block: the fewest parts within
 /// 5% of the best up to `most` are taken.
-fn splits_of(blocks: u32, multiprocessors: u32, most: u32) -> u32 {
-    let time = |splits: u32| f64::from((blocks * splits).div_ceil(multiprocessors)) / f64::from(splits);
+fn splits_of(blocks: u64, multiprocessors: u32, most: u32) -> u32 {
+    let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(multiprocessors.into());
+    let time = |splits: u32| waves(splits) as f64 / f64::from(splits);
     let best = (1..=most).map(time).fold(f64::INFINITY, f64::min);
     (1..=most).find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
 }

@@ -318,7 +318,10 @@ impl Bench {
     fn sample(&self, item: &mut Item) -> Result<()> {
         let device = self.module.device();
         let launch = |launches: &[Launch]| {
-            launches.iter().try_for_each(|launch| device.launch(Stream::DEFAULT, self.module.loaded(), launch))
+            // SAFETY: as for the whole layer below.
+            launches
+                .iter()
+                .try_for_each(|launch| unsafe { device.launch(Stream::DEFAULT, self.module.loaded(), launch) })
         };
         let once = || match &item.work {
             Work::Launches(launches) => launch(launches),

@@ -54,6 +54,15 @@ impl Stream {
     }
 }
 
+/// PTX version of the kernels, and the first driver that compiles it, as CUDA counts them: 12030 is 12.3.
+const PTX_VERSION: &str = "8.3";
+const LEAST_DRIVER: i32 = 12030;
+
+/// A driver's version as people write it.
+pub fn cuda_version(driver: i32) -> String {
+    format!("{}.{}", driver / 1000, driver % 1000 / 10)
+}
+
 /// A GPU's context: the device's primary one, retained, or a borrowed one.
 pub struct Gpu {
     context: sys::CUcontext,
@@ -159,6 +168,29 @@ impl Gpu {
     /// Compute capability, such as (9, 0).
     pub fn capability(&self) -> (i32, i32) {
         self.capability
+    }
+
+    /// Whether this GPU and its driver run the kernels: the error says what is missing.
+    pub fn check(&self) -> Result<()> {
+        let (major, minor) = self.capability;
+        if (major, minor) != (9, 0) {
+            return Err(Error::input(
+                "GPU",
+                format!("{} of compute capability {major}.{minor}", self.name),
+                "compute capability 9.0, for which the kernels are built (sm_90a)",
+                "Use a Hopper GPU (H100, H200), or the emulator",
+            ));
+        }
+        let driver = self.driver_version();
+        if driver < LEAST_DRIVER {
+            return Err(Error::input(
+                "GPU driver",
+                format!("one for CUDA {}, on {}", cuda_version(driver), self.name),
+                format!("one for CUDA {} or later, which PTX {PTX_VERSION} needs", cuda_version(LEAST_DRIVER)),
+                "Update the driver, or use the emulator",
+            ));
+        }
+        Ok(())
     }
 
     /// Version of the driver as CUDA counts it: 12080 is 12.8.
@@ -286,15 +318,28 @@ impl Device {
         Ok(Device::Gpu(Arc::new(Gpu::primary(ordinal)?)))
     }
 
-    /// The device of a command line. `Auto` takes GPU 0 when it has the kernels' compute capability 9.0.
-    pub fn choose(choice: DeviceChoice) -> Result<Device> {
-        match choice {
-            DeviceChoice::Emulator => Ok(Device::emulator()),
-            DeviceChoice::Gpu => Device::gpu(0),
-            DeviceChoice::Auto => match Gpu::primary(0) {
-                Ok(gpu) if gpu.capability == (9, 0) => Ok(Device::Gpu(Arc::new(gpu))),
-                _ => Ok(Device::emulator()),
-            },
+    /// The device of a command line. `Auto` takes GPU 0 when it runs the kernels, else the emulator, and gives the reason.
+    pub fn choose(choice: DeviceChoice) -> Result<(Device, Option<Error>)> {
+        let gpu = || -> Result<Device> {
+            let gpu = Gpu::primary(0)?;
+            gpu.check()?;
+            Ok(Device::Gpu(Arc::new(gpu)))
+        };
+        match (choice, gpu) {
+            (DeviceChoice::Emulator, _) => Ok((Device::emulator(), None)),
+            (DeviceChoice::Gpu, gpu) => Ok((gpu()?, None)),
+            (DeviceChoice::Auto, gpu) => {
+                Ok(gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None)))
+            }
+        }
+    }
+
+    /// Whether both are the same device, and so have the same memory.
+    pub(crate) fn is(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Gpu(gpu), Device::Gpu(other)) => gpu.context == other.context,
+            (Device::Emulator(emulator), Device::Emulator(other)) => Arc::ptr_eq(emulator, other),
+            _ => false,
         }
     }
 
@@ -314,7 +359,7 @@ impl Device {
         }
     }
 
-    /// Allocates uninitialised memory at a multiple of 256 bytes.
+    /// Allocates uninitialised memory at a multiple of 256 bytes. More than the device has left is an [`Error::Input`].
     pub fn allocate(&self, bytes: u64) -> Result<Buffer> {
         let bytes = bytes.max(1);
         let address = match self {
@@ -322,10 +367,21 @@ impl Device {
                 let _current = Current::push(gpu.context)?;
                 let mut address = 0;
                 // SAFETY: `address` is a live local.
-                check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&mut address, bytes as usize) })?;
+                let status = unsafe { sys::cuMemAlloc_v2(&mut address, bytes as usize) };
+                if status == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                    return Err(no_room(bytes, self.free_memory().ok().flatten()));
+                }
+                check("cuMemAlloc", status)?;
                 address
             }
-            Device::Emulator(emulator) => write(&emulator.memory).alloc(bytes, 256).map_err(emulator_error)?,
+            Device::Emulator(emulator) => {
+                // The system grants more than it has, and ends the process when it is used: so it is asked first.
+                let available = available_memory();
+                if available.is_some_and(|available| bytes > available) {
+                    return Err(no_room(bytes, available));
+                }
+                write(&emulator.memory).alloc(bytes, 256).map_err(|_| no_room(bytes, available))?
+            }
         };
         Ok(Buffer { device: self.clone(), address, bytes })
     }
@@ -339,7 +395,7 @@ impl Device {
 
     /// Copies `bytes` to `offset` in `buffer`, and waits.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
-        within(buffer, offset, bytes.len() as u64)?;
+        self.check_range(buffer, offset, bytes.len() as u64)?;
         match self {
             Device::Gpu(gpu) => {
                 let _current = Current::push(gpu.context)?;
@@ -356,18 +412,22 @@ impl Device {
 
     /// Copies `bytes` bytes from `offset` in `buffer` to the host, after all work launched before.
     pub fn read(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
-        within(buffer, offset, bytes)?;
-        self.read_address(buffer.address + offset, bytes)
+        self.check_range(buffer, offset, bytes)?;
+        // SAFETY: the range lies in a live allocation of this device (checked above).
+        unsafe { self.read_address(buffer.address + offset, bytes) }
     }
 
-    /// Copies from memory that the caller vouches for.
-    pub(crate) fn read_address(&self, address: u64, bytes: u64) -> Result<Vec<u8>> {
+    /// [`Device::read`] of an address.
+    ///
+    /// # Safety
+    /// The range lies in live memory of this device.
+    pub(crate) unsafe fn read_address(&self, address: u64, bytes: u64) -> Result<Vec<u8>> {
         match self {
             Device::Gpu(gpu) => {
                 self.synchronize()?;
                 let _current = Current::push(gpu.context)?;
                 let mut data = vec![0u8; bytes as usize];
-                // SAFETY: `data` has room for `bytes`; a bad device address is an error of the driver, not of this process.
+                // SAFETY: `data` has room for `bytes`; the source is the caller's promise.
                 check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(data.as_mut_ptr().cast(), address, data.len()) })?;
                 Ok(data)
             }
@@ -379,11 +439,12 @@ impl Device {
 
     /// Sets every byte of `buffer`, and waits.
     pub fn fill(&self, buffer: &Buffer, byte: u8) -> Result<()> {
+        self.check_range(buffer, 0, buffer.bytes)?;
         match self {
             Device::Gpu(gpu) => {
                 {
                     let _current = Current::push(gpu.context)?;
-                    // SAFETY: the range is a live allocation.
+                    // SAFETY: the range is a live allocation of this device (checked above).
                     check("cuMemsetD8", unsafe { sys::cuMemsetD8_v2(buffer.address, byte, buffer.bytes as usize) })?;
                 }
                 self.synchronize()
@@ -417,36 +478,57 @@ impl Device {
         }
     }
 
-    /// Sets `count` words from `address` to `value`, in stream order.
-    pub(crate) fn fill_words(&self, stream: Stream, address: u64, value: u32, count: u64) -> Result<()> {
+    /// Sets every whole word of `buffer`, in stream order.
+    pub(crate) fn fill_words(&self, stream: Stream, buffer: &Buffer, value: u32) -> Result<()> {
+        self.check_range(buffer, 0, buffer.bytes)?;
+        let count = (buffer.bytes / 4) as usize;
         match self {
             Device::Gpu(gpu) => {
                 let _current = Current::push(gpu.context)?;
-                // SAFETY: the caller of the launch vouches for the workspace that the words lie in.
-                check("cuMemsetD32Async", unsafe {
-                    sys::cuMemsetD32Async(address, value, count as usize, stream.raw())
-                })
+                // SAFETY: the words lie in a live allocation of this device (checked above).
+                check("cuMemsetD32Async", unsafe { sys::cuMemsetD32Async(buffer.address, value, count, stream.raw()) })
             }
-            Device::Emulator(emulator) => {
-                let bytes: Vec<u8> = (0..count).flat_map(|_| value.to_le_bytes()).collect();
-                write(&emulator.memory).write(address, &bytes).map_err(emulator_error)
-            }
+            Device::Emulator(emulator) => write(&emulator.memory)
+                .write(buffer.address, &value.to_le_bytes().repeat(count))
+                .map_err(emulator_error),
         }
     }
 
     /// Copies the bytes of one buffer to another of the same size, in stream order.
     pub(crate) fn copy(&self, stream: Stream, from: &Buffer, to: &Buffer) -> Result<()> {
-        within(to, 0, from.bytes)?;
+        self.check_range(from, 0, from.bytes)?;
+        self.check_range(to, 0, from.bytes)?;
         match self {
             Device::Gpu(gpu) => {
                 let _current = Current::push(gpu.context)?;
-                // SAFETY: both are live allocations, and the target is no smaller than the source (checked above).
+                // SAFETY: both are live allocations here, and the target is no smaller than the source (checked above).
                 check("cuMemcpyDtoDAsync", unsafe {
                     sys::cuMemcpyDtoDAsync_v2(to.address, from.address, from.bytes as usize, stream.raw())
                 })
             }
             Device::Emulator(_) => self.write(to, 0, &self.read(from, 0, from.bytes)?),
         }
+    }
+
+    /// Whether a range lies in a buffer, and the buffer on this device.
+    fn check_range(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<()> {
+        if !self.is(&buffer.device) {
+            return Err(Error::input(
+                "device buffer",
+                format!("memory of another device ({})", buffer.device.name()),
+                format!("memory of this one ({})", self.name()),
+                "Use the device that allocated it",
+            ));
+        }
+        if offset.checked_add(bytes).is_none_or(|end| end > buffer.bytes) {
+            return Err(Error::input(
+                "device buffer",
+                format!("bytes {offset} to {offset} + {bytes}"),
+                format!("up to {}", buffer.bytes),
+                "Stay inside the allocation",
+            ));
+        }
+        Ok(())
     }
 
     /// Bytes of device memory that nobody has allocated; the emulator does not count them.
@@ -460,14 +542,17 @@ impl Device {
     }
 
     /// Launches one kernel: in stream order on a GPU; the emulator runs it to its end.
-    pub(crate) fn launch(&self, stream: Stream, kernels: &Loaded, launch: &Launch) -> Result<()> {
+    ///
+    /// # Safety
+    /// Every address in the parameters is memory of this device that the kernel may use, and is live until it is done.
+    pub(crate) unsafe fn launch(&self, stream: Stream, kernels: &Loaded, launch: &Launch) -> Result<()> {
         match (self, kernels) {
             (Device::Gpu(gpu), Loaded::Gpu { functions, .. }) => {
                 let _current = Current::push(gpu.context)?;
                 let [x, y, z] = launch.grid;
                 let mut parameters = [launch.params.as_bytes().as_ptr() as *mut c_void];
                 // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load), which the driver
-                // copies during the call. What the addresses in it point to is vouched for by the caller of `forward`.
+                // copies during the call. What the addresses in it point to is the caller's promise.
                 check("cuLaunchKernel", unsafe {
                     sys::cuLaunchKernel(
                         functions[launch.kernel as usize],
@@ -650,16 +735,32 @@ impl Drop for Graph {
     }
 }
 
-fn within(buffer: &Buffer, offset: u64, bytes: u64) -> Result<()> {
-    if offset.checked_add(bytes).is_none_or(|end| end > buffer.bytes) {
-        return Err(Error::input(
-            "device buffer",
-            format!("bytes {offset} to {offset} + {bytes}"),
-            format!("up to {}", buffer.bytes),
-            "Stay inside the allocation",
-        ));
-    }
-    Ok(())
+/// What a device that has too little memory says.
+fn no_room(bytes: u64, free: Option<u64>) -> Error {
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    Error::input(
+        "device memory",
+        format!("{} asked for", mib(bytes)),
+        free.map_or("what the device has left".into(), |free| format!("the {} that the device has left", mib(free))),
+        "Take a smaller spec, fewer heads or a smaller batch, or a device with more memory",
+    )
+}
+
+/// Bytes that this process can still use, where the system tells: the emulator's memory is the machine's.
+fn available_memory() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let machine = read("/proc/meminfo").and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    });
+    // A container's own limit, which the machine's numbers do not show. Cached files make way for whoever needs their memory.
+    let group = |name: &str| read(&format!("/sys/fs/cgroup/memory.{name}"));
+    let number = |name: &str| group(name)?.trim().parse::<u64>().ok();
+    let cached = || group("stat")?.lines().find_map(|line| line.strip_prefix("inactive_file "))?.parse::<u64>().ok();
+    let container = number("max")
+        .zip(number("current"))
+        .map(|(most, current)| most.saturating_sub(current.saturating_sub(cached().unwrap_or(0))));
+    machine.into_iter().chain(container).min()
 }
 
 /// First driver with `cuFuncLoad`.
@@ -687,10 +788,18 @@ fn load_on_gpu(gpu: &Arc<Gpu>, name: &str, ptx: &str, entries: [(&str, u32); 4])
             values.as_mut_ptr(),
         )
     };
+    let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+    let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
+    if status == sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION {
+        return Err(Error::input(
+            format!("kernels of {name}"),
+            format!("PTX that the driver, for CUDA {}, does not know ({log})", cuda_version(gpu.driver_version())),
+            format!("PTX {PTX_VERSION} and a driver for CUDA {} or later", cuda_version(LEAST_DRIVER)),
+            "Update the driver, or build the kernels again with this version of framestride",
+        ));
+    }
     check("cuModuleLoadDataEx", status).map_err(|error| match error {
         Error::Driver { call, code, message } => {
-            let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
-            let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
             Error::Driver { call, code, message: format!("{message} (kernels of {name}). JIT log: {log}") }
         }
         other => other,

@@ -191,6 +191,17 @@ impl Inputs {
             }
         }
         check_heads(spec, heads, &format!("{source}, tensor q"))?;
+        let elements = shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
+        for (key, tokens) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
+            if tokens.dtype != spec.dtype || Some(tokens.bits.len()) != elements {
+                return Err(Error::input(
+                    format!("{source}, tensor {key}"),
+                    format!("{} elements of {}", tokens.bits.len(), tokens.dtype.as_str()),
+                    format!("as many of {} as shape {shape:?} has", spec.dtype.as_str()),
+                    "Make it with Tokens::zeros, and fill it",
+                ));
+            }
+        }
         let norm_length = spec.qk_norm.as_ref().map(|norm| match norm.over {
             NormOver::Head => spec.head_dim as usize,
             NormOver::Heads => heads * spec.head_dim as usize,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use clap::{Args, Parser, Subcommand};
 use framestride::attention::profile_splits;
 use framestride::bench::{self, Bench, Options, Timed};
-use framestride::device::DeviceChoice;
+use framestride::device::{DeviceChoice, Gpu, cuda_version};
 use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
 use framestride::masks;
@@ -199,11 +199,12 @@ fn spec_text(argument: &str) -> Result<(String, String)> {
     Ok((argument.to_owned(), text))
 }
 
-/// The device for a spec.
+/// The device for a spec. Why it is not the GPU that `auto` would take goes to standard error.
 fn choose(spec: &Spec, on: &On) -> Result<Device> {
-    let device = Device::choose(on.device)?;
-    if on.device == DeviceChoice::Auto && matches!(device, Device::Emulator(_)) {
-        check_emulation(spec)?;
+    let (device, passed_over) = Device::choose(on.device)?;
+    if let Some(reason) = passed_over {
+        check_emulation(spec, &reason)?;
+        eprintln!("note: on the emulator. {reason}");
     }
     Ok(device)
 }
@@ -234,7 +235,7 @@ fn load(file: &str, text: &str, device: &Device, on: &On, bar: &Bar) -> Result<s
 const EMULATED_FLOPS: f64 = 4e9;
 
 /// Refuses what nobody would wait for, unless the emulator was asked for by name.
-fn check_emulation(spec: &Spec) -> Result<()> {
+fn check_emulation(spec: &Spec, no_gpu: &Error) -> Result<()> {
     let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
     // Measured on two; how far it scales beyond is not known, so the estimate stops believing at 16.
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16)) as f64;
@@ -245,7 +246,7 @@ fn check_emulation(spec: &Spec) -> Result<()> {
     Err(Error::input(
         format!("spec {}", spec.name),
         format!(
-            "{:.1} TFLOP a dense layer, some {minutes:.0} minutes in the emulator, and no GPU that runs it",
+            "{:.1} TFLOP a dense layer, some {minutes:.0} minutes in the emulator, and no GPU that runs it ({no_gpu})",
             flops / 1e12
         ),
         "what the emulator does in 10 minutes",
@@ -617,11 +618,12 @@ fn bench_spec(
             "Say which with --types",
         ));
     }
-    let device = Device::choose(on.device)?;
+    let (device, passed_over) = Device::choose(on.device)?;
     if matches!(device, Device::Emulator(_)) {
+        let why = passed_over.map_or(String::new(), |reason| format!(" ({reason})"));
         return Err(Error::input(
             "--device",
-            "the emulator, whose times say nothing about a GPU's",
+            format!("the emulator, whose times say nothing about a GPU's{why}"),
             "a Hopper GPU (H100, H200)",
             "Run it on a machine with one; `framestride doctor` shows what is found here",
         ));
@@ -711,27 +713,33 @@ fn plot(argument: &str, out: PathBuf) -> Result<Outcome> {
 
 fn doctor() -> Outcome {
     let tools = toolchain::Report::new();
-    let gpu = Device::gpu(0);
+    let gpu = Gpu::primary(0);
     let (gpu_text, gpu_json) = match &gpu {
-        Ok(Device::Gpu(gpu)) => {
+        Ok(gpu) => {
             let (major, minor) = gpu.capability();
             let driver = gpu.driver_version();
-            let fit =
-                if (major, minor) == (9, 0) { "runs the kernels" } else { "cannot run the kernels, which need 9.0" };
+            let missing = gpu.check().err().map(|error| error.to_string());
+            let fit = missing.as_ref().map_or("runs the kernels".into(), |missing| {
+                format!("does not run the kernels; the emulator takes its place\n  {}", missing.replace('\n', "\n  "))
+            });
             (
                 format!(
-                    "found   GPU        {}, compute capability {major}.{minor} ({fit}), driver for CUDA {}.{}\n",
+                    "found   GPU        {}, compute capability {major}.{minor}, driver for CUDA {}: {fit}\n",
                     gpu.name(),
-                    driver / 1000,
-                    driver % 1000 / 10
+                    cuda_version(driver)
                 ),
-                json!({ "name": gpu.name(), "capability": format!("{major}.{minor}"), "driver": driver }),
+                json!({
+                    "name": gpu.name(),
+                    "capability": format!("{major}.{minor}"),
+                    "driver": driver,
+                    "runs_kernels": missing.is_none(),
+                    "missing": missing,
+                }),
             )
         }
-        Ok(Device::Emulator(_)) => (String::new(), Value::Null),
         Err(error) => (
             format!("absent  GPU        {error}; the emulator takes its place\n"),
-            json!({ "missing": error.to_string() }),
+            json!({ "missing": error.to_string(), "runs_kernels": false }),
         ),
     };
     let shipped: Vec<&str> = Kernels::shipped_names().collect();

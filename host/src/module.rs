@@ -116,16 +116,8 @@ impl Module {
     /// Loads kernels on a device. On a GPU the driver compiles the PTX here, and never later.
     pub fn load(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
         let manifest = kernels.manifest.clone();
-        if let Device::Gpu(gpu) = device
-            && gpu.capability() != (9, 0)
-        {
-            let (major, minor) = gpu.capability();
-            return Err(Error::input(
-                "device",
-                format!("{} of compute capability {major}.{minor}", gpu.name()),
-                format!("9.0, for which {} is built ({})", manifest.name, manifest.arch),
-                "Use a Hopper GPU (H100, H200), or the emulator",
-            ));
+        if let Device::Gpu(gpu) = device {
+            gpu.check()?;
         }
         let spec = manifest.spec()?;
         let mut resources = Vec::with_capacity(4);

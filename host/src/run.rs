@@ -104,7 +104,10 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
     let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
     let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
     let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
-    let announce = |kernel: Kernel| progress(kernel.entry(), None);
+    let announce = |kernel: Kernel| {
+        progress(kernel.entry(), None);
+        Ok(())
+    };
     // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
     let times =
         unsafe { attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, announce)? };

@@ -130,16 +130,16 @@ impl Launches {
     fn poison(&self, stream: Stream, lane: Lane, run: u64) -> Result<()> {
         let word = u32::from_ne_bytes([POISON.wrapping_sub(run as u8); 4]);
         let [out, lse] = lane.layer.results();
-        [out, lse, lane.workspace]
-            .into_iter()
-            .try_for_each(|buffer| self.device().fill_words(stream, buffer.address(), word, buffer.bytes() / 4))
+        [out, lse, lane.workspace].into_iter().try_for_each(|buffer| self.device().fill_words(stream, buffer, word))
     }
 
     fn forward(&self, stream: Stream, lane: Lane) -> Result<()> {
-        let workspace = Workspace::borrow(lane.workspace.address(), lane.workspace.bytes());
         // SAFETY: all memory is this value's, sized by the library, and outlives the work: on the default stream a comparison
         // waits for it, and a stream of one's own is dropped, which waits, before this value is. Two lanes share no memory.
-        unsafe { self.attention.forward(stream, &lane.layer.layer, HeadTypes::Profiled, &workspace) }
+        unsafe {
+            let workspace = Workspace::borrow(self.device(), lane.workspace.address(), lane.workspace.bytes());
+            self.attention.forward(stream, &lane.layer.layer, HeadTypes::Profiled, &workspace)
+        }
     }
 
     /// Where each of [`QUANTITIES`] lies.

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use framestride::files::{load_frames, load_inputs};
+use framestride::inputs::Inputs;
+use framestride::run::run;
 use framestride::shapes::launch::{NormWeights, Tensor};
-use framestride::shapes::spec::Spec;
+use framestride::shapes::spec::{Dtype as Dtype16, Spec};
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace, video};
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -182,11 +184,14 @@ fn manifests() {
     insta::assert_snapshot!(messages);
 }
 
+/// Address and bytes of a workspace.
+struct Place {
+    address: u64,
+    bytes: u64,
+}
+
 /// A call that would be right, but for what `change` does to it.
-fn call(
-    module: &Arc<Module>,
-    change: impl FnOnce(&mut Layer, &mut HeadTypes, &mut Workspace),
-) -> framestride::Result<()> {
+fn call(module: &Arc<Module>, change: impl FnOnce(&mut Layer, &mut HeadTypes, &mut Place)) -> framestride::Result<()> {
     let attention = SparseAttention::new(module, 1, 2)?;
     // No memory behind these addresses: they are only looked at.
     let tensor = |data| Tensor { data, batch: 139 * 128, row: 128, head: 64 };
@@ -202,40 +207,59 @@ fn call(
         ..Layer::default()
     };
     let mut types = HeadTypes::Profiled;
-    let mut workspace = Workspace::borrow(0x100_0000, attention.workspace_bytes());
-    change(&mut layer, &mut types, &mut workspace);
+    let mut place = Place { address: 0x100_0000, bytes: attention.workspace_bytes() };
+    change(&mut layer, &mut types, &mut place);
     // SAFETY: the emulator has no memory at any of these addresses and says so instead of touching it; calls that are
     // refused launch nothing.
-    unsafe { attention.forward(Stream::DEFAULT, &layer, types, &workspace) }
+    unsafe {
+        let workspace = Workspace::borrow(module.device(), place.address, place.bytes);
+        attention.forward(Stream::DEFAULT, &layer, types, &workspace)
+    }
 }
 
-type Change = fn(&mut Layer, &mut HeadTypes, &mut Workspace);
+type Change = fn(&mut Layer, &mut HeadTypes, &mut Place);
 
 #[test]
 fn calls() {
     let module = Module::load(&Device::emulator(), &Kernels::shipped(SPEC).unwrap()).unwrap();
-    let cases: [(&str, Change); 22] = [
+    let cases: [(&str, Change); 36] = [
         ("null q", |layer, _, _| layer.q.data = 0),
         ("odd address", |layer, _, _| layer.k.data += 1),
         ("strides in bytes that overflow", |layer, _, _| layer.v.row = u64::MAX / 2),
+        ("q that ends beyond 2^64", |layer, _, _| layer.q.data = u64::MAX - 1),
         ("null out", |layer, _, _| layer.out.data = 0),
         ("out rows overlap", |layer, _, _| layer.out.row = 64),
         ("out heads overlap", |layer, _, _| layer.out.head = 32),
         ("out broadcast over heads", |layer, _, _| layer.out.head = 0),
         ("no cosines", |layer, _, _| layer.cos = 0),
         ("unaligned sines", |layer, _, _| layer.sin += 4),
+        ("cosines that end beyond 2^64", |layer, _, _| layer.cos = u64::MAX - 15),
         ("unaligned weight", |layer, _, _| layer.q_norm = NormWeights { weight: 0x90_0008, bias: 0 }),
         ("bias of an rms norm", |layer, _, _| layer.k_norm_text = Some(NormWeights { weight: 0, bias: 0x90_0000 })),
         ("unaligned lengths", |layer, _, _| layer.text_lengths += 2),
+        ("lengths that end beyond 2^64", |layer, _, _| layer.text_lengths = u64::MAX - 3),
         ("unaligned lse", |layer, _, _| layer.lse += 2),
         ("lse over out", |layer, _, _| layer.lse = layer.out.data + 64),
+        ("lse over q", |layer, _, _| layer.lse = layer.q.data + 64),
+        ("lse over cosines", |layer, _, _| layer.lse = layer.cos + 64),
         ("out over lengths", |layer, _, _| layer.text_lengths = layer.out.data),
         ("out over head types", |layer, types, _| *types = HeadTypes::Given(layer.out.data)),
+        ("out over sines", |layer, _, _| layer.sin = layer.out.data + 64),
+        ("out over a weight", |layer, _, _| layer.k_norm.weight = layer.out.data + 64),
         ("null head types", |_, types, _| *types = HeadTypes::Given(0)),
-        ("out in the workspace", |layer, _, workspace| layer.out.data = workspace.address()),
-        ("q in the workspace", |layer, _, workspace| layer.q.data = workspace.address() + 1024),
-        ("small workspace", |_, _, workspace| *workspace = Workspace::borrow(workspace.address(), 1024)),
-        ("unaligned workspace", |_, _, workspace| *workspace = Workspace::borrow(0x100_0010, 1 << 30)),
+        ("head types in the workspace", |_, types, place| *types = HeadTypes::Given(place.address + 512)),
+        ("out in the workspace", |layer, _, place| layer.out.data = place.address),
+        ("q in the workspace", |layer, _, place| layer.q.data = place.address + 1024),
+        ("lse in the workspace", |layer, _, place| layer.lse = place.address + 1024),
+        ("cosines in the workspace", |layer, _, place| layer.cos = place.address + 1024),
+        ("a weight in the workspace", |layer, _, place| layer.q_norm.weight = place.address + 1024),
+        ("a text weight in the workspace", |layer, _, place| {
+            layer.k_norm_text = Some(NormWeights { weight: place.address + 1024, bias: 0 })
+        }),
+        ("lengths in the workspace", |layer, _, place| layer.text_lengths = place.address + 1024),
+        ("small workspace", |_, _, place| place.bytes = 1024),
+        ("unaligned workspace", |_, _, place| place.address += 16),
+        ("workspace that ends beyond 2^64", |_, _, place| place.address = u64::MAX - 255),
         ("scale not a number", |layer, _, _| layer.scale = Some(f32::NAN)),
     ];
     let needed = SparseAttention::new(&module, 1, 2).unwrap().workspace_bytes();
@@ -259,4 +283,106 @@ fn calls() {
     assert!(matches!(launched, framestride::Error::Emulator(_)), "{launched}");
     let in_place = call(&module, |layer, _, _| layer.out = layer.q).unwrap_err();
     assert!(matches!(in_place, framestride::Error::Emulator(_)), "q's own memory may be the output: {in_place}");
+    let weighted = call(&module, |layer, _, _| layer.q_norm.weight = 0x90_0000).unwrap_err();
+    assert!(matches!(weighted, framestride::Error::Emulator(_)), "{weighted}");
+}
+
+/// Scales with which a row of root mean square 1 stays finite, and no others: f32's largest number is 2^128, bf16's nearly, f16's 2^16.
+#[test]
+fn scales() {
+    let finite = |module: &Arc<Module>, scale: f32| {
+        let error = call(module, |layer, _, _| layer.scale = Some(scale)).unwrap_err().to_string();
+        !error.starts_with(&format!("scale: found {scale:e}"))
+    };
+    let module = |name: &str| Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap();
+    let (bf16, f16) = (module(SPEC), module("tiny_layer_half"));
+    assert_eq!((bf16.spec().dtype, bf16.spec().head_dim), (Dtype16::Bf16, 64));
+    assert_eq!((f16.spec().dtype, f16.spec().head_dim), (Dtype16::F16, 128));
+    for scale in [3e38, f32::MAX, f32::INFINITY, 0.0, -0.125, 1e-40, 3.8e36] {
+        assert!(!finite(&bf16, scale), "{scale:e}");
+    }
+    // 65504 / sqrt(128) / log2(e) is 4013.2.
+    assert!(finite(&f16, 4013.0) && !finite(&f16, 4014.0));
+    // 2^128 / 64 / log2(e) is 3.685e36.
+    for scale in [3.6e36, 1.0, 0.125, 1e-20, f32::MIN_POSITIVE] {
+        assert!(finite(&bf16, scale), "{scale:e}");
+    }
+}
+
+/// Every device's memory is its own, and a workspace is read within its bytes.
+#[test]
+fn memory_of_others() {
+    let (device, other) = (Device::emulator(), Device::emulator());
+    let (mine, theirs) = (device.upload(&[7; 512]).unwrap(), other.upload(&[9; 512]).unwrap());
+    assert_eq!(mine.address(), theirs.address(), "addresses tell nothing");
+    let mut messages = String::new();
+    let mut refused = |what: &str, result: framestride::Result<()>| {
+        writeln!(messages, "## {what}\n{}", result.err().unwrap_or_else(|| panic!("{what} was accepted"))).unwrap();
+    };
+    refused("read", device.read(&theirs, 0, 4).map(drop));
+    refused("write", device.write(&theirs, 0, &[1; 4]));
+    refused("fill", device.fill(&theirs, 1));
+    refused("read behind the end", device.read(&mine, 509, 4).map(drop));
+    refused("read that overflows", device.read(&mine, u64::MAX, 4).map(drop));
+    refused("write behind the end", device.write(&mine, 512, &[1]));
+    assert_eq!(
+        (device.read(&mine, 0, 512).unwrap(), other.read(&theirs, 0, 512).unwrap()),
+        (vec![7; 512], vec![9; 512])
+    );
+    assert_eq!(device.clone().read(&mine, 508, 4).unwrap(), [7; 4]);
+
+    let attention =
+        SparseAttention::new(&Module::load(&device, &Kernels::shipped(SPEC).unwrap()).unwrap(), 1, 2).unwrap();
+    let bytes = attention.workspace_bytes();
+    let mut read = |what: &str, device: &Device, address: u64, bytes: u64| {
+        // SAFETY: the emulator has its own memory alone, and says where there is none.
+        let workspace = unsafe { Workspace::borrow(device, address, bytes) };
+        refused(what, attention.read_profile(&workspace).map(drop));
+    };
+    read("a workspace of no bytes", &device, mine.address(), 0);
+    read("a workspace that ends beyond 2^64", &device, u64::MAX - 255, bytes);
+    read("a workspace of another device", &other, theirs.address(), bytes);
+    read("a workspace at 0", &device, 0, bytes);
+    refused(
+        "another device's own workspace",
+        attention.read_profile(&Workspace::allocate(&other, bytes).unwrap()).map(drop),
+    );
+    insta::assert_snapshot!(messages.replace(&bytes.to_string(), "N"));
+    assert_eq!(attention.read_profile(&Workspace::allocate(&device, bytes).unwrap()).unwrap().len(), 2);
+}
+
+/// More than there is: an error, and the process lives.
+#[test]
+fn more_memory_than_there_is() {
+    let device = Device::emulator();
+    for bytes in [1 << 39, 1 << 46, u64::MAX] {
+        let error = device.allocate(bytes).err().unwrap_or_else(|| panic!("{bytes} bytes were granted"));
+        assert!(matches!(error, framestride::Error::Input { .. }), "{error}");
+        assert!(error.to_string().starts_with("device memory: found"), "{error}");
+    }
+    device.allocate(1 << 20).unwrap();
+}
+
+/// Inputs made by hand whose parts do not fit each other.
+#[test]
+fn inputs_that_contradict_themselves() {
+    let module = Module::load(&Device::emulator(), &Kernels::shipped(SPEC).unwrap()).unwrap();
+    let right = Inputs::random(module.spec(), 1, 2, 1);
+    let changes: [(&str, fn(&mut Inputs)); 5] = [
+        ("fewer bits than the shape says", |inputs| inputs.q.bits.truncate(100)),
+        ("more bits than the shape says", |inputs| inputs.v.bits.push(0)),
+        ("another type", |inputs| inputs.k.dtype = Dtype16::F16),
+        ("a shape that overflows", |inputs| {
+            (inputs.q.batch, inputs.k.batch, inputs.v.batch) = (1 << 60, 1 << 60, 1 << 60)
+        }),
+        ("a scale that overflows", |inputs| inputs.scale = Some(3e38)),
+    ];
+    let mut messages = String::new();
+    for (name, change) in changes {
+        let mut inputs = right.clone();
+        change(&mut inputs);
+        let error = run(&module, &inputs, &|_, _| ()).err().unwrap_or_else(|| panic!("{name} was accepted"));
+        writeln!(messages, "## {name}\n{error}").unwrap();
+    }
+    insta::assert_snapshot!(messages);
 }

@@ -221,3 +221,52 @@ fn doctor_looks_at_everything() {
     let shipped = found["shipped"].as_array().unwrap();
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
+
+/// A driver that is older than the kernels' PTX: everybody names the least one, and `auto` takes the emulator. The library only
+/// answers what is asked before a launch.
+#[cfg(target_os = "linux")]
+#[test]
+fn old_drivers() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pretend_driver.c");
+    let library = folder.path().join("libcuda.so.1");
+    let compiled = Command::new("cc").args(["-w", "-shared", "-fPIC", "-o", path(&library), source]).status();
+    let Ok(status) = compiled else { return eprintln!("skipped: no C compiler") };
+    assert!(status.success());
+    let run = |driver: &str, capability: &str, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+        command.env("LD_LIBRARY_PATH", folder.path()).env("FAKE_DRIVER", driver).env("FAKE_CC0", capability);
+        let output = command.args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let gpu = |driver: &str, capability: &str| -> Value {
+        let (code, found, _) = run(driver, capability, &["doctor", "--json"]);
+        assert_eq!(code, 0);
+        serde_json::from_str::<Value>(&found).unwrap()["gpu"].clone()
+    };
+    for driver in ["12030", "12080", "13000"] {
+        assert_eq!(
+            (gpu(driver, "90")["runs_kernels"].as_bool(), &gpu(driver, "90")["missing"]),
+            (Some(true), &Value::Null)
+        );
+    }
+    for (driver, capability, least) in
+        [("12020", "90", "CUDA 12.3"), ("11080", "90", "CUDA 12.3"), ("12080", "100", "9.0")]
+    {
+        assert_eq!(gpu(driver, capability)["runs_kernels"], false);
+        let (code, found, _) = run(driver, capability, &["doctor"]);
+        assert!(code == 0 && found.contains("does not run the kernels") && found.contains(least), "{found}");
+        let (code, found, error) = run(driver, capability, &["verify", "tiny_plain", "--seed", "1"]);
+        assert!(code == 0 && found.contains("tiny_plain on emulator"), "{found}{error}");
+        assert!(error.starts_with("note: on the emulator. GPU") && error.contains(least), "{error}");
+        for command in ["verify", "run", "bench"] {
+            let (code, _, error) = run(driver, capability, &[command, "tiny_plain", "--device", "gpu"]);
+            assert!(code == 2 && error.contains(least), "{command}, {code}: {error}");
+        }
+    }
+    // A card that is as it should be, whose memory is full: bad input, no fault of a kernel.
+    let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
+    assert!(code == 2 && error.contains("device memory"), "{code}: {error}");
+    assert!(Kernels::shipped("tiny_plain").unwrap().ptx.contains("\n.version 8.3\n"), "12.3 is the first for PTX 8.3");
+}

@@ -145,13 +145,23 @@ fn the_schedule_and_a_borrowed_workspace() {
     let device = module.device();
     let memory = device.allocate(attention.workspace_bytes()).unwrap();
     device.fill(&memory, POISON).unwrap();
-    let workspace = Workspace::borrow(memory.address(), memory.bytes());
+    // SAFETY: the buffer lives until the end, and nobody else uses it.
+    let workspace = unsafe { Workspace::borrow(device, memory.address(), memory.bytes()) };
     let placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, attention.head_types(0, 0), &workspace).unwrap() };
     let zeros = device.upload(&[0; 8]).unwrap();
     let expected = forward(&module, &inputs, HeadTypes::Given(zeros.address()));
     assert_eq!(placed.out.download(device).unwrap().0, expected);
+
+    // The types that a profiled call left in the workspace serve the next.
+    let forward = |types| {
+        // SAFETY: as above.
+        unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+        placed.out.download(device).unwrap().0
+    };
+    let profiled = forward(HeadTypes::Profiled);
+    assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.plan().head_types.start)), profiled);
 }
 
 /// NaN in V reaches the rows that see it and no other, invalid text included.

@@ -51,10 +51,6 @@ pub struct Memory {
     end: u64,
 }
 
-fn words(bytes: u64, fill: u8) -> Box<[AtomicU32]> {
-    (0..bytes.div_ceil(4)).map(|_| AtomicU32::new(u32::from_ne_bytes([fill; 4]))).collect()
-}
-
 impl Memory {
     /// Empty memory.
     pub fn new() -> Memory {
@@ -64,16 +60,19 @@ impl Memory {
     /// Reserves `bytes` at a multiple of `alignment` (a power of two; at least 256 is given) and returns the address.
     ///
     /// # Errors
-    /// A bad alignment, or a size beyond 1 TiB.
+    /// A bad alignment, or a size beyond 1 TiB or what the system gives.
     pub fn alloc(&mut self, bytes: u64, alignment: u64) -> Result<u64, MemoryError> {
         if !alignment.is_power_of_two() || alignment > 1 << 20 {
             return Err(MemoryError::Alignment(alignment));
         }
-        if bytes > 1 << 40 {
+        let mut words = Vec::new();
+        let count = bytes.div_ceil(4) as usize;
+        if bytes > 1 << 40 || words.try_reserve_exact(count).is_err() {
             return Err(MemoryError::Size(bytes));
         }
+        words.extend((0..count).map(|_| AtomicU32::new(u32::MAX)));
         let address = self.end.max(FIRST).next_multiple_of(alignment.max(256));
-        self.allocations.insert(address, Allocation { bytes, words: words(bytes, 0xff) });
+        self.allocations.insert(address, Allocation { bytes, words: words.into() });
         self.end = address + bytes + GAP;
         Ok(address)
     }
@@ -168,7 +167,8 @@ impl ModuleData {
     pub fn alloc(&mut self, bytes: u64, align: u64) -> u64 {
         let end = self.spans.last().map_or(MODULE_BASE, |(base, allocation)| base + allocation.bytes + 256);
         let address = end.next_multiple_of(align.max(16));
-        self.spans.push((address, Allocation { bytes, words: words(bytes, 0) }));
+        self.spans
+            .push((address, Allocation { bytes, words: (0..bytes.div_ceil(4)).map(|_| AtomicU32::new(0)).collect() }));
         address
     }
 
