@@ -9,6 +9,7 @@
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
 //! * [`gain`] (feature `std`): what skipping the other tiles can gain, as an estimate.
 //! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
+//! * [`text`] (feature `std`): messages that a terminal can show, and names that were meant.
 //! * [`manifest`] (feature `serde`): what stands beside a PTX file, for whoever launches it.
 #![cfg_attr(not(feature = "std"), no_std)]
 #![warn(missing_docs)]
@@ -24,6 +25,8 @@ pub mod manifest;
 pub mod operators;
 #[cfg(feature = "std")]
 pub mod spec;
+#[cfg(feature = "std")]
+pub mod text;
 #[cfg(feature = "std")]
 pub mod tiling;
 #[cfg(feature = "std")]

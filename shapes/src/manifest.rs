@@ -27,6 +27,7 @@ use core::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::{Spec, SpecError};
+use crate::text::plain;
 
 /// The format that this version writes and reads.
 pub const FORMAT: u32 = 1;
@@ -145,7 +146,8 @@ impl std::error::Error for ManifestError {}
 
 impl fmt::Display for ManifestError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}: {}; rebuild it with `framestride build`", self.file, self.message)
+        let (file, message) = (plain(&self.file, 300), plain(&self.message, 1000));
+        write!(f, "{file}: {message}; rebuild it with `framestride build`")
     }
 }
 

@@ -126,6 +126,7 @@ mod read;
 #[cfg(feature = "schema")]
 mod schema;
 
+use std::io::Read;
 use std::path::Path;
 
 pub use crate::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
@@ -311,18 +312,26 @@ impl Spec {
     }
 }
 
-/// The text of a file, or why there is none.
-fn read_file(path: &Path) -> Result<String, SpecError> {
+/// Most bytes of a spec.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The text of a spec's file, or why there is none. It is read once, so that a pipe may be one.
+pub fn read_file(path: &Path) -> Result<String, SpecError> {
     let file = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|error| SpecError {
-        problems: vec![Source { file: &file, text: "" }.problem(
-            None,
-            "",
-            format!("the spec cannot be read: {error}"),
-            "a TOML file",
-            "check the path and its permissions",
-        )],
+    let fail = |found: String, allowed: &str, mend: &str| SpecError {
+        problems: vec![Source { file: &file, text: "" }.problem(None, "", found, allowed, mend)],
+    };
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut bytes)).map_err(|error| {
+        fail(format!("the spec cannot be read: {error}"), "a TOML file", "check the path and its permissions")
     })?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(fail(
+            format!("more than {MOST_BYTES} bytes"),
+            "a TOML file of some lines",
+            "give the spec's own file",
+        ));
+    }
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let byte = error.as_bytes()[valid];

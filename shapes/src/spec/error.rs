@@ -3,7 +3,13 @@
 use core::fmt;
 use core::ops::Range;
 
-/// Everything that is wrong with one spec, or with a set of them. `Display` prints all of it, over several lines.
+use crate::text::{MESSAGE_BYTES, plain};
+
+/// Longest line that is shown.
+const LINE_BYTES: usize = 200;
+
+/// Everything that is wrong with one spec, or with a set of them. `Display` prints all of it, over several lines, as far as
+/// [`MESSAGE_BYTES`] go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecError {
     /// At least one, in the order of the file.
@@ -27,7 +33,7 @@ pub struct Problem {
     pub allowed: String,
     /// How to mend it.
     pub mend: String,
-    /// The line's text and the characters of it that are meant; none for a blank line.
+    /// The line's text and the characters of it that are meant; none for a blank or a very long line.
     excerpt: Option<(String, Range<usize>)>,
 }
 
@@ -35,13 +41,18 @@ impl std::error::Error for SpecError {}
 
 impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let mut text = String::new();
         for (i, problem) in self.problems.iter().enumerate() {
-            if i > 0 {
-                f.write_str("\n")?;
+            let (line, problem) = (if i > 0 { "\n" } else { "" }, problem.to_string());
+            // Room for how many are left.
+            if text.len() + problem.len() + 40 > MESSAGE_BYTES && i > 0 {
+                text += &format!("\nand {} more problems\n", self.problems.len() - i);
+                break;
             }
-            problem.fmt(f)?;
+            text += line;
+            text += &problem;
         }
-        Ok(())
+        f.write_str(&text)
     }
 }
 
@@ -84,14 +95,15 @@ impl Source<'_> {
         allowed: impl Into<String>,
         mend: impl Into<String>,
     ) -> Problem {
+        let part = |text: &str, most| plain(text, most).into_owned();
         let mut problem = Problem {
-            file: self.file.into(),
+            file: part(self.file, 300),
             line: 0,
             column: 0,
-            key: key.into(),
-            found: found.into(),
-            allowed: allowed.into(),
-            mend: mend.into(),
+            key: part(key, 200),
+            found: part(&found.into(), 400),
+            allowed: part(&allowed.into(), 400),
+            mend: part(&mend.into(), 200),
             excerpt: None,
         };
         let Some(span) = span else { return problem };
@@ -104,9 +116,9 @@ impl Source<'_> {
         let meant = column..column + self.text[start..end].chars().count();
         problem.line = before.matches('\n').count() as u32 + 1;
         problem.column = column as u32 + 1;
-        if !line.trim().is_empty() {
-            // A tab has no certain width on a terminal: one space keeps the marks under what they mean.
-            problem.excerpt = Some((line.replace('\t', " "), meant));
+        if !line.trim().is_empty() && line.len() <= LINE_BYTES {
+            // Tabs and their like have no certain width on a terminal: one space keeps the marks under what they mean.
+            problem.excerpt = Some((line.replace(char::is_control, " "), meant));
         }
         problem
     }

@@ -7,6 +7,7 @@ use toml::de::{DeString, DeTable, DeValue};
 
 use super::error::{Problem, Source};
 use super::keys::{Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
+use crate::text::nearest;
 
 type Span = Range<usize>;
 
@@ -221,10 +222,9 @@ impl<'a> Reader<'a> {
     /// A name that the spec does not have, and the nearest that it has.
     fn unknown(&self, table: &Table, name: &Spanned<DeString>, value: &DeValue, path: &str) -> Problem {
         let known: Vec<&str> = table.keys().map(Key::name).chain(table.tables().map(Table::name)).collect();
-        let distance = |known: &str| edits(known, name.get_ref());
-        let mend = match known.iter().min_by_key(|known| distance(known)) {
-            Some(nearest) if distance(nearest) <= 2 => format!("did you mean `{nearest}`?"),
-            _ => "remove it".into(),
+        let mend = match nearest(name.get_ref(), known.iter().copied()) {
+            Some(nearest) => format!("did you mean `{nearest}`?"),
+            None => "remove it".into(),
         };
         let place = if table.path.is_empty() { "at the top".into() } else { format!("in [{}]", table.path) };
         self.source.problem(
@@ -305,18 +305,4 @@ fn describe(value: &DeValue) -> String {
         }
         DeValue::Table(_) => "a table".into(),
     }
-}
-
-/// Levenshtein distance, to name the key that was meant.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, a) in a.chars().enumerate() {
-        let mut diagonal = core::mem::replace(&mut row[0], i + 1);
-        for (j, b) in b.chars().enumerate() {
-            let replaced = diagonal + usize::from(a != b);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.chars().count()]
 }

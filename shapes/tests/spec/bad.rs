@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use framestride_shapes::spec::{Spec, SpecError};
+use framestride_shapes::text::MESSAGE_BYTES;
 
 const GOOD: &str = r#"name = "good"
 
@@ -248,4 +249,29 @@ fn problems_have_parts() {
         error.problems.iter().map(|p| (p.file.as_str(), p.line, p.column, p.key.as_str(), p.found.as_str())).collect();
     assert_eq!(places, [("bad.toml", 4, 10, "video.frames", "is 0"), ("bad.toml", 13, 9, "attention.heads", "is 0")]);
     assert!(error.problems.iter().all(|problem| !problem.allowed.is_empty() && !problem.mend.is_empty()));
+}
+
+/// Whatever a file holds, its message fits a screen and a terminal obeys nothing of it.
+#[test]
+fn messages_stay_small_and_plain() {
+    let megabytes = "a".repeat(4 << 20);
+    let escapes = "\u{1b}[31m\u{7}\u{9b}2J";
+    for (file, text) in [
+        ("one.toml", format!("name = \"{megabytes}\"\n[video]\nframes = 0\n")),
+        ("one.toml", format!("{megabytes} = 1\n")),
+        ("one.toml", format!("[{megabytes}]\n")),
+        ("one.toml", format!("x = \"{escapes}\"\n")),
+        ("one.toml", format!("\"{escapes}\" = '{escapes}'\n")),
+        ("one.toml", (0..10_000).map(|i| format!("key{i} = {i}\n")).collect()),
+        (&megabytes, "name = 1".into()),
+        (escapes, "name = 1".into()),
+    ] {
+        let error = Spec::parse(file, &text).unwrap_err().to_string();
+        assert!(error.len() <= MESSAGE_BYTES && error.contains("mend: "), "{} bytes: {error:.400}", error.len());
+        assert!(error.chars().all(|c| c == '\n' || !c.is_control()), "{error:?}");
+    }
+    if Path::new("/dev/zero").exists() {
+        let endless = Spec::from_file("/dev/zero").unwrap_err().to_string();
+        assert!(endless.contains("more than 1048576 bytes"), "{endless}");
+    }
 }
