@@ -15,15 +15,16 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
 use crate::BuildError;
+use crate::cargo;
 use crate::error::at;
-use crate::toolchain::{self, Toolchain};
+use crate::files::{create, link, write_atomically, write_if_new};
+use crate::toolchain::Toolchain;
 
 /// A crate to compile, in its place in the cache.
 pub(crate) struct DeviceCrate {
@@ -31,8 +32,8 @@ pub(crate) struct DeviceCrate {
     pub name: String,
     /// Its Cargo.toml.
     pub manifest: PathBuf,
-    /// Cargo's target directory.
-    target: PathBuf,
+    /// Folder of this and of all crates that share compiler and sources.
+    folder: PathBuf,
     /// Folder of this crate's IR and PTX.
     pub work: PathBuf,
     /// Held until the build is done.
@@ -65,12 +66,14 @@ impl DeviceCrate {
             .replace("SPEC", &root.join("spec.toml").display().to_string().escape_default().to_string())
             .replace("DIGEST", &digest([spec]));
         write_if_new(&root.join("src/lib.rs"), library.as_bytes())?;
-        let own_lock = root.join("Cargo.lock");
-        if !own_lock.exists() && source.join("Cargo.lock").is_file() {
+        let (own_lock, tested) = (root.join("Cargo.lock"), source.join("Cargo.lock"));
+        // A full disk may have cut off what cargo itself wrote.
+        let whole = fs::read_to_string(&own_lock).is_ok_and(|text| text.parse::<toml::Table>().is_ok());
+        if !whole && tested.is_file() {
             // The versions that the checkout was tested with; cargo drops what the crate does not need.
-            fs::copy(source.join("Cargo.lock"), &own_lock).map_err(at("write", &own_lock))?;
+            write_atomically(&own_lock, &fs::read(&tested).map_err(at("read", &tested))?)?;
         }
-        Ok(DeviceCrate { name: name.into(), manifest, target: folder.join("target"), work, _lock: lock })
+        Ok(DeviceCrate { name: name.into(), manifest, folder, work, _lock: lock })
     }
 
     /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
@@ -78,11 +81,11 @@ impl DeviceCrate {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let name = package_name(&manifest, toolchain)?;
         let folder = build_folder(cache, toolchain, &root)?;
+        let name = package_name(&manifest, toolchain, &folder)?;
         let work = folder.join(format!("{name}.work"));
         let lock = lock(&work)?;
-        Ok(DeviceCrate { name, manifest, target: folder.join("target"), work, _lock: lock })
+        Ok(DeviceCrate { name, manifest, folder, work, _lock: lock })
     }
 
     /// Compiles the crate to LLVM IR. Nothing is compiled again that is still fresh.
@@ -92,28 +95,24 @@ impl DeviceCrate {
         if !ir.is_file() {
             // Cargo takes its own outputs for fresh when only the IR was deleted.
             let library = self.manifest.with_file_name("src").join("lib.rs");
-            let text = fs::read(&library).map_err(at("read", &library))?;
-            fs::write(&library, text).map_err(at("write", &library))?;
+            let touched = File::options().append(true).open(&library);
+            touched.and_then(|file| file.set_modified(SystemTime::now())).map_err(at("touch", &library))?;
             compiled = self.run_cargo(toolchain, &ir)?;
         }
         Ok(compiled)
     }
 
     fn run_cargo(&self, toolchain: &Toolchain, ir: &Path) -> Result<Compiled, BuildError> {
-        let mut cargo = Command::new(&toolchain.cargo);
-        toolchain::sanitise(&mut cargo, toolchain);
+        let target = self.folder.join("target");
+        let mut cargo = cargo::command(toolchain, &self.folder, &self.work)?;
         cargo.args(["rustc", "--release", "--lib", "--crate-type", "cdylib", "--message-format", "json"]);
-        cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&self.target);
-        cargo.args(["--target", TARGET, "-Z", "build-std=core"]);
-        for setting in PROFILE {
-            cargo.arg("--config").arg(format!("profile.release.{setting}"));
-        }
-        cargo.arg("--").arg(format!("--emit=llvm-ir={}", ir.display()));
-        cargo.args(["-C", "no-prepopulate-passes", "-C", "linker=/bin/true"]);
+        cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&target);
+        cargo.args(["--target", TARGET, "-Z", "build-std=core", "--config", "profile.release.lto=\"fat\""]);
+        cargo.arg("--").arg(format!("--emit=llvm-ir={}", ir.display())).args(["-C", "linker=/bin/true"]);
         // Unstable options of a release compiler; empty wrappers override those of a configuration file.
         cargo.env("RUSTC_BOOTSTRAP", "1");
-        cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
-        cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &self.target);
+        cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "").env("CARGO_INCREMENTAL", "0");
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &target);
         let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
         let messages = Messages::read(&answer.stdout, &self.manifest);
         if !answer.status.success() {
@@ -131,14 +130,13 @@ impl DeviceCrate {
     /// The sources that cargo lists for the library, and the Cargo.toml of each; without those of the compiler and the generated
     /// crate.
     fn inputs(&self, library: &str, toolchain: &Toolchain) -> Result<Vec<PathBuf>, BuildError> {
-        let list = self.target.join(TARGET).join("release").join(format!("{library}.d"));
+        let list = self.folder.join("target").join(TARGET).join("release").join(format!("{library}.d"));
         let listed = fs::read_to_string(&list).map_err(at("read", &list))?;
         let names = listed.split_once(": ").map_or("", |(_, names)| names).replace("\\ ", "\0");
         let paths = names.split_whitespace().map(|name| PathBuf::from(name.replace('\0', " ")));
-        let generated = self.target.parent().unwrap_or(&self.target);
         let sources = paths
             .filter_map(|path| path.canonicalize().ok())
-            .filter(|path| !path.starts_with(&toolchain.sysroot) && !path.starts_with(generated));
+            .filter(|path| !path.starts_with(&toolchain.sysroot) && !path.starts_with(&self.folder));
         let mut inputs = BTreeSet::new();
         for source in sources {
             inputs.extend(source.ancestors().map(|folder| folder.join("Cargo.toml")).find(|path| path.is_file()));
@@ -148,23 +146,31 @@ impl DeviceCrate {
     }
 }
 
+/// What separates folders in lists of them, as cargo writes one for the loader of procedural macros.
+pub(crate) const PATH_SEPARATOR: char = if cfg!(windows) { ';' } else { ':' };
+
 /// Rust's name of the device.
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
-/// For the whole crate graph: the feature set of the GPU, and panics that abort on the spot, without a message.
-const RUSTFLAGS: [&str; 3] = ["-Zunstable-options", "-Cpanic=immediate-abort", "-Ctarget-cpu=sm_90a"];
-
-/// One module with everything in it; given on the command line, so that neither a user's crate nor a configuration file changes it.
-/// `core` is optimised again with the kernels that use it: level 3 in its own build costs 4 s and gave the same PTX.
-const PROFILE: [&str; 8] = [
-    "lto=\"fat\"",
-    "codegen-units=1",
-    "opt-level=3",
-    "package.core.opt-level=1",
-    "debug=0",
-    "debug-assertions=false",
-    "overflow-checks=false",
-    "incremental=false",
+/// For every crate of the graph, `core` too: the feature set of the GPU, panics that abort on the spot without a message, one module of
+/// each crate. They come behind the options of a profile, of which the last one counts: so neither a user's crate nor a configuration
+/// changes them for some package.
+///
+/// LLVM must not optimise before the finishing step: its assembly is not convergent until then. rustc's own optimisation of MIR is on,
+/// inlining included, which an incremental build would turn off. MIR knows of no convergence: jump threading copies a call that stands
+/// between two branches on one condition into both, and leaves alone only inline assembly, which the callee is once it is inlined. What
+/// gets through is refused by [`crate::convergence`].
+const RUSTFLAGS: [&str; 10] = [
+    "-Zunstable-options",
+    "-Cpanic=immediate-abort",
+    "-Ctarget-cpu=sm_90a",
+    "-Cno-prepopulate-passes",
+    "-Zinline-mir=yes",
+    "-Copt-level=3",
+    "-Ccodegen-units=1",
+    "-Cdebuginfo=0",
+    "-Cdebug-assertions=off",
+    "-Coverflow-checks=off",
 ];
 
 const GENERATED_MANIFEST: &str = r#"# Generated by framestride-builder.
@@ -238,9 +244,8 @@ pub(crate) fn manifest_of(path: &Path) -> PathBuf {
 }
 
 /// Name of the package of a Cargo.toml, asked from cargo, which knows all ways to write it.
-fn package_name(manifest: &Path, toolchain: &Toolchain) -> Result<String, BuildError> {
-    let mut cargo = Command::new(&toolchain.cargo);
-    toolchain::sanitise(&mut cargo, toolchain);
+fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result<String, BuildError> {
+    let mut cargo = cargo::command(toolchain, folder, folder)?;
     cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
     let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
     let wrong = |problem: String| BuildError::Crate { path: manifest.to_path_buf(), problem };
@@ -268,7 +273,11 @@ fn build_folder(cache: &Path, toolchain: &Toolchain, source: &Path) -> Result<Pa
     let folder = cache.join("builds").join(&key[..16]);
     create(&folder)?;
     // Cargo reports canonical paths.
-    folder.canonicalize().map_err(at("read", &folder))
+    let folder = folder.canonicalize().map_err(at("read", &folder))?;
+    if folder.to_string_lossy().contains([',', PATH_SEPARATOR]) {
+        return Err(BuildError::CacheName { folder });
+    }
+    Ok(folder)
 }
 
 /// Creates `work` and locks it until the file is dropped.
@@ -278,43 +287,6 @@ fn lock(work: &Path) -> Result<File, BuildError> {
     let file = File::create(&path).map_err(at("create", &path))?;
     file.lock().map_err(at("lock", &path))?;
     Ok(file)
-}
-
-fn create(folder: &Path) -> Result<(), BuildError> {
-    fs::create_dir_all(folder).map_err(at("create", folder))
-}
-
-fn link(target: &Path, path: &Path) -> Result<(), BuildError> {
-    if fs::read_link(path).is_ok_and(|found| found == target) {
-        return Ok(());
-    }
-    if let Err(error) = fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(at("remove", path)(error));
-    }
-    #[cfg(unix)]
-    let linked = std::os::unix::fs::symlink(target, path);
-    #[cfg(windows)]
-    let linked = std::os::windows::fs::symlink_dir(target, path);
-    linked.map_err(at("create", path))
-}
-
-/// Writes a file unless it already holds these bytes: cargo goes by the time of the last change.
-fn write_if_new(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
-    if fs::read(path).is_ok_and(|found| found == bytes) {
-        return Ok(());
-    }
-    write_atomically(path, bytes)
-}
-
-/// Writes beside the file and renames: a reader sees the old bytes or the new ones.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.new", std::process::id()));
-    let beside = path.with_file_name(name);
-    fs::write(&beside, bytes).map_err(at("write", &beside))?;
-    fs::rename(&beside, path).map_err(at("write", path))
 }
 
 /// SHA-256 of texts, each ended by a zero byte, in lower-case hexadecimal.

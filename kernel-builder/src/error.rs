@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use framestride_shapes::spec::SpecError;
 
+use crate::convergence::Parted;
 use crate::finish::FinishError;
 use crate::toolchain::ToolchainError;
 
@@ -74,11 +75,35 @@ pub enum BuildError {
         /// The PTX, kept for a look.
         ptx: PathBuf,
     },
+    /// An instruction for all lanes of a warp stands where they may be apart: on a GPU it would wait for ever, or give anything.
+    #[error("{name}: {parted}; the PTX is {}", ptx.display())]
+    Convergence {
+        /// Name of the kernels.
+        name: String,
+        /// The instruction, and what parts the lanes.
+        parted: Parted,
+        /// The PTX, kept for a look.
+        ptx: PathBuf,
+    },
     /// The sources of the device crates are not where this crate was built.
     #[error("the device crate's sources are not at {}: set FRAMESTRIDE_SOURCE to a checkout of framestride", path.display())]
     NoSource {
         /// Where they were expected.
         path: PathBuf,
+    },
+    /// A configuration of cargo that no build can be kept from.
+    #[error("{} changes how every crate is compiled ({tables}): move it to the CARGO_HOME of those who need it", file.display())]
+    RootConfiguration {
+        /// The file.
+        file: PathBuf,
+        /// Its tables that are not about where crates come from.
+        tables: String,
+    },
+    /// A folder for builds whose name cargo or rustc cannot take.
+    #[error("builds cannot be kept in {}: rustc splits its options at `,` and cargo lists of paths at `{}`; set FRAMESTRIDE_CACHE to a folder without either", folder.display(), crate::device_crate::PATH_SEPARATOR)]
+    CacheName {
+        /// The folder.
+        folder: PathBuf,
     },
     /// No folder to keep builds in.
     #[error("no folder to keep builds in: set FRAMESTRIDE_CACHE to one (or XDG_CACHE_HOME, or HOME)")]

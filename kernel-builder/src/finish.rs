@@ -1,7 +1,8 @@
 //! The finishing step: what rustc cannot say, said on its LLVM IR before LLVM optimises it.
 //!
 //! 1. Every inline `asm!` becomes **convergent**. rustc emits the calls without that attribute, and LLVM may then duplicate a
-//!    `bar.sync` into both sides of a branch: two barriers where the source has one, a hang or a race on a GPU.
+//!    `bar.sync` into both sides of a branch: two barriers where the source has one, a hang or a race on a GPU. No crate is
+//!    optimised by LLVM before this step, and what comes out behind it is looked at ([`crate::convergence`]).
 //! 2. Every entry gets its **launch bounds** (`nvvm.maxntid`, `nvvm.minctasm`); without them ptxas silently drops `setmaxnreg`.
 //!    They come from the launch tables that the macros write: a global `framestride_launch_<entry>` holding a JSON object.
 //! 3. The launch tables **leave the module**, and so does the text of the spec (`framestride_spec`, which `attention_kernels!`

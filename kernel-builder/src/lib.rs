@@ -15,7 +15,7 @@
 //!
 //! The way: a device crate of a few lines is generated ([`Kernels::from_spec`]) or given ([`Kernels::from_crate`]), compiled to
 //! LLVM IR by a nested cargo with the compiler that [`toolchain::find`] finds, finished ([`finish`]: launch bounds and convergent
-//! assembly), optimised and translated to PTX. Where ptxas is installed, its report goes into the manifest.
+//! assembly), optimised and translated to PTX, whose lanes are looked after ([`convergence`]). Where ptxas is installed, its report goes into the manifest.
 #![warn(missing_docs)]
 
 use std::collections::BTreeSet;
@@ -31,8 +31,11 @@ pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
 use framestride_shapes::spec::Spec;
 
+mod cargo;
+pub mod convergence;
 mod device_crate;
 mod error;
+mod files;
 pub mod finish;
 mod pipeline;
 pub mod ptx;
@@ -305,8 +308,8 @@ impl Kernels {
             Some(folder) => {
                 let files =
                     Files { ptx: folder.join(format!("{name}.ptx")), manifest: folder.join(format!("{name}.json")) };
-                device_crate::write_atomically(&files.ptx, assembled.ptx.as_bytes())?;
-                device_crate::write_atomically(&files.manifest, manifest.to_json().as_bytes())?;
+                files::write_atomically(&files.ptx, assembled.ptx.as_bytes())?;
+                files::write_atomically(&files.manifest, manifest.to_json().as_bytes())?;
                 Some(files)
             }
             None => None,

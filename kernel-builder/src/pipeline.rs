@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use framestride_shapes::manifest::{Kernel, Param, Ptxas};
 use serde::{Deserialize, Serialize};
 
-use crate::device_crate::{DeviceCrate, digest, write_atomically};
+use crate::device_crate::{DeviceCrate, digest};
 use crate::error::at;
+use crate::files::write_atomically;
 use crate::finish::{self, LaunchTable};
 use crate::toolchain::{self, CudaTools, Toolchain};
-use crate::{Arch, BuildError, ptx, ptxas};
+use crate::{Arch, BuildError, convergence, ptx, ptxas};
 
 /// PTX and what is known of its kernels, kept beside the IR so that a build without changes ends here.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,10 +53,11 @@ impl Assembled {
                 translate(device, &toolchain.opt, &opt_flags, &finished_ir, &optimised)?;
                 translate(device, &toolchain.llc, &llc_flags, &optimised, &ptx)?;
                 let text = fs::read_to_string(&ptx).map_err(at("read", &ptx))?;
-                check(device, &text, &finished.tables, ptx)?;
                 Assembled { made_from, tables: finished.tables, spec: finished.spec, ptx: text, ptxas: None }
             }
         };
+        // What was kept is looked at too: it may come from a version that looked at less.
+        check(device, &assembled.ptx, &assembled.tables)?;
         let tool = CudaTools::find().ptxas;
         let version = tool.as_deref().and_then(toolchain::cuda_version);
         assembled.ptxas = match (tool, version, assembled.ptxas.take()) {
@@ -126,8 +128,9 @@ fn translate(
     })
 }
 
-/// Whether the PTX has every entry with the bounds of its launch table, and no other entry.
-fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable], path: PathBuf) -> Result<(), BuildError> {
+/// Whether the PTX has every entry with the bounds of its launch table, and no other entry, and keeps the lanes of a warp together.
+fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable]) -> Result<(), BuildError> {
+    let path = device.work.join("kernels.ptx");
     let entries = ptx::entries(text);
     let wrong = |entry: &str, problem: String| BuildError::Ptx {
         name: device.name.clone(),
@@ -156,5 +159,8 @@ fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable], path: PathBuf
             }
         }
     }
-    Ok(())
+    match convergence::parted(text).into_iter().next() {
+        Some(parted) => Err(BuildError::Convergence { name: device.name.clone(), parted, ptx: path }),
+        None => Ok(()),
+    }
 }

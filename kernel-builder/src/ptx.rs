@@ -64,9 +64,9 @@ pub fn calls(ptx: &str) -> Vec<(usize, String)> {
     calls.map(|(line, text)| (line, text.split_whitespace().collect::<Vec<_>>().join(" "))).collect()
 }
 
-/// Statements, each with the line it begins on: what ends with `;` or stands before a block's brace. Braces within an
-/// instruction are a vector of operands.
-fn statements(ptx: &str) -> Vec<(usize, String)> {
+/// Statements, each with the line it begins on: what ends with `;` or stands before a block's brace, a label, and each of those
+/// braces. Braces within an instruction are a vector of operands.
+pub(crate) fn statements(ptx: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     let mut current = String::new();
     let mut begin = 1;
@@ -80,7 +80,12 @@ fn statements(ptx: &str) -> Vec<(usize, String)> {
                 _ => false,
             };
             if ends {
-                found.push((begin, std::mem::take(&mut current)));
+                if !current.trim().is_empty() {
+                    found.push((begin, std::mem::take(&mut current)));
+                }
+                if matches!(character, '{' | '}') {
+                    found.push((index + 1, character.to_string()));
+                }
             } else if !(current.is_empty() && character.is_whitespace()) {
                 if current.is_empty() {
                     begin = index + 1;
@@ -93,7 +98,7 @@ fn statements(ptx: &str) -> Vec<(usize, String)> {
 }
 
 /// Opcode of a statement; a directive and a label have none.
-fn opcode(statement: &str) -> Option<&str> {
+pub(crate) fn opcode(statement: &str) -> Option<&str> {
     let mut words = statement.split_whitespace();
     let mut word = words.next()?;
     while word.ends_with(':') || word.starts_with('@') {

@@ -47,6 +47,33 @@ fn a_barrier_between_branches_stays_one() {
 }
 
 #[test]
+fn a_barrier_that_only_some_lanes_reach_is_refused() {
+    let error = build(|library| {
+        let lane = "let lane: u32;\n        asm!(\"mov.u32 {}, %laneid;\", out(reg32) lane);\n        if lane < 7 {";
+        replaced(
+            library,
+            "asm!(\"bar.sync 0;\");\n        out.write",
+            &format!("{lane} asm!(\"bar.sync 0;\"); }}\n        out.write"),
+        )
+    });
+    let Err(BuildError::Convergence { parted, .. }) = &error else { panic!("{error:?}") };
+    assert_eq!((parted.function.as_str(), parted.instruction.1.as_str()), ("second", "bar.sync 0"));
+    let message = error.unwrap_err().to_string();
+    assert!(message.contains("may part them") && message.contains("cuda::warp::uniform"), "{message}");
+}
+
+#[test]
+fn a_profile_of_the_crate_itself_changes_nothing() {
+    let plain = build(str::to_string).unwrap().ptx;
+    let (_guard, folder) = device(str::to_string);
+    let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+    let profile = "[profile.release]\nincremental = true\nopt-level = 0\npanic = \"abort\"\n\
+                   [profile.release.package.\"*\"]\nopt-level = 0\ndebug-assertions = true\n";
+    fs::write(folder.join("Cargo.toml"), manifest + profile).unwrap();
+    assert_eq!(Kernels::from_crate(folder).build().unwrap().ptx, plain);
+}
+
+#[test]
 fn launch_tables_reach_ptx_and_manifest() {
     let built = build(str::to_string).unwrap();
     assert_eq!(ptx::entries(&built.ptx), ["barrier_between", "second"]);

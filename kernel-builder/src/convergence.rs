@@ -1,0 +1,682 @@
+//! Whether the lanes of each warp are together wherever an instruction needs all of them: a check of the finished PTX.
+//!
+//! `shfl.sync`, `bar.sync`, `wgmma` and others are executed by all lanes of a warp at once. A compiler that does not know it may copy
+//! one into both sides of a branch that parts the lanes, and the warp waits for ever, or reads what is not there. The finishing
+//! step says `convergent` to LLVM, but rustc's own optimiser has no such word: in an incremental build, which does not inline, its
+//! jump threading copied the calls of `exchange` in
+//!
+//! ```text
+//! let a = if odd { x } else { y };     if odd { a = exchange(x); x = a } else { a = exchange(y); y = a }
+//! let a = exchange(a);             =>
+//! if odd { x = a } else { y = a }
+//! ```
+//!
+//! and all consumer warps of attention hung there. So nothing is believed of any pass: what comes out is looked at.
+//!
+//! A register is *uniform* if all lanes of a warp have the same value in it. What is not: the thread's number, results of atomics,
+//! of `elect`, of waiting for a barrier, of anything unknown, and whatever is computed from those. Votes, `redux`, and a value broadcast
+//! from one lane are uniform again, and so are bits of the thread's number that count warps. Loads from uniform addresses count as
+//! uniform: a value that changes while the lanes read it is for its author to broadcast.
+//!
+//! A branch on what is not uniform parts the lanes until the block that every way from it leads through, its immediate
+//! post-dominator. Between the two, an instruction for all lanes is an error, and a register that is written there is not uniform
+//! behind. Ways into a `trap` do not count: nothing comes together behind it. Instructions that name only some lanes in their mask
+//! are not looked at.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use crate::ptx::{opcode, statements};
+
+/// An instruction for all lanes of a warp where they may be apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parted {
+    /// The entry or function.
+    pub function: String,
+    /// The instruction, and its line from 1.
+    pub instruction: (usize, String),
+    /// The branch or the predicate that may part the lanes, and its line. `None` in a function that is called, by whatever lanes, and
+    /// where no way leads to the end of the kernel.
+    pub cause: Option<(usize, String)>,
+}
+
+impl fmt::Display for Parted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Some instructions name a hundred registers.
+        let short =
+            |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(60).collect::<String>();
+        let (line, instruction) = &self.instruction;
+        write!(
+            f,
+            "`{}` in line {line} of the PTX, in `{}`, takes all lanes of a warp, but ",
+            short(instruction),
+            self.function
+        )?;
+        match &self.cause {
+            Some((line, cause)) => write!(
+                f,
+                "`{}` in line {line} may part them: move it out of the branch, or make the condition one value for the warp with \
+                 `cuda::warp::uniform`",
+                short(cause)
+            ),
+            None => f.write_str(
+                "no way leads from there to the end of a kernel: mark a function that is called #[inline(always)], and end the loop",
+            ),
+        }
+    }
+}
+
+/// Every instruction of a module whose lanes may be apart, the first of each branch.
+pub fn parted(ptx: &str) -> Vec<Parted> {
+    functions(&statements(ptx)).iter().flat_map(Function::parted).collect()
+}
+
+/// What is known of a value, over the lanes of a warp. What comes of two is the greater.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Value {
+    /// The same in every lane.
+    #[default]
+    Uniform,
+    /// (32 u + lane) << shift, where u is the same in every lane; or [`Value::Uniform`].
+    Lane(u32),
+    /// Anything.
+    Divergent,
+}
+
+impl Value {
+    /// What is known when it may be either.
+    fn or(self, other: Value) -> Value {
+        match (self, other) {
+            (Value::Lane(one), Value::Lane(two)) if one != two => Value::Divergent,
+            _ => self.max(other),
+        }
+    }
+}
+
+/// One instruction.
+struct Instruction<'a> {
+    line: usize,
+    text: &'a str,
+    /// Register that it is executed under.
+    predicate: Option<&'a str>,
+    opcode: &'a str,
+    operands: Vec<&'a str>,
+}
+
+/// Instructions without a branch into or out of their middle, and where the last one leads.
+#[derive(Default)]
+struct Block<'a> {
+    instructions: Vec<Instruction<'a>>,
+    next: Vec<usize>,
+}
+
+impl<'a> Block<'a> {
+    /// Registers that hold at the end of the block what another one holds, or a constant.
+    fn copies(&self) -> BTreeMap<&'a str, &'a str> {
+        let mut copies: BTreeMap<&str, &str> = BTreeMap::new();
+        for instruction in &self.instructions {
+            for written in instruction.written() {
+                copies.retain(|copy, original| *copy != written && *original != written);
+            }
+            if let ("mov", None, [copy, original]) =
+                (instruction.kind(), instruction.predicate, &instruction.operands[..])
+                && !copy.starts_with('{')
+            {
+                copies.insert(copy, original);
+            }
+        }
+        copies
+    }
+}
+
+struct Function<'a> {
+    name: String,
+    is_entry: bool,
+    blocks: Vec<Block<'a>>,
+}
+
+/// The functions of a module that have a body.
+fn functions(statements: &[(usize, String)]) -> Vec<Function<'_>> {
+    let mut found = Vec::new();
+    let mut rest = statements;
+    while let [(_, head), tail @ ..] = rest {
+        rest = tail;
+        let is_function = head.starts_with('.') && [".entry", ".func"].iter().any(|word| has_word(head, word));
+        if is_function && tail.first().is_some_and(|(_, text)| text == "{") {
+            let mut depth = 0;
+            let length = tail.iter().position(|(_, text)| {
+                depth += i32::from(text == "{") - i32::from(text == "}");
+                depth == 0
+            });
+            let (body, behind) = tail.split_at(length.unwrap_or(tail.len()));
+            found.push(Function::read(head, body));
+            rest = behind;
+        }
+    }
+    found
+}
+
+fn has_word(text: &str, word: &str) -> bool {
+    text.split_whitespace().any(|found| found == word)
+}
+
+impl<'a> Function<'a> {
+    fn read(head: &str, body: &'a [(usize, String)]) -> Function<'a> {
+        let is_entry = has_word(head, ".entry");
+        // `.visible .func (.param .b32 result) name(...)`: the result stands before the name.
+        let behind =
+            head.split_once(if is_entry { ".entry" } else { ".func" }).map_or("", |(_, behind)| behind.trim_start());
+        let behind =
+            behind.strip_prefix('(').and_then(|list| list.split_once(')')).map_or(behind, |(_, behind)| behind);
+        let name = behind.trim_start().split('(').next().unwrap_or("").trim().to_string();
+        let mut blocks = vec![Block::default()];
+        // A label counts in its braces and in those within, and assembly has the same one again and again.
+        let (mut scopes, mut next_scope) = (vec![0], 1);
+        let mut labels: BTreeMap<(usize, &str), usize> = BTreeMap::new();
+        let mut jumps: Vec<(usize, Vec<usize>, &'a str)> = Vec::new();
+        let mut tables: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (line, statement) in body {
+            match statement.as_str() {
+                "{" => {
+                    scopes.push(next_scope);
+                    next_scope += 1;
+                }
+                "}" => _ = scopes.pop(),
+                _ => {}
+            }
+            let mut text = statement.trim();
+            while let Some((label, behind)) = text.split_once(char::is_whitespace).or(Some((text, "")))
+                && let Some(label) = label.strip_suffix(':')
+            {
+                let last = blocks.len() - 1;
+                if !blocks[last].instructions.is_empty() {
+                    blocks[last].next.push(last + 1);
+                    blocks.push(Block::default());
+                }
+                labels.insert((scopes.last().copied().unwrap_or(0), label), blocks.len() - 1);
+                text = behind.trim_start();
+                if let Some(list) = text.strip_prefix(".branchtargets") {
+                    tables.insert(label, list.split(',').map(str::trim).collect());
+                }
+            }
+            let Some(instruction) = Instruction::read(*line, text) else { continue };
+            let last = blocks.len() - 1;
+            let (kind, predicated) = (instruction.kind(), instruction.predicate.is_some());
+            match kind {
+                "bra" => jumps.extend(instruction.operands.first().map(|label| (last, scopes.clone(), *label))),
+                "brx" => {
+                    let targets = instruction.operands.get(1).and_then(|table| tables.get(table)).into_iter().flatten();
+                    jumps.extend(targets.map(|label| (last, scopes.clone(), *label)));
+                }
+                _ => {}
+            }
+            blocks[last].instructions.push(instruction);
+            if matches!(kind, "bra" | "brx" | "ret" | "exit" | "trap") {
+                // Behind a branch that is always taken comes a label, or nothing that is reached.
+                if predicated {
+                    blocks[last].next.push(last + 1);
+                }
+                if predicated && matches!(kind, "ret" | "exit") {
+                    blocks[last].next.push(usize::MAX);
+                }
+                blocks.push(Block::default());
+            }
+        }
+        for (block, scopes, label) in jumps {
+            let target = scopes.iter().rev().find_map(|scope| labels.get(&(*scope, label)));
+            blocks[block].next.extend(target);
+        }
+        let exit = blocks.len();
+        for block in &mut blocks {
+            let last = block.instructions.last().map_or("", Instruction::kind);
+            if block.next.is_empty() && last != "trap" {
+                block.next.push(exit);
+            }
+            block.next.iter_mut().for_each(|next| *next = (*next).min(exit));
+        }
+        Function { name, is_entry, blocks }
+    }
+
+    fn parted(&self) -> Vec<Parted> {
+        let found = |instruction: &Instruction, cause: Option<&Instruction>| {
+            let said = |instruction: &Instruction| (instruction.line, instruction.text.to_string());
+            Parted { function: self.name.clone(), instruction: said(instruction), cause: cause.map(said) }
+        };
+        let all = || self.blocks.iter().flat_map(|block| &block.instructions);
+        if !self.is_entry {
+            return all()
+                .find(|instruction| instruction.is_for_all_lanes())
+                .map(|first| found(first, None))
+                .into_iter()
+                .collect();
+        }
+        let post_dominators = self.post_dominators();
+        let mut known: BTreeMap<&str, Value> = BTreeMap::new();
+        // The branches that may part the lanes of each block, by their blocks.
+        let mut apart: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); self.blocks.len()];
+        let copies: Vec<_> = self.blocks.iter().map(Block::copies).collect();
+        // Nothing is divergent until something makes it so, and then it stays.
+        loop {
+            let before = (known.clone(), apart.clone());
+            for (index, block) in self.blocks.iter().enumerate() {
+                let mut here: BTreeMap<&str, Value> = BTreeMap::new();
+                for instruction in &block.instructions {
+                    let value = instruction.value(|register| value_of(register, &here, &known));
+                    here.extend(instruction.written().map(|register| (register, value)));
+                }
+                if let Some(last) = block.instructions.last()
+                    && last.chooses().any(|register| value_of(register, &here, &known) != Value::Uniform)
+                {
+                    for parted in self.between(index, &post_dominators) {
+                        apart[parted].insert(index);
+                    }
+                }
+                for (register, value) in here {
+                    // A copy that was already made before the branch is the same in lanes that go round this block.
+                    let copy = copies[index].get(register);
+                    let same =
+                        apart[index].iter().all(|branch| copy.is_some() && copies[*branch].get(register) == copy);
+                    let value = if same { value } else { Value::Divergent };
+                    let known = known.entry(register).or_default();
+                    *known = value.or(*known);
+                }
+            }
+            if before.0 == known && before.1 == apart {
+                break;
+            }
+        }
+        let mut parted: Vec<Parted> = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            let mut here: BTreeMap<&str, Value> = BTreeMap::new();
+            for instruction in &block.instructions {
+                let predicate = instruction.predicate.map(|register| value_of(register, &here, &known));
+                let branch = apart[index].first().and_then(|branch| self.blocks[*branch].instructions.last());
+                let cause = branch.or((predicate.unwrap_or_default() != Value::Uniform).then_some(instruction));
+                if post_dominators[index].is_none() && instruction.is_for_all_lanes() {
+                    parted.push(found(instruction, None));
+                } else if let Some(cause) = cause.filter(|_| instruction.is_for_all_lanes())
+                    && !parted.iter().any(|known| known.cause.as_ref().is_some_and(|(line, _)| *line == cause.line))
+                {
+                    parted.push(found(instruction, Some(cause)));
+                }
+                let value = instruction.value(|register| value_of(register, &here, &known));
+                here.extend(instruction.written().map(|register| (register, value)));
+            }
+        }
+        parted
+    }
+
+    /// Blocks that the lanes may reach apart after the branch at the end of a block.
+    fn between(&self, branch: usize, post_dominators: &[Option<usize>]) -> Vec<usize> {
+        let together = post_dominators[branch];
+        let mut reached = vec![false; self.blocks.len()];
+        let mut open: Vec<usize> = self.ways(branch, post_dominators).collect();
+        // A way that is the only one parts nobody.
+        if open.len() < 2 {
+            return Vec::new();
+        }
+        while let Some(block) = open.pop() {
+            if Some(block) != together && block < self.blocks.len() && !reached[block] {
+                reached[block] = true;
+                open.extend(self.ways(block, post_dominators));
+            }
+        }
+        (0..reached.len()).filter(|block| reached[*block]).collect()
+    }
+
+    /// Where a block leads, ways that only end in a trap left out.
+    fn ways(&self, block: usize, post_dominators: &[Option<usize>]) -> impl Iterator<Item = usize> {
+        let exit = self.blocks.len();
+        self.blocks[block].next.iter().copied().filter(move |next| *next == exit || post_dominators[*next].is_some())
+    }
+
+    /// The immediate post-dominator of each block, the exit being one block more; `None` where no way leads to the exit. (Cooper, Harvey,
+    /// Kennedy: A simple, fast dominance algorithm, 2001, on the edges turned round.)
+    fn post_dominators(&self) -> Vec<Option<usize>> {
+        let exit = self.blocks.len();
+        let mut before = vec![Vec::new(); exit + 1];
+        for (index, block) in self.blocks.iter().enumerate() {
+            block.next.iter().for_each(|next| before[*next].push(index));
+        }
+        // Blocks in the order in which a walk back from the exit leaves them.
+        let mut number = vec![None; exit + 1];
+        let (mut order, mut walk, mut seen) = (Vec::new(), vec![(exit, 0)], vec![false; exit + 1]);
+        seen[exit] = true;
+        while let Some((block, step)) = walk.pop() {
+            match before[block].get(step) {
+                Some(&next) => {
+                    walk.push((block, step + 1));
+                    if !std::mem::replace(&mut seen[next], true) {
+                        walk.push((next, 0));
+                    }
+                }
+                None => {
+                    number[block] = Some(order.len());
+                    order.push(block);
+                }
+            }
+        }
+        let mut found = vec![None; exit + 1];
+        found[exit] = Some(exit);
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for &block in order.iter().rev().filter(|block| **block != exit) {
+                let mut nearest = None;
+                for &next in self.blocks[block].next.iter().filter(|next| found[**next].is_some()) {
+                    nearest = Some(match nearest {
+                        None => next,
+                        Some(other) => common(&found, &number, other, next),
+                    });
+                }
+                changed |= found[block] != nearest;
+                found[block] = nearest;
+            }
+        }
+        found
+    }
+}
+
+/// The first block that post-dominates both.
+fn common(found: &[Option<usize>], number: &[Option<usize>], mut a: usize, mut b: usize) -> usize {
+    while a != b {
+        // The exit has the highest number, and each step goes towards it.
+        let behind = if number[a] < number[b] { &mut a } else { &mut b };
+        *behind = found[*behind].unwrap_or(found.len() - 1);
+    }
+    a
+}
+
+/// Value of a register in a block that has written those of `here`.
+fn value_of(register: &str, here: &BTreeMap<&str, Value>, known: &BTreeMap<&str, Value>) -> Value {
+    match register {
+        // Blocks have one dimension: `.maxntid` says so.
+        "%tid.x" | "%laneid" => Value::Lane(0),
+        _ if ["%lanemask", "%clock", "%globaltimer"].iter().any(|prefix| register.starts_with(prefix)) => {
+            Value::Divergent
+        }
+        _ => here.get(register).or_else(|| known.get(register)).copied().unwrap_or_default(),
+    }
+}
+
+/// Names in an operand: registers, and whatever else has a name and is never written.
+fn names(operand: &str) -> impl Iterator<Item = &str> {
+    let words = operand.split(|c: char| !(c.is_ascii_alphanumeric() || "_$%.".contains(c)));
+    words.filter(|word| word.starts_with(|c: char| !c.is_ascii_digit() && c != '.'))
+}
+
+/// An integer that stands in the text.
+fn constant(operand: &str) -> Option<i64> {
+    let (sign, digits) = operand.strip_prefix('-').map_or((1, operand), |digits| (-1, digits));
+    let value = match digits.strip_prefix("0x") {
+        Some(digits) => i64::from_str_radix(digits.trim_end_matches('U'), 16).ok()?,
+        None => digits.parse().ok()?,
+    };
+    Some(sign * value)
+}
+
+impl<'a> Instruction<'a> {
+    fn read(line: usize, text: &'a str) -> Option<Instruction<'a>> {
+        let opcode = opcode(text)?;
+        let (head, operands) = text.split_once(opcode)?;
+        let predicate = head.trim().strip_prefix('@').map(|guard| guard.trim_start_matches('!').trim());
+        // Commas part the operands, but not within brackets and braces.
+        let (mut parts, mut depth, mut start) = (Vec::new(), 0, 0);
+        for (at, character) in operands.char_indices() {
+            match character {
+                '[' | '{' | '(' => depth += 1,
+                ']' | '}' | ')' => depth -= 1,
+                ',' if depth == 0 => {
+                    parts.push(operands[start..at].trim());
+                    start = at + 1;
+                }
+                _ => {}
+            }
+        }
+        parts.push(operands[start..].trim());
+        Some(Instruction { line, text, predicate, opcode, operands: parts })
+    }
+
+    /// The first word of the opcode.
+    fn kind(&self) -> &'a str {
+        self.opcode.split('.').next().unwrap_or("")
+    }
+
+    fn has(&self, modifier: &str) -> bool {
+        self.opcode.split('.').any(|word| word == modifier)
+    }
+
+    /// Whether the mask, the last operand of an instruction that exchanges registers, names all lanes.
+    fn names_all_lanes(&self) -> bool {
+        self.operands.last().and_then(|mask| constant(mask)).is_some_and(|mask| mask as u32 == u32::MAX)
+    }
+
+    /// Whether all lanes of a warp must be here together.
+    fn is_for_all_lanes(&self) -> bool {
+        match self.kind() {
+            "barrier" => self.has("aligned"),
+            "bar" if self.has("warp") => self.names_all_lanes(),
+            "bar" | "setmaxnreg" => true,
+            "shfl" | "vote" | "redux" | "match" | "elect" => self.has("sync") && self.names_all_lanes(),
+            _ => self.has("sync"),
+        }
+    }
+
+    /// Registers that decide where a branch goes.
+    fn chooses(&self) -> impl Iterator<Item = &'a str> {
+        let index = self.operands.first().filter(|_| self.kind() == "brx");
+        let branches = matches!(self.kind(), "bra" | "brx" | "ret" | "exit");
+        self.predicate.filter(|_| branches).into_iter().chain(index.into_iter().flat_map(|operand| names(operand)))
+    }
+
+    /// Registers that it writes: they stand first, but not in brackets, which are an address.
+    fn written(&self) -> impl Iterator<Item = &'a str> {
+        let nothing = match self.kind() {
+            "bar" | "barrier" => !self.has("red"),
+            "st" | "bra" | "brx" | "nanosleep" => true,
+            _ => false,
+        };
+        let first = self.operands.first().filter(|operand| !nothing && !operand.starts_with('['));
+        first.into_iter().flat_map(|operand| names(operand))
+    }
+
+    /// What it writes.
+    fn value(&self, value_of: impl Fn(&str) -> Value) -> Value {
+        let of =
+            |operands: &[&str]| operands.iter().flat_map(|operand| names(operand)).map(&value_of).reduce(Value::or);
+        let sources = of(self.operands.get(1..).unwrap_or_default()).unwrap_or_default();
+        let operand = |index: usize| self.operands.get(index).copied().unwrap_or("");
+        let result = match (self.kind(), sources) {
+            ("vote" | "redux", _) if self.names_all_lanes() => Value::Uniform,
+            ("bar" | "barrier", _) => Value::Uniform,
+            // Of one lane, the same for all: a segment of the whole warp.
+            ("shfl", _) if self.has("idx") && self.names_all_lanes() && operand(3) == "31" => {
+                of(&[operand(2)]).unwrap_or_default()
+            }
+            ("shfl", Value::Uniform) if self.names_all_lanes() => Value::Uniform,
+            ("ld", Value::Uniform) if !self.has("local") => Value::Uniform,
+            (kind, Value::Uniform) if COMPUTES.contains(&kind) => Value::Uniform,
+            (kind, Value::Lane(shift)) => self.of_lane(kind, shift),
+            _ => Value::Divergent,
+        };
+        // Where the predicate does not hold, the old value stays.
+        match self.predicate.map(&value_of) {
+            None => result,
+            Some(Value::Uniform) => self.written().map(&value_of).fold(result, Value::or),
+            Some(_) => Value::Divergent,
+        }
+    }
+
+    /// What comes of (32 u + lane) << shift: its bits from `shift` + 5 on are the same in all lanes, and so is on which side of a
+    /// multiple of 1 << (`shift` + 5) it lies.
+    fn of_lane(&self, kind: &str, shift: u32) -> Value {
+        let pieces = self.operands.iter().any(|operand| operand.contains('{')) || self.opcode.contains(".f");
+        let number = self.operands.get(2).and_then(|operand| constant(operand));
+        let (group, by) = (1i64 << (shift + 5), number.and_then(|number| u32::try_from(number).ok()));
+        match (kind, number) {
+            _ if pieces => Value::Divergent,
+            ("mov" | "cvt", _) => Value::Lane(shift),
+            ("shl", _) => by.filter(|by| shift + by < 27).map_or(Value::Divergent, |by| Value::Lane(shift + by)),
+            ("shr" | "bfe", _) if by.is_some_and(|by| by >= shift + 5) => Value::Uniform,
+            ("shr", _) => by.and_then(|by| shift.checked_sub(by)).map_or(Value::Divergent, Value::Lane),
+            ("and", Some(mask)) if mask % group == 0 => Value::Uniform,
+            ("and", Some(mask)) if mask >> shift & 31 == 31 => Value::Lane(shift),
+            ("add" | "sub" | "or", Some(number)) if number % group == 0 => Value::Lane(shift),
+            // Below a multiple, or not above what lies less than a step below it.
+            ("setp", Some(number)) if self.has("lt") || self.has("ge") => bound((number + (1 << shift) - 1) >> shift),
+            ("setp", Some(number)) if self.has("gt") || self.has("le") => bound((number >> shift) + 1),
+            _ => Value::Divergent,
+        }
+    }
+}
+
+/// Whether all lanes of a warp are on one side of a bound: none of them is below it, or all are.
+fn bound(lanes: i64) -> Value {
+    if lanes % 32 == 0 { Value::Uniform } else { Value::Divergent }
+}
+
+/// Instructions whose result depends on nothing but their operands.
+const COMPUTES: &[&str] = &[
+    "abs", "add", "addc", "and", "bfe", "bfi", "bfind", "bmsk", "brev", "clz", "cnot", "copysign", "cos", "cvt",
+    "cvta", "div", "dp2a", "dp4a", "ex2", "fma", "fns", "lg2", "lop3", "mad", "madc", "max", "min", "mov", "mul",
+    "mul24", "neg", "not", "or", "popc", "prmt", "rcp", "rem", "rsqrt", "sad", "selp", "set", "setp", "shf", "shl",
+    "shr", "sin", "slct", "sqrt", "sub", "subc", "tanh", "testp", "xor",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is wrong with an entry of this body: the instruction, and what parts the lanes.
+    fn wrong(body: &str) -> Vec<(String, String)> {
+        let ptx = format!(
+            ".version 8.3\n.visible .entry f(\n\t.param .u64 f_param_0\n)\n.maxntid 256, 1, 1\n{{\n{body}\n\tret;\n}}\n"
+        );
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let found = parted(&ptx);
+        assert!(found.iter().all(|parted| parted.function == "f"), "{found:?}");
+        found
+            .iter()
+            .map(|p| (words(&p.instruction.1), p.cause.as_ref().map_or(String::new(), |(_, text)| words(text))))
+            .collect()
+    }
+
+    #[track_caller]
+    fn refused(body: &str, instruction: &str, cause: &str) {
+        assert_eq!(wrong(body), [(instruction.to_string(), cause.to_string())], "{body}");
+    }
+
+    #[track_caller]
+    fn accepted(body: &str) {
+        assert_eq!(wrong(body), [], "{body}");
+    }
+
+    const EXCHANGE: &str = "shfl.sync.bfly.b32 %r9, %r8, 1, 31, -1";
+
+    #[test]
+    fn what_is_for_all_lanes_may_not_stand_where_they_are_apart() {
+        let odd = "mov.u32 %r1, %laneid;\nand.b32 %r2, %r1, 1;\nsetp.eq.b32 %p1, %r2, 0;\n";
+        // One exchange before the branches come together, as rustc's jump threading makes two of it.
+        let twice = format!("{odd}@%p1 bra $L1;\n{EXCHANGE};\nbra.uni $L2;\n$L1:\n{EXCHANGE};\n$L2:");
+        refused(&twice, EXCHANGE, "@%p1 bra $L1");
+        accepted(&format!(
+            "{odd}@%p1 bra $L1;\nmov.b32 %r8, %r3;\nbra.uni $L2;\n$L1:\nmov.b32 %r8, %r4;\n$L2:\n{EXCHANGE};"
+        ));
+        for collective in [
+            "bar.sync 0",
+            "bar.warp.sync -1",
+            "wgmma.fence.sync.aligned",
+            "setmaxnreg.dec.sync.aligned.u32 24",
+            "barrier.sync.aligned 1, 64",
+        ] {
+            refused(&format!("{odd}@%p1 bra $L1;\n{collective};\n$L1:"), collective, "@%p1 bra $L1");
+        }
+        refused(&format!("{odd}@%p1 bar.sync 0;"), "@%p1 bar.sync 0", "@%p1 bar.sync 0");
+        refused(&format!("{odd}@%p1 ret;\n{EXCHANGE};"), EXCHANGE, "@%p1 ret");
+        // Of some lanes only, and for threads that need not be together.
+        accepted(&format!(
+            "{odd}@%p1 bra $L1;\nshfl.sync.bfly.b32 %r9, %r8, 2, 31, 0x55555555;\nbarrier.sync 1, 16;\n$L1:"
+        ));
+        // Nothing comes back from a trap.
+        accepted(&format!("{odd}@%p1 bra $L1;\ntrap;\n$L1:\n{EXCHANGE};"));
+    }
+
+    #[test]
+    fn loops_that_lanes_leave_one_by_one_part_them_within() {
+        let wait = "{\n.reg .pred %done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 %done, [%r1], %r2;\nBODY@!%done bra again;\n}\n";
+        let after = format!("{0}{0}{EXCHANGE};", wait.replace("BODY", ""));
+        accepted(&after);
+        refused(&wait.replace("BODY", "bar.sync 0;\n"), "bar.sync 0", "@!%done bra again");
+        // A count of rounds is another one in each lane.
+        let counted = format!(
+            "{}setp.eq.b32 %p1, %r5, 3;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:",
+            wait.replace("BODY", "add.s32 %r5, %r5, 1;\n")
+        );
+        refused(&counted, "bar.sync 0", "@%p1 bra $L1");
+        // A count of a loop that all leave together is not.
+        accepted("mov.b32 %r1, 0;\n$L1:\nbar.sync 0;\nadd.s32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 9;\n@%p1 bra $L1;");
+    }
+
+    #[test]
+    fn what_is_the_same_in_all_lanes_parts_nobody() {
+        let barrier_if =
+            |condition: &str| format!("mov.u32 %r1, %tid.x;\n{condition}\n@%p1 bra $L1;\nbar.sync 0;\n$L1:");
+        for uniform in [
+            "setp.lt.u32 %p1, %r1, 128;",
+            "setp.gt.u32 %p1, %r1, 31;",
+            "shl.b32 %r2, %r1, 1;\nsetp.gt.u32 %p1, %r2, 63;",
+            "shr.u32 %r2, %r1, 5;\nsetp.eq.b32 %p1, %r2, 3;",
+            "and.b32 %r2, %r1, 127;\nadd.s32 %r2, %r2, 64;\nbfe.u32 %r2, %r2, 6, 2;\nsetp.eq.b32 %p1, %r2, 1;",
+            "and.b32 %r2, %r1, 992;\nsetp.eq.b32 %p1, %r2, 32;",
+            "shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;\nsetp.eq.b32 %p1, %r2, 32;",
+            "redux.sync.or.b32 %r2, %r1, -1;\nsetp.eq.b32 %p1, %r2, 32;",
+            "{ .reg .pred %any; setp.ne.u32 %any, %r1, 0; vote.sync.any.pred %any, %any, -1; selp.u32 %r2, 1, 0, %any; }\nsetp.ne.b32 %p1, %r2, 0;",
+            "ld.param.b64 %rd1, [f_param_0];\nld.global.b32 %r2, [%rd1];\nsetp.ne.b32 %p1, %r2, 0;",
+            "mov.u32 %r2, %ctaid.x;\nsetp.ne.b32 %p1, %r2, 0;",
+        ] {
+            accepted(&barrier_if(uniform));
+        }
+        for divergent in [
+            "setp.lt.u32 %p1, %r1, 100;",
+            "setp.gt.u32 %p1, %r1, 32;",
+            "setp.eq.b32 %p1, %r1, 0;",
+            "shl.b32 %r2, %r1, 1;\nsetp.gt.u32 %p1, %r2, 31;",
+            "shr.u32 %r2, %r1, 4;\nsetp.eq.b32 %p1, %r2, 3;",
+            "and.b32 %r2, %r1, 48;\nsetp.eq.b32 %p1, %r2, 32;",
+            "shfl.sync.idx.b32 %r2, %r1, %r1, 31, -1;\nsetp.eq.b32 %p1, %r2, 32;",
+            "shfl.sync.idx.b32 %r2, %r1, 0, 7175, -1;\nsetp.eq.b32 %p1, %r2, 32;",
+            "elect.sync _|%p1, -1;",
+            "atom.global.add.u32 %r2, [%rd1], 1;\nsetp.eq.b32 %p1, %r2, 3;",
+            "mul.wide.u32 %rd2, %r1, 4;\nld.global.b32 %r2, [%rd2];\nsetp.ne.b32 %p1, %r2, 0;",
+            "mov.u32 %r2, %clock;\nsetp.ne.b32 %p1, %r2, 0;",
+            "ld.local.b32 %r2, [%rd1];\nsetp.ne.b32 %p1, %r2, 0;",
+            "setp.eq.b32 %p2, %r1, 0;\nmov.b32 %r2, 0;\n@%p2 mov.b32 %r2, 1;\nsetp.ne.b32 %p1, %r2, 0;",
+            "call.uni (retval0), g, (param0);\nld.param.b32 %r2, [retval0];\nsetp.ne.b32 %p1, %r2, 0;",
+        ] {
+            refused(&barrier_if(divergent), "bar.sync 0", "@%p1 bra $L1");
+        }
+    }
+
+    #[test]
+    fn a_register_that_is_written_where_lanes_are_apart_is_not_uniform_behind() {
+        let written = |before: &str, within: &str| {
+            format!(
+                "mov.u32 %r1, %laneid;\nsetp.eq.b32 %p1, %r1, 0;\n{before}\n@%p1 bra $L1;\n{within}\n$L1:\nsetp.eq.b32 %p2, %r2, 0;\n@%p2 bra $L2;\nbar.sync 0;\n$L2:"
+            )
+        };
+        refused(&written("mov.b32 %r2, 0;", "mov.b32 %r2, 1;"), "bar.sync 0", "@%p2 bra $L2");
+        // LLVM writes a copy on both ways.
+        accepted(&written("mov.b32 %r2, %r3;", "mov.b32 %r2, %r3;"));
+        refused(&written("mov.b32 %r2, %r3;\nadd.s32 %r3, %r3, 1;", "mov.b32 %r2, %r3;"), "bar.sync 0", "@%p2 bra $L2");
+        refused(&written("mov.b32 %r2, %r1;", "mov.b32 %r2, %r1;"), "bar.sync 0", "@%p2 bra $L2");
+    }
+
+    #[test]
+    fn functions_that_are_called_have_nothing_for_all_lanes() {
+        let ptx = ".visible .func (.param .b32 func_retval0) g(\n\t.param .b32 g_param_0\n)\n{\nbar.sync 0;\nret;\n}\n";
+        let expected = Parted { function: "g".into(), instruction: (5, "bar.sync 0".into()), cause: None };
+        assert_eq!(parted(ptx), [expected]);
+        assert_eq!(parted(&ptx.replace("bar.sync 0;", "add.s32 %r1, %r1, 1;")), []);
+        refused("$L1:\nbar.sync 0;\nbra.uni $L1;", "bar.sync 0", "");
+    }
+}
