@@ -10,6 +10,8 @@ pub trait Element: Copy {
     const HEADROOM: f32;
     /// [`Dtype::tile_sums`].
     const TILE_SUMS: [f32; 2];
+    /// [`Dtype::least_masked_sum`].
+    const LEAST_MASKED_SUM: f32;
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Widens both halves, exactly.
@@ -27,6 +29,7 @@ pub struct F16;
 impl Element for Bf16 {
     const HEADROOM: f32 = 0.0;
     const TILE_SUMS: [f32; 2] = Dtype::Bf16.tile_sums();
+    const LEAST_MASKED_SUM: f32 = Dtype::Bf16.least_masked_sum();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
@@ -45,6 +48,7 @@ impl Element for Bf16 {
 impl Element for F16 {
     const HEADROOM: f32 = 8.0;
     const TILE_SUMS: [f32; 2] = Dtype::F16.tile_sums();
+    const LEAST_MASKED_SUM: f32 = Dtype::F16.least_masked_sum();
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;

@@ -8,6 +8,10 @@
 //! take turns on the tiles, and the first merges in what the second has. Grid: x = splits of the key tiles, y = groups of 64
 //! samples, z = batch x heads.
 //!
+//! A mask may hide keys whose scores lie so far above the visible ones that weights relative to all keys lose the visible ones. Where
+//! [`Element::LEAST_MASKED_SUM`] says so for any sample, the block goes over its tiles again for that mask, and hides keys before the
+//! softmax, so that the offsets are the mask's own. Each mask's results carry their offsets for that reason.
+//!
 //! select: merges the splits, and compares both masked outputs with the dense one. Grid: z = batch x heads.
 
 use core::ops::Range;
@@ -16,6 +20,7 @@ use crate::attention::valid_text;
 use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::{ATOM_BYTES, Descriptor, Fragment, TileProducts};
 use crate::cuda::{copy, global, math, shared, thread, warp};
+use crate::element::Element;
 use crate::shape::Shape;
 use crate::softmax::{self, Rows};
 use framestride_shapes::launch::{
@@ -27,6 +32,12 @@ use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible, fragment_
 const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS: u32 = 240;
 const CONSUMERS: u32 = 2;
+/// Numbers of masks in the partial results. A sweep over the tiles has the number of the mask that it is for; the first, for all keys,
+/// also gives the results of both masks.
+const DENSE: u32 = 0;
+const SPATIAL: u32 = 1;
+const TEMPORAL: u32 = 2;
+const MASKS: u32 = 3;
 
 type ElementOf<T> = <<T as Shape>::Profile as TileProducts>::Element;
 
@@ -63,6 +74,10 @@ impl<T: Shape> Plan<T> {
     /// Where the producers say which keys a sample sees ([`Visible::keys`]): through the spatial mask, then through the temporal one.
     fn seen(stage: u32, sample: u32) -> u32 {
         Self::key(Self::STAGES) + stage * SEEN_BYTES + sample * 16
+    }
+    /// Where the consumers leave the sum of a sample's weights under a mask, for the producers.
+    fn masked_sum(mask: u32, sample: u32) -> u32 {
+        shared::base() + 512 + ((mask - SPATIAL) * SAMPLE_ROWS + sample) * 4
     }
     /// Of keys, and of what the samples see of them.
     fn key_full(stage: u32) -> Barrier {
@@ -114,7 +129,7 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
 
     if thread_warp < 4 {
         thread::release_registers::<PRODUCER_REGISTERS>();
-        produce::<T>(params, thread_warp, [group, head], valid_text, tiles);
+        Producer::new::<T>(params, thread_warp, [group, head], valid_text).run::<T>(params, head, tiles);
     } else {
         thread::take_registers::<CONSUMER_REGISTERS>();
         // The first tiles are on their way meanwhile.
@@ -125,46 +140,102 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
     }
 }
 
-/// The producer warpgroup: its first thread keeps the stages full, and each thread works out which keys one sample sees through one
-/// mask. The consumers would do that between two products, and with head dim 128 both of them.
+/// The next sweep after that of `mask` that some thread of the block asks for; [`MASKS`] when there is none.
+///
+/// # Safety
+/// Every thread of the block comes here, with the same `mask`.
 #[inline(always)]
-unsafe fn produce<T: Shape>(
-    params: &ProfileParams,
-    producer_warp: u32,
-    [group, head]: [u32; 2],
-    valid_text: u32,
-    tiles: Range<u32>,
-) {
-    let head_bytes = T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
-    let bytes = Plan::<T>::TILE_BYTES;
-    let lane = thread::lane();
-    let is_temporal = producer_warp >= 2;
-    let sample = producer_warp % 2 * 32 + lane;
-    let video = sampled_row::<T>(params, head, group, sample);
-    let place = |stage: u32| Plan::<T>::seen(stage, sample) + if is_temporal { 8 } else { 0 };
-    let mut slot = Slot::FIRST_FREE;
-    let mut tile = tiles.start;
-    while tile < tiles.end {
-        let (stage, rows) = (slot.stage, head_bytes + tile as u64 * bytes as u64);
-        Plan::<T>::free(stage).wait(slot.parity);
-        if thread::index() == 0 {
-            Plan::<T>::key_full(stage).arrive_expecting(bytes);
-            copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
-            Plan::<T>::value_full(stage).arrive_expecting(bytes);
-            copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
+unsafe fn next_sweep(mut mask: u32, is_lost: impl Fn(u32) -> bool) -> u32 {
+    loop {
+        mask += 1;
+        if mask == MASKS || thread::any_of_block(is_lost(mask)) {
+            return mask;
         }
-        let first = tile * KEY_ROWS;
-        let seen = if is_temporal {
-            keys_through_temporal::<T>(video, valid_text, first)
-        } else {
-            T::LAYOUT.visible(HeadType::Spatial, valid_text + video, valid_text).keys(first)
-        };
-        shared::store_u32(place(stage), seen as u32);
-        shared::store_u32(place(stage) + 4, (seen >> 32) as u32);
-        warp::sync();
-        Plan::<T>::key_full(stage).release(lane);
-        slot = slot.next(Plan::<T>::STAGES);
-        tile += 1;
+    }
+}
+
+/// A thread of the producer warpgroup. The first keeps the stages full, and each works out which keys one sample sees through one
+/// mask. The consumers would do that between two products, and with head dim 128 both of them.
+struct Producer {
+    lane: u32,
+    /// The thread's mask.
+    mask: u32,
+    /// The thread's sample, of the group.
+    sample: u32,
+    /// Its row of the video.
+    video: u32,
+    valid_text: u32,
+    slot: Slot,
+}
+
+impl Producer {
+    #[inline(always)]
+    unsafe fn new<T: Shape>(
+        params: &ProfileParams,
+        producer_warp: u32,
+        [group, head]: [u32; 2],
+        valid_text: u32,
+    ) -> Producer {
+        let lane = thread::lane();
+        let mask = if producer_warp >= 2 { TEMPORAL } else { SPATIAL };
+        let sample = producer_warp % 2 * 32 + lane;
+        let video = sampled_row::<T>(params, head, group, sample);
+        Producer { lane, mask, sample, video, valid_text, slot: Slot::FIRST_FREE }
+    }
+
+    /// Brings the tiles for every sweep.
+    #[inline(always)]
+    unsafe fn run<T: Shape>(mut self, params: &ProfileParams, head: u32, tiles: Range<u32>) {
+        let mut is_lost = false;
+        let mut sweep = DENSE;
+        while sweep != MASKS {
+            let sees_any = self.bring::<T>(params, head, &tiles);
+            if sweep == DENSE {
+                thread::sync_block();
+                let sum = shared::load_f32(Plan::<T>::masked_sum(self.mask, self.sample));
+                // A sum that is no number is lost as well.
+                is_lost = sees_any & !(sum >= ElementOf::<T>::LEAST_MASKED_SUM);
+            }
+            sweep = next_sweep(
+                sweep,
+                #[inline(always)]
+                |mask| is_lost & (mask == self.mask),
+            );
+        }
+    }
+
+    /// Brings the tiles once. Whether the thread's sample sees any of their keys.
+    #[inline(always)]
+    unsafe fn bring<T: Shape>(&mut self, params: &ProfileParams, head: u32, tiles: &Range<u32>) -> bool {
+        let head_bytes = T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
+        let bytes = Plan::<T>::TILE_BYTES;
+        let mut all_seen = 0;
+        let mut tile = tiles.start;
+        while tile < tiles.end {
+            let (stage, rows) = (self.slot.stage, head_bytes + tile as u64 * bytes as u64);
+            Plan::<T>::free(stage).wait(self.slot.parity);
+            if thread::index() == 0 {
+                Plan::<T>::key_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
+                Plan::<T>::value_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
+            }
+            let first = tile * KEY_ROWS;
+            let seen = if self.mask == TEMPORAL {
+                keys_through_temporal::<T>(self.video, self.valid_text, first)
+            } else {
+                T::LAYOUT.visible(HeadType::Spatial, self.valid_text + self.video, self.valid_text).keys(first)
+            };
+            let place = Plan::<T>::seen(stage, self.sample) + (self.mask - SPATIAL) * 8;
+            shared::store_u32(place, seen as u32);
+            shared::store_u32(place + 4, (seen >> 32) as u32);
+            warp::sync();
+            Plan::<T>::key_full(stage).release(self.lane);
+            all_seen |= seen;
+            self.slot = self.slot.next(Plan::<T>::STAGES);
+            tile += 1;
+        }
+        all_seen != 0
     }
 }
 
@@ -201,33 +272,53 @@ unsafe fn consume<T: Shape>(
     let warpgroup = consumer_warp / 4;
     let columns = if Plan::<T>::TURNS { 0 } else { warpgroup };
     let samples = [consumer_warp % 4 * 16 + lane / 4, consumer_warp % 4 * 16 + lane / 4 + 8];
-    let consumer = Consumer { lane, warpgroup, columns, samples, end: valid_text + T::LAYOUT.video_tokens() };
-    let mut results = Results::<T> {
-        rows: Rows::new(),
-        sums: [[0.0; 2]; 2],
-        outputs: [<T::Profile as TileProducts>::Output::splat(0.0); 3],
-    };
-    consumer.sweep::<T>(tiles, &mut results);
-    if Plan::<T>::TURNS {
-        results.merge_turns(warpgroup);
-        if warpgroup > 0 {
-            return;
-        }
-    }
+    let end = valid_text + T::LAYOUT.video_tokens();
+    let mut consumer = Consumer { lane, warpgroup, columns, samples, end, mask: DENSE };
     let plan = Plan::<T>::partials(params.splits);
     let partial = params.partials + plan.offset(head, group, split) * 4;
-    let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
-    if lane % 4 == 0 && columns == 0 {
-        let mut row = 0;
-        while row < 2 {
-            global::store_f32(partial + samples[row] as u64 * 4, -rows.offset[row]);
-            row += 1;
-        }
-    }
     let place = |mask: u32| partial + plan.mask_offset(mask) as u64 * 4;
-    store_mask::<T>(place(0), samples, rows.sum, dense, lane, columns);
-    store_mask::<T>(place(1), samples, sums[0], spatial, lane, columns);
-    store_mask::<T>(place(2), samples, sums[1], temporal, lane, columns);
+    // Tiles that went through the stages in earlier sweeps.
+    let mut tiles_before = 0;
+    while consumer.mask != MASKS {
+        let mut results = Results::<T> {
+            rows: Rows::new(),
+            sums: [[0.0; 2]; 2],
+            outputs: [<T::Profile as TileProducts>::Output::splat(0.0); 3],
+        };
+        consumer.sweep::<T>(&tiles, tiles_before, &mut results);
+        tiles_before += tiles.end - tiles.start;
+        if Plan::<T>::TURNS {
+            results.merge_turns(warpgroup);
+        }
+        // With turns the first warpgroup has the results of both.
+        if !Plan::<T>::TURNS || warpgroup == 0 {
+            let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
+            let store = Store { samples, offset: rows.offset, lane, columns };
+            store.mask::<T>(place(consumer.mask), rows.total(), dense);
+            if consumer.mask == DENSE {
+                // The quad's lanes hold the sums of their own columns of the tiles.
+                let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
+                store.mask::<T>(place(SPATIAL), sums[0], spatial);
+                store.mask::<T>(place(TEMPORAL), sums[1], temporal);
+                if lane % 4 == 0 && columns == 0 {
+                    let mut row = 0;
+                    while row < 2 {
+                        shared::store_f32(Plan::<T>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
+                        shared::store_f32(Plan::<T>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
+                        row += 1;
+                    }
+                }
+            }
+        }
+        if consumer.mask == DENSE {
+            thread::sync_block();
+        }
+        consumer.mask = next_sweep(
+            consumer.mask,
+            #[inline(always)]
+            |_| false,
+        );
+    }
 }
 
 /// What a thread has found for its two samples.
@@ -255,17 +346,16 @@ struct Consumer {
     samples: [u32; 2],
     /// Of the video.
     end: u32,
+    /// What the sweep is for: all keys, or what one mask shows of them.
+    mask: u32,
 }
 
 impl Consumer {
-    /// Takes the warpgroup's share of `tiles` into `results`.
+    /// Takes the warpgroup's share of `tiles` into `results`: what counts for all keys there is then of those that the sweep's mask shows.
     #[inline(always)]
-    unsafe fn sweep<T: Shape>(&self, tiles: Range<u32>, results: &mut Results<T>) {
+    unsafe fn sweep<T: Shape>(&self, tiles: &Range<u32>, tiles_before: u32, results: &mut Results<T>) {
         let turn = if Plan::<T>::TURNS { self.warpgroup } else { 0 };
-        let mut place = Place {
-            tile: tiles.start + turn,
-            slot: if turn == 0 { Slot::FIRST_FULL } else { Slot::FIRST_FULL.next(Plan::<T>::STAGES) },
-        };
+        let mut place = Place { tile: tiles.start + turn, slot: Slot::full(tiles_before + turn, Plan::<T>::STAGES) };
         if place.tile >= tiles.end {
             return;
         }
@@ -291,7 +381,7 @@ impl Consumer {
         let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
         T::Profile::start_scores(&mut scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
         scores.wait::<0>();
-        self.hide_beyond_end(&mut scores, place.tile * KEY_ROWS);
+        self.hide(&mut scores, place.tile * KEY_ROWS, self.seen::<T>(place.slot.stage));
         scores
     }
 
@@ -315,6 +405,7 @@ impl Consumer {
             if place.tile >= end {
                 results.start_outputs(&weights, value(place.slot));
                 results.wait_outputs(&mut weights);
+                Plan::<T>::free(place.slot.stage).release(self.lane);
                 return true;
             }
             let last = place.slot;
@@ -328,7 +419,7 @@ impl Consumer {
             results.start_outputs(&weights, value(last));
             seen = self.seen::<T>(place.slot.stage);
             scores.wait::<3>();
-            self.hide_beyond_end(scores, place.tile * KEY_ROWS);
+            self.hide(scores, place.tile * KEY_ROWS, seen);
             let fits = results.rows.absorb::<ElementOf<T>>(scores, self.warpgroup);
             results.wait_outputs(&mut weights);
             Plan::<T>::free(last.stage).release(self.lane);
@@ -347,12 +438,18 @@ impl Consumer {
         [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
     }
 
-    /// Sets the scores of keys behind the video, which nobody sees, to -inf.
+    /// Sets the scores of the keys that the sweep leaves out to -inf: those behind the video, which nobody sees, or those that its mask
+    /// hides. `seen` is that of the tile.
     #[inline(always)]
-    fn hide_beyond_end(&self, scores: &mut impl Fragment, first: u32) {
+    fn hide(&self, scores: &mut impl Fragment, first: u32, [spatial, temporal]: [[u64; 2]; 2]) {
         let end = self.end;
-        if first + KEY_ROWS > end {
-            let seen = softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]);
+        let whole_before = if self.mask == DENSE { end } else { 0 };
+        if first + KEY_ROWS > whole_before {
+            let seen = match self.mask {
+                DENSE => softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]),
+                SPATIAL => spatial.map(|keys| fragment_of(keys, self.lane % 4)),
+                _ => temporal.map(|keys| fragment_of(keys, self.lane % 4)),
+            };
             softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
         }
     }
@@ -434,6 +531,8 @@ impl<T: Shape> Results<T> {
                 |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
             );
         }
+        // Another sweep brings tiles to the same place.
+        shared::publish_to_async();
         thread::sync_two_warpgroups();
         if warpgroup == 0 {
             let offset = [0, 1].map(|row| rows.offset[row as usize].min(shared::load_f32(place(row))));
@@ -515,34 +614,38 @@ unsafe fn keep_seen<T: Shape>(
     }
 }
 
-/// Writes sums and unnormalised outputs of the thread's two samples, from column `64 columns` on.
-#[inline(always)]
-unsafe fn store_mask<T: Shape>(
-    place: u64,
+/// Where a thread's results belong: its two samples, their offsets, and columns from `64 columns` on.
+struct Store {
     samples: [u32; 2],
-    sums: [f32; 2],
-    output: &mut impl Fragment,
+    offset: [f32; 2],
     lane: u32,
     columns: u32,
-) {
-    // The quad's lanes hold the sums of their own columns of the tiles.
-    let sums = sums.map(
-        #[inline(always)]
-        |sum| warp::sum::<4>(sum),
-    );
-    if lane % 4 == 0 && columns == 0 {
-        global::store_f32(place + samples[0] as u64 * 4, sums[0]);
-        global::store_f32(place + samples[1] as u64 * 4, sums[1]);
+}
+
+impl Store {
+    /// Writes offsets, sums and unnormalised outputs under one mask, `place` being where the mask's begin.
+    #[inline(always)]
+    unsafe fn mask<T: Shape>(&self, place: u64, sums: [f32; 2], output: &mut impl Fragment) {
+        let Store { samples, offset, lane, columns } = *self;
+        if lane % 4 == 0 && columns == 0 {
+            let mut row = 0;
+            while row < 2 {
+                global::store_f32(place + samples[row] as u64 * 4, -offset[row]);
+                global::store_f32(place + (SAMPLE_ROWS + samples[row]) as u64 * 4, sums[row]);
+                row += 1;
+            }
+        }
+        let column = columns * COLUMNS + 2 * (lane % 4);
+        output.for_each_group(
+            #[inline(always)]
+            |group, [a, b, c, d]| {
+                let row =
+                    |row: usize| place + (2 * SAMPLE_ROWS + samples[row] * T::HEAD_DIM + group * 8 + column) as u64 * 4;
+                global::store_f32x2(row(0), [*a, *b]);
+                global::store_f32x2(row(1), [*c, *d]);
+            },
+        );
     }
-    let column = columns * COLUMNS + 2 * (lane % 4);
-    output.for_each_group(
-        #[inline(always)]
-        |group, [a, b, c, d]| {
-            let row = |row: usize| place + (SAMPLE_ROWS + samples[row] * T::HEAD_DIM + group * 8 + column) as u64 * 4;
-            global::store_f32x2(row(0), [*a, *b]);
-            global::store_f32x2(row(1), [*c, *d]);
-        },
-    );
 }
 
 /// The body of **select**: one warp a sample, then one thread a head.
@@ -593,15 +696,13 @@ pub unsafe fn select<T: Shape>(params: &SelectParams) {
     }
 }
 
-/// One sample's results in all splits: each lane knows the weight of one split.
+/// One sample's results in all splits: each lane knows about one split.
 struct Merge {
     /// First f32 of the first split.
     partials: u64,
     plan: ProfilePlan,
     sample: u32,
-    /// 2^(maximum of the lane's split - maximum of all); 0 for a lane without a split.
-    weight: f32,
-    /// One over the sum of weights of dense, spatial, temporal; 0 where the mask leaves nothing that f32 can tell from 0.
+    /// By which the outputs of the lane's split are multiplied, under dense, spatial and temporal; 0 where it has nothing to add.
     factors: [f32; 3],
 }
 
@@ -612,30 +713,31 @@ impl Merge {
         let (group, sample) = (row / SAMPLE_ROWS, row % SAMPLE_ROWS);
         let partials = params.partials + plan.offset(head, group, 0) * 4;
         let own = |index: u32| partials + (lane * plan.split_floats() + index + sample) as u64 * 4;
-        let (mut max, mut sums) = (f32::NEG_INFINITY, [0.0; 3]);
-        if lane < params.splits {
-            max = global::load_f32(own(0));
-            sums = [0, 1, 2].map(
-                #[inline(always)]
-                |mask| global::load_f32(own(plan.mask_offset(mask))),
-            );
-        }
-        let weight = math::exp2(max - warp::max::<32>(max));
-        let factors = sums.map(
+        let factors = [DENSE, SPATIAL, TEMPORAL].map(
             #[inline(always)]
-            |sum| {
-                let total = warp::sum::<32>(weight * sum);
-                // A division in full precision would be a call. Below the normal numbers the reciprocal would be infinite.
-                if total >= f32::MIN_POSITIVE { math::reciprocal(total) } else { 0.0 }
+            |mask| {
+                let (mut log_sum, mut sum) = (f32::NEG_INFINITY, 1.0);
+                if lane < params.splits {
+                    sum = global::load_f32(own(plan.mask_offset(mask) + SAMPLE_ROWS));
+                    // Below the normal numbers its reciprocal would be infinite. Such a sum is 0: no key of the split is visible.
+                    if sum >= f32::MIN_POSITIVE {
+                        log_sum = global::load_f32(own(plan.mask_offset(mask))) + math::log2(sum);
+                    }
+                }
+                // Some split has a visible key. If all is NaN there is none, but a number too.
+                let share = math::exp2(log_sum - warp::max::<32>(log_sum).max(f32::MIN));
+                let total = warp::sum::<32>(share);
+                // A division in full precision would be a call.
+                if share > 0.0 { share * math::reciprocal(total) * math::reciprocal(sum) } else { 0.0 }
             },
         );
-        Merge { partials, plan, sample, weight, factors }
+        Merge { partials, plan, sample, factors }
     }
 
     /// Columns `column` and `column + 1` of the output under each mask.
     #[inline(always)]
     unsafe fn columns<T: Shape>(&self, column: u32) -> [[f32; 2]; 3] {
-        // So many splits' loads are in flight together. A lane without a split has weight 0: its turn repeats the last split's values.
+        // So many splits' loads are in flight together. A lane without a split has factors of 0: its turn repeats the last split's values.
         const AT_ONCE: usize = 4;
         let mut outputs = [[0.0f32; 2]; 3];
         let mut first = 0;
@@ -646,22 +748,25 @@ impl Merge {
                 let split = (first + i as u32).min(self.plan.splits - 1) * self.plan.split_floats();
                 let own = self.sample * T::HEAD_DIM + column;
                 let load = |mask: u32| {
-                    let place = split + self.plan.mask_offset(mask) + SAMPLE_ROWS + own;
+                    let place = split + self.plan.mask_offset(mask) + 2 * SAMPLE_ROWS + own;
                     global::load_f32x2(self.partials + place as u64 * 4)
                 };
-                values[i] = [load(0), load(1), load(2)];
+                values[i] = [load(DENSE), load(SPATIAL), load(TEMPORAL)];
                 i += 1;
             }
             i = 0;
             while i < AT_ONCE {
-                let weight = warp::broadcast(self.weight, first + i as u32);
-                let add = |mask: usize, half: usize| math::fma(weight, values[i][mask][half], outputs[mask][half]);
+                let factors = [0, 1, 2].map(
+                    #[inline(always)]
+                    |mask| warp::broadcast(self.factors[mask], first + i as u32),
+                );
+                let add =
+                    |mask: usize, half: usize| math::fma(factors[mask], values[i][mask][half], outputs[mask][half]);
                 outputs = [[add(0, 0), add(0, 1)], [add(1, 0), add(1, 1)], [add(2, 0), add(2, 1)]];
                 i += 1;
             }
             first += AT_ONCE as u32;
         }
-        let scaled = |mask: usize| [outputs[mask][0] * self.factors[mask], outputs[mask][1] * self.factors[mask]];
-        [scaled(0), scaled(1), scaled(2)]
+        outputs
     }
 }

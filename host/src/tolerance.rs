@@ -22,9 +22,9 @@
 //!   spread or out. Where scores rise along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
 //! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
-//!   wrong by no more than the root mean square error of masked and dense output together. Weights are relative to the largest of
-//!   all keys: where a mask hides it, those that it shows may be too small for the type, and their rounding errors are absolute, up
-//!   to the loss of all of them.
+//!   wrong by no more than the root mean square error of masked and dense output together. Weights under a mask may be relative to
+//!   the largest of all keys, which the mask may hide: their rounding errors are absolute, but small beside
+//!   [`Dtype::least_masked_sum`], which their sum in each split reaches. Splits are merged by the logarithms of their sums.
 
 use framestride_shapes::launch::PROFILE_KEY_ROWS;
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
@@ -55,15 +55,23 @@ fn smallest_error(dtype: Dtype) -> f64 {
     }
 }
 
-/// Largest absolute error of rounding a weight too small for full precision, relative to the largest weight of the row, which is a 64th
-/// of the least sum of plain weights or more, since a thread has no more keys of a tile. f32 flushes what is below its normal numbers to
-/// zero.
-fn smallest_weight_error(dtype: Dtype) -> f64 {
-    let error = match dtype {
+/// Largest absolute error of rounding a weight too small for full precision. f32 flushes what is below its normal numbers to zero.
+fn weight_flush(dtype: Dtype) -> f64 {
+    match dtype {
         Dtype::Bf16 => f32::MIN_POSITIVE.into(),
         Dtype::F16 => smallest_error(dtype),
-    };
-    error * 64.0 / f64::from(dtype.tile_sums()[0])
+    }
+}
+
+/// That error relative to the largest weight of the row, which is a 64th of the least sum of plain weights or more, since a thread has no
+/// more keys of a tile.
+fn smallest_weight_error(dtype: Dtype) -> f64 {
+    weight_flush(dtype) * 64.0 / f64::from(dtype.tile_sums()[0])
+}
+
+/// Error of the logarithm to base two of a row's sum of weights, and of what is added to it.
+fn logarithm_error(row: &Attended) -> f64 {
+    APPROXIMATION * (1.0 + row.lse.abs() + row.score_size)
 }
 
 /// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given.
@@ -99,15 +107,16 @@ fn rescaling_error(row: &Attended) -> f64 {
     (row.keys as f64 / f64::from(PROFILE_KEY_ROWS) + 1.0).sqrt() * APPROXIMATION
 }
 
-/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not. `offsets` is
-/// the row whose keys the offsets come from: the row itself, or the dense one where weights are shared by masks.
-fn output_error(dtype: Dtype, row: &Attended, offsets: &Attended) -> (f64, f64) {
+/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not. `rescaled` is
+/// the row whose keys may lower the offsets, and `weight_error` the largest absolute error of a weight too small for full precision,
+/// relative to the row's largest.
+fn output_error(dtype: Dtype, row: &Attended, rescaled: &Attended, weight_error: f64) -> (f64, f64) {
     let u = unit_roundoff(dtype);
     let rounding = u / 3f64.sqrt() * row.spread;
     let partial = row.spread.max(norm(&row.out));
-    let rescaling = rescaling_error(offsets) * partial;
+    let rescaling = rescaling_error(rescaled) * partial;
     let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / 16.0 * TRUNCATION * partial;
-    let steps = smallest_weight_error(dtype) * row.flat_spread * (offsets.maximum - row.maximum).exp();
+    let steps = weight_error * row.flat_spread;
     // Zero is among the numbers to round to, so a weight changes by no more than itself, and the row by no more than all of it.
     let (steps, lost) = if DEVIATIONS * steps < partial { (steps, 0.0) } else { (0.0, partial) };
     (rounding.hypot(steps).hypot(rescaling), systematic + lost)
@@ -116,7 +125,7 @@ fn output_error(dtype: Dtype, row: &Attended, offsets: &Attended) -> (f64, f64) 
 /// A row of **attention**, relative to the row's norm.
 pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
-    let (deviation, systematic) = output_error(dtype, row, row);
+    let (deviation, systematic) = output_error(dtype, row, row, smallest_weight_error(dtype));
     let store =
         (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
@@ -138,18 +147,23 @@ pub fn layer_row(dtype: Dtype, rounded: &Attended, moved: f64) -> f64 {
 /// exp(lse), relative.
 pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
     let sums = (row.keys as f64 / 4.0 + 2.0) * F32;
-    let logarithm = APPROXIMATION * (1.0 + row.lse.abs() + row.score_size);
-    sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm
+    sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm_error(row)
 }
 
 /// Root mean squared error of **profile** for one mask (1 spatial, 2 temporal), relative to the dense output's root mean square.
 pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 {
     let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
+    let own_offsets = smallest_weight_error(dtype);
     for rows in &profile.rows {
-        for row in [&rows[0], &rows[mask]] {
-            let (deviation, fixed) = output_error(dtype, row, &rows[0]);
+        let masked = &rows[mask];
+        // The sum of the masked row's weights, relative to the largest, is exp(lse - maximum).
+        let shared_offsets =
+            weight_flush(dtype) / f64::from(dtype.least_masked_sum()) * (masked.lse - masked.maximum).exp();
+        for (row, weight_error) in [(&rows[0], own_offsets), (masked, own_offsets.max(shared_offsets))] {
+            let (deviation, fixed) = output_error(dtype, row, &rows[0], weight_error);
+            let merged = fixed + logarithm_error(row) * norm(&row.out);
             variance += deviation * deviation;
-            systematic += fixed * fixed;
+            systematic += merged * merged;
         }
         count += rows[0].out.len() as f64;
     }

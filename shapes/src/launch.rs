@@ -179,9 +179,9 @@ pub const fn packed_bytes(layout: &Layout, head_dim: u32, batch: u32, heads: u32
 /// Sampled rows of one tensor-core tile (m64).
 pub const SAMPLE_ROWS: u32 = 64;
 
-/// Sizes of the partial results of profiling, f32. For each of batch x heads, each group of 64 samples and each split come what was
-/// subtracted from the scaled scores of each sample (64, log2), and for dense, spatial and temporal: the sums of the weights that
-/// came of it (64), and the unnormalised outputs (64 x head_dim).
+/// Sizes of the partial results of profiling, f32. For each of batch x heads, each group of 64 samples, each split, and dense, spatial
+/// and temporal come what was subtracted from the scaled scores of each sample (64, log2), the sums of the weights that came of it
+/// (64), and the unnormalised outputs (64 x head_dim).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProfilePlan {
     /// Sampled rows of a head.
@@ -198,13 +198,13 @@ impl ProfilePlan {
     /// f32 of one (head, group, split).
     #[inline(always)]
     pub const fn split_floats(&self) -> u32 {
-        SAMPLE_ROWS * (1 + 3 * (1 + self.head_dim))
+        self.mask_offset(3)
     }
 
-    /// Index, in a split, of the sums of mask 0 (dense), 1 (spatial) or 2 (temporal); the outputs follow them.
+    /// Index, in a split, of what belongs to mask 0 (dense), 1 (spatial) or 2 (temporal).
     #[inline(always)]
     pub const fn mask_offset(&self, mask: u32) -> u32 {
-        SAMPLE_ROWS * (1 + mask * (1 + self.head_dim))
+        SAMPLE_ROWS * mask * (2 + self.head_dim)
     }
 
     /// Index of the first f32 of (head, group, split); `head` counts over batch x heads.

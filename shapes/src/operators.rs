@@ -28,14 +28,27 @@ impl Dtype {
     /// Of bf16 the exponents are those of f32, which tells weights from zero down to 2^-126, and holds 2^16 times the most, times a V of up
     /// to 2^15. Normal numbers of f16 begin at 2^-14 and end below 2^16.
     pub const fn tile_sums(self) -> [f32; 2] {
-        const fn power(exponent: i32) -> f32 {
-            f32::from_bits(((127 + exponent) as u32) << 23)
-        }
         match self {
             Dtype::Bf16 => [power(-60), power(96)],
             Dtype::F16 => [power(0), power(15)],
         }
     }
+
+    /// Profiling weighs the keys that a mask shows relative to all keys. It does so again relative to the mask's own where their weights in
+    /// a split come to less than this.
+    ///
+    /// A weight changes by 2^-25 at most when it is too small for the normal numbers of f16: a 2^19th of this. bf16 has room for more.
+    pub const fn least_masked_sum(self) -> f32 {
+        match self {
+            Dtype::Bf16 => power(-60),
+            Dtype::F16 => power(-6),
+        }
+    }
+}
+
+/// 2^exponent.
+const fn power(exponent: i32) -> f32 {
+    f32::from_bits(((127 + exponent) as u32) << 23)
 }
 
 /// Kind of a QK-norm.

@@ -95,6 +95,12 @@ impl Slot {
     /// The first stage, for those who wait until it is free: nobody has used it, and so its phase of parity 1 is over.
     pub const FIRST_FREE: Slot = Slot { stage: 0, parity: 1 };
 
+    /// Where use `number` of a ring of `stages` goes, counted from 0, for those who wait until it is full.
+    #[inline(always)]
+    pub fn full(number: u32, stages: u32) -> Slot {
+        Slot { stage: number % stages, parity: number / stages % 2 }
+    }
+
     /// The next of `stages`.
     #[inline(always)]
     pub fn next(self, stages: u32) -> Slot {

@@ -99,7 +99,7 @@ fn workspaces() {
             let packed = all_heads * u64::from(spec.layout.packed_rows()) * u64::from(spec.head_dim) * 2;
             let samples = u64::from(spec.profile.rows.div_ceil(64)) * 64;
             // The maximum of each sample, and for three masks its sum and output, in f32.
-            let partials = all_heads * samples * u64::from(splits) * (1 + 3 * u64::from(1 + spec.head_dim)) * 4;
+            let partials = all_heads * samples * u64::from(splits) * 3 * u64::from(2 + spec.head_dim) * 4;
             let parts = [
                 (&workspace.packed_q, packed),
                 (&workspace.packed_k, packed),
