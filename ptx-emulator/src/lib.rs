@@ -31,8 +31,8 @@
 //!
 //! # What it promises
 //!
-//! Results are those of the PTX ISA for programs without data races; where the ISA leaves a result to the hardware (approximate
-//! functions, order of a sum inside `wgmma`), they are at least as exact as the ISA asks. Runs are deterministic, except for the
+//! Results are those of the PTX ISA for programs without data races; where the ISA leaves a result to the hardware, approximate
+//! functions are at least as exact as the ISA asks, and sums inside `wgmma` are cut as Hopper's tensor cores cut them. Runs are deterministic, except for the
 //! order of atomics of different blocks. Everything a program may not rely on is done at the worst moment, and every breach of a
 //! rule that can be seen is a [`Fault`].
 //!
@@ -40,7 +40,7 @@
 //!
 //! `parse` makes statements of text, `decode` makes operations (`isa`) of statements, `warp` executes them on 32 lanes at a time
 //! with the arithmetic of `alu` and `float`, `block` holds barriers and copies, `shared` and `memory` the memories, `wgmma` the
-//! matrix products, `schedule` the order.
+//! matrix products and `tensor_core` their arithmetic, `schedule` the order.
 //!
 //! # What it does not know
 //!
@@ -59,6 +59,7 @@ mod memory;
 mod parse;
 mod schedule;
 mod shared;
+mod tensor_core;
 mod warp;
 mod wgmma;
 

@@ -1,4 +1,4 @@
-//! `wgmma.mma_async`: descriptors, operand layouts, products in flight, and the arithmetic.
+//! `wgmma.mma_async`: descriptors, operand layouts and products in flight.
 //!
 //! Each warp of a warpgroup computes its own 16 rows when it issues the instruction. What makes that the same as computing later
 //! is that everything a late computation would see is refused: a store or copy into memory that a product in flight reads, and
@@ -9,14 +9,12 @@ use crate::alu::Lanes;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::float::f16_to_f32;
-use crate::isa::{Half, Kernel, OperandA, R, SHARED_BASE, Wgmma};
+use crate::isa::{Half, Kernel, OperandA, SHARED_BASE, Wgmma};
 use crate::shared::{self, Shared};
+use crate::tensor_core::{Columns, K, Rows, multiply};
 use crate::warp::Warp;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
-
-/// Elements of k of one instruction.
-const K: usize = 16;
 
 /// A matrix in shared memory, as a descriptor and the instruction tell: `rows` (M or N) by 16 of k, in chunks of 16 bytes.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,13 +93,6 @@ struct Range {
     low: usize,
     high: usize,
 }
-
-/// Matrix B in f32, for each 8 columns: 16 of k, each with columns 0, 2, 4, 6, 1, 3, 5, 7, the order in which the accumulators of
-/// four lanes hold a row.
-type Columns = [[f32; 8]; K];
-
-/// 16 rows of matrix A in f32.
-type Rows = [[f32; K]; 16];
 
 /// A matrix decoded from shared memory, which holds as long as nothing in its range changes.
 struct Decoded<T> {
@@ -221,17 +212,17 @@ fn decode(chunk: [u32; 4], half: Half) -> [f32; 8] {
 const PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 fn columns_of_b(shared: &Shared, operand: &Operand, half: Half) -> Vec<Columns> {
-    let mut values = vec![[[0f32; 8]; K]; operand.rows / 8];
+    let mut values = vec![Columns::ZERO; operand.rows / 8];
     let (rows, columns) = operand.extent();
     for i in 0..rows {
         for j in 0..columns {
             let chunk = decode(shared.chunk(operand.address(i, j) - SHARED_BASE as usize), half);
-            if operand.transpose {
-                let to = &mut values[j][i];
-                chunk.iter().zip(PLACE).for_each(|(value, place)| to[place] = *value);
-            } else {
-                let to = &mut values[i / 8][8 * j..8 * j + 8];
-                to.iter_mut().zip(chunk).for_each(|(to, value)| to[PLACE[i % 8]] = value);
+            for (n, value) in chunk.into_iter().enumerate() {
+                if operand.transpose {
+                    values[j].set(i, PLACE[n], value, half);
+                } else {
+                    values[i / 8].set(8 * j + n, PLACE[i % 8], value, half);
+                }
             }
         }
     }
@@ -239,16 +230,17 @@ fn columns_of_b(shared: &Shared, operand: &Operand, half: Half) -> Vec<Columns> 
 }
 
 fn rows_of_a(shared: &Shared, operand: &Operand, half: Half) -> Vec<Rows> {
-    let mut values = vec![[[0f32; K]; 16]; operand.rows / 16];
+    let mut values = vec![Rows::ZERO; operand.rows / 16];
     let (rows, columns) = operand.extent();
     for i in 0..rows {
         for j in 0..columns {
             let chunk = decode(shared.chunk(operand.address(i, j) - SHARED_BASE as usize), half);
-            if operand.transpose {
-                let to = &mut values[j / 2][j % 2 * 8..][..8];
-                to.iter_mut().zip(chunk).for_each(|(row, value)| row[i] = value);
-            } else {
-                values[i / 16][i % 16][8 * j..8 * j + 8].copy_from_slice(&chunk);
+            for (n, value) in chunk.into_iter().enumerate() {
+                if operand.transpose {
+                    values[j / 2].set(j % 2 * 8 + n, i, value, half);
+                } else {
+                    values[i / 16].set(i % 16, 8 * j + n, value, half);
+                }
             }
         }
     }
@@ -257,108 +249,16 @@ fn rows_of_a(shared: &Shared, operand: &Operand, half: Half) -> Vec<Rows> {
 
 /// A from four registers a lane: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8), row = lane / 4, k = 2 (lane % 4).
 fn registers_of_a(registers: [&Lanes<u32>; 4], half: Half) -> Rows {
-    let mut a = [[0f32; K]; 16];
+    let mut a = Rows::ZERO;
     for (i, register) in registers.iter().enumerate() {
         for (lane, bits) in register.iter().enumerate() {
             let pair = decode([*bits, 0, 0, 0], half);
             let (row, k) = (lane / 4 + 8 * (i % 2), 2 * (lane % 4) + 8 * (i / 2));
-            (a[row][k], a[row][k + 1]) = (pair[0], pair[1]);
+            a.set(row, k, pair[0], half);
+            a.set(row, k + 1, pair[1], half);
         }
     }
     a
-}
-
-/// Adds A times 8 columns to their four accumulators: rows 0 to 7, then 8 to 15, each as columns 0, 2, 4, 6 and 1, 3, 5, 7.
-fn multiply_group(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &Columns) {
-    for (row, factors) in a.iter().enumerate() {
-        let (half, lane) = (row / 8, row % 8 * 4);
-        let [even, odd] = [d[2 * half] as usize, d[2 * half + 1] as usize];
-        let mut sums: [f32; 8] =
-            std::array::from_fn(|i| f32::from_bits(registers[if i < 4 { even } else { odd }][lane + i % 4]));
-        for (factor, columns) in factors.iter().zip(b) {
-            sums.iter_mut().zip(columns).for_each(|(sum, column)| *sum = factor.mul_add(*column, *sum));
-        }
-        for (i, sum) in sums.iter().enumerate() {
-            registers[if i < 4 { even } else { odd }][lane + i % 4] = sum.to_bits();
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::{Columns, K, R, Rows};
-    use crate::alu::Lanes;
-    use std::arch::x86_64::*;
-
-    /// Eight accumulators of one row: four lanes of two registers.
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    fn load(even: &Lanes<u32>, odd: &Lanes<u32>, lane: usize) -> __m256 {
-        let (even, odd) = (&even[lane..lane + 4], &odd[lane..lane + 4]);
-        // SAFETY: both slices have four elements of four bytes.
-        unsafe { _mm256_loadu2_m128(odd.as_ptr().cast(), even.as_ptr().cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    fn store(to: &mut Lanes<u32>, lane: usize, half: __m128) {
-        let to = &mut to[lane..lane + 4];
-        // SAFETY: the slice has four elements of four bytes.
-        unsafe { _mm_storeu_ps(to.as_mut_ptr().cast(), half) }
-    }
-
-    /// [`super::multiply_group`] for G neighbouring groups, four rows at a time: for G = 2 the eight sums, two columns and a
-    /// factor stay in registers.
-    #[target_feature(enable = "avx2,fma")]
-    pub fn multiply<const G: usize>(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns; G]) {
-        for quad in 0..4 {
-            let (half, lane) = (quad / 2, quad % 2 * 16);
-            let pairs: [[usize; 2]; G] =
-                std::array::from_fn(|g| [d[4 * g + 2 * half] as usize, d[4 * g + 2 * half + 1] as usize]);
-            let mut sums = [[_mm256_setzero_ps(); G]; 4];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (sum, [even, odd]) in sums.iter_mut().zip(pairs) {
-                    *sum = load(&registers[even], &registers[odd], lane + 4 * r);
-                }
-            }
-            for k in 0..K {
-                // SAFETY: each array has eight floats.
-                let columns: [__m256; G] = std::array::from_fn(|g| unsafe { _mm256_loadu_ps(b[g][k].as_ptr()) });
-                for r in 0..4 {
-                    let factor = _mm256_set1_ps(a[4 * quad + r][k]);
-                    for g in 0..G {
-                        sums[r][g] = _mm256_fmadd_ps(factor, columns[g], sums[r][g]);
-                    }
-                }
-            }
-            for (r, sums) in sums.iter().enumerate() {
-                for (sum, [even, odd]) in sums.iter().zip(pairs) {
-                    store(&mut registers[even], lane + 4 * r, _mm256_castps256_ps128(*sum));
-                    store(&mut registers[odd], lane + 4 * r, _mm256_extractf128_ps::<1>(*sum));
-                }
-            }
-        }
-    }
-}
-
-/// `d += a b` in the registers of one warp.
-fn multiply(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns]) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        let (pairs, rest) = b.as_chunks::<2>();
-        for (pair, d) in pairs.iter().zip(d.chunks(8)) {
-            // SAFETY: the CPU was just found to have the features that the function is compiled for.
-            unsafe { avx2::multiply(registers, d, a, pair) };
-        }
-        if let [last] = rest {
-            // SAFETY: as above.
-            unsafe { avx2::multiply(registers, &d[d.len() - 4..], a, &[*last]) };
-        }
-        return;
-    }
-    for (group, d) in b.iter().zip(d.chunks(4)) {
-        multiply_group(registers, d, a, group);
-    }
 }
 
 /// One warp issues a product: all its lanes are active.
@@ -412,7 +312,7 @@ pub(crate) fn issue(block: &mut Block, warp: &mut Warp, op: &Wgmma, operation: u
     };
     let negated;
     if op.negate_a != op.negate_b {
-        negated = a.map(|row| row.map(|value| -value));
+        negated = a.negated();
         a = &negated;
     }
     if scale == 0 {
