@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use framestride_shapes::manifest::{Kernel as Resources, Manifest};
+use framestride_shapes::manifest::{Kernel as Resources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
 
@@ -68,7 +68,8 @@ impl Kernels {
         Kernels::parse(&manifest.display().to_string(), &read(ptx)?, &read(&manifest)?)
     }
 
-    /// Checks a manifest against its PTX and against this host: digest, kernels and parameter sizes. `file` names it in errors.
+    /// Checks a manifest against its PTX and against this host: digest, what the PTX was made for, kernels and
+    /// parameter sizes. `file` names it in errors.
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
         Kernels::new(file, ptx, Manifest::parse(file, manifest)?)
     }
@@ -83,6 +84,14 @@ impl Kernels {
                 format!("{file}, ptx_sha256"),
                 format!("PTX with SHA-256 {digest}"),
                 allowed,
+                again,
+            ));
+        }
+        if let Some(Mismatch { place, manifest, ptx }) = manifest.mismatch(ptx) {
+            return Err(Error::input(
+                format!("{file}, {place}"),
+                manifest,
+                format!("what the PTX was made for, {ptx}"),
                 again,
             ));
         }

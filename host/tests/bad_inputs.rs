@@ -158,6 +158,8 @@ fn manifests() {
             kernels.ptx.clone(),
             json.replace(&format!("\"params_bytes\": {params}"), &format!("\"params_bytes\": {}", params + 8)),
         ),
+        ("other frames", kernels.ptx.clone(), json.replace("\\nframes = ", "\\nframes = 1")),
+        ("other launch table", kernels.ptx.clone(), json.replacen("\"min_blocks\": 1", "\"min_blocks\": 0", 1)),
         ("other format", kernels.ptx.clone(), json.replace("\"format\": 1", "\"format\": 2")),
         ("truncated", kernels.ptx.clone(), json.split("\"spec\"").next().unwrap_or_default().to_owned()),
     ];

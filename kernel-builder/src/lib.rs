@@ -139,7 +139,7 @@ pub struct Kernels {
 pub struct Built {
     /// Name of the kernels: the spec's, or the device crate's.
     pub name: String,
-    /// The PTX of all kernels, one module.
+    /// The PTX of all kernels, one module; its first line says what it was made for ([`Manifest::statement`]).
     pub ptx: String,
     /// What is needed to launch them, and where they come from.
     pub manifest: Manifest,
@@ -289,12 +289,12 @@ impl Kernels {
             Some(text) => Some(Spec::parse(&format!("attention_kernels! of {name}"), text)?),
             None => None,
         };
-        let manifest = Manifest {
+        let mut manifest = Manifest {
             format: FORMAT,
             name: name.clone(),
             arch: self.arch.name().into(),
             compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
-            ptx_sha256: device_crate::sha256(&assembled.ptx),
+            ptx_sha256: String::new(),
             kernels: assembled.kernels(),
             densities: spec.as_ref().map(|spec| Densities {
                 dense: spec.density(HeadType::Dense),
@@ -304,17 +304,19 @@ impl Kernels {
             workspace_bytes: spec.as_ref().map(|spec| spec.workspace(spec.batch, spec.heads, 1).bytes),
             spec: assembled.spec,
         };
+        let ptx = format!("{}\n{}", manifest.statement(), assembled.ptx);
+        manifest.ptx_sha256 = device_crate::sha256(&ptx);
         let files = match out_dir {
             Some(folder) => {
                 let files =
                     Files { ptx: folder.join(format!("{name}.ptx")), manifest: folder.join(format!("{name}.json")) };
-                files::write_atomically(&files.ptx, assembled.ptx.as_bytes())?;
+                files::write_atomically(&files.ptx, ptx.as_bytes())?;
                 files::write_atomically(&files.manifest, manifest.to_json().as_bytes())?;
                 Some(files)
             }
             None => None,
         };
-        Ok(Built { name, ptx: assembled.ptx, manifest, files, warnings: compiled.warnings, inputs: compiled.inputs })
+        Ok(Built { name, ptx, manifest, files, warnings: compiled.warnings, inputs: compiled.inputs })
     }
 }
 

@@ -207,15 +207,16 @@ impl ProfilePlan {
         SAMPLE_ROWS * mask * (2 + self.head_dim)
     }
 
-    /// Index of the first f32 of (head, group, split); `head` counts over batch x heads.
+    /// Index of the first f32 of (head, group, split); `head` counts over batch x heads. The splits of a launch, at most 65,535 heads of
+    /// 16 groups of [`MOST_SPLITS`], are counted in 32 bits.
     #[inline(always)]
     pub const fn offset(&self, head: u32, group: u32, split: u32) -> u64 {
         ((head * self.groups + group) * self.splits + split) as u64 * self.split_floats() as u64
     }
 
     /// Bytes for `heads` = batch x heads.
-    pub const fn bytes(&self, heads: u32) -> u64 {
-        self.offset(heads, 0, 0) * 4
+    pub const fn bytes(&self, heads: u64) -> u64 {
+        heads * (self.groups as u64 * self.splits as u64 * self.split_floats() as u64 * 4)
     }
 }
 

@@ -21,10 +21,15 @@
 //! ```
 //!
 //! The reader is strict: an unknown field, a missing one, another format or a value that contradicts another is an error.
+//!
+//! The PTX itself says what it was made for: its first line, a comment, repeats name, spec, target, kernels and what follows from
+//! them ([`Manifest::statement`]). So a manifest that says something else is found out ([`Manifest::mismatch`]): kernels know their
+//! shape as constants, and would read beyond the tensors of another.
 
 use core::fmt;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::spec::{Spec, SpecError};
 use crate::text::plain;
@@ -133,6 +138,31 @@ pub struct Densities {
     pub temporal: f64,
 }
 
+/// How the first line of a PTX begins.
+const STATEMENT: &str = "// framestride ";
+
+/// What a PTX says of itself: all of its manifest but what compilers and their versions say.
+#[derive(Serialize)]
+struct Statement<'a> {
+    name: &'a str,
+    spec: &'a Option<String>,
+    arch: &'a str,
+    kernels: Vec<Kernel>,
+    densities: Option<Densities>,
+    workspace_bytes: Option<u64>,
+}
+
+/// Where a manifest and its PTX say different things.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// The field, as in `kernels, attention, min_blocks` or `spec, line 4`.
+    pub place: String,
+    /// What the manifest says.
+    pub manifest: String,
+    /// What the PTX says.
+    pub ptx: String,
+}
+
 /// What is wrong with a manifest: the file, the place and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestError {
@@ -156,9 +186,9 @@ impl Manifest {
     pub fn parse(file: &str, text: &str) -> Result<Manifest, ManifestError> {
         let fail = |message: String| ManifestError { file: file.into(), message };
         // Another format has other fields: it is told apart before they are looked at.
-        let value: serde_json::Value =
+        let value: Value =
             serde_json::from_str(text).map_err(|error| fail(format!("is not a JSON manifest: {error}")))?;
-        match value.get("format").and_then(serde_json::Value::as_u64) {
+        match value.get("format").and_then(Value::as_u64) {
             Some(format) if format == u64::from(FORMAT) => {}
             Some(format) => return Err(fail(format!("has format {format}, and this version reads {FORMAT}"))),
             None => return Err(fail(format!("has no format number, and this version reads {FORMAT}"))),
@@ -187,6 +217,47 @@ impl Manifest {
     /// The kernel of an entry.
     pub fn kernel(&self, entry: &str) -> Option<&Kernel> {
         self.kernels.iter().find(|kernel| kernel.entry == entry)
+    }
+
+    /// The first line of the PTX, a comment in ASCII without its line end.
+    pub fn statement(&self) -> String {
+        let mut line = STATEMENT.to_string();
+        // The only characters beyond ASCII stand in strings, which have an escape for them.
+        for character in serde_json::to_string(&self.stated()).unwrap_or_default().chars() {
+            if character.is_ascii() && !character.is_ascii_control() {
+                line.push(character);
+            } else {
+                let units =
+                    character.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect::<String>();
+                line += &units;
+            }
+        }
+        line
+    }
+
+    /// The first thing that this manifest and a PTX's first line say differently, if any.
+    pub fn mismatch(&self, ptx: &str) -> Option<Mismatch> {
+        let line = ptx.lines().next().and_then(|line| line.strip_prefix(STATEMENT));
+        match line.and_then(|line| serde_json::from_str(line).ok()) {
+            // Numbers, strings and structures of them always have a JSON form.
+            Some(stated) => mismatch("", &serde_json::to_value(self.stated()).unwrap_or_default(), &stated),
+            None => Some(Mismatch {
+                place: "first line of the PTX".into(),
+                manifest: "a spec and launch tables".into(),
+                ptx: "none of them: another version made it".into(),
+            }),
+        }
+    }
+
+    fn stated(&self) -> Statement<'_> {
+        Statement {
+            name: &self.name,
+            spec: &self.spec,
+            arch: &self.arch,
+            kernels: self.kernels.iter().map(|kernel| Kernel { ptxas: None, ..kernel.clone() }).collect(),
+            densities: self.densities,
+            workspace_bytes: self.workspace_bytes,
+        }
     }
 
     /// Why the fields cannot all be right.
@@ -221,5 +292,38 @@ impl Manifest {
             }
         }
         None
+    }
+}
+
+/// The first difference of two values at `place`.
+fn mismatch(place: &str, manifest: &Value, ptx: &Value) -> Option<Mismatch> {
+    let within = |part: &str| if place.is_empty() { part.to_string() } else { format!("{place}, {part}") };
+    let differ = |place: String, manifest: String, ptx: String| Some(Mismatch { place, manifest, ptx });
+    match (manifest, ptx) {
+        _ if manifest == ptx => None,
+        (Value::Object(fields), Value::Object(others)) => {
+            let names = fields.keys().chain(others.keys());
+            names.into_iter().find_map(|name| mismatch(&within(name), &manifest[name], &ptx[name]))
+        }
+        (Value::Array(items), Value::Array(others)) if items.len() == others.len() => {
+            // Kernels and parameters have names.
+            let name = |item: &Value| item["entry"].as_str().or(item["name"].as_str()).unwrap_or("item").to_string();
+            items.iter().zip(others).find_map(|(item, other)| mismatch(&within(&name(other)), item, other))
+        }
+        (Value::Array(items), Value::Array(others)) => {
+            differ(place.into(), format!("{} of them", items.len()), format!("{} of them", others.len()))
+        }
+        (Value::String(text), Value::String(other)) if text.contains('\n') || other.contains('\n') => {
+            let (mut lines, mut others) = (text.split('\n'), other.split('\n'));
+            let shown = |line: Option<&str>| line.map_or("no such line".to_string(), |line| format!("{line:?}"));
+            for number in 1.. {
+                let (line, other) = (lines.next(), others.next());
+                if line != other || line.is_none() {
+                    return differ(within(&format!("line {number}")), shown(line), shown(other));
+                }
+            }
+            None
+        }
+        _ => differ(place.into(), manifest.to_string(), ptx.to_string()),
     }
 }

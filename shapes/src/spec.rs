@@ -115,8 +115,8 @@
 //!   = mend: write for example `frames = 33`: latent frames
 //! ```
 //!
-//! Unknown keys are errors too. Sizes are limited by the kernels' 32-bit arithmetic: a packed head fits 4 GiB, and batch x heads
-//! is at most [`Spec::most_launch_heads`].
+//! Unknown keys are errors too. Sizes are limited by the kernels' 32-bit arithmetic: a packed head has less than 4 GiB, which is
+//! 16,777,016 tokens of head dim 128 or 33,554,232 of 64, and batch x heads is at most [`Spec::most_launch_heads`].
 //!
 //! `shapes/spec.schema.json` is the JSON schema of all this, for editors.
 
@@ -571,8 +571,9 @@ fn check_sizes(
 ) -> Option<()> {
     let video = u64::from(frames) * u64::from(tokens_per_frame);
     let sequence = video + u64::from(text_tokens);
-    // A packed head is addressed with 32-bit byte offsets: [`Layout::packed_rows`] rows of 16-bit elements.
-    let most = (1u64 << 32) / (u64::from(head_dim) * 2) - u64::from(PAD_ROWS) - 1;
+    // Kernels count the bytes of a packed head in 32 bits: [`Layout::packed_rows`] rows, whole atoms of them, of 16-bit elements.
+    let most_rows = u64::from(u32::MAX) / (u64::from(head_dim) * 2) - u64::from(PAD_ROWS);
+    let most = most_rows - most_rows % u64::from(ATOM_ROWS);
     if sequence > most {
         r.report(
             if video > most { FRAMES } else { TEXT_TOKENS },
@@ -580,7 +581,7 @@ fn check_sizes(
                 0 => format!("makes a sequence of {frames} x {tokens_per_frame} = {sequence} tokens"),
                 _ => format!("makes a sequence of {frames} x {tokens_per_frame} + {text_tokens} = {sequence} tokens"),
             },
-            format!("a sequence of at most {most} tokens with head_dim {head_dim}, so that a packed head fits 4 GiB"),
+            format!("a sequence of at most {most} tokens with head_dim {head_dim}, so that 32 bits count the bytes of a packed head"),
             "give fewer frames, tokens per frame or text tokens",
         );
         return None;

@@ -45,7 +45,7 @@ impl Workspace {
         let packed = packed_bytes(layout, head_dim, batch, heads);
         let all_heads = u64::from(batch) * u64::from(heads);
         let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
-        let partials = place(profile.bytes(batch * heads));
+        let partials = place(profile.bytes(all_heads));
         let errors = place(all_heads * 2 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
         Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }

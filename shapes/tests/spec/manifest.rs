@@ -54,6 +54,54 @@ fn manifests_are_read_as_written() {
     assert_eq!(Manifest::parse("demo.json", &without.to_json()), Ok(without));
 }
 
+/// The PTX says what it was made for: whatever else a manifest says of the spec and of launches is found, and named.
+#[test]
+fn what_the_ptx_was_made_for() {
+    let mut manifest = manifest();
+    // A line of a comment that is no ASCII, and one that would end a line.
+    manifest.spec.as_mut().expect("the demo's").push_str("# é \u{1F40B} \u{7f}\n");
+    let ptx = format!("{}\n.version 8.3\n", manifest.statement());
+    assert!(ptx.is_ascii() && ptx.lines().count() == 2, "{ptx}");
+    assert_eq!(manifest.mismatch(&ptx), None);
+    // What compilers say is no part of it.
+    let mut elsewhere = manifest.clone();
+    elsewhere.kernels[0].ptxas = None;
+    elsewhere.compiler.llvm = "22.1.8".into();
+    elsewhere.ptx_sha256 = "f".repeat(64);
+    assert_eq!(elsewhere.mismatch(&ptx), None);
+
+    let json = manifest.to_json();
+    for (from, to, place, found, made_for) in [
+        ("frames = 16", "frames = 15", "spec, line 5", "\"frames = 15\"", "\"frames = 16\""),
+        ("\"min_blocks\": 1", "\"min_blocks\": 0", "kernels, attention, min_blocks", "0", "1"),
+        ("\"threads\": 512", "\"threads\": 128", "kernels, attention, threads", "128", "512"),
+        ("\"shared_bytes\": 156672", "\"shared_bytes\": 1", "kernels, attention, shared_bytes", "1", "156672"),
+        ("\"bytes\": 104", "\"bytes\": 96", "kernels, attention, params, params, bytes", "96", "104"),
+        ("\"entry\": \"attention\"", "\"entry\": \"pack\"", "kernels, attention, entry", "\"pack\"", "\"attention\""),
+        ("\"sm_90a\"", "\"sm_100a\"", "arch", "\"sm_100a\"", "\"sm_90a\""),
+        ("\"name\": \"demo\"", "\"name\": \"omed\"", "name", "\"omed\"", "\"demo\""),
+        ("\"dense\": 1.0", "\"dense\": 0.5", "densities, dense", "0.5", "1.0"),
+        ("\"workspace_bytes\": ", "\"workspace_bytes\": 1", "workspace_bytes", "", ""),
+    ] {
+        assert!(json.contains(from), "nothing to replace: {from}");
+        let other = Manifest::parse("demo.json", &json.replacen(from, to, 1)).unwrap_or_else(|error| panic!("{error}"));
+        let mismatch = other.mismatch(&ptx).unwrap_or_else(|| panic!("{to} was not seen"));
+        assert_eq!(mismatch.place, place);
+        if !found.is_empty() {
+            assert_eq!((mismatch.manifest.as_str(), mismatch.ptx.as_str()), (found, made_for), "{place}");
+        }
+    }
+    let mut fewer = manifest.clone();
+    fewer.kernels.clear();
+    assert_eq!(fewer.mismatch(&ptx).map(|mismatch| mismatch.place), Some("kernels".into()));
+    let mut without = manifest.clone();
+    without.spec = None;
+    assert_eq!(without.mismatch(&ptx).map(|mismatch| mismatch.manifest), Some("null".into()));
+    for old in ["", ".version 8.3\n", "// framestride {\n"] {
+        assert_eq!(manifest.mismatch(old).map(|mismatch| mismatch.place), Some("first line of the PTX".into()));
+    }
+}
+
 #[test]
 fn bad_manifests() {
     let good = manifest().to_json();
