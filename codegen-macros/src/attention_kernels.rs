@@ -19,11 +19,12 @@ use syn::{Error, Expr, LitStr, Result, Token, braced};
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let parse = |input: ParseStream| {
+        let krate = crate::kernels_crate(input)?;
         let is_file = input.peek(syn::Ident) && input.fork().parse::<Ident>()? == "spec";
-        if is_file { from_file(input) } else { spelled_out(input) }
+        Ok((krate, if is_file { from_file(input) } else { spelled_out(input) }?))
     };
-    let Shape { spec, text, file } = parse.parse2(input)?;
-    let kernels = kernels(&spec, file.as_deref());
+    let (krate, Shape { spec, text, file }) = parse.parse2(input)?;
+    let kernels = kernels(&krate, &spec, file.as_deref());
     let (length, bytes) = (text.len(), Literal::byte_string(text.as_bytes()));
     Ok(quote! {
         #kernels
@@ -227,8 +228,8 @@ fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     all
 }
 
-/// The shape's constants and the four entries.
-fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
+/// The shape's constants and the four entries. `krate` is the path of `framestride_kernels`.
+fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream {
     let layout = &spec.layout;
     let text_position = match layout.text_position {
         TextPosition::First => quote!(First),
@@ -243,7 +244,7 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
         Dtype::Bf16 => quote!(Bf16),
         Dtype::F16 => quote!(F16),
     };
-    let operators = quote!(::framestride_kernels::shapes::operators);
+    let operators = quote!(#krate::shapes::operators);
     let qk_norm = match spec.qk_norm {
         None => quote!(None),
         Some(QkNorm { kind, over, eps }) => {
@@ -284,20 +285,20 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
         #[doc = #doc]
         pub struct SpecShape;
 
-        ::framestride_kernels::tile_products! {
+        #krate::tile_products! {
             pub struct AttentionProducts; element = #element, key_rows = #key_rows, head_dim = #head_dim
         }
-        ::framestride_kernels::tile_products! {
+        #krate::tile_products! {
             pub struct ProfileProducts;
             element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #PROFILE_COLUMNS
         }
 
-        impl ::framestride_kernels::shape::Shape for SpecShape {
-            const LAYOUT: ::framestride_kernels::shapes::layout::Layout = ::framestride_kernels::shapes::layout::Layout {
+        impl #krate::shape::Shape for SpecShape {
+            const LAYOUT: #krate::shapes::layout::Layout = #krate::shapes::layout::Layout {
                 frames: #frames,
                 tokens_per_frame: #tokens_per_frame,
                 text_tokens: #text_tokens,
-                text_position: ::framestride_kernels::shapes::layout::TextPosition::#text_position,
+                text_position: #krate::shapes::layout::TextPosition::#text_position,
                 sink_frames: #sink_frames,
                 spatial_half_width: #spatial,
                 temporal_half_width: #temporal,
@@ -307,34 +308,34 @@ fn kernels(spec: &Spec, file: Option<&str>) -> TokenStream {
             const QK_NORM: Option<#operators::QkNorm> = #qk_norm;
             const ROPE: Option<#operators::Rope> = #rope;
             const PROFILE_ROWS: u32 = #rows;
-            const TILES: ::framestride_kernels::shapes::launch::Tiles =
-                ::framestride_kernels::shapes::launch::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
+            const TILES: #krate::shapes::launch::Tiles =
+                #krate::shapes::launch::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
             type Attention = AttentionProducts;
             type Profile = ProfileProducts;
         }
 
         /// Norm, RoPE and reordering into packed images.
-        #[::framestride_kernels::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
-        pub unsafe fn pack(params: ::framestride_kernels::shapes::launch::PackParams) {
-            unsafe { ::framestride_kernels::pack::pack::<SpecShape>(&params) }
+        #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
+        pub unsafe fn pack(params: #krate::shapes::launch::PackParams) {
+            unsafe { #krate::pack::pack::<SpecShape>(&params) }
         }
 
         /// Attention of sampled rows under every mask.
-        #[::framestride_kernels::kernel(threads = #PROFILE_THREADS, shared_bytes = #profile_shared)]
-        pub unsafe fn profile(params: ::framestride_kernels::shapes::launch::ProfileParams) {
-            unsafe { ::framestride_kernels::profile::profile::<SpecShape>(&params) }
+        #[#krate::kernel(threads = #PROFILE_THREADS, shared_bytes = #profile_shared)]
+        pub unsafe fn profile(params: #krate::shapes::launch::ProfileParams) {
+            unsafe { #krate::profile::profile::<SpecShape>(&params) }
         }
 
         /// The choice of each head's mask.
-        #[::framestride_kernels::kernel(threads = #SELECT_THREADS, shared_bytes = #SELECT_SHARED_BYTES)]
-        pub unsafe fn select(params: ::framestride_kernels::shapes::launch::SelectParams) {
-            unsafe { ::framestride_kernels::profile::select::<SpecShape>(&params) }
+        #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #SELECT_SHARED_BYTES)]
+        pub unsafe fn select(params: #krate::shapes::launch::SelectParams) {
+            unsafe { #krate::profile::select::<SpecShape>(&params) }
         }
 
         /// Sparse attention.
-        #[::framestride_kernels::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
-        pub unsafe fn attention(params: ::framestride_kernels::shapes::launch::AttentionParams) {
-            unsafe { ::framestride_kernels::attention::attention::<SpecShape>(&params) }
+        #[#krate::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
+        pub unsafe fn attention(params: #krate::shapes::launch::AttentionParams) {
+            unsafe { #krate::attention::attention::<SpecShape>(&params) }
         }
     }
 }

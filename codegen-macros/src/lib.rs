@@ -6,6 +6,9 @@
 //! | [`tile_products!`] | register fragments of one named field a register, and the wgmma groups on them |
 //! | [`attention_kernels!`] | a spec as constants, and the entries of its kernels |
 //!
+//! `framestride_kernels` hands them on, and puts its own path and a `;` before the input of the last two: what they write finds the
+//! crate under whatever name its user has given it.
+//!
 //! Each is `parse -> valid -> expand` in a module of its own. They contain no arithmetic of the kernels (that is in `gpu-kernels`)
 //! and no geometry (that is in `shapes`).
 
@@ -14,6 +17,15 @@ mod kernel;
 mod tile_products;
 
 use proc_macro::TokenStream;
+use quote::ToTokens;
+use syn::parse::ParseStream;
+
+/// The path of `framestride_kernels` that stands before the input.
+fn kernels_crate(input: ParseStream) -> syn::Result<proc_macro2::TokenStream> {
+    let path = input.call(syn::Path::parse_mod_style)?;
+    input.parse::<syn::Token![;]>()?;
+    Ok(path.into_token_stream())
+}
 
 /// Makes a function the entry of a kernel.
 ///
@@ -36,7 +48,7 @@ pub fn kernel(arguments: TokenStream, item: TokenStream) -> TokenStream {
 /// tile_products! { pub struct Products; element = Bf16, key_rows = 176, head_dim = 128 }
 /// ```
 ///
-/// `Products` implements `framestride_kernels::cuda::mma::TileProducts`: S = Q Kᵀ of 64 queries by `key_rows` keys (a multiple of
+/// (`framestride_kernels::tile_products!` gives its own path first.) `Products` implements `framestride_kernels::cuda::mma::TileProducts`: S = Q Kᵀ of 64 queries by `key_rows` keys (a multiple of
 /// 16 up to 256) and O += P V of `head_dim` (64 or 128) columns, or of `columns = 64` of them where that is given. `element` is
 /// `Bf16` or `F16`.
 #[proc_macro]
@@ -93,14 +105,14 @@ mod tests {
     /// The smallest tile: every line of a larger one is a longer version of one of these.
     #[test]
     fn tile_products() {
-        let input = quote! { pub struct Products; element = Bf16, key_rows = 32, head_dim = 64 };
+        let input = quote! { ::framestride_kernels; pub struct Products; element = Bf16, key_rows = 32, head_dim = 64 };
         insta::assert_snapshot!(pretty(crate::tile_products::expand(input)));
     }
 
     #[test]
     fn attention_kernels() {
         let input = quote! {
-            name = "snapshot", frames = 5, tokens_per_frame = 23, text = first { tokens = 7 },
+            ::framestride_kernels; name = "snapshot", frames = 5, tokens_per_frame = 23, text = first { tokens = 7 },
             heads = 3, head_dim = 128, dtype = f16,
             qk_norm = layer { over = heads, eps = 1e-5 }, rope = half { text = true },
             mask = spatial { half_width = 30 }, mask = temporal { density = 0.6 }, sink_frames = 1,

@@ -9,6 +9,8 @@ use syn::parse::{Parse, ParseStream};
 use syn::{Error, LitInt, Result, Token, Visibility};
 
 struct Input {
+    /// Path of `framestride_kernels`.
+    kernels: TokenStream,
     visibility: Visibility,
     name: Ident,
     /// PTX name of the element type, and its Rust type.
@@ -21,6 +23,7 @@ struct Input {
 
 impl Parse for Input {
     fn parse(input: ParseStream) -> Result<Input> {
+        let kernels = crate::kernels_crate(input)?;
         let visibility: Visibility = input.parse()?;
         input.parse::<Token![struct]>()?;
         let name: Ident = input.parse()?;
@@ -58,6 +61,7 @@ impl Parse for Input {
             return Err(Error::new(name.span(), format!("columns = {columns} is more than head_dim = {head_dim}")));
         }
         Ok(Input {
+            kernels,
             element: element.ok_or_else(|| missing("element"))?,
             key_rows: key_rows.ok_or_else(|| missing("key_rows"))?,
             head_dim,
@@ -75,11 +79,11 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { visibility, name, element: (ptx, element), key_rows, head_dim, columns } = syn::parse2(input)?;
+    let Input { kernels, visibility, name, element: (ptx, element), key_rows, head_dim, columns } = syn::parse2(input)?;
     let (scores, weights, output) =
         (format_ident!("{name}Scores"), format_ident!("{name}Weights"), format_ident!("{name}Output"));
-    let scores_fragment = fragment(&visibility, &scores, key_rows / 2);
-    let output_fragment = fragment(&visibility, &output, columns / 2);
+    let scores_fragment = fragment(&kernels, &visibility, &scores, key_rows / 2);
+    let output_fragment = fragment(&kernels, &visibility, &output, columns / 2);
     let weight_fields = fields("a", key_rows / 4);
     let (even, odd): (Vec<Ident>, Vec<Ident>) =
         fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
@@ -100,8 +104,8 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
         /// Products on one key tile.
         #visibility struct #name;
 
-        impl ::framestride_kernels::cuda::mma::TileProducts for #name {
-            type Element = ::framestride_kernels::element::#element;
+        impl #kernels::cuda::mma::TileProducts for #name {
+            type Element = #kernels::element::#element;
             type Scores = #scores;
             type Weights = #weights;
             type Output = #output;
@@ -109,14 +113,14 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             #[inline(always)]
             unsafe fn start_scores(
                 scores: &mut #scores,
-                q: ::framestride_kernels::cuda::mma::Descriptor,
-                k: ::framestride_kernels::cuda::mma::Descriptor,
+                q: #kernels::cuda::mma::Descriptor,
+                k: #kernels::cuda::mma::Descriptor,
             ) {
                 #start_scores
             }
 
             #[inline(always)]
-            unsafe fn start_output(output: &mut #output, weights: &#weights, v: ::framestride_kernels::cuda::mma::Descriptor) {
+            unsafe fn start_output(output: &mut #output, weights: &#weights, v: #kernels::cuda::mma::Descriptor) {
                 #start_output
             }
 
@@ -127,8 +131,8 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
 
             #[inline(always)]
             fn weights(scores: &#scores) -> #weights {
-                use ::framestride_kernels::element::Element as _;
-                #weights { #(#weight_fields: ::framestride_kernels::element::#element::pack(scores.#even, scores.#odd),)* }
+                use #kernels::element::Element as _;
+                #weights { #(#weight_fields: #kernels::element::#element::pack(scores.#even, scores.#odd),)* }
             }
 
             #[inline(always)]
@@ -145,7 +149,7 @@ fn fields(prefix: &str, count: u32) -> Vec<Ident> {
 }
 
 /// A struct of one f32 field a register, with unrolled visits.
-fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
+fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
     let registers = fields("r", count);
     let index = 0..count;
     let group = 0..count / 4;
@@ -156,7 +160,7 @@ fn fragment(visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
         #[derive(Clone, Copy)]
         #visibility struct #name { #(#registers: f32,)* }
 
-        impl ::framestride_kernels::cuda::mma::Fragment for #name {
+        impl #kernels::cuda::mma::Fragment for #name {
             #[inline(always)]
             fn splat(value: f32) -> Self {
                 #name { #(#registers: value,)* }

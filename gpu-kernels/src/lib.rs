@@ -22,8 +22,22 @@ pub mod profile;
 pub mod shape;
 pub mod softmax;
 
-pub use framestride_macros::{attention_kernels, kernel, tile_products};
+#[doc(hidden)]
+pub use framestride_macros as macros;
+pub use framestride_macros::kernel;
 pub use framestride_shapes as shapes;
+
+/// [`macros::attention_kernels!`], which this crate's path is given to: its user may have given the crate another name.
+#[macro_export]
+macro_rules! attention_kernels {
+    ($($shape:tt)*) => { $crate::macros::attention_kernels! { $crate; $($shape)* } };
+}
+
+/// [`macros::tile_products!`], likewise.
+#[macro_export]
+macro_rules! tile_products {
+    ($($tile:tt)*) => { $crate::macros::tile_products! { $crate; $($tile)* } };
+}
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

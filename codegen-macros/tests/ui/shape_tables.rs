@@ -1,5 +1,5 @@
 use framestride_macros::attention_kernels;
 
-attention_kernels!(frames = 33, tokens_per_frame = 3600, text = 256);
+attention_kernels!(::framestride_kernels; frames = 33, tokens_per_frame = 3600, text = 256);
 
 fn main() {}

@@ -1,6 +1,6 @@
 use framestride_macros::attention_kernels;
 
-attention_kernels!(
+attention_kernels!(::framestride_kernels;
     frames = 0,
     tokens_per_frame = 3600,
     text = middle { tokens = 256 },

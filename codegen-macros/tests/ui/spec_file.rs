@@ -1,5 +1,5 @@
 use framestride_macros::attention_kernels;
 
-attention_kernels!(spec = "no/such/spec.toml");
+attention_kernels!(::framestride_kernels; spec = "no/such/spec.toml");
 
 fn main() {}
