@@ -489,7 +489,7 @@ fn check_call(spec: &Spec, shape: Shape, layer: &Layer, types: HeadTypes, worksp
 
 /// Checks a softmax scale: see [`Layer::scale`]. An element of a row of root mean square 1 is at most sqrt(head_dim), and the product
 /// of two such rows at most head_dim. Below its normal numbers f32 arithmetic here has only zero.
-fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
+pub(crate) fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
     let largest = match spec.dtype {
         Dtype::Bf16 => half::bf16::MAX.to_f32(),
         Dtype::F16 => half::f16::MAX.to_f32(),

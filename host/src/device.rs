@@ -375,15 +375,20 @@ impl Device {
                 address
             }
             Device::Emulator(emulator) => {
-                // The system grants more than it has, and ends the process when it is used: so it is asked first.
-                let available = available_memory();
-                if available.is_some_and(|available| bytes > available) {
-                    return Err(no_room(bytes, available));
-                }
-                write(&emulator.memory).alloc(bytes, 256).map_err(|_| no_room(bytes, available))?
+                self.check_room(bytes)?;
+                write(&emulator.memory).alloc(bytes, 256).map_err(|_| no_room(bytes, available_memory()))?
             }
         };
         Ok(Buffer { device: self.clone(), address, bytes })
+    }
+
+    /// Whether the emulator may take so much of this machine's memory. The system grants more than it has, and ends the process that
+    /// uses it: so it is asked before. A GPU's driver answers when memory is asked for.
+    pub fn check_room(&self, bytes: u64) -> Result<()> {
+        match (self, available_memory()) {
+            (Device::Emulator(_), Some(available)) if bytes > available => Err(no_room(bytes, Some(available))),
+            _ => Ok(()),
+        }
     }
 
     /// Allocates and copies `bytes` to the device.
@@ -747,7 +752,7 @@ fn no_room(bytes: u64, free: Option<u64>) -> Error {
 }
 
 /// Bytes that this process can still use, where the system tells: the emulator's memory is the machine's.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let machine = read("/proc/meminfo").and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use framestride_shapes::manifest::ManifestError;
 use framestride_shapes::spec::SpecError;
+use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
-/// Errors of the library. Nothing here panics on bad input, a missing GPU or a broken file.
+/// Errors of the library. Nothing here panics on bad input, a missing GPU or a broken file. A message has at most [`MESSAGE_BYTES`]
+/// bytes and no control characters but line ends, whatever file it is about.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,7 +19,13 @@ pub enum Error {
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     /// An argument, a tensor or a key of a file is not what it must be.
-    #[error("{subject}: found {found}\n = allowed: {allowed}\n = mend: {mend}")]
+    #[error(
+        "{}: found {}\n = allowed: {}\n = mend: {}",
+        plain(subject, PART_BYTES),
+        plain(found, PART_BYTES),
+        plain(allowed, PART_BYTES),
+        plain(mend, PART_BYTES)
+    )]
     Input {
         /// The argument, or file and key.
         subject: String,
@@ -29,7 +37,7 @@ pub enum Error {
         mend: String,
     },
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", plain(&path.display().to_string(), PART_BYTES))]
     File {
         /// The file.
         path: PathBuf,
@@ -37,10 +45,10 @@ pub enum Error {
         source: std::io::Error,
     },
     /// There is no usable GPU.
-    #[error("no GPU: {0}")]
+    #[error("no GPU: {}", plain(.0, MESSAGE_BYTES - 10))]
     NoGpu(String),
     /// A call of the CUDA driver failed.
-    #[error("{call} failed with {code}: {message}")]
+    #[error("{call} failed with {code}: {}", plain(message, MESSAGE_BYTES - 100))]
     Driver {
         /// The driver's function.
         call: &'static str,
@@ -50,12 +58,15 @@ pub enum Error {
         message: String,
     },
     /// The emulator stopped a kernel, or could not read its PTX.
-    #[error("emulator: {0}")]
+    #[error("emulator: {}", plain(.0, MESSAGE_BYTES - 10))]
     Emulator(String),
     /// The kernels of a spec could not be built.
-    #[error("{0}")]
+    #[error("{}", plain(.0, MESSAGE_BYTES))]
     Build(String),
 }
+
+/// Most bytes of one of the four parts of an [`Error::Input`].
+const PART_BYTES: usize = 480;
 
 impl Error {
     /// An [`Error::Input`].

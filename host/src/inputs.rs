@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 
+use crate::attention::check_scale;
 use crate::error::{Error, Result};
 use crate::reference::{Operand, norm};
 
@@ -274,6 +275,9 @@ impl Inputs {
                 ));
             }
             (None, None) => {}
+        }
+        if let Some(scale) = self.scale {
+            check_scale(spec, scale)?;
         }
         if let Some(lengths) = &self.text_lengths {
             let longest = lengths.iter().copied().max().unwrap_or(0);

@@ -24,7 +24,7 @@
 //! * [`reference`](mod@reference), [`tolerance`], [`verify`]: the layer in f64, how far a kernel may lie from it, and whether it does.
 //!   [`steady`]: whether a layer gives the same bytes however it is launched.
 //! * [`bench`](mod@bench): how fast the kernels are.
-//! * [`inputs`], [`files`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
+//! * [`inputs`], [`files`], [`output`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
 #![warn(missing_docs)]
 
 pub mod attention;
@@ -36,6 +36,7 @@ pub mod inputs;
 pub mod launch;
 pub mod masks;
 pub mod module;
+pub mod output;
 pub mod place;
 pub mod reference;
 pub mod report;

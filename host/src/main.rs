@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use framestride::attention::profile_splits;
 use framestride::bench::{self, Bench, Options, Timed};
@@ -12,10 +13,12 @@ use framestride::device::{DeviceChoice, Gpu, cuda_version};
 use framestride::files::{load_frames, load_inputs, save_output};
 use framestride::inputs::Inputs;
 use framestride::masks;
-use framestride::run::RunReport;
+use framestride::output::{Output, unless_closed, write_stdout};
+use framestride::run::{RunReport, check_dense_heads};
 use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
-use framestride::shapes::spec::Spec;
+use framestride::shapes::spec::{Spec, read_file};
+use framestride::shapes::text::{MESSAGE_BYTES, nearest, plain};
 use framestride::verify::{Effort, Report};
 use framestride::{Device, Error, Kernels, Module, Result, name_of, report, verify, video};
 use framestride_builder::toolchain;
@@ -25,7 +28,8 @@ use serde_json::{Value, json};
 
 /// Sparse attention for video diffusion transformers, on kernels made for the model's shape.
 ///
-/// SPEC is a TOML file, or the name of a shipped spec, such as `demo`. Exit codes: 0 done, 1 a check failed, 2 bad input.
+/// SPEC is the name of a shipped spec, such as `demo`, or a TOML file (`./demo` for one of that name). Exit codes: 0 done, 1 a
+/// check failed, 2 bad input.
 #[derive(Parser)]
 #[command(version, name = "framestride")]
 struct Cli {
@@ -69,25 +73,7 @@ enum Command {
     },
     /// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with the f64 reference. Without
     /// either, on random tensors with planted spatial and temporal heads.
-    Run {
-        /// The spec.
-        spec: String,
-        #[command(flatten)]
-        on: On,
-        /// Frames: a safetensors file with `frames`, u8 [frames, height, width, 3].
-        #[arg(long, value_name = "FILE", conflicts_with = "qkv")]
-        video: Option<PathBuf>,
-        /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] in bf16, f16 or f32; optionally `cos`, `sin`,
-        /// `q_norm.weight`, `q_norm.bias`, the same for `k_norm`, `q_norm_text` and `k_norm_text`, and `text_lengths`.
-        #[arg(long, value_name = "FILE")]
-        qkv: Option<PathBuf>,
-        /// Where the output goes; with --qkv, FILE.out.safetensors beside it when not given.
-        #[arg(long, value_name = "FILE")]
-        out: Option<PathBuf>,
-        /// Folder for pictures and report.json.
-        #[arg(long, value_name = "DIR")]
-        report: Option<PathBuf>,
-    },
+    Run(Run),
     /// Times the kernels of a spec on a GPU, each by itself and the whole layer, on random inputs.
     Bench {
         /// The spec.
@@ -130,6 +116,39 @@ enum Command {
 }
 
 #[derive(Args)]
+struct Run {
+    /// The spec.
+    spec: String,
+    #[command(flatten)]
+    on: On,
+    /// Frames: a safetensors file with `frames`, u8 [frames, height, width, 3].
+    #[arg(long, value_name = "FILE", conflicts_with = "qkv")]
+    video: Option<PathBuf>,
+    /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] or [B, H, S, D] in bf16, f16, f32 or f64; optionally
+    /// `cos`, `sin`, `q_norm.weight`, `q_norm.bias`, the same for `k_norm`, `q_norm_text` and `k_norm_text`, and
+    /// `text_lengths`. The names and table shapes of diffusers are understood too: `query`, `freqs_cos` [S, D],
+    /// `attn.norm_q.weight`, `attn.norm_added_q.weight`. A tensor of any other name is an error.
+    #[arg(long, value_name = "FILE")]
+    qkv: Option<PathBuf>,
+    /// Softmax scale; 1 / sqrt(head_dim) when not given.
+    #[arg(long, value_name = "NUMBER")]
+    scale: Option<f32>,
+    /// Heads that are dense whatever profiling finds, from 0, such as 0,3.
+    #[arg(long, value_name = "HEADS", value_delimiter = ',')]
+    dense_heads: Vec<u32>,
+    /// Valid text tokens of each batch item, such as 77,12, instead of the file's; all when neither says it.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    text_lengths: Option<Vec<u32>>,
+    /// Where the output goes; with --qkv, FILE.out.safetensors beside it when not given. /dev/stdout is one: the text then
+    /// goes to standard error.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Folder for pictures and report.json.
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+}
+
+#[derive(Args)]
 struct On {
     /// Where the kernels run.
     #[arg(long, value_enum, default_value_t)]
@@ -144,58 +163,108 @@ struct Outcome {
     text: String,
     json: Value,
     ok: bool,
+    /// Standard output holds an output: the rest goes to standard error.
+    aside: bool,
+    /// What was found could not be written.
+    unwritten: Option<Error>,
 }
 
+impl Outcome {
+    fn new(text: String, json: Value, ok: bool) -> Outcome {
+        Outcome { text, json, ok, aside: false, unwritten: None }
+    }
+}
+
+/// Exit code of a check that failed, or a kernel that faulted.
+const FAILED: u8 = 1;
+
+/// Exit code of everything that is about what the command was given.
+const BAD_INPUT: u8 = 2;
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) if usage.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => usage.exit(),
+        Err(usage) if usage.use_stderr() => {
+            eprintln!("{}", plain(usage.render().to_string().trim_end(), MESSAGE_BYTES));
+            return ExitCode::from(BAD_INPUT);
+        }
+        // Its own way to write help has colours.
+        Err(help) => {
+            let written = unless_closed(help.print()).map_err(|error| Error::file("standard output", error));
+            return written.and_then(|()| print("")).map_or_else(fail, |()| ExitCode::SUCCESS);
+        }
+    };
     let outcome = match cli.command {
         Command::Describe { spec } => describe(&spec),
         Command::Build { spec, arch, out } => build(&spec, &arch, &out),
         Command::Verify { spec, on, seed } => verify_spec(&spec, &on, seed),
-        Command::Run { spec, on, video, qkv, out, report } => {
-            run_spec(&spec, &on, video.as_deref(), qkv.as_deref(), out, report.as_deref())
-        }
+        Command::Run(run) => run_spec(run),
         Command::Bench { spec, on, rounds, types, matmul_tflops, qk_norm_weight, paced, qkv, out } => {
             let rounds = if paced { Rounds::Paced } else { Rounds::Count(rounds) };
             let options = Options { timed: types, matmul_tflops, qk_norm_weight, ..Options::default() };
             bench_spec(&spec, &on, rounds, options, qkv, out)
         }
-        Command::Plot { spec, out } => plot(&spec, out),
+        Command::Plot { spec, out } => plot(&spec, &out),
         Command::Doctor => Ok(doctor()),
     };
-    match outcome {
-        Ok(outcome) => {
-            print(&if cli.json { format!("{:#}\n", outcome.json) } else { outcome.text });
-            ExitCode::from(u8::from(!outcome.ok))
-        }
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
         Err(error) => {
-            // A kernel that faults has failed its check; everything else is about what the command was given.
-            let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });
             if cli.json {
-                print(&format!("{:#}\n", json!({ "ok": false, "error": error.to_string() })));
+                let text = format!("{:#}\n", json!({ "ok": false, "error": error.to_string() }));
+                if let Err(error) = print(&text) {
+                    return fail(error);
+                }
             }
-            let text = error.to_string();
-            let prefix = if text.starts_with("error") { "" } else { "error: " };
-            eprintln!("{prefix}{}", text.trim_end());
-            ExitCode::from(if failed { 1 } else { 2 })
+            return fail(error);
         }
+    };
+    let text = if cli.json { format!("{:#}\n", outcome.json) } else { outcome.text };
+    if outcome.aside {
+        eprint!("{text}");
+    } else if let Err(error) = print(&text) {
+        return fail(error);
+    }
+    match outcome.unwritten {
+        Some(error) => fail(error),
+        None => ExitCode::from(if outcome.ok { 0 } else { FAILED }),
     }
 }
 
-/// Writes to standard output; a reader that has gone away is no error.
-fn print(text: &str) {
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+/// Says an error and gives its exit code.
+fn fail(error: Error) -> ExitCode {
+    // A kernel that faults has failed its check.
+    let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });
+    let text = error.to_string();
+    let prefix = if text.starts_with("error") { "" } else { "error: " };
+    eprintln!("{prefix}{}", text.trim_end());
+    ExitCode::from(if failed { FAILED } else { BAD_INPUT })
 }
 
-/// Name for messages and text of a spec that is a file, or the name of a shipped one.
+fn print(text: &str) -> Result<()> {
+    write_stdout(text.as_bytes()).map_err(|error| Error::file("standard output", error))
+}
+
+/// Name for messages and text of a spec: a shipped one, else a file.
 fn spec_text(argument: &str) -> Result<(String, String)> {
-    let shipped = framestride::shapes::models().iter().find(|(name, _)| *name == argument);
-    if let Some((name, text)) = shipped.filter(|_| !Path::new(argument).exists()) {
+    let models = framestride::shapes::models();
+    if let Some((name, text)) = models.iter().find(|(name, _)| *name == argument) {
         return Ok((format!("{name} (shipped)"), (*text).to_owned()));
     }
-    // The reader of specs has the message for a file that is missing or no text.
-    Spec::from_file(argument)?;
-    let text = std::fs::read_to_string(argument).map_err(|error| Error::file(argument, error))?;
+    let text = read_file(Path::new(argument)).map_err(|error| {
+        if Path::new(argument).exists() {
+            return Error::from(error);
+        }
+        let names: Vec<&str> = models.iter().map(|(name, _)| *name).collect();
+        let mend = nearest(argument, names.iter().copied()).map(|name| format!("Did you mean {name}?"));
+        Error::input(
+            format!("spec {argument}"),
+            "no file, and no shipped spec of this name",
+            format!("a TOML file, or one of {}", names.join(", ")),
+            mend.unwrap_or("Check the path".into()),
+        )
+    })?;
     Ok((argument.to_owned(), text))
 }
 
@@ -207,6 +276,15 @@ fn choose(spec: &Spec, on: &On) -> Result<Device> {
         eprintln!("note: on the emulator. {reason}");
     }
     Ok(device)
+}
+
+/// Whether the emulator can have a layer of the spec's own batch and heads: Q, K and V on the host, they and the output and one more
+/// copy of it in its memory, and the workspace.
+fn check_memory(spec: &Spec, device: &Device) -> Result<()> {
+    let rows = u64::from(spec.batch) * u64::from(spec.heads) * u64::from(spec.layout.sequence());
+    let tensor = rows * u64::from(spec.head_dim) * 2;
+    let splits = profile_splits(spec, spec.batch, spec.heads, device.multiprocessors());
+    device.check_room(8 * tensor + spec.workspace(spec.batch, spec.heads, splits).bytes)
 }
 
 /// The kernels of a spec, whose text is in `file`, on a device.
@@ -382,7 +460,7 @@ fn describe(argument: &str) -> Result<Outcome> {
             "dense_layer_ms": gain.dense_layer(),
         },
     });
-    Ok(Outcome { text: out, json, ok: true })
+    Ok(Outcome::new(out, json, true))
 }
 
 fn text_of(layout: &Layout) -> String {
@@ -450,13 +528,15 @@ fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
         lines.push('\n');
     }
     let json = json!({ "name": built.name, "seconds": seconds, "files": files, "kernels": built.manifest.kernels });
-    Ok(Outcome { text: lines, json, ok: true })
+    Ok(Outcome::new(lines, json, true))
 }
 
 fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
     let bar = Bar::new();
     let (file, text) = spec_text(argument)?;
-    let device = choose(&Spec::parse(&file, &text)?, on)?;
+    let spec = Spec::parse(&file, &text)?;
+    let device = choose(&spec, on)?;
+    check_memory(&spec, &device)?;
     let module = load(&file, &text, &device, on, &bar)?;
     // Different each time unless asked for, and printed, so that what failed once can be had again.
     let clock =
@@ -464,7 +544,7 @@ fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
     let seed = seed.unwrap_or_else(clock);
     let report = verify::verify(&module, seed, Effort::default(), &|what, part| bar.say(what, Some(part)))?;
     drop(bar);
-    Ok(Outcome { text: verify_text(&report), ok: report.ok, json: to_json(&report) })
+    Ok(Outcome::new(verify_text(&report), to_json(&report), report.ok))
 }
 
 fn verify_text(report: &Report) -> String {
@@ -498,43 +578,67 @@ fn to_json(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
 
-fn run_spec(
-    argument: &str,
-    on: &On,
-    video: Option<&Path>,
-    qkv: Option<&Path>,
-    out: Option<PathBuf>,
-    folder: Option<&Path>,
-) -> Result<Outcome> {
+/// What a command reads, and its outputs may not be.
+fn inputs_of(spec: &str, on: &On, tensors: [Option<&PathBuf>; 2]) -> Vec<PathBuf> {
+    let manifest = on.ptx.as_ref().map(|ptx| ptx.with_extension("json"));
+    let named = tensors.into_iter().chain([on.ptx.as_ref()]).flatten().cloned();
+    named.chain(manifest).chain([spec.into()]).collect()
+}
+
+/// Name of the output beside a file of tensors.
+fn output_beside(tensors: &Path) -> PathBuf {
+    let name = tensors.file_name().unwrap_or_default().to_string_lossy();
+    tensors.with_file_name(format!("{}.out.safetensors", name.strip_suffix(".safetensors").unwrap_or(&name)))
+}
+
+fn run_spec(run: Run) -> Result<Outcome> {
+    let Run { spec: argument, on, video, qkv, scale, dense_heads, text_lengths, out, report } = run;
     let bar = Bar::new();
-    let (file, text) = spec_text(argument)?;
+    let (file, text) = spec_text(&argument)?;
     let spec = Spec::parse(&file, &text)?;
-    let device = choose(&spec, on)?;
+    // Outputs and inputs first: what is wrong with them is said before anything is built.
+    let read = inputs_of(&argument, &on, [video.as_ref(), qkv.as_ref()]);
+    let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
+    let out = out.or_else(|| qkv.as_deref().map(output_beside));
+    let out = out.map(|out| Output::new(&out, &read)).transpose()?;
+    let heads = video.as_ref().map(|_| spec.heads as usize);
+    let report = report.map(|folder| report::Report::new(&folder, heads, &read)).transpose()?;
+    let device = choose(&spec, &on)?;
     bar.say("inputs", None);
-    // Inputs first: what is wrong with them is said before anything is built.
-    let (inputs, frames) = match (video, qkv) {
+    let (mut inputs, frames) = match (&video, &qkv) {
         (Some(path), _) => {
             let frames = load_frames(path)?;
             let source = path.display().to_string();
             (video::inputs(&spec, spec.heads as usize, &frames, &source)?, Some(frames))
         }
         (None, Some(path)) => (load_inputs(path, &spec)?, None),
-        (None, None) => (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None),
+        (None, None) => {
+            check_memory(&spec, &device)?;
+            (Inputs::planted(&spec, spec.batch as usize, spec.heads as usize, 0), None)
+        }
     };
-    let module = load(&file, &text, &device, on, &bar)?;
+    inputs.scale = scale;
+    inputs.text_lengths = text_lengths.or(inputs.text_lengths);
+    inputs.check(&spec, "inputs")?;
+    check_dense_heads(&dense_heads, inputs.q.heads, "--dense-heads")?;
+    let module = load(&file, &text, &device, &on, &bar)?;
     let place = module.device().name();
-    let run = framestride::run::run(&module, &inputs, &|what, part| bar.say(&format!("{what} ({place})"), part))?;
-    let out = out.or_else(|| qkv.map(|path| path.with_extension("out.safetensors")));
+    let progress = |what: &str, part| bar.say(&format!("{what} ({place})"), part);
+    let run = framestride::run::run(&module, &inputs, &dense_heads, &progress)?;
     let mut files = Vec::new();
-    if let Some(out) = out {
-        bar.say("output", None);
-        save_output(&out, &run.out, Some(&run.lse))?;
-        files.push(out);
-    }
-    if let Some(folder) = folder {
-        bar.say("pictures", None);
-        files.extend(report::write(folder, &spec, &inputs, &run, frames.as_ref())?);
-    }
+    let mut write = || -> Result<()> {
+        if let Some(out) = &out {
+            bar.say("output", None);
+            save_output(out, &run.out, Some(&run.lse))?;
+            files.push(out.path().to_owned());
+        }
+        if let Some(report) = &report {
+            bar.say("pictures", None);
+            files.extend(report.write(&spec, &inputs, &run, frames.as_ref())?);
+        }
+        Ok(())
+    };
+    let unwritten = write().err();
     drop(bar);
     let files: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
     let mut json = to_json(&run.report);
@@ -543,7 +647,8 @@ fn run_spec(
     for file in &files {
         text += &format!("wrote {file}\n");
     }
-    Ok(Outcome { text, ok: run.report.ok, json })
+    let aside = out.is_some_and(|out| out.is_stdout());
+    Ok(Outcome { text, ok: run.report.ok, json, aside, unwritten })
 }
 
 fn run_text(report: &RunReport) -> String {
@@ -618,6 +723,9 @@ fn bench_spec(
             "Say which with --types",
         ));
     }
+    let read = inputs_of(argument, on, [qkv.as_ref(), None]);
+    let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
+    let out = out.map(|out| Output::new(&out, &read)).transpose()?;
     let (device, passed_over) = Device::choose(on.device)?;
     if matches!(device, Device::Emulator(_)) {
         let why = passed_over.map_or(String::new(), |reason| format!(" ({reason})"));
@@ -641,22 +749,26 @@ fn bench_spec(
             }
         }
         Rounds::Paced => {
-            print("ready\n");
+            print("ready\n")?;
             for (round, line) in std::io::stdin().lines().enumerate() {
                 line.map_err(|error| Error::file("standard input", error))?;
                 bench.round(&|_| {})?;
-                print(&format!("round {round}\n"));
+                print(&format!("round {round}\n"))?;
             }
         }
     }
     drop(bar);
     let report = bench.report()?;
     let mut text = bench_text(&report);
+    let mut outcome = Outcome::new(String::new(), to_json(&report), true);
     if let Some(out) = out {
-        save_output(&out, &bench.output()?, None)?;
-        text += &format!("wrote {}\n", out.display());
+        outcome.aside = out.is_stdout();
+        outcome.unwritten = save_output(&out, &bench.output()?, None).err();
+        if outcome.unwritten.is_none() {
+            text += &format!("wrote {}\n", out.path().display());
+        }
     }
-    Ok(Outcome { text, json: to_json(&report), ok: true })
+    Ok(Outcome { text, ..outcome })
 }
 
 fn bench_text(report: &bench::Report) -> String {
@@ -700,15 +812,17 @@ fn bench_text(report: &bench::Report) -> String {
     text
 }
 
-fn plot(argument: &str, out: PathBuf) -> Result<Outcome> {
+fn plot(argument: &str, out: &Path) -> Result<Outcome> {
     let (file, text) = spec_text(argument)?;
     let spec = Spec::parse(&file, &text)?;
+    let out = Output::new(out, &[Path::new(argument)])?;
     let bar = Bar::new();
     bar.say("drawing masks", None);
-    let out = report::save(out, &masks::picture(&spec, &HeadType::ALL))?;
+    report::save(&out, &masks::picture(&spec, &HeadType::ALL))?;
     drop(bar);
-    let file = out.display().to_string();
-    Ok(Outcome { text: format!("wrote {file}\n"), json: json!({ "files": [file] }), ok: true })
+    let file = out.path().display().to_string();
+    let outcome = Outcome::new(format!("wrote {file}\n"), json!({ "files": [file] }), true);
+    Ok(Outcome { aside: out.is_stdout(), ..outcome })
 }
 
 fn doctor() -> Outcome {
@@ -745,5 +859,5 @@ fn doctor() -> Outcome {
     let shipped: Vec<&str> = Kernels::shipped_names().collect();
     let text = format!("{tools}{gpu_text}shipped kernels: {}\n", shipped.join(", "));
     let json = json!({ "can_build": tools.can_build(), "tools": tools, "gpu": gpu_json, "shipped": shipped });
-    Outcome { text, json, ok: true }
+    Outcome::new(text, json, true)
 }

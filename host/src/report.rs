@@ -7,62 +7,81 @@ use framestride_shapes::spec::Spec;
 use image::{Rgb, RgbImage};
 
 use crate::error::{Error, Result};
-use crate::files::{Frames, write_atomically};
+use crate::files::Frames;
 use crate::inputs::Inputs;
 use crate::masks::{self, Canvas};
 use crate::name_of;
+use crate::output::Output;
 use crate::reference::Reference;
 use crate::run::Run;
 use crate::video;
 
-/// Width of a frame in a picture, at least.
-const FRAME_WIDTH: usize = 256;
+/// Longer side of a frame in a picture, at least.
+const FRAME_SIDE: usize = 256;
 
 /// Most heads that get a picture of their attention.
 const HEADS: usize = 8;
 
-/// Writes a run's pictures and `report.json` into `folder`, which is created. Gives the files.
+/// The files of a report, in a folder that is made for them.
 ///
 /// * `attention_head_N.png` (with a video): the frames, with the attention of one query of head N over them. The weights are those
 ///   of the f64 reference under the head's mask, which the run was compared with; kernels never have them in memory.
 /// * `mask_TYPE.png` for each head type: in model order and in packed order, tiles coloured by what becomes of them.
-pub fn write(folder: &Path, spec: &Spec, inputs: &Inputs, run: &Run, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
-    std::fs::create_dir_all(folder).map_err(|error| Error::file(folder, error))?;
-    let mut files = Vec::new();
-    if let Some(frames) = frames {
-        let grid = video::grid(spec, frames, "video")?;
-        let count = spec.layout.frames as usize;
-        let query = video::interesting_token(&video::features(frames, count, grid), count);
-        let reference = Reference::new(spec, inputs);
-        for (head, &head_type) in run.types.iter().enumerate().take(inputs.q.heads.min(HEADS)) {
-            let first_video = spec.layout.first_video_row() as usize;
-            let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
-            let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
-            let picture =
-                attention_picture(frames, grid, query, weights, &format!("head {head}, {}", name_of(head_type)));
-            files.push(save(folder.join(format!("attention_head_{head}.png")), &picture)?);
-        }
-    }
-    for head_type in HeadType::ALL {
-        let path = folder.join(format!("mask_{}.png", name_of(head_type)));
-        files.push(save(path, &masks::picture(spec, &[head_type]))?);
-    }
-    let path = folder.join("report.json");
-    let mut json = serde_json::to_string_pretty(&run.report).unwrap_or_default();
-    json.push('\n');
-    write_atomically(&path, json.as_bytes())?;
-    files.push(path);
-    Ok(files)
+/// * `report.json`: the run's report.
+pub struct Report {
+    attention: Vec<Output>,
+    masks: Vec<(HeadType, Output)>,
+    json: Output,
 }
 
-/// Writes a PNG file; it appears when it is complete.
-pub fn save(path: PathBuf, picture: &RgbImage) -> Result<PathBuf> {
+impl Report {
+    /// Makes the folder and checks every file before the run; none may be one of `inputs`. With a video, `heads` get a picture.
+    pub fn new(folder: &Path, heads: Option<usize>, inputs: &[&Path]) -> Result<Report> {
+        std::fs::create_dir_all(folder).map_err(|error| Error::file(folder, error))?;
+        let output = |name: String| Output::new(&folder.join(name), inputs);
+        let attention = 0..heads.map_or(0, |heads| heads.min(HEADS));
+        let mask = |head_type| Ok((head_type, output(format!("mask_{}.png", name_of(head_type)))?));
+        Ok(Report {
+            attention: attention.map(|head| output(format!("attention_head_{head}.png"))).collect::<Result<_>>()?,
+            masks: HeadType::ALL.into_iter().map(mask).collect::<Result<_>>()?,
+            json: output("report.json".into())?,
+        })
+    }
+
+    /// Writes all of it. Gives the files.
+    pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &Run, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
+        if let Some(frames) = frames {
+            let grid = video::grid(spec, frames, "video")?;
+            let count = spec.layout.frames as usize;
+            let query = video::interesting_token(&video::features(frames, count, grid), count);
+            let reference = Reference::new(spec, inputs);
+            for ((head, &head_type), output) in run.types.iter().enumerate().zip(&self.attention) {
+                let first_video = spec.layout.first_video_row() as usize;
+                let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
+                let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
+                let title = format!("head {head}, {}", name_of(head_type));
+                save(output, &attention_picture(frames, grid, query, weights, &title))?;
+            }
+        }
+        for (head_type, output) in &self.masks {
+            save(output, &masks::picture(spec, &[*head_type]))?;
+        }
+        let mut json = serde_json::to_string_pretty(&run.report).unwrap_or_default();
+        json.push('\n');
+        self.json.write(json.as_bytes())?;
+        let masks = self.masks.iter().map(|(_, output)| output);
+        let all = self.attention.iter().chain(masks).chain([&self.json]);
+        Ok(all.map(|output| output.path().to_owned()).collect())
+    }
+}
+
+/// Writes a PNG file.
+pub fn save(output: &Output, picture: &RgbImage) -> Result<()> {
     let mut bytes = std::io::Cursor::new(Vec::new());
     picture
         .write_to(&mut bytes, image::ImageFormat::Png)
-        .map_err(|error| Error::file(&path, std::io::Error::other(error)))?;
-    write_atomically(&path, bytes.get_ref())?;
-    Ok(path)
+        .map_err(|error| Error::file(output.path(), std::io::Error::other(error)))?;
+    output.write(bytes.get_ref())
 }
 
 /// All frames in a grid, darkened, with the weights of one query over them; the query's own patch has a frame.
@@ -71,7 +90,7 @@ fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &
     const GAP: usize = 8;
     const LINE: usize = 16;
     let count = weights.len() / (grid[0] * grid[1]);
-    let zoom = FRAME_WIDTH.div_ceil(frames.width);
+    let zoom = FRAME_SIDE.div_ceil(frames.width.max(frames.height));
     let (width, height) = (frames.width * zoom, frames.height * zoom);
     let columns = (count as f64).sqrt().ceil() as usize;
     let rows = count.div_ceil(columns);

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::attention::{HeadTypes, SparseAttention, Workspace};
 use crate::device::Stream;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inputs::{Inputs, Tokens, row_generator};
 use crate::launch::Kernel;
 use crate::module::Module;
@@ -31,7 +31,7 @@ pub struct HeadResult {
     pub spatial_error: f64,
     /// Of the temporal mask.
     pub temporal_error: f64,
-    /// The mask chosen.
+    /// The mask chosen, or "dense" where that was asked for.
     pub mask: &'static str,
     /// Visible pairs over S^2 of that mask.
     pub density: f64,
@@ -95,22 +95,37 @@ pub struct Run {
 /// Multiply-adds that the comparison with the reference may cost; beyond it rows are drawn at random.
 const REFERENCE_OPERATIONS: f64 = 4e9;
 
-/// Runs one layer and compares it. `progress` hears what is being done, and the part done where it is known.
-pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option<f64>)) -> Result<Run> {
+/// Runs one layer and compares it. `dense_heads` are dense in all batch items, whatever profiling finds. `progress` hears what is
+/// being done, and the part done where it is known.
+pub fn run(
+    module: &Arc<Module>,
+    inputs: &Inputs,
+    dense_heads: &[u32],
+    progress: &dyn Fn(&str, Option<f64>),
+) -> Result<Run> {
     let (spec, device) = (module.spec(), module.device());
     let [batch, sequence, heads, head_dim] = inputs.q.shape();
     inputs.check(spec, "inputs")?;
+    check_dense_heads(dense_heads, heads, "dense heads")?;
     progress("inputs to the device", None);
     let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
     let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
     let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
-    let announce = |kernel: Kernel| {
+    let (mut selected, dense) = (false, (HeadType::Dense as u32).to_le_bytes());
+    let before = |kernel: Kernel| {
         progress(kernel.entry(), None);
+        // Between select, which says the types, and the second pack, which is the first to read them.
+        if let (Kernel::Pack, true, Some(buffer)) = (kernel, selected, workspace.buffer()) {
+            for index in (0..batch).flat_map(|item| dense_heads.iter().map(move |&head| item * heads + head as usize)) {
+                device.write(buffer, attention.plan().head_types.start + index as u64 * 4, &dense)?;
+            }
+        }
+        selected |= kernel == Kernel::Select;
         Ok(())
     };
     // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
     let times =
-        unsafe { attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, announce)? };
+        unsafe { attention.forward_timed(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace, before)? };
     let profiles = attention.read_profile(&workspace)?;
     let (out, _) = placed.out.download(device)?;
     let lse = placed.download_lse(device)?;
@@ -166,6 +181,19 @@ pub fn run(module: &Arc<Module>, inputs: &Inputs, progress: &dyn Fn(&str, Option
             .collect(),
     };
     Ok(Run { report, out, lse, types: profiles.iter().map(|profile| profile.head_type).collect() })
+}
+
+/// Checks which of `heads` heads are to be dense.
+pub fn check_dense_heads(dense: &[u32], heads: usize, subject: &str) -> Result<()> {
+    match dense.iter().find(|&&head| head as usize >= heads) {
+        None => Ok(()),
+        Some(head) => Err(Error::input(
+            subject,
+            format!("head {head}"),
+            format!("0 to {}: there are {heads} heads", heads - 1),
+            "Heads count from 0",
+        )),
+    }
 }
 
 /// Rows to compare: all, or `count` drawn from a fixed seed.

@@ -63,7 +63,7 @@ fn given_inputs_have_the_output_of_a_run() {
     let mut bench =
         Bench::new(&module, Some(&inputs), &Options { timed, copy_bytes: COPY, ..Options::default() }).unwrap();
     bench.round(&|_| {}).unwrap();
-    assert!(bench.output().unwrap() == run::run(&module, &inputs, &|_, _| {}).unwrap().out);
+    assert!(bench.output().unwrap() == run::run(&module, &inputs, &[], &|_, _| {}).unwrap().out);
 }
 
 #[test]

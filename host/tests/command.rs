@@ -140,7 +140,7 @@ fn run_on_tensors() {
     assert_eq!(out.tensor("lse").unwrap().shape(), [1, 2, 139]);
     let module =
         framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
-    let expected = run::run(&module.unwrap(), &inputs, &|_, _| ()).unwrap().out;
+    let expected = run::run(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().out;
     let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     assert_eq!(out.tensor("out").unwrap().data(), expected);
 }
@@ -269,4 +269,124 @@ fn old_drivers() {
     let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
     assert!(code == 2 && error.contains("device memory"), "{code}: {error}");
     assert!(Kernels::shipped("tiny_plain").unwrap().ptx.contains("\n.version 8.3\n"), "12.3 is the first for PTX 8.3");
+}
+
+/// Scale, dense heads and lengths of text as options.
+#[test]
+fn run_with_options() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = tiny();
+    let mut inputs = Inputs::planted(&spec, 2, 2, 13);
+    let bytes = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
+    let tensors = [("query", bytes(&inputs.q)), ("key", bytes(&inputs.k)), ("value", bytes(&inputs.v))];
+    let views =
+        tensors.iter().map(|(name, data)| (*name, TensorView::new(Dtype::BF16, vec![2, 139, 2, 64], data).unwrap()));
+    let file = folder.path().join("layer.safetensors");
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    let run_file = ["run", "tiny_text_last", "--device", "emulator", "--qkv", path(&file)];
+    let options = ["--scale", "0.25", "--dense-heads", "1", "--text-lengths", "5,24"];
+    let (report, code) = json(&[&run_file[..], &options].concat());
+    assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+    let masks: Vec<_> = report["heads"].as_array().unwrap().iter().map(|head| head["mask"].as_str().unwrap()).collect();
+    assert_eq!(masks, ["spatial", "dense", "spatial", "dense"]);
+    (inputs.scale, inputs.text_lengths) = (Some(0.25), Some(vec![5, 24]));
+    let module =
+        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    inputs.rope = Some(framestride::inputs::RopeTables::from_grid(&spec, 2));
+    let expected = bytes(&run::run(&module.unwrap(), &inputs, &[1], &|_, _| ()).unwrap().out);
+    let written = std::fs::read(folder.path().join("layer.out.safetensors")).unwrap();
+    assert!(SafeTensors::deserialize(&written).unwrap().tensor("out").unwrap().data() == expected);
+
+    for (options, words) in [
+        (["--scale", "3e38"], "scale: found 3e38"),
+        (["--scale", "nan"], "scale: found NaN"),
+        (["--scale=-1", "--json"], "scale: found -1"),
+        (["--dense-heads", "0,2"], "--dense-heads: found head 2"),
+        (["--text-lengths", "5"], "one length of at most 24 for each of 2 batch items"),
+        (["--text-lengths", "5,25"], "at most 24"),
+        (["--text-lengths", "5,-1"], "invalid"),
+    ] {
+        let output = framestride(&[&run_file[..], &options].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains(words), "{options:?}: {error}");
+    }
+}
+
+/// A spec from a pipe, shipped names that a folder or a mistake hides, and arguments that a terminal would obey.
+#[test]
+fn specs_and_their_names() {
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    let in_folder = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+        command.args(arguments).current_dir(folder.path());
+        command
+    };
+    let expected = framestride(&["describe", "tiny_plain"]).stdout;
+    let (_, text) = framestride::shapes::models().iter().find(|(name, _)| *name == "tiny_plain").unwrap();
+    if Path::new("/dev/stdin").exists() {
+        let mut command = in_folder(&["describe", "/dev/stdin"]);
+        let piped = std::process::Stdio::piped;
+        let mut child = command.stdin(piped()).stdout(piped()).stderr(piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.stdout, expected, "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    std::fs::create_dir(folder.path().join("demo")).unwrap();
+    std::fs::write(folder.path().join("tiny_text_last"), text).unwrap();
+    assert_eq!(in_folder(&["describe", "demo"]).output().unwrap().stdout, framestride(&["describe", "demo"]).stdout);
+    let shipped = framestride(&["describe", "tiny_text_last"]).stdout;
+    assert_eq!(in_folder(&["describe", "tiny_text_last"]).output().unwrap().stdout, shipped);
+    assert_eq!(in_folder(&["describe", "./tiny_text_last"]).output().unwrap().stdout, expected);
+
+    for (argument, words) in [
+        ("hunyan_video_720p", "Did you mean hunyuan_video_720p?"),
+        ("tiny-plain", "Did you mean tiny_plain?"),
+        ("nothing_like_it", "wan_14b_720p"),
+        ("demo/", "cannot be read"),
+        ("no\u{1b}[31msuch", r"no\u{1b}[31msuch"),
+    ] {
+        let output = in_folder(&["describe", argument]).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains(words), "{argument}: {error}");
+        assert!(error.len() <= 2048 && !error.contains('\u{1b}'), "{error}");
+    }
+    let long = "\u{1b}[31m".repeat(20_000);
+    for arguments in
+        [&["describe", "demo", &long][..], &[&long], &["describe", &long], &["verify", "demo", "--device", &long]]
+    {
+        let output = framestride(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(error.len() <= 2048 && !error.contains('\u{1b}'), "{}: {error:.300}", error.len());
+    }
+}
+
+/// More memory than there is, asked for by 248 bytes or by a spec: an error before anything is allocated.
+#[test]
+fn more_memory_than_there_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("huge.safetensors");
+    let views =
+        ["q", "k", "v"].map(|name| (name, TensorView::new(Dtype::BF16, vec![0, 668, 1_000_000, 64], &[]).unwrap()));
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    let output = framestride(&["run", "tiny_heads_sinks", "--device", "emulator", "--qkv", path(&file)]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && error.contains("1000000 heads"), "{error}");
+    // Q alone has more than a terabyte.
+    let spec = folder.path().join("huge.toml");
+    let text = "name = 'huge'\n[video]\nframes = 64\ntokens_per_frame = 65536\n[attention]\nheads = 1000\nhead_dim = 128\n\
+        [masks.spatial]\nhalf_width = 65536\n[masks.temporal]\nhalf_width = 65536\n";
+    std::fs::write(&spec, text).unwrap();
+    for command in ["verify", "run"] {
+        let output = framestride(&[command, path(&spec), "--device", "emulator"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains("device memory: found"), "{error}");
+    }
+    if Path::new("/dev/zero").exists() {
+        let output =
+            framestride(&["run", "tiny_plain", "--device", "emulator", "--qkv", "/dev/zero", "--out", "/dev/null"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains("does not parse"), "{error}");
+    }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use framestride::inputs::{Inputs, Tokens, narrow, widen};
 use framestride::place::{Arrangement, POISON, Placed, PlacedLayer};
+use framestride::run::run;
 use framestride::shapes::layout::HeadType;
 use framestride::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
 use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
@@ -162,6 +163,27 @@ fn the_schedule_and_a_borrowed_workspace() {
     };
     let profiled = forward(HeadTypes::Profiled);
     assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.plan().head_types.start)), profiled);
+}
+
+/// Heads that are to be dense are, and the others what profiling finds.
+#[test]
+fn dense_heads() {
+    let module = module("tiny_text_last");
+    let inputs = Inputs::planted(module.spec(), 1, 2, 11);
+    for (dense, expected) in [
+        (&[][..], [HeadType::Spatial, HeadType::Temporal]),
+        (&[1], [HeadType::Spatial, HeadType::Dense]),
+        (&[0, 1, 0], [HeadType::Dense, HeadType::Dense]),
+    ] {
+        let found = run(&module, &inputs, dense, &|_, _| ()).unwrap();
+        assert_eq!(found.types, expected);
+        assert!(found.report.ok);
+        let types: Vec<u8> = expected.iter().flat_map(|&head| (head as u32).to_le_bytes()).collect();
+        let types = module.device().upload(&types).unwrap();
+        assert_eq!(found.out, forward(&module, &inputs, HeadTypes::Given(types.address())));
+    }
+    let error = run(&module, &inputs, &[2], &|_, _| ()).err().unwrap().to_string();
+    assert!(error.contains("head 2") && error.contains("0 to 1"), "{error}");
 }
 
 /// NaN in V reaches the rows that see it and no other, invalid text included.
