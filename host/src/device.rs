@@ -118,7 +118,8 @@ impl Gpu {
         unsafe {
             check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal))
                 .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
+            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))
+                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
         }
         Gpu::describe(context, device, true)
     }
