@@ -505,19 +505,19 @@ fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
     let build_error = |error: framestride_builder::BuildError| Error::Build(error.to_string());
     let arch = arch.parse().map_err(build_error)?;
     let (file, text) = spec_text(argument)?;
+    let spec = Spec::parse(&file, &text)?;
+    std::fs::create_dir_all(out).map_err(|error| Error::file(out, error))?;
+    let output = |extension| Output::new(&out.join(format!("{}.{extension}", spec.name)), &[Path::new(argument)]);
+    let outputs = [output("ptx")?, output("json")?];
     let bar = Bar::new();
     bar.say(&format!("building {file}"), None);
     let started = Instant::now();
-    let kernels = framestride_builder::Kernels::from_text(&file, &text).arch(arch).out_dir(out);
-    let built = kernels.build().map_err(build_error)?;
+    let built = framestride_builder::Kernels::from_text(&file, &text).arch(arch).build().map_err(build_error)?;
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
-    let files: Vec<String> = built
-        .files
-        .iter()
-        .flat_map(|files| [&files.ptx, &files.manifest])
-        .map(|path| path.display().to_string())
-        .collect();
+    outputs[0].write(built.ptx.as_bytes())?;
+    outputs[1].write(built.manifest.to_json().as_bytes())?;
+    let files: Vec<String> = outputs.iter().map(|output| output.path().display().to_string()).collect();
     let mut lines = format!("{} in {seconds:.1} s: {}\n", built.name, files.join(", "));
     for kernel in &built.manifest.kernels {
         lines +=

@@ -231,6 +231,16 @@ fn tensors_as_diffusers_has_them() {
     other[3].3 = halves(&tables.cos);
     let error = load(&other).unwrap_err().to_string();
     assert!(error.contains("tensor freqs_cos: found") && error.contains("rope.pairs = \"interleaved\""), "{error}");
+    // Pairs of halves, as Cosmos has them.
+    let half = self::spec("tiny_layer_half");
+    assert_eq!(half.rope.unwrap().pairs, framestride::shapes::spec::Pairs::Half);
+    let table: Vec<f32> = (0..231 * 64).map(|index| index as f32).collect();
+    let tables = bytes(&table.chunks(64).flat_map(|row| [row, row].concat()).collect::<Vec<f32>>());
+    let tensors = ["q", "k", "v"].map(|name| (name, Dtype::F16, vec![1, 231, 256], vec![0; 231 * 512])).to_vec();
+    let of_halves = ["cos", "freqs_sin"].map(|name| (name, Dtype::F32, vec![1, 1, 231, 128], tables.clone()));
+    load(&[tensors, of_halves.to_vec()].concat()).unwrap_err();
+    assert_eq!(load_inputs(&path, &half).unwrap().rope.unwrap().sin, table);
+
     // One batch item may have one length without a shape.
     let one = ["q", "k", "v"].map(|name| (name, Dtype::BF16, vec![1, 139, 2, 64], vec![0; 139 * 256]));
     let length = ("text_lengths", Dtype::I16, vec![], 5i16.to_le_bytes().to_vec());

@@ -153,6 +153,25 @@ fn pipes_and_devices_are_written_through() {
     assert_eq!(fs::read(&file).unwrap(), bytes);
 }
 
+/// Kernels are outputs as all others: what stands in their way is said before they are built.
+#[test]
+fn kernels_are_outputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let build = |out: &Path| command(&["build", "tiny_plain", "--out", path(out)]).output().unwrap();
+    let kept = folder.path().join("tiny_plain.ptx");
+    fs::write(&kept, "kept").unwrap();
+    refused(&build(&kept), "File exists");
+    fs::set_permissions(&kept, Permissions::from_mode(0o444)).unwrap();
+    refused(&build(folder.path()), "a read-only file");
+    let spec = folder.path().join("tiny_plain.json");
+    let (_, text) = framestride::shapes::models().iter().find(|(name, _)| *name == "tiny_plain").unwrap();
+    fs::write(&spec, text).unwrap();
+    fs::remove_file(&kept).unwrap();
+    let output = command(&["build", path(&spec), "--out", path(folder.path())]).output().unwrap();
+    refused(&output, "a file that this run reads");
+    assert_eq!(fs::read_to_string(&spec).unwrap(), *text);
+}
+
 /// A disk that fills up during the run: the report is there all the same.
 #[test]
 fn a_report_is_not_lost_with_the_output() {
