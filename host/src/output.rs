@@ -16,7 +16,7 @@ pub struct Output {
 }
 
 enum Target {
-    /// What standard output is, whichever name it was given by.
+    /// The pipe or file that standard output is, whichever name it was given by.
     Stdout,
     /// A pipe or a device.
     Stream,
@@ -157,12 +157,13 @@ fn is_same(file: &Metadata, other: Option<&Metadata>) -> bool {
     }
 }
 
-/// What standard output is, where that can be asked.
+/// What standard output is, where that can be asked; not for a terminal or another device, which takes both.
 fn stdout_metadata() -> Option<Metadata> {
     #[cfg(unix)]
     {
+        use std::os::unix::fs::FileTypeExt;
         let stdout = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned().ok()?;
-        File::from(stdout).metadata().ok()
+        File::from(stdout).metadata().ok().filter(|stdout| !stdout.file_type().is_char_device())
     }
     #[cfg(not(unix))]
     None

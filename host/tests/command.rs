@@ -265,6 +265,18 @@ fn old_drivers() {
             assert!(code == 2 && error.contains(least), "{command}, {code}: {error}");
         }
     }
+    // Drivers that do not get as far as a card's name.
+    for (variable, value) in [("FAKE_INIT", "803"), ("FAKE_COUNT", "0"), ("FAKE_RETAIN", "2")] {
+        let run = |device: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+            command.env("LD_LIBRARY_PATH", folder.path()).env(variable, value);
+            command.args(["verify", "tiny_plain", "--seed", "1", "--device", device]).output().unwrap()
+        };
+        let (auto, gpu) = (run("auto"), run("gpu"));
+        let error = String::from_utf8(auto.stderr).unwrap();
+        assert!(auto.status.success() && error.starts_with("note: on the emulator. no GPU"), "{error}");
+        assert_eq!(gpu.status.code(), Some(2), "{variable}");
+    }
     // A card that is as it should be, whose memory is full: bad input, no fault of a kernel.
     let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
     assert!(code == 2 && error.contains("device memory"), "{code}: {error}");

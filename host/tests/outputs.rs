@@ -142,6 +142,10 @@ fn pipes_and_devices_are_written_through() {
     for device in ["/dev/null", "/dev/full"] {
         assert!(fs::metadata(device).unwrap().file_type().is_char_device(), "{device}");
     }
+    let mut quiet = command(&["plot", "tiny_plain", "--out", "/dev/null"]);
+    let output =
+        quiet.stdout(OpenOptions::new().write(true).open("/dev/null").unwrap()).stderr(Stdio::piped()).output();
+    assert!(output.unwrap().stderr.is_empty(), "what is thrown away is not said elsewhere");
     // Standard output holds the picture and nothing else, be it a pipe or a file.
     let output = plot(Path::new("/dev/stdout"));
     assert!(output.status.success() && output.stdout.starts_with(PNG) && output.stdout.ends_with(b"IEND\xaeB`\x82"));
