@@ -4,6 +4,7 @@
 //! streams that come from outside are borrowed: they are never destroyed, and a thread's current context is what it was before.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
@@ -79,9 +80,10 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 /// The emulator's memory. Kernels of one process share it as kernels of one GPU share theirs.
-#[derive(Default)]
 pub struct Emulator {
     memory: RwLock<ptx_emulator::Memory>,
+    /// Of the next launch: each runs the warps of its blocks in an order of its own.
+    seed: AtomicU64,
 }
 
 /// Turns a driver's status into an error that names the call.
@@ -311,7 +313,13 @@ const EMULATED_MULTIPROCESSORS: u32 = 4;
 impl Device {
     /// A new emulator with empty memory.
     pub fn emulator() -> Device {
-        Device::Emulator(Arc::new(Emulator::default()))
+        Device::emulator_from(1)
+    }
+
+    /// [`Device::emulator`] whose launches run the warps of their blocks in the orders of `seed`, `seed + 1` and so on. A fault tells
+    /// the seed of its launch.
+    pub fn emulator_from(seed: u64) -> Device {
+        Device::Emulator(Arc::new(Emulator { memory: RwLock::default(), seed: AtomicU64::new(seed) }))
     }
 
     /// GPU `ordinal`.
@@ -581,8 +589,16 @@ impl Device {
                     block: [launch.threads, 1, 1],
                     shared_bytes: launch.shared_bytes,
                 };
+                let seed = emulator.seed.fetch_add(1, Ordering::Relaxed);
+                let options = ptx_emulator::Options { seed, ..Default::default() };
                 module
-                    .launch(&read(&emulator.memory), launch.kernel.entry(), shape, launch.params.as_bytes())
+                    .launch_with(
+                        &read(&emulator.memory),
+                        launch.kernel.entry(),
+                        shape,
+                        launch.params.as_bytes(),
+                        options,
+                    )
                     .map_err(emulator_error)?;
                 Ok(())
             }

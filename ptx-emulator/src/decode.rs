@@ -114,16 +114,12 @@ impl<'a> Mods<'a> {
         })
     }
 
-    /// Memory-model words, which change nothing where every access is in order; cache hints likewise.
-    fn memory_words(&mut self) {
-        const KNOWN: [&str; 27] = [
-            "relaxed",
-            "acquire",
-            "release",
-            "acq_rel",
+    /// Takes memory-model words and cache hints, which change nothing where every access is in order; tells whether the access is
+    /// strong.
+    fn memory_words(&mut self) -> bool {
+        const STRONG: [&str; 6] = ["relaxed", "acquire", "release", "acq_rel", "volatile", "mmio"];
+        const KNOWN: [&str; 21] = [
             "weak",
-            "volatile",
-            "mmio",
             "cta",
             "cluster",
             "gpu",
@@ -145,10 +141,12 @@ impl<'a> Mods<'a> {
             "L1::evict_normal",
             "L1::evict_unchanged",
         ];
+        let strong = self.parts.iter().any(|part| STRONG.contains(part));
         self.parts.retain(|part| {
             let l2 = part.starts_with("L2::") && *part != "L2::cache_hint";
-            !(KNOWN.contains(part) || l2)
+            !(STRONG.contains(part) || KNOWN.contains(part) || l2)
         });
+        strong
     }
 
     fn space(&mut self) -> Decode<Space> {

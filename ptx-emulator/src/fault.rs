@@ -1,5 +1,6 @@
 //! What can go wrong: [`Error`] in a module's text, [`Fault`] in a launch.
 
+use crate::race::By;
 use std::fmt;
 
 /// A module that cannot be run: something in its text is unknown or malformed.
@@ -32,7 +33,7 @@ pub enum FaultKind {
     Misaligned,
     /// Shared memory read before anything was written to it.
     Uninitialised,
-    /// Memory touched while an asynchronous copy or matrix product still uses it.
+    /// Memory touched while an asynchronous copy or matrix product still uses it, or with no order to another warp's access.
     Race,
     /// A register touched while a `wgmma` may still read or write it.
     Fragment,
@@ -63,6 +64,8 @@ pub struct Fault {
     pub kernel: String,
     /// Block index.
     pub block: [u32; 3],
+    /// Order in which the warps of the block ran: [`crate::Options::seed`] of the launch.
+    pub seed: u64,
     /// Warp of the block; `None` when the whole block or launch is meant.
     pub warp: Option<u32>,
     /// Lane of the warp, when one lane is at fault.
@@ -88,7 +91,11 @@ impl fmt::Display for Fault {
         if self.line != 0 {
             write!(f, ", line {}: `{}`", self.line, shorten(&self.instruction))?;
         }
-        write!(f, ": {}", self.what)
+        write!(f, ": {}", self.what)?;
+        if self.seed != 0 {
+            write!(f, " (seen in the order of seed {})", self.seed)?;
+        }
+        Ok(())
     }
 }
 
@@ -110,20 +117,37 @@ pub(crate) fn shorten(text: &str) -> String {
 pub(crate) struct Trouble {
     pub kind: FaultKind,
     pub lane: Option<u32>,
-    /// Warp and statement, when it is not the running instruction that is at fault.
-    pub place: Option<(u32, u32)>,
+    /// Who it is, when it is not the running instruction that is at fault.
+    pub place: Option<By>,
+    /// Somebody else, with whom `what` ends.
+    pub other: Option<By>,
     pub what: String,
 }
 
 impl Trouble {
     #[cold]
     pub fn new(kind: FaultKind, what: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lane: None, place: None, what: what.into() })
+        Box::new(Trouble { kind, lane: None, place: None, other: None, what: what.into() })
     }
 
     #[cold]
     pub fn lane(kind: FaultKind, lane: usize, what: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lane: Some(lane as u32), place: None, what: what.into() })
+        Box::new(Trouble { kind, lane: Some(lane as u32), place: None, other: None, what: what.into() })
+    }
+
+    #[cold]
+    pub fn by(kind: FaultKind, by: By, what: impl Into<String>) -> Box<Trouble> {
+        Box::new(Trouble { kind, lane: by.lane.map(|lane| lane as u32), place: None, other: None, what: what.into() })
+    }
+
+    pub fn at(mut self: Box<Trouble>, by: By) -> Box<Trouble> {
+        self.place = Some(by);
+        self
+    }
+
+    pub fn other(mut self: Box<Trouble>, by: By) -> Box<Trouble> {
+        self.other = Some(by);
+        self
     }
 }
 

@@ -69,6 +69,8 @@ pub(crate) struct Access {
     pub address: Address,
     pub width: usize,
     pub signed: bool,
+    /// Volatile, relaxed, acquire or release.
+    pub strong: bool,
     pub slots: Vec<Slot>,
 }
 

@@ -57,6 +57,7 @@ mod float;
 mod isa;
 mod memory;
 mod parse;
+mod race;
 mod schedule;
 mod shared;
 mod tensor_core;
@@ -65,7 +66,7 @@ mod wgmma;
 
 pub use fault::{Error, Fault, FaultKind};
 pub use memory::{Memory, MemoryError};
-pub use schedule::{Launch, Limits};
+pub use schedule::{Launch, Options};
 
 use decode::Symbol;
 use isa::{Kernel, SHARED_BASE};
@@ -203,10 +204,10 @@ impl Module {
     /// # Errors
     /// The first fault of the lowest faulty block, or what is wrong with the launch itself ([`FaultKind::Launch`]).
     pub fn launch(&self, memory: &Memory, entry: &str, launch: Launch, params: &[u8]) -> Result<Stats, Fault> {
-        self.launch_with(memory, entry, launch, params, Limits::default())
+        self.launch_with(memory, entry, launch, params, Options::default())
     }
 
-    /// [`Module::launch`] with other limits.
+    /// [`Module::launch`] in another order, or with other limits.
     ///
     /// # Errors
     /// As [`Module::launch`].
@@ -216,12 +217,13 @@ impl Module {
         entry: &str,
         launch: Launch,
         params: &[u8],
-        limits: Limits,
+        options: Options,
     ) -> Result<Stats, Fault> {
         let refuse = |what: String| Fault {
             kind: FaultKind::Launch,
             kernel: entry.to_string(),
             block: [0; 3],
+            seed: 0,
             warp: None,
             lane: None,
             line: 0,
@@ -233,7 +235,7 @@ impl Module {
             return Err(refuse(format!("the module has no entry of this name; it has {}", known.join(", "))));
         };
         check(kernel, launch, params).map_err(refuse)?;
-        let job = Job { kernel, global: Global::new(memory, &self.data), params, launch, limits };
+        let job = Job { kernel, global: Global::new(memory, &self.data), params, launch, options };
         let counters = job.run()?;
         let mut stats = Stats {
             bulk_bytes_to_shared: counters.bulk_in,

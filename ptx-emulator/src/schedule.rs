@@ -1,8 +1,9 @@
 //! Blocks over the CPU's threads, and the warps of a block in turn.
 //!
-//! The order is deterministic and unkind: a warp runs until it must wait, a completed barrier hands over to those who waited for
-//! it at once (so that a stage released too early is overwritten while it is still read), and bulk copies land only when no warp
-//! can go on without them.
+//! The order follows from the launch's seed and the block's number, and is the same whenever they are. That of seed 0 is unkind: a
+//! warp runs until it must wait, a completed barrier hands over to those who waited for it at once (so that a stage released too
+//! early is overwritten while it is still read), and bulk copies land only when no warp can go on without them. Other seeds draw
+//! each of these habits anew for each block.
 
 use crate::block::{Block, Counters};
 use crate::fault::{Fault, FaultKind, Trouble};
@@ -13,7 +14,7 @@ use crate::warp::{Group, Start, Stop, Wait, Warp};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Operations a warp executes before another has its turn.
+/// Most operations that a warp executes before another has its turn.
 const SLICE: u64 = 20_000;
 /// Operations without progress after which copies land for warps that poll instead of waiting.
 const POLLING: u64 = 100_000;
@@ -33,18 +34,151 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
-/// When to give up on a kernel.
+/// In which order to run a kernel's warps, and when to give up on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct Options {
+    /// Which order: what a launch does in the order of a seed, it does whenever it is run with this seed. A fault tells its seed.
+    pub seed: u64,
     /// Warp instructions that a block may execute without any store, barrier, copy or product before that is called a livelock.
     pub idle_instructions: u64,
     /// Warp instructions that a block may execute at all.
     pub instructions: u64,
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { idle_instructions: 200_000_000, instructions: u64::MAX }
+impl Default for Options {
+    fn default() -> Options {
+        Options { seed: 0, idle_instructions: 200_000_000, instructions: u64::MAX }
+    }
+}
+
+/// Who of several warps that can run has the next turn.
+#[derive(Debug)]
+enum Turns {
+    /// Each after the one before it.
+    Around,
+    /// Any.
+    Any,
+    /// The one with the highest priority; now and then one becomes the last.
+    Priority(Vec<u32>),
+}
+
+/// How long turns are.
+#[derive(Clone, Copy, Debug)]
+enum Slices {
+    Longest,
+    /// Up to 2 to the given power, drawn anew each time; small powers of two are as likely as large ones.
+    UpTo(u32),
+}
+
+/// When bulk copies land.
+#[derive(Clone, Copy, Debug)]
+enum Landing {
+    /// When nobody can go on without them.
+    Late,
+    /// After the turn that started them.
+    Early,
+    /// Each turn with a chance of one in four.
+    Any,
+}
+
+/// The order in which a block's warps run.
+#[derive(Debug)]
+struct Order {
+    random: Random,
+    turns: Turns,
+    slices: Slices,
+    landing: Landing,
+    hands_over: bool,
+}
+
+impl Order {
+    fn new(seed: u64, block: u64, warps: usize) -> Order {
+        let mut random = Random(seed.wrapping_add(block.wrapping_mul(0xd6e8_feb8_6659_fd93)));
+        let unkind = Turns::Around;
+        // One block of eight has the order of seed 0.
+        if seed == 0 || random.below(8) == 0 {
+            return Order { random, turns: unkind, slices: Slices::Longest, landing: Landing::Late, hands_over: true };
+        }
+        let turns = match random.below(3) {
+            0 => Turns::Around,
+            1 => Turns::Any,
+            _ => Turns::Priority((0..warps).map(|_| random.below(1 << 16) as u32 + 1).collect()),
+        };
+        let slices = match random.below(4) {
+            0 => Slices::Longest,
+            1 => Slices::UpTo(5),
+            _ => Slices::UpTo(12),
+        };
+        let landing = [Landing::Late, Landing::Early, Landing::Any][random.below(3) as usize];
+        let hands_over = random.below(2) == 0;
+        Order { random, turns, slices, landing, hands_over }
+    }
+
+    /// The warp whose turn it is, if any can run; `next` is the one after the last.
+    fn choose(&mut self, next: usize, count: usize, runnable: impl Fn(usize) -> bool) -> Option<usize> {
+        let from = |start: usize| (0..count).map(|i| (start + i) % count).find(|warp| runnable(*warp));
+        match &mut self.turns {
+            Turns::Around => from(next),
+            Turns::Any => from(self.random.below(count as u64) as usize),
+            Turns::Priority(priorities) => {
+                if self.random.below(32) == 0 {
+                    priorities[self.random.below(count as u64) as usize] = 0;
+                }
+                (0..count).filter(|warp| runnable(*warp)).max_by_key(|warp| priorities[*warp])
+            }
+        }
+    }
+
+    /// A warp has used its turns for nothing: others go first.
+    fn defer(&mut self, warp: usize) {
+        if let Turns::Priority(priorities) = &mut self.turns {
+            priorities.iter_mut().for_each(|priority| *priority += 1);
+            priorities[warp] = 0;
+        }
+    }
+
+    fn slice(&mut self) -> u64 {
+        match self.slices {
+            Slices::Longest => SLICE,
+            Slices::UpTo(power) => {
+                let power = 1 + self.random.below(power as u64);
+                1 + self.random.below(1 << power)
+            }
+        }
+    }
+
+    /// Which of the copies in flight, counted from the oldest, lands after a turn.
+    fn lands(&mut self, in_flight: usize) -> Option<usize> {
+        let now = match self.landing {
+            _ if in_flight == 0 => false,
+            Landing::Late => false,
+            Landing::Early => true,
+            Landing::Any => self.random.below(4) == 0,
+        };
+        now.then(|| self.which(in_flight))
+    }
+
+    /// Which of the copies in flight lands when one must.
+    fn which(&mut self, in_flight: usize) -> usize {
+        match self.landing {
+            Landing::Any => self.random.below(in_flight as u64) as usize,
+            Landing::Late | Landing::Early => 0,
+        }
+    }
+}
+
+/// splitmix64 (Steele, Lea, Flood 2014).
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    /// Uniform below a bound that is small beside 2^64.
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ (x >> 31)) % bound
     }
 }
 
@@ -54,7 +188,7 @@ pub(crate) struct Job<'a> {
     pub global: Global<'a>,
     pub params: &'a [u8],
     pub launch: Launch,
-    pub limits: Limits,
+    pub options: Options,
 }
 
 impl Job<'_> {
@@ -146,21 +280,26 @@ impl<'a> Runner<'a> {
             });
             warp.registers = entry_registers;
         }
-        self.schedule()?;
+        let order = Order::new(self.job.options.seed, index, self.warps.len());
+        self.block.hands_over = order.hands_over;
+        self.schedule(order)?;
         self.block.check_end().map_err(|trouble| self.fault(None, None, trouble))
     }
 
-    fn schedule(&mut self) -> Result<(), Fault> {
+    fn schedule(&mut self, mut order: Order) -> Result<(), Fault> {
         let count = self.warps.len();
         let (mut next, mut overtake, mut timeouts) = (0, false, 0);
+        let mut woken = None;
         // Progress and clock when something last happened.
         let mut last = (self.block.progress, self.block.clock);
         loop {
-            let runnable =
-                (0..count).map(|i| (next + i) % count).find(|i| self.warps[*i].runnable(&self.block, overtake));
-            if let Some(warp) = runnable {
+            let chosen = match woken.take() {
+                Some(warp) => Some(warp),
+                None => order.choose(next, count, |i| self.warps[i].runnable(&self.block, overtake)),
+            };
+            if let Some(warp) = chosen {
                 self.block.preempt = false;
-                let stop = self.warps[warp].run(&mut self.block, SLICE, overtake);
+                let stop = self.warps[warp].run(&mut self.block, order.slice(), overtake);
                 let stop = stop.map_err(|(pc, trouble)| self.fault(Some(warp), Some(pc), trouble))?;
                 let paused = stop == Stop::Paused;
                 overtake = false;
@@ -172,11 +311,14 @@ impl<'a> Runner<'a> {
                             |group: &Group| matches!(group.wait, Wait::Mbarrier { .. } | Wait::Named { .. });
                         warp.groups.iter().any(at_barrier) && warp.runnable(&self.block, false)
                     };
-                    let woken = (0..count).map(|i| (warp + 1 + i) % count).find(|i| waiting(&self.warps[*i]));
+                    woken = (0..count).map(|i| (warp + 1 + i) % count).find(|i| waiting(&self.warps[*i]));
                     // Without anyone to wake, the warp goes on where it was.
-                    next = woken.unwrap_or(if paused { warp } else { next });
+                    woken = woken.or(paused.then_some(warp));
                 }
-                if self.block.clock > self.job.limits.instructions {
+                if let Some(copy) = order.lands(self.block.incoming.len()) {
+                    self.land(copy)?;
+                }
+                if self.block.clock > self.job.options.instructions {
                     let what = format!("{} warp instructions executed:{}", self.block.clock, self.describe_warps());
                     return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Livelock, what)));
                 }
@@ -186,9 +328,13 @@ impl<'a> Runner<'a> {
                     continue;
                 }
                 let idle = self.block.clock - last.1;
-                if idle > POLLING && self.land()? {
+                if idle > SLICE {
+                    order.defer(warp);
+                }
+                if idle > POLLING && !self.block.incoming.is_empty() {
+                    self.land(order.which(self.block.incoming.len()))?;
                     last = (self.block.progress, self.block.clock);
-                } else if idle > self.job.limits.idle_instructions {
+                } else if idle > self.job.options.idle_instructions {
                     let what = format!(
                         "{idle} warp instructions without a store, barrier, copy or product:{}",
                         self.describe_warps()
@@ -200,7 +346,8 @@ impl<'a> Runner<'a> {
             if self.warps.iter().all(|warp| warp.groups.is_empty()) {
                 return Ok(());
             }
-            if self.land()? {
+            if !self.block.incoming.is_empty() {
+                self.land(order.which(self.block.incoming.len()))?;
                 continue;
             }
             if !overtake && self.warps.iter().any(|warp| warp.runnable(&self.block, true)) {
@@ -225,8 +372,8 @@ impl<'a> Runner<'a> {
         }
     }
 
-    fn land(&mut self) -> Result<bool, Fault> {
-        self.block.land_one().map_err(|trouble| self.fault(None, None, trouble))
+    fn land(&mut self, copy: usize) -> Result<(), Fault> {
+        self.block.land(copy).map_err(|trouble| self.fault(None, None, trouble))
     }
 
     fn place(&self, warp: usize) -> Option<usize> {
@@ -237,19 +384,24 @@ impl<'a> Runner<'a> {
         let trouble = *trouble.into();
         let kernel = self.job.kernel;
         let (warp, statement) = match trouble.place {
-            Some((warp, statement)) => (Some(warp), Some(statement)),
+            Some(by) => (Some(by.warp as u32), Some(by.statement)),
             None => (warp.map(|warp| warp as u32), pc.map(|pc| kernel.code[pc].statement)),
         };
         let line = statement.map(|statement| &kernel.lines[statement as usize]);
+        let other = trouble.other.map_or(String::new(), |by| {
+            let line = &kernel.lines[by.statement as usize];
+            format!(" warp {}, line {}: `{}`", by.warp, line.line, crate::fault::shorten(&line.text))
+        });
         Fault {
             kind: trouble.kind,
             kernel: kernel.name.clone(),
             block: self.index,
+            seed: self.job.options.seed,
             warp,
             lane: trouble.lane,
             line: line.map_or(0, |line| line.line),
             instruction: line.map_or(String::new(), |line| line.text.clone()),
-            what: trouble.what,
+            what: trouble.what + &other,
         }
     }
 

@@ -1,7 +1,9 @@
-//! Shared memory of a block, with a shadow that knows what was written, by whom, and what an asynchronous copy still holds.
+//! Shared memory of a block, with a shadow that knows what was written, who touched it last, and what an asynchronous copy holds.
 
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::SHARED_BASE;
+use crate::race::{Access, Accesses, By, Clock, Clocks, check_proxy_read};
+use std::collections::HashMap;
 
 /// Shadow flags of a byte; 0 is a byte that was written and that nothing holds.
 mod flag {
@@ -21,27 +23,17 @@ const UNREADABLE: u8 = flag::BLANK | flag::INCOMING | flag::BARRIER;
 /// Flags that forbid a write.
 const UNWRITABLE: u8 = flag::INCOMING | flag::BARRIER | flag::OUTGOING;
 
-/// An ordinary store, as the asynchronous proxy must know it: writer and time.
-#[derive(Clone, Copy, Default)]
-struct Written {
-    warp: u8,
-    /// 0 for never.
-    time: u32,
-}
-
 /// Shared memory and its shadow. Addresses count from the start of the shared window; the first [`SHARED_BASE`] are invalid.
 pub(crate) struct Shared {
     words: Vec<u32>,
     flags: Vec<u8>,
-    /// Last ordinary store to each 16 bytes.
-    written: Vec<Written>,
+    accesses: Accesses,
+    pub clocks: Clocks,
+    /// What those knew who made strong accesses to a word.
+    strong: HashMap<usize, Clock>,
     /// Changes of each KiB.
     versions: Vec<u32>,
     bytes: u32,
-    /// Counts ordinary stores and proxy fences.
-    time: u32,
-    /// Time of each warp's last `fence.proxy.async`.
-    fences: Vec<u32>,
 }
 
 impl Shared {
@@ -50,21 +42,21 @@ impl Shared {
         Shared {
             words: vec![0; size / 4],
             flags: vec![flag::BLANK; size],
-            written: vec![Written::default(); size / 16],
+            accesses: Accesses::new(size),
+            clocks: Clocks::new(warps),
+            strong: HashMap::new(),
             versions: vec![0; size.div_ceil(1024)],
             bytes,
-            time: 0,
-            fences: vec![0; warps],
         }
     }
 
     /// As new, for the next block.
     pub fn reset(&mut self) {
         self.flags.fill(flag::BLANK);
-        self.written.fill(Written::default());
-        self.versions.iter_mut().for_each(|version| *version += 1);
-        self.fences.fill(0);
-        self.time = 0;
+        self.accesses.reset();
+        self.clocks.reset();
+        self.strong.clear();
+        self.versions.iter_mut().for_each(|version| *version = version.wrapping_add(1));
     }
 
     /// Offset of an access that is inside and aligned.
@@ -119,48 +111,61 @@ impl Shared {
         }
     }
 
-    /// Checks that bytes may be read by an ordinary access.
+    /// A strong access (volatile, relaxed, acquire, release, atomic) by some lanes: it knows all that those before it to the same word
+    /// knew. That is more than relaxed ones promise without fences, so that nothing in order is taken for a race.
+    pub fn synchronise(&mut self, offset: usize, bytes: usize, by: By, lanes: u32) {
+        for word in offset / 4..(offset + bytes).div_ceil(4) {
+            let clock = self.strong.entry(word).or_default();
+            self.clocks.acquire(by.warp, lanes, clock);
+            self.clocks.release(by, clock);
+        }
+    }
+
+    /// Checks and remembers an ordinary read.
     #[inline]
-    pub fn readable(&self, offset: usize, bytes: usize, lane: Option<usize>, doing: &str) -> Step {
+    pub fn read(&mut self, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
+        self.readable(offset, bytes, by, doing)?;
+        self.accesses.read(&self.clocks, offset, bytes, by, doing)
+    }
+
+    /// Remembers a read of bytes that nobody could write meanwhile: by a copy that has been waited for.
+    pub fn was_read(&mut self, offset: usize, bytes: usize, by: By) {
+        self.accesses.note_read(&self.clocks, offset, bytes, by);
+    }
+
+    /// Checks that bytes hold something that may be read.
+    #[inline]
+    fn readable(&self, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         if self.flagged(offset, bytes, UNREADABLE) {
-            return Err(self.refuse(offset, bytes, UNREADABLE, lane, doing));
+            return Err(self.refuse(offset, bytes, UNREADABLE, by.lane, doing));
         }
         Ok(())
     }
 
     /// Checks that bytes may be written.
     #[inline]
-    pub fn writable(&self, offset: usize, bytes: usize, lane: Option<usize>, doing: &str) -> Step {
+    pub fn writable(&self, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         if self.flagged(offset, bytes, UNWRITABLE) {
-            return Err(self.refuse(offset, bytes, UNWRITABLE, lane, doing));
+            return Err(self.refuse(offset, bytes, UNWRITABLE, by.lane, doing));
         }
-        Ok(())
+        self.accesses.check_write(&self.clocks, offset, bytes, by, doing)
     }
 
-    /// Checks that the asynchronous proxy may read a range: written, and if by ordinary stores, a proxy fence of the writer or of
-    /// the reader came after.
-    pub fn readable_by_proxy(&self, offset: usize, bytes: usize, warp: usize, doing: &str) -> Step {
-        self.readable(offset, bytes, None, doing)?;
-        for chunk in &self.written[offset / 16..(offset + bytes).div_ceil(16)] {
-            if chunk.time > self.fences[chunk.warp as usize] && chunk.time > self.fences[warp] {
-                return Err(Trouble::new(
-                    FaultKind::MissingFence,
-                    format!(
-                        "{doing} of {bytes} bytes at shared {:#x}, which warp {} wrote with ordinary stores and no \
-                         fence.proxy.async after them",
-                        address(offset),
-                        chunk.warp
-                    ),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// A warp's `fence.proxy.async`.
-    pub fn proxy_fence(&mut self, warp: usize) {
-        self.time += 1;
-        self.fences[warp] = self.time;
+    /// Checks that the asynchronous proxy may read a range, and adds who wrote it to `writers`.
+    pub fn readable_by_proxy(
+        &self,
+        offset: usize,
+        bytes: usize,
+        by: By,
+        doing: &str,
+        writers: &mut Vec<Access>,
+    ) -> Step {
+        self.readable(offset, bytes, by, doing)?;
+        let known = writers.len();
+        self.accesses.writers(offset, bytes, writers);
+        check_proxy_read(&self.clocks, &writers[known..], by, || {
+            format!("{doing} of {bytes} bytes at shared {:#x}", address(offset))
+        })
     }
 
     #[inline]
@@ -175,14 +180,9 @@ impl Shared {
         [words[0], words[1], words[2], words[3]]
     }
 
-    /// One more ordinary store instruction.
-    pub fn tick(&mut self) {
-        self.time += 1;
-    }
-
     /// An ordinary store of `bytes` (1, 2, or a multiple of 4) that was found writable.
     #[inline]
-    pub fn store(&mut self, offset: usize, bytes: usize, words: &[u32; 8], warp: usize) {
+    pub fn store(&mut self, offset: usize, bytes: usize, words: &[u32; 8], by: By) {
         if bytes < 4 {
             let (shift, mask) = (8 * (offset % 4), if bytes == 1 { 0xff } else { 0xffff });
             let word = &mut self.words[offset / 4];
@@ -191,21 +191,23 @@ impl Shared {
             self.words[offset / 4..(offset + bytes) / 4].copy_from_slice(&words[..bytes / 4]);
         }
         self.flags[offset..offset + bytes].fill(0);
-        let written = Written { warp: warp as u8, time: self.time };
-        self.written[offset / 16] = written;
-        if bytes > 16 {
-            self.written[offset / 16 + 1] = written;
-        }
+        self.accesses.write(&self.clocks, offset, bytes, by);
         self.versions[offset / 1024] = self.versions[offset / 1024].wrapping_add(1);
     }
 
-    /// Writes what a bulk copy brought: no longer incoming, no fence needed.
+    /// Marks a range as the target of a bulk copy, whose bytes are there for those who know `time` of the mbarrier that is `whose`
+    /// in clocks.
+    pub fn expect(&mut self, offset: usize, bytes: usize, whose: usize, time: u32, by: By) {
+        self.accesses.put(whose, time, offset, bytes, by);
+        self.mark(offset, bytes, INCOMING);
+    }
+
+    /// Writes what a bulk copy brought: no longer incoming.
     pub fn land(&mut self, offset: usize, words: impl Iterator<Item = u32>, bytes: usize) {
         for (to, from) in self.words[offset / 4..(offset + bytes) / 4].iter_mut().zip(words) {
             *to = from;
         }
         self.flags[offset..offset + bytes].fill(0);
-        self.written[offset / 16..(offset + bytes) / 16].fill(Written::default());
         self.changed(offset, bytes);
     }
 
@@ -221,7 +223,8 @@ impl Shared {
     }
 
     /// Forgets what a range held: its next read must be preceded by a write.
-    pub fn blank(&mut self, offset: usize, bytes: usize) {
+    pub fn blank(&mut self, offset: usize, bytes: usize, by: By) {
+        self.accesses.write(&self.clocks, offset, bytes, by);
         self.flags[offset..offset + bytes].fill(flag::BLANK);
         self.changed(offset, bytes);
     }

@@ -77,6 +77,8 @@ pub(crate) struct Warp {
     pub live: u32,
     /// Which of several ready groups runs: rotates when one takes too long.
     turn: usize,
+    /// Operations of the turns that ended while lanes went different ways.
+    apart: u64,
     /// Local memory, lane after lane.
     local: Vec<u32>,
     fragments: Vec<Fragment>,
@@ -101,6 +103,9 @@ pub(crate) struct Start<'a> {
     /// Multiprocessor the block runs on, and their number.
     pub multiprocessor: (u32, u32),
 }
+
+/// Operations for which a group of lanes may hold up the others.
+const PATIENCE: u64 = 20_000;
 
 /// What an undefined register holds, a NaN in every format.
 const POISON: u32 = 0xffff_ffff;
@@ -135,6 +140,7 @@ impl Warp {
             groups: Vec::new(),
             live: 0,
             turn: 0,
+            apart: 0,
             local: vec![POISON; kernel.local_bytes.div_ceil(4) as usize * 32],
             fragments: vec![Fragment::default(); if kernel.has_wgmma { kernel.registers[1] } else { 0 }],
             fences: 0,
@@ -152,7 +158,7 @@ impl Warp {
         self.r64.fill([u64::MAX; 32]);
         self.local.fill(POISON);
         self.fragments.fill(Fragment::default());
-        (self.fences, self.complete, self.turn) = (0, 0, 0);
+        (self.fences, self.complete, self.turn, self.apart) = (0, 0, 0, 0);
         self.commits.clear();
         self.predicates[kernel.true_predicate as usize] = u32::MAX;
         for (r, value) in &kernel.constants32 {
@@ -304,7 +310,12 @@ impl Warp {
             }
             loop {
                 if block.clock >= end {
-                    self.turn = if diverged { self.turn.wrapping_add(1) } else { 0 };
+                    self.apart = if diverged { self.apart + budget } else { 0 };
+                    if self.apart >= PATIENCE {
+                        (self.turn, self.apart) = (self.turn.wrapping_add(1), 0);
+                    } else if !diverged {
+                        self.turn = 0;
+                    }
                     pause!(pc, Stop::Paused);
                 }
                 let inst = &code[pc];
@@ -541,9 +552,9 @@ impl Warp {
         active: u32,
     ) -> Step<Flow> {
         match op {
-            Op::Load(access) => self.load(block, access, active)?,
-            Op::Store(access) => self.store(block, access, active)?,
-            Op::Atomic(atomic) => self.atomic(block, atomic, active)?,
+            Op::Load(access) => self.load(block, access, statement, active)?,
+            Op::Store(access) => self.store(block, access, statement, active)?,
+            Op::Atomic(atomic) => self.atomic(block, atomic, statement, active)?,
             Op::Clock(d) => put(&mut self.r64[*d as usize], &[block.clock; 32], active),
             Op::Carry { wide, subtract, d, a, b, carry, read, write } => {
                 self.carry(*wide, *subtract, (*d, *a, *b), *carry, (*read, *write), active);
@@ -567,13 +578,13 @@ impl Warp {
                 }
             }
             Op::Shuffle(shuffle) => {
-                if let Some(wait) = self.gather(shuffle.mask, active)? {
+                if let Some(wait) = self.meet(block, shuffle.mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
                 self.shuffle(shuffle, active)?;
             }
             Op::Vote(mode, d, p, negated, mask) => {
-                if let Some(wait) = self.gather(*mask, active)? {
+                if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
                 let p = self.predicates[*p as usize] ^ if *negated { u32::MAX } else { 0 };
@@ -593,7 +604,7 @@ impl Warp {
                 }
             }
             Op::Match { all, wide, d, p, a, mask } => {
-                if let Some(wait) = self.gather(*mask, active)? {
+                if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
                 let value = |lane: usize| match wide {
@@ -614,7 +625,7 @@ impl Warp {
                 }
             }
             Op::Redux(op, d, a, mask) => {
-                if let Some(wait) = self.gather(*mask, active)? {
+                if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
                 for (group, mask) in by_mask(&self.r32[*mask as usize], active) {
@@ -633,7 +644,7 @@ impl Warp {
                 }
             }
             Op::Elect { d, p, mask } => {
-                if let Some(wait) = self.gather(*mask, active)? {
+                if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
                 for (group, mask) in by_mask(&self.r32[*mask as usize], active) {
@@ -646,12 +657,12 @@ impl Warp {
             }
             Op::ActiveMask(d) => put(&mut self.r32[*d as usize], &[active; 32], active),
             Op::WarpSync(mask) => {
-                if let Some(wait) = self.gather(*mask, active)? {
+                if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
             }
-            Op::NamedBarrier(barrier) => return self.named_barrier(block, barrier, chosen, active),
-            Op::Mbarrier(mbarrier) => return self.mbarrier(block, mbarrier, chosen, active),
+            Op::NamedBarrier(barrier) => return self.named_barrier(block, barrier, statement, chosen, active),
+            Op::Mbarrier(mbarrier) => return self.mbarrier(block, mbarrier, statement, chosen, active),
             Op::Bulk(bulk) => self.bulk(block, bulk, statement, active)?,
             Op::BulkCommit => lanes(active).for_each(|lane| block.commit_copies(self.index, lane)),
             Op::BulkWait { pending } => {
@@ -663,25 +674,25 @@ impl Warp {
                 lanes(active).for_each(|lane| block.wait_async_copies(self.index, lane, *pending));
             }
             Op::ProxyFence => {
-                block.shared.proxy_fence(self.index);
+                block.shared.clocks.fence(self.index, active);
                 block.fence_mbarriers(self.index);
             }
             Op::MbarrierInitFence => block.fence_mbarriers(self.index),
             Op::WgmmaFence => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
                 self.fences += 1;
             }
             Op::WgmmaCommit => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
                 self.commits.push(self.issued(block));
             }
             Op::WgmmaWait(pending) => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
                 let groups = self.commits.len().saturating_sub(*pending as usize);
                 let products = if groups == 0 { 0 } else { self.commits[groups - 1] };
@@ -689,25 +700,25 @@ impl Warp {
                 if !warpgroup.reached(products) {
                     return Ok(Flow::Again(Wait::Products(products)));
                 }
-                warpgroup.release(products);
+                warpgroup.release(self.index, products, block.shared.clocks.now(self.index));
                 self.complete = self.complete.max(products);
                 block.progress += 1;
             }
             Op::Wgmma(product) => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
                 wgmma::issue(block, self, product, pc, statement)?;
             }
             Op::Matrix(matrix) => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
-                self.matrix(block, matrix)?;
+                self.matrix(block, matrix, statement)?;
             }
             Op::SetMaxRegisters(count, increase) => {
-                if active != u32::MAX {
-                    return self.whole(active);
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
                 }
                 return self.set_max_registers(block, *count, *increase);
             }

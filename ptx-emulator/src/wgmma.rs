@@ -3,13 +3,15 @@
 //! Each warp of a warpgroup computes its own 16 rows when it issues the instruction. What makes that the same as computing later
 //! is that everything a late computation would see is refused: a store or copy into memory that a product in flight reads, and
 //! any use of its registers before the wait. A wait passes when all four warps have issued the products it waits for, because
-//! the hardware runs them for the warpgroup as a whole.
+//! the hardware runs them for the warpgroup as a whole. It releases the registers of its own warp; the memory is released when
+//! all four warps have waited, and to those who are ordered after all four waits.
 
 use crate::alu::Lanes;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::float::f16_to_f32;
-use crate::isa::{Half, Kernel, OperandA, SHARED_BASE, Wgmma};
+use crate::isa::{Half, OperandA, SHARED_BASE, Wgmma};
+use crate::race::{Access, By, Clocks, check_proxy_read};
 use crate::shared::{self, Shared};
 use crate::tensor_core::{Columns, K, Rows, multiply};
 use crate::warp::Warp;
@@ -17,7 +19,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
 /// A matrix in shared memory, as a descriptor and the instruction tell: `rows` (M or N) by 16 of k, in chunks of 16 bytes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Operand {
     start: usize,
     leading: usize,
@@ -94,11 +96,20 @@ struct Range {
     high: usize,
 }
 
+impl Range {
+    /// Each KiB that it meets.
+    fn pages(self) -> std::ops::Range<usize> {
+        self.low / 1024..self.high.div_ceil(1024)
+    }
+}
+
 /// A matrix decoded from shared memory, which holds as long as nothing in its range changes.
 struct Decoded<T> {
     values: Vec<T>,
     range: Range,
     version: u64,
+    /// Who wrote it.
+    writers: Vec<Access>,
 }
 
 /// Decoded matrices by descriptor, rows, order and type: a tile of K or V is used by every warpgroup, one of Q many times.
@@ -114,31 +125,71 @@ type Key = (u64, usize, bool, bool);
 /// Most matrices of a kind that are kept.
 const KEPT: usize = 256;
 
-/// A product that no wait has released.
+/// A product that not all warps have waited for.
 pub(crate) struct Product {
     /// Operation and operands, which must be the same in all four warps.
     operation: usize,
     descriptors: (Option<u64>, u64),
-    matrices: Vec<(Operand, Range)>,
+    /// Indices in [`Warpgroup::matrices`]: B, and A unless in registers.
+    matrices: [Option<usize>; 2],
     /// `None`: A in registers.
     a: Option<Rc<Decoded<Rows>>>,
     b: Rc<Decoded<Columns>>,
-    pub place: (u32, u32),
+    /// The first warp that issued it.
+    pub by: By,
+}
+
+/// Reads by products.
+#[derive(Clone, Copy, Default)]
+struct Reads {
+    /// Products in flight.
+    in_flight: u32,
+    /// Own times of the four warps when they last waited for one.
+    times: [u32; 4],
+}
+
+impl Reads {
+    /// The rank of a warp whose last wait `by` does not know.
+    #[inline]
+    fn unknown(&self, clocks: &Clocks, first: usize, by: By) -> Option<usize> {
+        (0..4).find(|rank| !clocks.knows(by, first + rank, self.times[*rank]))
+    }
+}
+
+/// A matrix that products have read.
+struct Matrix {
+    operand: Operand,
+    range: Range,
+    reads: Reads,
+    /// The last of them.
+    statement: u32,
 }
 
 /// The products of four warps.
 #[derive(Default)]
 pub(crate) struct Warpgroup {
+    /// Its first warp.
+    first: usize,
     /// In flight, oldest first; the first is number `released`.
     products: VecDeque<Product>,
     released: u64,
-    /// Products issued by each warp.
+    /// Products issued by each warp, and those it has waited for.
     pub issued: [u64; 4],
+    waited: [u64; 4],
+    /// All that products have read.
+    matrices: Vec<Matrix>,
+    known: HashMap<Operand, usize>,
+    /// The reads that meet each KiB.
+    pages: Vec<Reads>,
 }
 
 impl Warpgroup {
+    pub fn new(index: usize) -> Warpgroup {
+        Warpgroup { first: 4 * index, ..Warpgroup::default() }
+    }
+
     pub fn reset(&mut self) {
-        *self = Warpgroup::default();
+        *self = Warpgroup::new(self.first / 4);
     }
 
     pub fn in_flight(&self) -> Option<&Product> {
@@ -150,33 +201,75 @@ impl Warpgroup {
         self.issued.iter().all(|issued| *issued >= products)
     }
 
-    /// The first `products` are complete.
-    pub fn release(&mut self, products: u64) {
-        while self.released < products {
-            self.products.pop_front();
+    /// A product that reads a matrix has started; returns the matrix's index.
+    fn start_read(&mut self, operand: Operand, range: Range, statement: u32) -> usize {
+        let index = *self.known.entry(operand).or_insert_with_key(|operand| {
+            self.matrices.push(Matrix { operand: operand.clone(), range, reads: Reads::default(), statement });
+            self.matrices.len() - 1
+        });
+        self.matrices[index].statement = statement;
+        self.matrices[index].reads.in_flight += 1;
+        self.pages.resize(self.pages.len().max(range.pages().end), Reads::default());
+        self.pages[range.pages()].iter_mut().for_each(|reads| reads.in_flight += 1);
+        index
+    }
+
+    /// A warp, at a time of its own, has waited for the first `products`. They are complete when all four warps have.
+    pub fn release(&mut self, warp: usize, products: u64, now: u32) {
+        let rank = warp - self.first;
+        for number in self.waited[rank]..products {
+            for index in self.products[(number - self.released) as usize].matrices.into_iter().flatten() {
+                let matrix = &mut self.matrices[index];
+                matrix.reads.times[rank] = now;
+                self.pages[matrix.range.pages()].iter_mut().for_each(|reads| reads.times[rank] = now);
+            }
+        }
+        self.waited[rank] = self.waited[rank].max(products);
+        let complete = self.waited.into_iter().min().unwrap_or(0);
+        while self.released < complete {
+            let product = self.products.pop_front().expect("all have issued what they waited for");
+            for index in product.matrices.into_iter().flatten() {
+                let matrix = &mut self.matrices[index];
+                matrix.reads.in_flight -= 1;
+                self.pages[matrix.range.pages()].iter_mut().for_each(|reads| reads.in_flight -= 1);
+            }
             self.released += 1;
         }
     }
 
-    /// Fails when a product in flight reads some of a range.
-    pub fn check_write(&self, offset: usize, bytes: usize, doing: &str, kernel: &Kernel) -> Step {
-        for product in &self.products {
-            for (operand, range) in &product.matrices {
-                if offset >= range.high || offset + bytes <= range.low {
-                    continue;
-                }
-                let chunk = operand.chunks().map(|at| at - SHARED_BASE as usize);
-                if let Some(at) = chunk.into_iter().find(|at| offset < at + 16 && *at < offset + bytes) {
-                    let what = format!(
-                        "{doing} of {bytes} bytes at shared {:#x} overwrites {:#x}, which the wgmma of line {} in flight \
-                         still reads: no wgmma.wait_group released it",
-                        shared::address(offset),
-                        shared::address(at),
-                        kernel.lines[product.place.1 as usize].line
-                    );
-                    return Err(Trouble::new(FaultKind::Race, what));
-                }
+    /// Fails when a product in flight reads some of a range, or the writer does not know that all four warps have waited for one
+    /// that did.
+    #[inline]
+    pub fn check_write(&self, clocks: &Clocks, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
+        let touched = Range { low: offset, high: offset + bytes };
+        let pages = touched.pages();
+        let pages = self.pages.get(pages.start..pages.end.min(self.pages.len())).unwrap_or_default();
+        let harmless = |reads: &Reads| reads.in_flight == 0 && reads.unknown(clocks, self.first, by).is_none();
+        if pages.iter().all(harmless) { Ok(()) } else { self.check_matrices(clocks, touched, by, doing) }
+    }
+
+    /// [`Warpgroup::check_write`] by each chunk of each matrix.
+    fn check_matrices(&self, clocks: &Clocks, touched: Range, by: By, doing: &str) -> Step {
+        for Matrix { operand, range, reads, statement } in &self.matrices {
+            let unknown = reads.unknown(clocks, self.first, by);
+            if touched.high <= range.low || range.high <= touched.low || reads.in_flight == 0 && unknown.is_none() {
+                continue;
             }
+            let mut chunks = operand.chunks().map(|at| at - SHARED_BASE as usize);
+            let Some(at) = chunks.find(|at| touched.low < at + 16 && *at < touched.high) else { continue };
+            let why = if reads.in_flight > 0 {
+                "a product in flight still reads: no wgmma.wait_group released it in all four warps"
+            } else {
+                "a product has read, and no barrier orders it after that product's wgmma.wait_group in all four warps"
+            };
+            let what = format!(
+                "{doing} of {} bytes at shared {:#x} overwrites {:#x}, which {why}; the product is that of",
+                touched.high - touched.low,
+                shared::address(touched.low),
+                shared::address(at),
+            );
+            let product = By { warp: self.first + unknown.unwrap_or(0), lane: None, statement: *statement };
+            return Err(Trouble::by(FaultKind::Race, by, what).other(product));
         }
         Ok(())
     }
@@ -263,6 +356,7 @@ fn registers_of_a(registers: [&Lanes<u32>; 4], half: Half) -> Rows {
 
 /// One warp issues a product: all its lanes are active.
 pub(crate) fn issue(block: &mut Block, warp: &mut Warp, op: &Wgmma, operation: usize, statement: u32) -> Step {
+    let by = By { warp: warp.index, lane: None, statement };
     let group = warp.index / 4;
     let rank = warp.index % 4;
     if block.threads < 128 * (group as u32 + 1) {
@@ -281,21 +375,27 @@ pub(crate) fn issue(block: &mut Block, warp: &mut Warp, op: &Wgmma, operation: u
     let at = (number - block.warpgroups[group].released) as usize;
     match block.warpgroups[group].products.get(at) {
         None => {
-            let product = start(block, op, (a_descriptor, b_descriptor), operation, (warp.index as u32, statement))?;
+            let product = start(block, op, (a_descriptor, b_descriptor), operation, by)?;
             block.warpgroups[group].products.push_back(product);
         }
         Some(product) if product.operation != operation || product.descriptors != (a_descriptor, b_descriptor) => {
             let what = format!(
                 "warp {} of the warpgroup issued the wgmma of line {} as its product {number}, with descriptors {:#x?}; \
                  this warp issues another, with {:#x?}",
-                product.place.0,
-                block.kernel.lines[product.place.1 as usize].line,
+                product.by.warp,
+                block.kernel.lines[product.by.statement as usize].line,
                 product.descriptors,
                 (a_descriptor, b_descriptor)
             );
             return Err(Trouble::new(FaultKind::Divergence, what));
         }
-        Some(_) => {}
+        Some(product) => {
+            let clocks = &block.shared.clocks;
+            check_proxy_read(clocks, &product.b.writers, by, || "wgmma read of matrix B".into())?;
+            if let Some(a) = &product.a {
+                check_proxy_read(clocks, &a.writers, by, || "wgmma read of matrix A".into())?;
+            }
+        }
     }
     let warpgroup = &mut block.warpgroups[group];
     warpgroup.issued[rank] += 1;
@@ -324,30 +424,21 @@ pub(crate) fn issue(block: &mut Block, warp: &mut Warp, op: &Wgmma, operation: u
     Ok(())
 }
 
-/// The first warp of a warpgroup to issue a product: checks its operands and decodes B.
-fn start(
-    block: &mut Block,
-    op: &Wgmma,
-    descriptors: (Option<u64>, u64),
-    operation: usize,
-    place: (u32, u32),
-) -> Step<Product> {
-    let warp = place.0 as usize;
+/// The first warp of a warpgroup to issue a product: checks its operands and decodes them.
+fn start(block: &mut Block, op: &Wgmma, descriptors: (Option<u64>, u64), operation: usize, by: By) -> Step<Product> {
     let (shared, bf16) = (&block.shared, op.half == Half::Bf16);
-    let (b_matrix, b) =
-        look_up(shared, &mut block.panels.b, (descriptors.1, op.n, op.transpose_b, bf16), "B", warp, |m| {
-            columns_of_b(shared, m, op.half)
-        })?;
-    let mut matrices = vec![(b_matrix, b.range)];
+    let warpgroup = &mut block.warpgroups[by.warp / 4];
+    let key = (descriptors.1, op.n, op.transpose_b, bf16);
+    let (matrix, b) = look_up(shared, &mut block.panels.b, key, "B", by, |m| columns_of_b(shared, m, op.half))?;
+    let mut matrices = [Some(warpgroup.start_read(matrix, b.range, by.statement)), None];
     let mut a = None;
     if let Some(descriptor) = descriptors.0 {
         let key = (descriptor, 64, op.transpose_a, bf16);
-        let (matrix, decoded) =
-            look_up(shared, &mut block.panels.a, key, "A", warp, |m| rows_of_a(shared, m, op.half))?;
-        matrices.push((matrix, decoded.range));
+        let (matrix, decoded) = look_up(shared, &mut block.panels.a, key, "A", by, |m| rows_of_a(shared, m, op.half))?;
+        matrices[1] = Some(warpgroup.start_read(matrix, decoded.range, by.statement));
         a = Some(decoded);
     }
-    Ok(Product { operation, descriptors, matrices, a, b, place })
+    Ok(Product { operation, descriptors, matrices, a, b, by })
 }
 
 /// The matrix that a key describes, decoded anew if its memory has changed; its bytes must be readable by the product.
@@ -356,23 +447,25 @@ fn look_up<T>(
     known: &mut HashMap<Key, Rc<Decoded<T>>>,
     key: Key,
     name: &str,
-    warp: usize,
+    by: By,
     decode: impl Fn(&Operand) -> Vec<T>,
 ) -> Step<(Operand, Rc<Decoded<T>>)> {
     let (descriptor, rows, transpose, _) = key;
     let operand = Operand::new(descriptor, transpose, rows)?;
     let version = |range: Range| shared.version(range.low, range.high - range.low);
+    let doing = || format!("wgmma read of matrix {name}");
     if let Some(decoded) = known.get(&key)
         && decoded.version == version(decoded.range)
     {
+        check_proxy_read(&shared.clocks, &decoded.writers, by, doing)?;
         return Ok((operand, decoded.clone()));
     }
     let range = operand.range(shared, name)?;
-    let doing = format!("wgmma read of matrix {name}");
+    let mut writers = Vec::new();
     for at in operand.chunks() {
-        shared.readable_by_proxy(at - SHARED_BASE as usize, 16, warp, &doing)?;
+        shared.readable_by_proxy(at - SHARED_BASE as usize, 16, by, &doing(), &mut writers)?;
     }
-    let decoded = Rc::new(Decoded { values: decode(&operand), range, version: version(range) });
+    let decoded = Rc::new(Decoded { values: decode(&operand), range, version: version(range), writers });
     if known.len() >= KEPT {
         known.clear();
     }

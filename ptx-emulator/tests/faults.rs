@@ -3,7 +3,7 @@
 mod common;
 
 use common::{fault, kernel_with, launch, module, one_block};
-use ptx_emulator::{FaultKind, Launch, Limits, Memory};
+use ptx_emulator::{FaultKind, Launch, Memory, Options};
 
 const BUFFER: &str = ".extern .shared .align 1024 .b8 smem[];";
 
@@ -189,8 +189,8 @@ fn livelock() {
     let out = memory.alloc(16, 4).unwrap();
     memory.fill(out, 16, 0).unwrap();
     let params = [out.to_le_bytes(); 2].concat();
-    let limits = Limits { idle_instructions: 1_000_000, ..Limits::default() };
-    let fault = module(&ptx).launch_with(&memory, "test", one_block(32, 0), &params, limits).unwrap_err();
+    let options = Options { idle_instructions: 1_000_000, ..Options::default() };
+    let fault = module(&ptx).launch_with(&memory, "test", one_block(32, 0), &params, options).unwrap_err();
     assert_eq!(fault.kind, FaultKind::Livelock);
     assert!(fault.what.contains("without a store, barrier, copy or product"), "{fault}");
 }
@@ -301,12 +301,12 @@ fn missing_fences() {
     warpgroup(
         &format!("st.shared.u32 [%r3], %r1; bar.sync 0; {FENCE} {PRODUCT}"),
         Kind,
-        &["wgmma read of matrix B", "wrote with ordinary stores and no fence.proxy.async after them"],
+        &["wgmma read of matrix B", "with no fence.proxy.async after the ordinary store by warp 0, line"],
     );
     one_warp(
         "mad.lo.u32 %r3, %r1, 4, %r2; st.shared.u32 [%r3], %r1; bar.sync 0; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 128;",
         Kind,
-        &["bulk copy of 128 bytes at shared 0x400, which warp 0 wrote"],
+        &["bulk copy of 128 bytes at shared 0x400, with no fence.proxy.async after the ordinary store by warp 0"],
     );
     // A barrier that the copy engine may not have seen.
     one_warp(

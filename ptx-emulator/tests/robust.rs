@@ -4,7 +4,7 @@
 mod common;
 
 use common::{HEADER, Random, one_block};
-use ptx_emulator::{Limits, Memory, Module};
+use ptx_emulator::{Memory, Module, Options};
 
 /// A program with something of everything: copies, barriers, products, shuffles, atomics, branches, scopes, data.
 const PROGRAM: &str = "
@@ -51,8 +51,8 @@ fn attempt(text: &str) -> bool {
     memory.fill(out, 4096, 0).unwrap();
     memory.fill(source, 4096, 0x3f).unwrap();
     let params = [out.to_le_bytes(), source.to_le_bytes()].concat();
-    let limits = Limits { idle_instructions: 20_000, instructions: 200_000 };
-    module.launch_with(&memory, "test", one_block(128, 8192), &params, limits).is_ok()
+    let options = Options { seed: 0, idle_instructions: 20_000, instructions: 200_000 };
+    module.launch_with(&memory, "test", one_block(128, 8192), &params, options).is_ok()
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl Decoder<'_> {
     }
 
     pub(super) fn load_store(&mut self, store: bool, s: &Statement, m: &mut Mods) -> Decode {
-        m.memory_words();
+        let strong = m.memory_words();
         let hint = m.take("L2::cache_hint");
         let space = m.space()?;
         let lanes = m.vector();
@@ -51,7 +51,7 @@ impl Decoder<'_> {
         let address = self.address(s, address, space)?;
         let slots = elements.iter().map(|element| self.slot(element, ty, store)).collect::<Decode<Vec<Slot>>>()?;
         let width = ty.bits() as usize / 8;
-        let access = Box::new(Access { space, address, width, signed: ty.signed(), slots });
+        let access = Box::new(Access { space, address, width, signed: ty.signed(), strong, slots });
         self.push(if store { Op::Store(access) } else { Op::Load(access) });
         Ok(())
     }

@@ -6,6 +6,7 @@ use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::*;
 use crate::memory::{Span, store_part};
+use crate::race::By;
 use crate::shared::misaligned;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -61,7 +62,7 @@ impl Warp {
     }
 
     #[inline(always)]
-    pub(super) fn load(&mut self, block: &mut Block, access: &Access, active: u32) -> Step {
+    pub(super) fn load(&mut self, block: &mut Block, access: &Access, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
         for lane in lanes(active) {
             let (space, address) = self.place(access.space, &access.address, lane);
@@ -70,7 +71,11 @@ impl Warp {
             match space {
                 Space::Shared => {
                     let offset = block.shared.offset(address, bytes, bytes, lane)?;
-                    block.shared.readable(offset, bytes, Some(lane), "read")?;
+                    let by = By { warp: self.index, lane: Some(lane), statement };
+                    if access.strong {
+                        block.shared.synchronise(offset, bytes, by, active);
+                    }
+                    block.shared.read(offset, bytes, by, "read")?;
                     for (i, word) in words[..bytes.div_ceil(4)].iter_mut().enumerate() {
                         *word = block.shared.word(offset + 4 * i);
                     }
@@ -141,9 +146,8 @@ impl Warp {
     }
 
     #[inline(always)]
-    pub(super) fn store(&mut self, block: &mut Block, access: &Access, active: u32) -> Step {
+    pub(super) fn store(&mut self, block: &mut Block, access: &Access, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
-        block.shared.tick();
         for lane in lanes(active) {
             let (space, address) = self.place(access.space, &access.address, lane);
             let mut words = [0u32; 8];
@@ -163,7 +167,12 @@ impl Warp {
                     }
                 }
             }
-            self.store_words(block, space, address, bytes, &words, lane)?;
+            let by = By { warp: self.index, lane: Some(lane), statement };
+            if access.strong && space == Space::Shared {
+                let offset = block.shared.offset(address, bytes, bytes, lane)?;
+                block.shared.synchronise(offset, bytes, by, active);
+            }
+            self.store_words(block, space, address, bytes, &words, by, lane)?;
         }
         block.counters.stored += (bytes * active.count_ones() as usize) as u64;
         block.progress += 1;
@@ -179,14 +188,14 @@ impl Warp {
         address: u64,
         bytes: usize,
         words: &[u32; 8],
+        by: By,
         lane: usize,
     ) -> Step {
         match space {
             Space::Shared => {
                 let offset = block.shared.offset(address, bytes, bytes, lane)?;
-                block.shared.writable(offset, bytes, Some(lane), "store")?;
-                block.check_products(offset, bytes, "store")?;
-                block.shared.store(offset, bytes, words, self.index);
+                block.check_write(offset, bytes, by, "store")?;
+                block.shared.store(offset, bytes, words, by);
             }
             Space::Global | Space::Generic => {
                 let span = self.global(block, address, bytes, lane, "store")?;
@@ -216,8 +225,7 @@ impl Warp {
         Ok(())
     }
 
-    pub(super) fn atomic(&mut self, block: &mut Block, atomic: &Atomic, active: u32) -> Step {
-        block.shared.tick();
+    pub(super) fn atomic(&mut self, block: &mut Block, atomic: &Atomic, statement: u32, active: u32) -> Step {
         let width = atomic.width;
         let total = width * atomic.b.len();
         for lane in lanes(active) {
@@ -233,9 +241,10 @@ impl Warp {
                 let old = match space {
                     Space::Shared => {
                         let offset = block.shared.offset(address, width, width, lane)?;
-                        block.shared.readable(offset, width, Some(lane), "atomic")?;
-                        block.shared.writable(offset, width, Some(lane), "atomic")?;
-                        block.check_products(offset, width, "atomic")?;
+                        let by = By { warp: self.index, lane: Some(lane), statement };
+                        block.shared.synchronise(offset, width, by, active);
+                        block.shared.read(offset, width, by, "atomic")?;
+                        block.check_write(offset, width, by, "atomic")?;
                         let word = block.shared.word(offset) as u64 >> (8 * (offset % 4));
                         let old = match width {
                             8 => word | (block.shared.word(offset + 4) as u64) << 32,
@@ -244,7 +253,7 @@ impl Warp {
                         };
                         let value = new(old);
                         let words = [value as u32, (value >> 32) as u32, 0, 0, 0, 0, 0, 0];
-                        block.shared.store(offset, width, &words, self.index);
+                        block.shared.store(offset, width, &words, by);
                         old
                     }
                     Space::Global | Space::Generic => {
@@ -291,8 +300,7 @@ impl Warp {
     }
 
     /// `ldmatrix` and `stmatrix`: lanes 8i to 8i + 7 give the row addresses of matrix i.
-    pub(super) fn matrix(&mut self, block: &mut Block, matrix: &Matrix) -> Step {
-        block.shared.tick();
+    pub(super) fn matrix(&mut self, block: &mut Block, matrix: &Matrix, statement: u32) -> Step {
         let mut rows = [[0u32; 4]; 32];
         if matrix.store {
             for (i, r) in matrix.registers.iter().enumerate() {
@@ -313,11 +321,12 @@ impl Warp {
                 return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
             }
             let offset = block.shared.offset(address, 16, 16, lane)?;
+            let by = By { warp: self.index, lane: Some(lane), statement };
             if matrix.store {
                 let words = [row[0], row[1], row[2], row[3], 0, 0, 0, 0];
-                self.store_words(block, Space::Shared, address, 16, &words, lane)?;
+                self.store_words(block, Space::Shared, address, 16, &words, by, lane)?;
             } else {
-                block.shared.readable(offset, 16, Some(lane), "matrix read")?;
+                block.shared.read(offset, 16, by, "matrix read")?;
                 *row = block.shared.chunk(offset);
             }
         }

@@ -4,19 +4,24 @@ use super::{Flow, Wait, Warp, first, lanes, put, put_predicate};
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::*;
+use crate::race::By;
 use crate::shared::misaligned;
 
 impl Warp {
-    /// An aligned instruction met by some lanes only: they wait for the others of the warp.
-    pub(super) fn whole(&self, active: u32) -> Step<Flow> {
+    /// An aligned instruction: lanes that meet it without the others of the warp wait for them.
+    pub(super) fn whole(&self, block: &mut Block, active: u32) -> Step<Option<Wait>> {
+        if active == u32::MAX {
+            block.shared.clocks.meet(self.index, active);
+            return Ok(None);
+        }
         if self.live != u32::MAX || self.groups.len() == 1 {
             return Err(self.missing(u32::MAX, active));
         }
-        Ok(Flow::Again(Wait::Lanes))
+        Ok(Some(Wait::Lanes))
     }
 
     #[cold]
-    pub(super) fn missing(&self, needed: u32, active: u32) -> Box<Trouble> {
+    fn missing(&self, needed: u32, active: u32) -> Box<Trouble> {
         let missing = needed & !active;
         let lane = first(missing);
         let what = format!(
@@ -27,7 +32,7 @@ impl Warp {
     }
 
     /// Checks that all lanes named in the active lanes' masks are here; tells to wait if they may still come.
-    pub(super) fn gather(&self, mask: R, active: u32) -> Step<Option<Wait>> {
+    fn gather(&self, mask: R, active: u32) -> Step<Option<Wait>> {
         let masks = &self.r32[mask as usize];
         // The usual case: a full warp, every lane with the same full mask.
         if active == u32::MAX && masks.iter().fold(u32::MAX, |all, mask| all & mask) == u32::MAX {
@@ -51,6 +56,15 @@ impl Warp {
             }
         }
         Ok(None)
+    }
+
+    /// [`Warp::gather`], after which each lane knows what the others do.
+    pub(super) fn meet(&self, block: &mut Block, mask: R, active: u32) -> Step<Option<Wait>> {
+        let wait = self.gather(mask, active)?;
+        if wait.is_none() {
+            block.shared.clocks.meet(self.index, active);
+        }
+        Ok(wait)
     }
 
     pub(super) fn shuffle(&mut self, shuffle: &Shuffle, active: u32) -> Step {
@@ -92,6 +106,7 @@ impl Warp {
         &mut self,
         block: &mut Block,
         barrier: &NamedBarrier,
+        statement: u32,
         chosen: usize,
         active: u32,
     ) -> Step<Flow> {
@@ -135,7 +150,10 @@ impl Warp {
         // Lanes that do not exist do not vote; an `and` must not fail for them.
         let absent = if barrier.aligned { 32 - active.count_ones() } else { 0 };
         let votes = (p & active).count_ones() + if barrier.kind == BarrierKind::And { absent } else { 0 };
-        let round = block.named_arrive(id, threads, arriving, votes)?;
+        block.shared.clocks.meet(self.index, active);
+        let waiting = if barrier.kind == BarrierKind::Arrive { 0 } else { active };
+        let by = By { warp: self.index, lane: Some(lane), statement };
+        let round = block.named_arrive(id, threads, arriving, votes, waiting, by)?;
         if barrier.kind == BarrierKind::Arrive {
             return Ok(Flow::Next);
         }
@@ -157,23 +175,25 @@ impl Warp {
         &mut self,
         block: &mut Block,
         mbarrier: &Mbarrier,
+        statement: u32,
         chosen: usize,
         active: u32,
     ) -> Step<Flow> {
         if let MbarrierKind::Test { p, phase, blocking } = mbarrier.kind {
-            return self.mbarrier_test(block, mbarrier, p, phase, blocking, chosen, active);
+            return self.mbarrier_test(block, mbarrier, statement, p, phase, blocking, chosen, active);
         }
         for lane in lanes(active) {
+            let by = By { warp: self.index, lane: Some(lane), statement };
             let offset = self.mbarrier_offset(block, mbarrier.space, &mbarrier.address, lane)?;
             let value = |r: R| self.r32[r as usize][lane];
             match &mbarrier.kind {
-                MbarrierKind::Init { count } => block.mbarrier_init(offset, value(*count), self.index, lane)?,
-                MbarrierKind::Invalidate => block.mbarrier_invalidate(offset, lane)?,
-                MbarrierKind::ExpectTx { bytes } => block.expect_bytes(offset, value(*bytes) as i64, lane)?,
-                MbarrierKind::CompleteTx { bytes } => block.expect_bytes(offset, -(value(*bytes) as i64), lane)?,
+                MbarrierKind::Init { count } => block.mbarrier_init(offset, value(*count), by)?,
+                MbarrierKind::Invalidate => block.mbarrier_invalidate(offset, by)?,
+                MbarrierKind::ExpectTx { bytes } => block.expect_bytes(offset, value(*bytes) as i64, by)?,
+                MbarrierKind::CompleteTx { bytes } => block.expect_bytes(offset, -(value(*bytes) as i64), by)?,
                 MbarrierKind::Arrive { count, expect, drop, state } => {
                     let (count, expect) = (count.map_or(1, value), expect.map_or(0, value));
-                    let phase = block.arrive(offset, count, expect, *drop, lane)?;
+                    let phase = block.arrive(offset, count, expect, *drop, by)?;
                     if let Some(state) = state {
                         self.r64[*state as usize][lane] = phase;
                     }
@@ -189,6 +209,7 @@ impl Warp {
         &mut self,
         block: &mut Block,
         mbarrier: &Mbarrier,
+        statement: u32,
         p: R,
         phase: Phase,
         blocking: bool,
@@ -197,9 +218,12 @@ impl Warp {
     ) -> Step<Flow> {
         let mut complete = 0;
         let mut wait = None;
+        // Barriers, and the lanes that see their phase over.
+        let mut passed: Vec<(usize, u32)> = Vec::new();
         for lane in lanes(active) {
             let offset = self.mbarrier_offset(block, mbarrier.space, &mbarrier.address, lane)?;
-            let current = block.mbarrier(offset, lane)?.phase;
+            let by = By { warp: self.index, lane: Some(lane), statement };
+            let current = block.mbarrier(offset, by)?.phase;
             let (done, found) = match phase {
                 Phase::Parity(r) => {
                     let parity = self.r32[r as usize][lane];
@@ -216,6 +240,10 @@ impl Warp {
             };
             if done {
                 complete |= 1 << lane;
+                if passed.last().is_none_or(|(other, _)| *other != offset) {
+                    passed.push((offset, 0));
+                }
+                passed.last_mut().expect("just seen").1 |= 1 << lane;
             } else {
                 wait.get_or_insert(found);
             }
@@ -227,6 +255,7 @@ impl Warp {
         {
             return Ok(Flow::Again(wait));
         }
+        passed.iter().for_each(|(offset, lanes)| block.pass(*offset, self.index, *lanes));
         put_predicate(&mut self.predicates[p as usize], complete, active);
         // A loop around a test that fails must not keep the others from running.
         Ok(if wait.is_some() { Flow::Pause } else { Flow::Next })
@@ -248,15 +277,16 @@ impl Warp {
                 return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
             };
             block.hint = hint;
+            let by = By { warp: self.index, lane: Some(lane), statement };
             if !global.is_multiple_of(16) {
                 return Err(misaligned(global, 16, lane, "global"));
             }
             match &bulk.barrier {
                 Some(barrier) => {
                     let barrier = self.mbarrier_offset(block, Space::Shared, barrier, lane)?;
-                    block.copy_in(offset, global, bytes, barrier, self.index, lane, statement)?;
+                    block.copy_in(offset, global, bytes, barrier, by)?;
                 }
-                None => block.copy_out(offset, global, bytes, self.index, lane, statement)?,
+                None => block.copy_out(offset, global, bytes, by)?,
             }
         }
         Ok(())
@@ -268,7 +298,13 @@ impl Warp {
             let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
             let global = self.address(&copy.global, lane);
             self.global(block, global, copy.bytes, lane, "asynchronous copy")?;
-            block.start_async_copy(offset, global, copy.bytes, self.index, lane, statement)?;
+            block.start_async_copy(
+                offset,
+                global,
+                copy.bytes,
+                By { warp: self.index, lane: Some(lane), statement },
+                lane,
+            )?;
         }
         Ok(())
     }
