@@ -111,13 +111,20 @@ impl Shared {
         }
     }
 
-    /// A strong access (volatile, relaxed, acquire, release, atomic) by some lanes: it knows all that those before it to the same word
-    /// knew. That is more than relaxed ones promise without fences, so that nothing in order is taken for a race.
-    pub fn synchronise(&mut self, offset: usize, bytes: usize, by: By, lanes: u32) {
+    /// Before a strong access (volatile, relaxed, acquire, release, atomic) by some lanes: they come to know what those knew who made
+    /// one to the same word. That is more than relaxed ones promise without fences, so that nothing in order is taken for a race.
+    pub fn before_strong(&mut self, offset: usize, bytes: usize, by: By, lanes: u32) {
         for word in offset / 4..(offset + bytes).div_ceil(4) {
-            let clock = self.strong.entry(word).or_default();
-            self.clocks.acquire(by.warp, lanes, clock);
-            self.clocks.release(by, clock);
+            if let Some(clock) = self.strong.get(&word) {
+                self.clocks.acquire(by.warp, lanes, clock);
+            }
+        }
+    }
+
+    /// After a strong access: the next to the same word will know it.
+    pub fn after_strong(&mut self, offset: usize, bytes: usize, by: By) {
+        for word in offset / 4..(offset + bytes).div_ceil(4) {
+            self.clocks.release(by, self.strong.entry(word).or_default());
         }
     }
 

@@ -73,9 +73,12 @@ impl Warp {
                     let offset = block.shared.offset(address, bytes, bytes, lane)?;
                     let by = By { warp: self.index, lane: Some(lane), statement };
                     if access.strong {
-                        block.shared.synchronise(offset, bytes, by, active);
+                        block.shared.before_strong(offset, bytes, by, active);
                     }
                     block.shared.read(offset, bytes, by, "read")?;
+                    if access.strong {
+                        block.shared.after_strong(offset, bytes, by);
+                    }
                     for (i, word) in words[..bytes.div_ceil(4)].iter_mut().enumerate() {
                         *word = block.shared.word(offset + 4 * i);
                     }
@@ -170,9 +173,12 @@ impl Warp {
             let by = By { warp: self.index, lane: Some(lane), statement };
             if access.strong && space == Space::Shared {
                 let offset = block.shared.offset(address, bytes, bytes, lane)?;
-                block.shared.synchronise(offset, bytes, by, active);
+                block.shared.before_strong(offset, bytes, by, active);
+                self.store_words(block, space, address, bytes, &words, by, lane)?;
+                block.shared.after_strong(offset, bytes, by);
+            } else {
+                self.store_words(block, space, address, bytes, &words, by, lane)?;
             }
-            self.store_words(block, space, address, bytes, &words, by, lane)?;
         }
         block.counters.stored += (bytes * active.count_ones() as usize) as u64;
         block.progress += 1;
@@ -242,7 +248,7 @@ impl Warp {
                     Space::Shared => {
                         let offset = block.shared.offset(address, width, width, lane)?;
                         let by = By { warp: self.index, lane: Some(lane), statement };
-                        block.shared.synchronise(offset, width, by, active);
+                        block.shared.before_strong(offset, width, by, active);
                         block.shared.read(offset, width, by, "atomic")?;
                         block.check_write(offset, width, by, "atomic")?;
                         let word = block.shared.word(offset) as u64 >> (8 * (offset % 4));
@@ -254,6 +260,7 @@ impl Warp {
                         let value = new(old);
                         let words = [value as u32, (value >> 32) as u32, 0, 0, 0, 0, 0, 0];
                         block.shared.store(offset, width, &words, by);
+                        block.shared.after_strong(offset, width, by);
                         old
                     }
                     Space::Global | Space::Generic => {
