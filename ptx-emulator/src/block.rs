@@ -391,7 +391,6 @@ impl<'a> Block<'a> {
     // Bulk copies.
 
     /// Starts a copy from global to shared memory. Addresses were found valid.
-    #[allow(clippy::too_many_arguments)]
     pub fn copy_in(&mut self, offset: usize, source: u64, bytes: usize, barrier_offset: usize, by: By) -> Step {
         let barrier = self.mbarrier(barrier_offset, by)?;
         if barrier.fenced_by >> barrier.init_by.warp & 1 == 0 && barrier.fenced_by >> by.warp & 1 == 0 {

@@ -32,20 +32,43 @@
 //! # What it promises
 //!
 //! Results are those of the PTX ISA for programs without data races; where the ISA leaves a result to the hardware, approximate
-//! functions are at least as exact as the ISA asks, and sums inside `wgmma` are cut as Hopper's tensor cores cut them. Runs are deterministic, except for the
-//! order of atomics of different blocks. Everything a program may not rely on is done at the worst moment, and every breach of a
-//! rule that can be seen is a [`Fault`].
+//! functions are at least as exact as the ISA asks, and sums inside `wgmma` are cut as Hopper's tensor cores cut them. Runs are
+//! deterministic, except for the order of atomics of different blocks. Every breach of a rule that can be seen is a [`Fault`].
+//!
+//! **Orders.** Each block runs its warps in an order that follows from the launch's seed ([`Options::seed`]) and the block's number:
+//! whose turn it is, how many instructions a turn has (from one to thousands), whether a completed barrier hands over at once, when
+//! and in which order bulk copies land. Seed 0 is one unkind order for all blocks. A fault tells its seed, and is seen again with it,
+//! unless atomics of other blocks decide what the block does.
+//!
+//! **Races in shared memory.** Whatever the order of a run, two accesses to a byte by different warps, one of them a write, must be
+//! ordered by barriers, else the later one is a fault that names both. For each byte the last write and the last reads are known.
+//! - What orders: `bar` and `barrier` (arrivals before those who wait), mbarriers (arrivals before waits and tests that see the phase
+//!   over), and strong accesses to the same word (volatile, relaxed, acquire, release, atomic), with fences or without.
+//! - A bulk copy writes for those who know its mbarrier's phase to be over, and counts as begun by the thread that issued it. A copy
+//!   from shared memory and a `cp.async` are over for their thread when it has waited.
+//! - A `wgmma` reads its operands until all four warps have waited for it (`wgmma.wait_group`). Until then a write or copy to them is
+//!   a fault; from then on the writer must be ordered after all four waits. Each warp must know the writes that it reads. Its own
+//!   registers are a warp's own once it has waited.
+//! - Ordinary stores that `wgmma` or a bulk copy reads need a `fence.proxy.async` that is ordered between the two.
+//! - An mbarrier is used by those who are ordered after its initialisation, and invalidated after all uses. An arrival, at an mbarrier or
+//!   a named barrier, must be ordered after all arrivals of the phase before: else it might as well have counted there.
+//!
+//! **Lanes** of a warp are taken to go in step, and what one has done is before what any does next. Only what they have waited for is
+//! kept apart: a lane knows what a barrier told another when both have met at `bar.warp.sync`, a shuffle, vote, match or reduction, or
+//! an aligned instruction.
 //!
 //! # How it is built
 //!
 //! `parse` makes statements of text, `decode` makes operations (`isa`) of statements, `warp` executes them on 32 lanes at a time
 //! with the arithmetic of `alu` and `float`, `block` holds barriers and copies, `shared` and `memory` the memories, `wgmma` the
-//! matrix products and `tensor_core` their arithmetic, `schedule` the order.
+//! matrix products and `tensor_core` their arithmetic, `race` what is ordered, `schedule` the order of a run.
 //!
 //! # What it does not know
 //!
 //! Clusters of more than one block, tensor maps, textures, calls, device-side launches, `wgmma` other than f32 += bf16 or f16.
-//! Weak memory orders are not explored: each access takes effect when it is executed.
+//! Weak memory orders are not explored: each access takes effect when it is executed. Races are not looked for in global memory, nor
+//! between lanes of a warp, nor between stores and later copies to the same place (the proxy fence that a GPU wants there). Orders
+//! change between instructions, not within; groups of lanes that went different ways take turns by their place in the text.
 
 #![warn(missing_docs)]
 

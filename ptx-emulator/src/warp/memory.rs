@@ -174,10 +174,10 @@ impl Warp {
             if access.strong && space == Space::Shared {
                 let offset = block.shared.offset(address, bytes, bytes, lane)?;
                 block.shared.before_strong(offset, bytes, by, active);
-                self.store_words(block, space, address, bytes, &words, by, lane)?;
+                self.store_words(block, space, address, bytes, &words, by)?;
                 block.shared.after_strong(offset, bytes, by);
             } else {
-                self.store_words(block, space, address, bytes, &words, by, lane)?;
+                self.store_words(block, space, address, bytes, &words, by)?;
             }
         }
         block.counters.stored += (bytes * active.count_ones() as usize) as u64;
@@ -195,8 +195,8 @@ impl Warp {
         bytes: usize,
         words: &[u32; 8],
         by: By,
-        lane: usize,
     ) -> Step {
+        let lane = by.lane.unwrap_or(0);
         match space {
             Space::Shared => {
                 let offset = block.shared.offset(address, bytes, bytes, lane)?;
@@ -331,7 +331,7 @@ impl Warp {
             let by = By { warp: self.index, lane: Some(lane), statement };
             if matrix.store {
                 let words = [row[0], row[1], row[2], row[3], 0, 0, 0, 0];
-                self.store_words(block, Space::Shared, address, 16, &words, by, lane)?;
+                self.store_words(block, Space::Shared, address, 16, &words, by)?;
             } else {
                 block.shared.read(offset, 16, by, "matrix read")?;
                 *row = block.shared.chunk(offset);
