@@ -76,6 +76,13 @@ impl Kernels {
 
     /// [`Kernels::parse`] for a manifest that is already read.
     pub fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
+        let kernels = Kernels { ptx: ptx.to_owned(), manifest };
+        kernels.check(file)?;
+        Ok(kernels)
+    }
+
+    fn check(&self, file: &str) -> Result<()> {
+        let Kernels { ptx, manifest } = self;
         let again = "Build the kernels again with this version of framestride";
         let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
         if digest != manifest.ptx_sha256 {
@@ -108,7 +115,7 @@ impl Kernels {
                 return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, again));
             }
         }
-        Ok(Kernels { ptx: ptx.to_owned(), manifest })
+        Ok(())
     }
 }
 
@@ -125,6 +132,8 @@ impl Module {
     /// Loads kernels on a device. On a GPU the driver compiles the PTX here, and never later.
     pub fn load(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
         let manifest = kernels.manifest.clone();
+        // Again, since the fields of `Kernels` are anybody's: what is launched trusts the manifest.
+        kernels.check(&format!("manifest of {}", manifest.name))?;
         if let Device::Gpu(gpu) = device {
             gpu.check()?;
         }

@@ -326,6 +326,13 @@ fn manifests() {
         let message = message.join(" ");
         writeln!(messages, "## {name}\n{message}").unwrap();
     }
+    // The fields are open: what was changed since it was read is not loaded.
+    let mut changed = kernels.clone();
+    changed.ptx += "\n";
+    assert!(Module::load(&Device::emulator(), &changed).is_err());
+    let mut changed = kernels.clone();
+    changed.manifest.kernels[0].min_blocks += 1;
+    assert!(Module::load(&Device::emulator(), &changed).is_err());
     let unknown = Kernels::shipped("no_such_model").unwrap_err().to_string();
     assert!(unknown.starts_with("spec name: found \"no_such_model\"\n = allowed: one of "), "{unknown}");
     insta::assert_snapshot!(messages);
