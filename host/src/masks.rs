@@ -7,7 +7,7 @@ use embedded_graphics::prelude::*;
 use embedded_graphics::text::{Baseline, Text};
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
-use framestride_shapes::tiling::{QueryTile, query_tiles};
+use framestride_shapes::tiling::key_tile;
 use image::{Rgb, RgbImage};
 use rayon::prelude::*;
 
@@ -25,31 +25,16 @@ enum Fate {
 struct Tiling<'a> {
     spec: &'a Spec,
     head: HeadType,
-    /// With their key tiles in the order of the rows.
-    tiles: Vec<QueryTile>,
 }
 
-impl<'a> Tiling<'a> {
-    fn new(spec: &'a Spec, head: HeadType) -> Tiling<'a> {
-        let layout = &spec.layout;
-        let mut tiles: Vec<_> = query_tiles(layout, head, spec.tiles(), layout.text_tokens).collect();
-        tiles.iter_mut().for_each(|tile| tile.key_tiles.sort_unstable_by_key(|key_tile| key_tile.first_row));
-        Tiling { spec, head, tiles }
-    }
-
+impl Tiling<'_> {
     /// Fate of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
-        let keys = &self.tiles[(query / self.spec.tiles().query_rows) as usize].key_tiles;
-        let after = keys.partition_point(|tile| tile.first_row <= key);
-        match after.checked_sub(1).map(|index| keys[index]) {
-            Some(tile) if key < tile.first_row + tile.rows => {
-                if tile.full {
-                    Fate::Full
-                } else {
-                    Fate::Edge
-                }
-            }
-            _ => Fate::Skipped,
+        let Tiling { spec, head } = *self;
+        match key_tile(&spec.layout, head, spec.tiles(), spec.layout.text_tokens, query, key) {
+            Some(tile) if tile.full => Fate::Full,
+            Some(_) => Fate::Edge,
+            None => Fate::Skipped,
         }
     }
 
@@ -196,7 +181,7 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> RgbImage {
         x += 15 + 7 * label.len() as u32 + 24;
     }
     for (index, &head) in (0..).zip(heads) {
-        let tiling = Tiling::new(spec, head);
+        let tiling = Tiling { spec, head };
         let counts = spec.tile_counts(head);
         let top = 2 * MARGIN + 2 * LINE + index * (block + MARGIN);
         canvas.text(

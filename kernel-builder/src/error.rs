@@ -16,6 +16,19 @@ pub enum BuildError {
     /// The spec is wrong; all its problems are listed.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Nothing to build.
+    #[error("there is no spec to build: name one")]
+    NoSpec,
+    /// Two specs whose files would have one name.
+    #[error("{first} and {second} are both named `{name}`, as their files would be: rename one of them")]
+    SameName {
+        /// The name.
+        name: String,
+        /// The first file.
+        first: String,
+        /// The other one.
+        second: String,
+    },
     /// No device compiler on this machine.
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),

@@ -29,7 +29,7 @@ use std::thread;
 use framestride_shapes::layout::HeadType;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
-use framestride_shapes::spec::Spec;
+use framestride_shapes::spec::{Spec, read_file};
 
 mod cargo;
 pub mod convergence;
@@ -214,16 +214,17 @@ impl Kernels {
     /// Builds one source. Of several, the first is returned; see [`build_all`](Kernels::build_all).
     ///
     /// # Errors
-    /// Any [`BuildError`].
+    /// Any [`BuildError`]; [`BuildError::NoSpec`] when there is no source.
     pub fn build(self) -> Result<Built, BuildError> {
-        self.build_all().map(|mut built| built.swap_remove(0))
+        self.build_all()?.into_iter().next().ok_or(BuildError::NoSpec)
     }
 
     /// Builds every source, in parallel, and returns what was made in their order. In a build script it also tells cargo what
     /// to watch and passes the compiler's warnings on.
     ///
     /// # Errors
-    /// Every spec is checked before anything is compiled. [`BuildError::Several`] when more than one build failed.
+    /// Every spec is checked before anything is compiled, and that no two have one name, which their files would share.
+    /// [`BuildError::Several`] when more than one build failed.
     pub fn build_all(self) -> Result<Vec<Built>, BuildError> {
         let script = BuildScript::detect();
         let out_dir = self.out_dir.clone().or_else(|| script.as_ref().map(|script| script.out_dir.clone()));
@@ -231,6 +232,7 @@ impl Kernels {
             script.watch_first(&self.sources);
         }
         let jobs = collect(self.sources.iter().map(Job::check))?;
+        self.check_names(&jobs)?;
         let toolchain = toolchain::find()?;
         let cache = self.cache.clone().or_else(toolchain::cache_folder).ok_or(BuildError::NoCache)?;
         if let Some(folder) = &out_dir {
@@ -262,6 +264,23 @@ impl Kernels {
 }
 
 impl Kernels {
+    /// Whether each spec has a name of its own: it is that of its files and of its folder in the cache.
+    fn check_names(&self, jobs: &[Job]) -> Result<(), BuildError> {
+        let named = |index: usize| match (&jobs[index], &self.sources[index]) {
+            (Job::Spec { name, .. }, Source::File(path)) => Some((name, path.display().to_string())),
+            (Job::Spec { name, .. }, Source::Text { file, .. }) => Some((name, file.clone())),
+            _ => None,
+        };
+        for (second, first) in (0..jobs.len()).flat_map(|second| (0..second).map(move |first| (second, first))) {
+            if let (Some((name, first)), Some((other, second))) = (named(first), named(second))
+                && name == other
+            {
+                return Err(BuildError::SameName { name: name.clone(), first, second });
+            }
+        }
+        Ok(())
+    }
+
     fn build_one(
         &self,
         job: &Job,
@@ -330,9 +349,8 @@ impl Job {
     fn check(source: &Source) -> Result<Job, BuildError> {
         Ok(match source {
             Source::File(path) => {
-                // The reader of specs has the message for a file that is missing or is no text.
-                let name = Spec::from_file(path)?.name;
-                Job::Spec { name, text: std::fs::read_to_string(path).map_err(at("read", path))? }
+                let text = read_file(path)?;
+                Job::Spec { name: Spec::parse(&path.display().to_string(), &text)?.name, text }
             }
             Source::Text { file, text } => Job::Spec { name: Spec::parse(file, text)?.name, text: text.clone() },
             Source::Crate(path) => Job::Crate(path.clone()),

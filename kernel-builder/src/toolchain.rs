@@ -20,6 +20,7 @@ use std::process::Command;
 use serde::Serialize;
 
 use crate::BuildError;
+use crate::device_crate::source_folder;
 
 /// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
 pub const MINIMUM_RUST: (u32, u32) = (1, 96);
@@ -349,6 +350,7 @@ impl Report {
             version: toolchain.as_ref().map(|toolchain| version(toolchain).to_string()),
             mend: toolchain.is_none().then(|| format!("{RUSTUP_INSTALL}   (or: {DEBIAN_INSTALL})")),
         };
+        let sources = source_folder();
         let tools = CudaTools::find();
         let cuda = |tool, purpose, path: &Option<PathBuf>| Finding {
             tool,
@@ -364,6 +366,14 @@ impl Report {
                 compiler("cargo", "builds core and the device crate", |t| &t.cargo, |t| &t.rustc_version),
                 compiler("opt", "optimises the finished IR", |t| &t.opt, |t| &t.llvm_version),
                 compiler("llc", "writes the PTX", |t| &t.llc, |t| &t.llvm_version),
+                Finding {
+                    tool: "sources",
+                    purpose: "of the kernels, the macros, the shapes",
+                    required: true,
+                    path: sources.as_ref().ok().cloned(),
+                    version: None,
+                    mend: sources.err().map(|error| error.to_string()),
+                },
                 cuda("ptxas", "reports registers, stack and spills", &tools.ptxas),
                 cuda("nvdisasm", "lists machine code, for tests", &tools.nvdisasm),
             ],
@@ -404,7 +414,9 @@ impl fmt::Display for Report {
             let tools: Vec<&str> = tools.map(|finding| finding.tool).collect();
             writeln!(f, "to get {}: {mend}", tools.join(", "))?;
         }
-        if self.can_build() { Ok(()) } else { writeln!(f, "{}", list(&self.rejected)) }
+        // Compilers come together or not at all.
+        let no_compiler = self.findings.first().is_some_and(|finding| finding.path.is_none());
+        if no_compiler { writeln!(f, "{}", list(&self.rejected)) } else { Ok(()) }
     }
 }
 

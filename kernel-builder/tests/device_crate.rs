@@ -157,3 +157,17 @@ fn bad_specs_and_architectures_are_told_before_anything_is_built() {
     let unknown = "sm_80".parse::<Arch>().unwrap_err().to_string();
     assert_eq!(unknown, "there are no kernels for `sm_80`: the architectures are sm_90a");
 }
+
+#[test]
+fn specs_need_names_of_their_own() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("names");
+    fs::create_dir_all(&folder).unwrap();
+    let spec = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/user/shapes/my_model.toml");
+    let copy = folder.join("copy.toml");
+    fs::copy(&spec, &copy).unwrap();
+    let twice = Kernels::from_specs([&spec, &copy]).build_all().unwrap_err();
+    assert!(matches!(&twice, BuildError::SameName { name, .. } if name == "my_model"), "{twice}");
+    let none = Kernels::from_specs(Vec::<&Path>::new());
+    assert!(matches!(none.clone().build(), Err(BuildError::NoSpec)));
+    assert!(none.build_all().unwrap().is_empty());
+}

@@ -3,7 +3,7 @@
 //! The kernel asks [`Layout`] the same questions at run time; nothing here is given to it.
 
 use crate::launch::Tiles;
-use crate::layout::{HeadType, Layout};
+use crate::layout::{HeadType, Layout, RangeVisible};
 
 /// A query tile of one head, and the key tiles that it reads. All others are skipped.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,17 +71,51 @@ pub fn query_tiles(
     })
 }
 
-/// Counts the tiles of one head, with `valid_text` valid text tokens (at most T).
+/// The key tile that packed row `key` lies in when the query tile of packed row `query` reads it; `None` where it does not.
+pub fn key_tile(
+    layout: &Layout,
+    head: HeadType,
+    tiles: Tiles,
+    valid_text: u32,
+    query: u32,
+    key: u32,
+) -> Option<KeyTile> {
+    let rows = tiles.key_rows;
+    let range = layout.range_visible(head, query / tiles.query_rows * tiles.query_rows, tiles.query_rows, valid_text);
+    let keys = layout.key_tiles(range, rows);
+    let (start, count) = if key < keys.prefix_tiles * rows {
+        (0, keys.prefix_tiles)
+    } else {
+        (keys.body_start, keys.tiles - keys.prefix_tiles)
+    };
+    let index = key.checked_sub(start)? / rows;
+    let first_row = start + index * rows;
+    (index < count).then(|| KeyTile { first_row, rows, full: range.sees_all(first_row, rows) })
+}
+
+/// Counts the tiles of one head, with `valid_text` valid text tokens (at most T). Key tiles are counted without a look at each.
 pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u32) -> TileCounts {
     let all_keys = u64::from((valid_text + layout.video_tokens()).div_ceil(tiles.key_rows));
     let mut counts = TileCounts::default();
-    for tile in query_tiles(layout, head, tiles, valid_text) {
-        let visited = tile.key_tiles.len() as u64;
-        let full = tile.key_tiles.iter().filter(|key_tile| key_tile.full).count() as u64;
+    for first_row in (0..layout.sequence()).step_by(tiles.query_rows as usize) {
+        let range = layout.range_visible(head, first_row, tiles.query_rows, valid_text);
+        let keys = layout.key_tiles(range, tiles.key_rows);
+        let (visited, body_tiles) = (u64::from(keys.tiles), keys.tiles - keys.prefix_tiles);
+        let full = full_tiles(range, 0, keys.prefix_tiles, tiles.key_rows)
+            + full_tiles(range, keys.body_start, body_tiles, tiles.key_rows);
         counts.query_tiles += 1;
         counts.full += full;
         counts.edge += visited - full;
         counts.skipped += all_keys - visited;
     }
     counts
+}
+
+/// How many of `count` tiles of `rows` keys, one behind the other from packed row `first`, every row sees whole
+/// ([`RangeVisible::sees_all`]): those that end within the prefix, and a run of those that end within what all rows see.
+fn full_tiles(range: RangeVisible, first: u32, count: u32, rows: u32) -> u64 {
+    let end_within = |bound: u32| (bound.saturating_sub(first) / rows).min(count);
+    let least = if range.all_start <= range.prefix { 0 } else { range.all_start };
+    let (prefix, start) = (end_within(range.prefix), least.saturating_sub(first).div_ceil(rows));
+    u64::from(prefix + end_within(range.all_end).saturating_sub(start.max(prefix)))
 }

@@ -2,7 +2,7 @@
 
 use framestride_shapes::launch::Tiles;
 use framestride_shapes::layout::{ATOM_ROWS, HeadType, PAD_ROWS};
-use framestride_shapes::tiling::{count_tiles, query_tiles};
+use framestride_shapes::tiling::{TileCounts, count_tiles, key_tile, query_tiles};
 use proptest::prelude::*;
 
 use crate::{cases, heads, layouts_with_text, rule, shipped};
@@ -110,7 +110,32 @@ proptest! {
         prop_assert_eq!(counts.full + counts.edge + counts.skipped, counts.query_tiles * key_tiles);
         prop_assert_eq!(dense.visited(), u64::from(live.div_ceil(tiles.query_rows)) * key_tiles);
         prop_assert!(counts.visited() <= dense.visited());
-        let visited = query_tiles(&layout, head, tiles, valid_text).map(|tile| tile.key_tiles.len() as u64).sum::<u64>();
-        prop_assert_eq!(counts.visited(), visited);
+    }
+
+    /// Tiles are counted without a walk over them: here is the walk, with tiles of other sizes too.
+    #[test]
+    fn counts_are_those_of_a_walk(
+        (layout, valid_text) in layouts_with_text(),
+        head in heads(),
+        key_rows in key_rows(),
+        query_rows in prop::sample::select(vec![8, 64, 128, 192]),
+    ) {
+        let tiles = Tiles { query_rows, key_rows, stages: 2 };
+        let key_tiles = u64::from((valid_text + layout.video_tokens()).div_ceil(key_rows));
+        let mut walked = TileCounts::default();
+        for tile in query_tiles(&layout, head, tiles, valid_text) {
+            let (visited, full) = (tile.key_tiles.len() as u64, tile.key_tiles.iter().filter(|tile| tile.full).count() as u64);
+            walked.query_tiles += 1;
+            walked.full += full;
+            walked.edge += visited - full;
+            walked.skipped += key_tiles - visited;
+            for row in [tile.first_row, tile.first_row + tile.rows - 1] {
+                for key in 0..layout.packed_rows() {
+                    let holder = tile.key_tiles.iter().find(|tile| (tile.first_row..tile.first_row + tile.rows).contains(&key));
+                    prop_assert_eq!(key_tile(&layout, head, tiles, valid_text, row, key), holder.copied());
+                }
+            }
+        }
+        prop_assert_eq!(count_tiles(&layout, head, tiles, valid_text), walked);
     }
 }
