@@ -78,6 +78,12 @@ pub fn attention_kernels(input: TokenStream) -> TokenStream {
     attention_kernels::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
+/// Folder of this package, as it lay when this was compiled: what a constant is in other crates.
+#[proc_macro]
+pub fn folder(_: TokenStream) -> TokenStream {
+    proc_macro::TokenTree::from(proc_macro::Literal::string(env!("CARGO_MANIFEST_DIR"))).into()
+}
+
 #[cfg(test)]
 mod tests {
     //! What the macros write, as a person reads it. Review changes with `cargo insta review`.

@@ -6,20 +6,26 @@
 //! * [`attention`]: the sparse attention itself, on [`softmax`] and the generated [`cuda::mma::TileProducts`].
 //! * [`shape`]: what `attention_kernels!` states of a spec.
 //!
-//! The crate is empty unless it is compiled for `nvptx64-nvidia-cuda`.
-#![cfg_attr(target_arch = "nvptx64", no_std)]
-#![cfg(target_arch = "nvptx64")]
-#![feature(asm_experimental_arch, stmt_expr_attributes)]
+//! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate knows where its sources lie
+//! ([`SOURCES`]), for the builder that compiles them.
+#![cfg_attr(target_arch = "nvptx64", no_std, feature(asm_experimental_arch, stmt_expr_attributes))]
 #![warn(missing_docs)]
 // Every function that touches the device is unsafe as a whole; its contract is in its documentation.
 #![allow(unsafe_op_in_unsafe_fn)]
 
+#[cfg(target_arch = "nvptx64")]
 pub mod attention;
+#[cfg(target_arch = "nvptx64")]
 pub mod cuda;
+#[cfg(target_arch = "nvptx64")]
 pub mod element;
+#[cfg(target_arch = "nvptx64")]
 pub mod pack;
+#[cfg(target_arch = "nvptx64")]
 pub mod profile;
+#[cfg(target_arch = "nvptx64")]
 pub mod shape;
+#[cfg(target_arch = "nvptx64")]
 pub mod softmax;
 
 #[doc(hidden)]
@@ -39,6 +45,16 @@ macro_rules! tile_products {
     ($($tile:tt)*) => { $crate::macros::tile_products! { $crate; $($tile)* } };
 }
 
+/// Folders of the packages that kernels are compiled from, this one, the macros and the shapes, as they lay when this was compiled.
+/// cargo keeps packages beside each other or apart, as they come from a checkout, a registry or a vendor's folder.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const SOURCES: [(&str, &str); 3] = [
+    ("gpu-kernels", env!("CARGO_MANIFEST_DIR")),
+    ("codegen-macros", framestride_macros::folder!()),
+    ("shapes", framestride_shapes::FOLDER),
+];
+
+#[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     // Aborts at once: `immediate-abort` leaves nothing to say, and no path of these kernels leads here.

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! <cache>/builds/<key>/target/       cargo's target directory, shared by the generated crates (cargo locks it)
-//! <cache>/builds/<key>/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> the checkout
+//! <cache>/builds/<key>/source/       workspace of the kernels, the macros and the shapes
+//! <cache>/builds/<key>/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> ../source
 //! <cache>/builds/<key>/<name>.work/  IR, PTX and what they were made from; locked while a build uses it
 //! ```
 //!
@@ -24,6 +25,7 @@ use crate::BuildError;
 use crate::cargo;
 use crate::error::at;
 use crate::files::{create, link, write_atomically, write_if_new};
+use crate::sources::Sources;
 use crate::toolchain::Toolchain;
 
 /// A crate to compile, in its place in the cache.
@@ -53,8 +55,10 @@ pub(crate) struct Compiled {
 impl DeviceCrate {
     /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
     pub fn generate(name: &str, spec: &str, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
-        let source = source_folder()?;
-        let folder = build_folder(cache, toolchain, &source)?;
+        let sources = Sources::find()?;
+        let folder = build_folder(cache, toolchain, &sources.places())?;
+        let source = folder.join("source");
+        sources.assemble(&source)?;
         let (root, work) = (folder.join(name), folder.join(format!("{name}.work")));
         let lock = lock(&work)?;
         create(&root.join("src"))?;
@@ -66,10 +70,10 @@ impl DeviceCrate {
             .replace("SPEC", &root.join("spec.toml").display().to_string().escape_default().to_string())
             .replace("DIGEST", &digest([spec]));
         write_if_new(&root.join("src/lib.rs"), library.as_bytes())?;
-        let (own_lock, tested) = (root.join("Cargo.lock"), source.join("Cargo.lock"));
+        let own_lock = root.join("Cargo.lock");
         // A full disk may have cut off what cargo itself wrote.
         let whole = fs::read_to_string(&own_lock).is_ok_and(|text| text.parse::<toml::Table>().is_ok());
-        if !whole && tested.is_file() {
+        if let Some(tested) = sources.tested_versions().filter(|_| !whole) {
             // The versions that the checkout was tested with; cargo drops what the crate does not need.
             write_atomically(&own_lock, &fs::read(&tested).map_err(at("read", &tested))?)?;
         }
@@ -81,7 +85,7 @@ impl DeviceCrate {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let folder = build_folder(cache, toolchain, &root)?;
+        let folder = build_folder(cache, toolchain, &root.to_string_lossy())?;
         let name = package_name(&manifest, toolchain, &folder)?;
         let work = folder.join(format!("{name}.work"));
         let lock = lock(&work)?;
@@ -228,16 +232,6 @@ impl Messages {
     }
 }
 
-/// Folder of framestride's workspace, whose gpu-kernels, codegen-macros and shapes the generated crates use.
-pub(crate) fn source_folder() -> Result<PathBuf, BuildError> {
-    let named = std::env::var_os("FRAMESTRIDE_SOURCE").map(PathBuf::from);
-    let path = named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
-    match path.canonicalize() {
-        Ok(found) if found.join("gpu-kernels/Cargo.toml").is_file() => Ok(found),
-        _ => Err(BuildError::NoSource { path }),
-    }
-}
-
 /// The Cargo.toml of a crate named by its folder or by its Cargo.toml.
 pub(crate) fn manifest_of(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() }
@@ -263,13 +257,9 @@ fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result
         .ok_or_else(|| wrong("is no package: name the folder of the device crate itself".into()))
 }
 
-fn build_folder(cache: &Path, toolchain: &Toolchain, source: &Path) -> Result<PathBuf, BuildError> {
-    let key = digest([
-        env!("CARGO_PKG_VERSION"),
-        &toolchain.rustc_version,
-        &toolchain.sysroot.to_string_lossy(),
-        &source.to_string_lossy(),
-    ]);
+fn build_folder(cache: &Path, toolchain: &Toolchain, source: &str) -> Result<PathBuf, BuildError> {
+    let key =
+        digest([env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &toolchain.sysroot.to_string_lossy(), source]);
     let folder = cache.join("builds").join(&key[..16]);
     create(&folder)?;
     // Cargo reports canonical paths.

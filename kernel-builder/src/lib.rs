@@ -41,6 +41,7 @@ mod pipeline;
 pub mod ptx;
 pub mod ptxas;
 pub mod sass;
+mod sources;
 pub mod toolchain;
 
 use device_crate::DeviceCrate;

@@ -20,7 +20,7 @@ use std::process::Command;
 use serde::Serialize;
 
 use crate::BuildError;
-use crate::device_crate::source_folder;
+use crate::sources::Sources;
 
 /// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
 pub const MINIMUM_RUST: (u32, u32) = (1, 96);
@@ -350,7 +350,7 @@ impl Report {
             version: toolchain.as_ref().map(|toolchain| version(toolchain).to_string()),
             mend: toolchain.is_none().then(|| format!("{RUSTUP_INSTALL}   (or: {DEBIAN_INSTALL})")),
         };
-        let sources = source_folder();
+        let sources = Sources::find().map(|sources| sources.kernels().to_path_buf());
         let tools = CudaTools::find();
         let cuda = |tool, purpose, path: &Option<PathBuf>| Finding {
             tool,

@@ -32,6 +32,10 @@ pub mod tiling;
 #[cfg(feature = "std")]
 pub mod workspace;
 
+/// Folder of this package, as it lay when this was compiled.
+#[cfg(feature = "std")]
+pub const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+
 /// The shipped specs: name and TOML text, in the order of their names. They are the files of `shapes/models`.
 #[cfg(feature = "std")]
 pub const fn models() -> &'static [(&'static str, &'static str)] {
