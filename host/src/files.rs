@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 
-use framestride_shapes::spec::{Dtype, Pairs, Spec};
+use framestride_shapes::spec::{Dtype, Spec};
 use framestride_shapes::text::nearest;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -310,10 +310,7 @@ impl<'a> File<'a> {
         for (row, channels) in channels.chunks_exact(head_dim).enumerate() {
             for (a, b) in (0..half).map(|pair| paired(rope.pairs, pair, half)) {
                 if channels[a].to_bits() != channels[b].to_bits() {
-                    let pairs = match rope.pairs {
-                        Pairs::Interleaved => "interleaved",
-                        Pairs::Half => "half",
-                    };
+                    let pairs = rope.pairs.as_str();
                     return Err(Error::input(
                         self.subject(name),
                         format!("{} and {} for channels {a} and {b} of row {row}", channels[a], channels[b]),
