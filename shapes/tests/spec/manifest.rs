@@ -54,6 +54,18 @@ fn manifests_are_read_as_written() {
     assert_eq!(Manifest::parse("demo.json", &without.to_json()), Ok(without));
 }
 
+/// Numbers come back as they were, to the last bit: a manifest and a PTX that state one density agree.
+#[test]
+fn densities_are_read_to_the_last_bit() {
+    let mut manifest = manifest();
+    for density in (1..2000).map(|part| f64::from(part) / 1999.7).chain([0.910066574839302]) {
+        manifest.densities = Some(Densities { dense: 1.0, spatial: density, temporal: density.sqrt() });
+        let read = Manifest::parse("demo.json", &manifest.to_json()).expect("a manifest");
+        assert_eq!(read, manifest, "{density}");
+        assert_eq!(read.mismatch(&manifest.statement()), None, "{density}");
+    }
+}
+
 /// The PTX says what it was made for: whatever else a manifest says of the spec and of launches is found, and named.
 #[test]
 fn what_the_ptx_was_made_for() {
