@@ -101,27 +101,27 @@ fn gpu(path: &str) -> Result<(), Box<dyn Error>> {
 fn compare(path: &str) -> Result<bool, Box<dyn Error>> {
     let results = Results::from_bytes(&std::fs::read(path)?)?;
     println!("{}", results.device);
+    let all: Vec<Case> = Format::ALL.into_iter().flat_map(cases).collect();
+    results.check(&all)?;
     let emulated: Vec<Format> = Format::ALL.into_iter().filter(|format| format.emulated()).collect();
     let module = Module::parse("program.ptx", &program(&emulated))?;
     let mut agrees = true;
-    for format in Format::ALL {
-        if !format.emulated() {
-            println!("skip  {}: the emulator does not multiply it", format.name());
+    for case in &all {
+        if !case.format.emulated() {
+            println!("skip  {}: the emulator does not multiply this format", case.name);
             continue;
         }
-        for case in cases(format) {
-            let expected = results.of(&case)?;
-            let found = case.emulate(&module);
-            let differ: Vec<usize> = (0..found.len()).filter(|i| found[*i] != expected[*i]).collect();
-            let kind = if case.kept == Kept::Bits { "accumulators" } else { "words of digests" };
-            let mark = if differ.is_empty() { "ok  " } else { "DIFF" };
-            println!("{mark}  {}: {} of {} {kind} differ", case.name, differ.len(), found.len());
-            agrees &= differ.is_empty();
-            if let (Kept::Bits, Some(at)) = (case.kept, differ.first()) {
-                let (a, b, c) = case.operands(*at, 0);
-                println!("      GPU {:08x}, emulator {:08x} at {at}: C {c:08x}", expected[*at], found[*at]);
-                println!("      A {a:04x?}\n      B {b:04x?}");
-            }
+        let expected = results.of(case)?;
+        let found = case.emulate(&module);
+        let differ: Vec<usize> = (0..found.len()).filter(|i| found[*i] != expected[*i]).collect();
+        let kind = if case.kept == Kept::Bits { "accumulators" } else { "words of digests" };
+        let mark = if differ.is_empty() { "ok  " } else { "DIFF" };
+        println!("{mark}  {}: {} of {} {kind} differ", case.name, differ.len(), found.len());
+        agrees &= differ.is_empty();
+        if let (Kept::Bits, Some(at)) = (case.kept, differ.first()) {
+            let (a, b, c) = case.operands(*at, 0);
+            println!("      GPU {:08x}, emulator {:08x} at {at}: C {c:08x}", expected[*at], found[*at]);
+            println!("      A {a:04x?}\n      B {b:04x?}");
         }
     }
     Ok(agrees)

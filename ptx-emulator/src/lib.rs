@@ -90,6 +90,7 @@ mod wgmma;
 pub use fault::{Error, Fault, FaultKind};
 pub use memory::{Memory, MemoryError};
 pub use schedule::{Launch, Options};
+pub use tensor_core::LARGEST_CUT;
 
 use decode::Symbol;
 use isa::{Kernel, SHARED_BASE};

@@ -60,7 +60,7 @@ impl Format {
     }
 
     /// Bits of the nearest value, ties to even; beyond the range of e4m3, of its largest.
-    fn bits(self, value: f64) -> u32 {
+    pub fn bits(self, value: f64) -> u32 {
         match self {
             Format::Bf16 => bf16::from_f64(value).to_bits() as u32,
             Format::F16 => f16::from_f64(value).to_bits() as u32,
@@ -112,7 +112,7 @@ pub struct Case {
 
 impl Case {
     /// A case whose operands are functions of (tile, step, row or column, k), and C of (tile, row, column), all in bits.
-    fn new(
+    pub fn new(
         format: Format,
         name: &str,
         [tiles, stored]: [usize; 2],
@@ -222,6 +222,14 @@ impl Case {
                 let digests = groups.map(|group| digest(group.iter().flat_map(|word| word.to_le_bytes())));
                 digests.flat_map(|digest| [digest as u32, (digest >> 32) as u32]).collect()
             }
+        }
+    }
+
+    /// Number of words that [`Case::results`] gives.
+    fn words(&self) -> usize {
+        match self.kept {
+            Kept::Bits => self.c.len(),
+            Kept::Digests(tiles) => 2 * self.tiles.div_ceil(tiles),
         }
     }
 
@@ -643,7 +651,7 @@ fn questions(format: Format) -> Vec<Case> {
 }
 
 /// Sum of twelve uniform numbers less six: normal enough, and exact.
-fn normal(random: &mut Random) -> f64 {
+pub fn normal(random: &mut Random) -> f64 {
     (0..12).map(|_| (random.bits() >> 40) as f64 * exp2(-24)).sum::<f64>() - 6.0
 }
 
@@ -883,14 +891,31 @@ impl Results {
     /// Results of a case.
     ///
     /// # Errors
-    /// The file does not have the case, or has it with other operands.
+    /// The file does not have the case, or has it with other operands or another number of results.
     pub fn of(&self, case: &Case) -> Result<&[u32], String> {
-        let found = self.cases.iter().find(|(name, ..)| *name == case.name);
-        match found {
-            None => Err(format!("no results of {:?}: write the file anew with `wgmma_probe gpu`", case.name)),
-            Some((_, digest, results)) if *digest == case.digest() => Ok(results),
-            Some(_) => Err(format!("results of {:?} are of other operands: write the file anew", case.name)),
+        let wrong = |what: &str| Err(format!("{:?}: {what}: write the file anew with `wgmma_probe gpu`", case.name));
+        match self.cases.iter().find(|(name, ..)| *name == case.name) {
+            None => wrong("no results"),
+            Some((_, digest, _)) if *digest != case.digest() => wrong("the results are of other operands"),
+            Some((.., results)) if results.len() != case.words() => wrong("too few or too many results"),
+            Some((.., results)) => Ok(results),
         }
+    }
+
+    /// Checks that there are results of each of the cases, and of no others.
+    ///
+    /// # Errors
+    /// There are no cases, or the first case that is amiss.
+    pub fn check(&self, cases: &[Case]) -> Result<(), String> {
+        if self.cases.is_empty() {
+            return Err("there are no results".into());
+        }
+        for (name, ..) in &self.cases {
+            if !cases.iter().any(|case| case.name == *name) {
+                return Err(format!("{name:?}: results of an unknown case"));
+            }
+        }
+        cases.iter().try_for_each(|case| self.of(case).map(|_| ()))
     }
 
     /// A line of magic, one of the device, then for each case a line (words, digest, name) and its words, little end first.
