@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use crate::BuildError;
 use crate::cargo;
-use crate::error::at;
+use crate::error::{at, said};
 use crate::files::{create, link, write_atomically, write_if_new};
 use crate::sources::Sources;
 use crate::toolchain::Toolchain;
@@ -125,6 +125,7 @@ impl DeviceCrate {
             } else {
                 messages.errors.concat()
             };
+            let message = said(&message);
             return Err(BuildError::Compile { name: self.name.clone(), manifest: self.manifest.clone(), message });
         }
         let inputs = self.inputs(&messages.library, toolchain)?;
@@ -244,7 +245,7 @@ fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result
     let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
     let wrong = |problem: String| BuildError::Crate { path: manifest.to_path_buf(), problem };
     if !answer.status.success() {
-        return Err(wrong(format!("cargo cannot read it:\n{}", String::from_utf8_lossy(&answer.stderr).trim_end())));
+        return Err(wrong(format!("cargo cannot read it:\n{}", said(&String::from_utf8_lossy(&answer.stderr)))));
     }
     let metadata: serde_json::Value =
         serde_json::from_slice(&answer.stdout).map_err(|error| wrong(format!("cargo's metadata: {error}")))?;

@@ -4,12 +4,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use framestride_shapes::spec::SpecError;
+use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
 use crate::convergence::Parted;
 use crate::finish::FinishError;
 use crate::toolchain::ToolchainError;
 
-/// Why there is no PTX. The message names the file, says what was found, and how to mend it.
+/// Why there is no PTX. The message, of at most [`MESSAGE_BYTES`] and without control characters, names the file, says what was found, and how to mend it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
@@ -20,7 +21,11 @@ pub enum BuildError {
     #[error("there is no spec to build: name one")]
     NoSpec,
     /// Two specs whose files would have one name.
-    #[error("{first} and {second} are both named `{name}`, as their files would be: rename one of them")]
+    #[error(
+        "{} and {} are both named `{name}`, as their files would be: rename one of them",
+        plain(first, 300),
+        plain(second, 300)
+    )]
     SameName {
         /// The name.
         name: String,
@@ -33,13 +38,13 @@ pub enum BuildError {
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),
     /// An architecture that no kernels exist for.
-    #[error("there are no kernels for `{found}`: the architectures are {}", crate::Arch::names())]
+    #[error("there are no kernels for `{}`: the architectures are {}", plain(found, 100), crate::Arch::names())]
     UnknownArch {
         /// What was asked for.
         found: String,
     },
     /// The device crate does not compile.
-    #[error("{name}: the device crate {} does not compile:\n{}", manifest.display(), message.trim_end())]
+    #[error("{name}: the device crate {} does not compile:\n{}", shown(manifest), message.trim_end())]
     Compile {
         /// Name of the kernels.
         name: String,
@@ -57,7 +62,7 @@ pub enum BuildError {
         source: FinishError,
     },
     /// `opt`, `llc` or `ptxas` refused its input.
-    #[error("{name}: `{}` refused {}:\n{}", tool.display(), input.display(), message.trim_end())]
+    #[error("{name}: `{}` refused {}:\n{}", shown(tool), shown(input), message.trim_end())]
     Tool {
         /// Name of the kernels.
         name: String,
@@ -77,7 +82,10 @@ pub enum BuildError {
         mend: String,
     },
     /// The PTX lacks what the launch tables promise.
-    #[error("{name}: the PTX of entry `{entry}` {problem}; this compiler does something new: please report it with {}", ptx.display())]
+    #[error(
+        "{name}: the PTX of entry `{entry}` {problem}; this compiler does something new: please report it with {}",
+        shown(ptx)
+    )]
     Ptx {
         /// Name of the kernels.
         name: String,
@@ -89,7 +97,7 @@ pub enum BuildError {
         ptx: PathBuf,
     },
     /// An instruction for all lanes of a warp stands where they may be apart: on a GPU it would wait for ever, or give anything.
-    #[error("{name}: {parted}; the PTX is {}", ptx.display())]
+    #[error("{name}: {parted}; the PTX is {}", shown(ptx))]
     Convergence {
         /// Name of the kernels.
         name: String,
@@ -99,13 +107,20 @@ pub enum BuildError {
         ptx: PathBuf,
     },
     /// The sources of the device crates are not where this crate was built.
-    #[error("the device crate's sources are not at {}: set FRAMESTRIDE_SOURCE to a checkout of framestride", path.display())]
+    #[error(
+        "the device crate's sources are not at {}: set FRAMESTRIDE_SOURCE to a checkout of framestride",
+        shown(path)
+    )]
     NoSource {
         /// Where they were expected.
         path: PathBuf,
     },
     /// A configuration of cargo that no build can be kept from.
-    #[error("{} changes how every crate is compiled ({tables}): move it to the CARGO_HOME of those who need it", file.display())]
+    #[error(
+        "{} changes how every crate is compiled ({}): move it to the CARGO_HOME of those who need it",
+        shown(file),
+        plain(tables, 300)
+    )]
     RootConfiguration {
         /// The file.
         file: PathBuf,
@@ -113,7 +128,11 @@ pub enum BuildError {
         tables: String,
     },
     /// A folder for builds whose name cargo or rustc cannot take.
-    #[error("builds cannot be kept in {}: rustc splits its options at `,` and cargo lists of paths at `{}`; set FRAMESTRIDE_CACHE to a folder without either", folder.display(), crate::device_crate::PATH_SEPARATOR)]
+    #[error(
+        "builds cannot be kept in {}: rustc splits its options at `,` and cargo lists of paths at `{}`; set FRAMESTRIDE_CACHE to a folder without either",
+        shown(folder),
+        crate::device_crate::PATH_SEPARATOR
+    )]
     CacheName {
         /// The folder.
         folder: PathBuf,
@@ -122,7 +141,7 @@ pub enum BuildError {
     #[error("no folder to keep builds in: set FRAMESTRIDE_CACHE to one (or XDG_CACHE_HOME, or HOME)")]
     NoCache,
     /// A user's device crate that cannot be used.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {problem}", shown(path))]
     Crate {
         /// Its folder or Cargo.toml.
         path: PathBuf,
@@ -130,7 +149,7 @@ pub enum BuildError {
         problem: String,
     },
     /// A file or folder cannot be read, written or locked.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}", shown(path))]
     Io {
         /// What was tried: "write", "create", "start".
         action: &'static str,
@@ -140,11 +159,57 @@ pub enum BuildError {
         source: io::Error,
     },
     /// Several builds failed.
-    #[error("{} builds failed:\n{}", .0.len(), .0.iter().map(|error| error.to_string()).collect::<Vec<_>>().join("\n"))]
+    #[error("{} builds failed:\n{}", .0.len(), list(.0))]
     Several(Vec<BuildError>),
+}
+
+/// A path as messages show it.
+fn shown(path: &Path) -> String {
+    plain(&path.display().to_string(), 300).into_owned()
+}
+
+/// Several messages, each shorter the more there are.
+fn list(errors: &[BuildError]) -> String {
+    let most = ((MESSAGE_BYTES - 100) / errors.len().max(1)).max(64);
+    let texts: Vec<String> = errors.iter().map(|error| plain(&error.to_string(), most).into_owned()).collect();
+    plain(&texts.join("\n"), MESSAGE_BYTES - 100).into_owned()
+}
+
+/// What a compiler or a tool says, as far as a message goes.
+pub(crate) fn said(text: &str) -> String {
+    plain(text.trim_end(), MESSAGE_BYTES - 800).into_owned()
 }
 
 /// Gives an I/O error its file.
 pub(crate) fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> BuildError + 'a {
     move |source| BuildError::Io { action, path: path.to_path_buf(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_short_and_plain_whatever_they_name() {
+        let long = "\u{1b}[31m\u{7}é".repeat(1 << 20);
+        let path = PathBuf::from(format!("/{long}"));
+        let error = || BuildError::Compile { name: "a".into(), manifest: path.clone(), message: said(&long) };
+        let mut errors = vec![
+            error(),
+            BuildError::UnknownArch { found: long.clone() },
+            BuildError::SameName { name: "a".into(), first: long.clone(), second: long.clone() },
+            BuildError::Tool { name: "a".into(), tool: path.clone(), input: path.clone(), message: said(&long) },
+            BuildError::Crate { path: path.clone(), problem: said(&long) },
+            BuildError::NoSource { path: path.clone() },
+            BuildError::CacheName { folder: path.clone() },
+            BuildError::RootConfiguration { file: path.clone(), tables: long.clone() },
+            at("read", &path)(io::Error::other("no")),
+        ];
+        errors.push(BuildError::Several((0..100).map(|_| error()).collect()));
+        for error in errors {
+            let message = error.to_string();
+            assert!(message.len() <= MESSAGE_BYTES, "{} bytes of {:.80}", message.len(), message);
+            assert!(!message.chars().any(|c| c.is_control() && c != '\n'), "{message:.80?}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use framestride_shapes::manifest::{Kernel, Param, Ptxas};
 use serde::{Deserialize, Serialize};
 
 use crate::device_crate::{DeviceCrate, digest};
-use crate::error::at;
+use crate::error::{at, said};
 use crate::files::write_atomically;
 use crate::finish::{self, LaunchTable};
 use crate::toolchain::{self, CudaTools, Toolchain};
@@ -124,7 +124,7 @@ fn translate(
         name: device.name.clone(),
         tool: tool.into(),
         input: input.into(),
-        message: String::from_utf8_lossy(&answer.stderr).into_owned(),
+        message: said(&String::from_utf8_lossy(&answer.stderr)),
     })
 }
 

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use framestride_shapes::manifest::Ptxas;
 
-use crate::error::at;
+use crate::error::{at, said};
 use crate::{Arch, BuildError};
 
 /// Assembles `ptx` to `cubin` and reads the report of `ptxas -v`, by entry.
@@ -35,7 +35,7 @@ pub fn assemble(
             name: name.into(),
             tool: ptxas.into(),
             input: ptx.into(),
-            message: text.into_owned(),
+            message: said(&text),
         });
     }
     Ok(parse(&text))

@@ -11,7 +11,7 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
-use crate::error::at;
+use crate::error::{at, said};
 use crate::toolchain::{CudaTools, cuda_missing};
 use crate::{Arch, BuildError, ptxas};
 
@@ -77,7 +77,7 @@ impl Listing {
                 name: name.into(),
                 tool: disassembler.into(),
                 input: cubin,
-                message: String::from_utf8_lossy(&answer.stderr).into_owned(),
+                message: said(&String::from_utf8_lossy(&answer.stderr)),
             });
         }
         Ok(Listing::parse(&String::from_utf8_lossy(&answer.stdout)))

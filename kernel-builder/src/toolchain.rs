@@ -17,9 +17,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use framestride_shapes::text::plain;
 use serde::Serialize;
 
 use crate::BuildError;
+use crate::error::said;
 use crate::sources::Sources;
 
 /// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
@@ -93,7 +95,7 @@ fn list(rejected: &[Rejected]) -> String {
         return "looked at: nothing, no rustc was found at all".into();
     }
     let lines: Vec<String> = rejected.iter().map(|r| format!("    {}: {}", r.origin, r.reason)).collect();
-    format!("looked at:\n{}", lines.join("\n"))
+    format!("looked at:\n{}", said(&lines.join("\n")))
 }
 
 /// Finds the device compiler.
@@ -251,7 +253,7 @@ fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
         .map_err(|error| format!("`{}` does not start: {error}", tool.display()))?;
     if !answer.status.success() {
         let message = String::from_utf8_lossy(&answer.stderr);
-        return Err(format!("`{} {}` failed: {}", tool.display(), arguments.join(" "), message.trim()));
+        return Err(format!("`{} {}` failed: {}", tool.display(), arguments.join(" "), plain(message.trim(), 300)));
     }
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
