@@ -4,10 +4,10 @@
 //! between runs, so that `core` and the procedural macros are compiled once:
 //!
 //! ```text
-//! <cache>/builds/<key>/target/       cargo's target directory, shared by the generated crates (cargo locks it)
-//! <cache>/builds/<key>/source/       workspace of the kernels, the macros and the shapes
-//! <cache>/builds/<key>/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> ../source
-//! <cache>/builds/<key>/<name>.work/  IR, PTX and what they were made from; locked while a build uses it
+//! <cache>/builds/<key>/target/              cargo's target directory, shared by the generated crates (cargo locks it)
+//! <cache>/builds/<key>/source/              workspace of the kernels, the macros and the shapes
+//! <cache>/builds/<key>/crates/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> ../../source
+//! <cache>/builds/<key>/crates/<name>.work/  IR, PTX and what they were made from
 //! ```
 //!
 //! The key is a digest of the compiler's versions and of the sources' place. The sources are reached through the symbolic link
@@ -22,6 +22,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use crate::BuildError;
+use crate::cache::{self, CRATES};
 use crate::cargo;
 use crate::error::{at, said};
 use crate::files::{create, link, write_atomically, write_if_new};
@@ -38,8 +39,8 @@ pub(crate) struct DeviceCrate {
     folder: PathBuf,
     /// Folder of this crate's IR and PTX.
     pub work: PathBuf,
-    /// Held until the build is done.
-    _lock: File,
+    /// Held until the build is done: the key, and the crate.
+    _locks: [File; 2],
 }
 
 /// What the compiler made.
@@ -56,11 +57,10 @@ impl DeviceCrate {
     /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
     pub fn generate(name: &str, spec: &str, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
         let sources = Sources::find()?;
-        let folder = build_folder(cache, toolchain, &sources.places())?;
+        let (folder, key_lock) = build_folder(cache, toolchain, &sources.places())?;
         let source = folder.join("source");
         sources.assemble(&source)?;
-        let (root, work) = (folder.join(name), folder.join(format!("{name}.work")));
-        let lock = lock(&work)?;
+        let (root, work, lock) = crate_folders(&folder, name)?;
         create(&root.join("src"))?;
         link(&source, &root.join("source"))?;
         write_if_new(&root.join("spec.toml"), spec.as_bytes())?;
@@ -77,7 +77,7 @@ impl DeviceCrate {
             // The versions that the checkout was tested with; cargo drops what the crate does not need.
             write_atomically(&own_lock, &fs::read(&tested).map_err(at("read", &tested))?)?;
         }
-        Ok(DeviceCrate { name: name.into(), manifest, folder, work, _lock: lock })
+        Ok(DeviceCrate { name: name.into(), manifest, folder, work, _locks: [key_lock, lock] })
     }
 
     /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
@@ -85,11 +85,10 @@ impl DeviceCrate {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let folder = build_folder(cache, toolchain, &root.to_string_lossy())?;
+        let (folder, key_lock) = build_folder(cache, toolchain, &root.to_string_lossy())?;
         let name = package_name(&manifest, toolchain, &folder)?;
-        let work = folder.join(format!("{name}.work"));
-        let lock = lock(&work)?;
-        Ok(DeviceCrate { name, manifest, folder, work, _lock: lock })
+        let (_, work, lock) = crate_folders(&folder, &name)?;
+        Ok(DeviceCrate { name, manifest, folder, work, _locks: [key_lock, lock] })
     }
 
     /// Compiles the crate to LLVM IR. Nothing is compiled again that is still fresh.
@@ -258,26 +257,28 @@ fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result
         .ok_or_else(|| wrong("is no package: name the folder of the device crate itself".into()))
 }
 
-fn build_folder(cache: &Path, toolchain: &Toolchain, source: &str) -> Result<PathBuf, BuildError> {
+/// The folder of a key, and its lock.
+fn build_folder(cache: &Path, toolchain: &Toolchain, source: &str) -> Result<(PathBuf, File), BuildError> {
     let key =
         digest([env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &toolchain.sysroot.to_string_lossy(), source]);
     let folder = cache.join("builds").join(&key[..16]);
+    let lock = cache::hold(&folder, false)?;
     create(&folder)?;
     // Cargo reports canonical paths.
     let folder = folder.canonicalize().map_err(at("read", &folder))?;
     if folder.to_string_lossy().contains([',', PATH_SEPARATOR]) {
         return Err(BuildError::CacheName { folder });
     }
-    Ok(folder)
+    Ok((folder, lock))
 }
 
-/// Creates `work` and locks it until the file is dropped.
-fn lock(work: &Path) -> Result<File, BuildError> {
-    create(work)?;
-    let path = work.join("lock");
-    let file = File::create(&path).map_err(at("create", &path))?;
-    file.lock().map_err(at("lock", &path))?;
-    Ok(file)
+/// Folder of a generated crate, folder of its IR and PTX, which is created, and the lock of both.
+fn crate_folders(folder: &Path, name: &str) -> Result<(PathBuf, PathBuf, File), BuildError> {
+    let root = folder.join(CRATES).join(name);
+    let lock = cache::hold(&root, true)?;
+    let work = root.with_extension("work");
+    create(&work)?;
+    Ok((root, work, lock))
 }
 
 /// SHA-256 of texts, each ended by a zero byte, in lower-case hexadecimal.

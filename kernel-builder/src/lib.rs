@@ -31,6 +31,7 @@ pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
 use framestride_shapes::spec::{Spec, read_file};
 
+mod cache;
 mod cargo;
 pub mod convergence;
 mod device_crate;
@@ -200,7 +201,8 @@ impl Kernels {
         self
     }
 
-    /// Keeps builds in this folder instead of [`toolchain::cache_folder`].
+    /// Keeps builds in this folder instead of [`toolchain::cache_folder`]. Of more than 4 GiB, those that were used least lately are
+    /// removed.
     pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> Kernels {
         self.cache = Some(folder.into());
         self
@@ -235,7 +237,7 @@ impl Kernels {
         let jobs = collect(self.sources.iter().map(Job::check))?;
         self.check_names(&jobs)?;
         let toolchain = toolchain::find()?;
-        let cache = self.cache.clone().or_else(toolchain::cache_folder).ok_or(BuildError::NoCache)?;
+        let cache_folder = self.cache.clone().or_else(toolchain::cache_folder).ok_or(BuildError::NoCache)?;
         if let Some(folder) = &out_dir {
             std::fs::create_dir_all(folder).map_err(at("create", folder))?;
         }
@@ -248,7 +250,7 @@ impl Kernels {
                     while let index = next.fetch_add(1, Ordering::Relaxed)
                         && let Some(job) = jobs.get(index)
                     {
-                        let built = self.build_one(job, &toolchain, &cache, out_dir.as_deref());
+                        let built = self.build_one(job, &toolchain, &cache_folder, out_dir.as_deref());
                         if let Ok(mut place) = results[index].lock() {
                             *place = Some(built);
                         }
@@ -256,6 +258,7 @@ impl Kernels {
                 });
             }
         });
+        cache::prune(&cache_folder);
         let built = collect(results.into_iter().filter_map(|place| place.into_inner().ok().flatten()))?;
         if let Some(script) = &script {
             script.watch_inputs(&built);

@@ -53,6 +53,10 @@ impl Assembled {
                 translate(device, &toolchain.opt, &opt_flags, &finished_ir, &optimised)?;
                 translate(device, &toolchain.llc, &llc_flags, &optimised, &ptx)?;
                 let text = fs::read_to_string(&ptx).map_err(at("read", &ptx))?;
+                // A look at them is worth their megabytes only when something is wrong.
+                for file in [finished_ir, optimised] {
+                    fs::remove_file(&file).map_err(at("remove", &file))?;
+                }
                 Assembled { made_from, tables: finished.tables, spec: finished.spec, ptx: text, ptxas: None }
             }
         };

@@ -171,3 +171,14 @@ fn specs_need_names_of_their_own() {
     assert!(matches!(none.clone().build(), Err(BuildError::NoSpec)));
     assert!(none.build_all().unwrap().is_empty());
 }
+
+#[test]
+fn a_cache_that_cargo_cannot_name_is_refused() {
+    let (_guard, folder) = device(str::to_string);
+    for name in ["a,b", if cfg!(windows) { "a;b" } else { "a:b" }] {
+        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let error = Kernels::from_crate(&folder).cache_dir(&cache).build().unwrap_err();
+        assert!(matches!(error, BuildError::CacheName { .. }), "{error}");
+        assert!(error.to_string().contains(name) && error.to_string().contains("FRAMESTRIDE_CACHE"), "{error}");
+    }
+}
