@@ -102,7 +102,7 @@ pub enum BuildError {
         /// Name of the kernels.
         name: String,
         /// The instruction, and what parts the lanes.
-        parted: Parted,
+        parted: Box<Parted>,
         /// The PTX, kept for a look.
         ptx: PathBuf,
     },

@@ -164,7 +164,7 @@ fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable]) -> Result<(),
         }
     }
     match convergence::parted(text).into_iter().next() {
-        Some(parted) => Err(BuildError::Convergence { name: device.name.clone(), parted, ptx: path }),
+        Some(parted) => Err(BuildError::Convergence { name: device.name.clone(), parted: Box::new(parted), ptx: path }),
         None => Ok(()),
     }
 }
