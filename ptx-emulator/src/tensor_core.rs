@@ -227,7 +227,8 @@ mod avx2 {
     }
 }
 
-/// `d += a b` in the registers of one warp: 16 rows, as many groups of 8 columns as `b` has, four registers each.
+/// `d += a b` in the registers of one warp: 16 rows, as many groups of 8 columns as `b` has, four registers each. A CPU without
+/// AVX2 runs the definition, which takes about twenty times as long.
 pub(crate) fn multiply(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
