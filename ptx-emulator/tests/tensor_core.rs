@@ -9,9 +9,13 @@ mod tensor_core;
 
 use common::Random;
 use ptx_emulator::{LARGEST_CUT, Module};
+use std::sync::LazyLock;
 use tensor_core::{COLUMNS, Case, Format, Kept, LONG, Results, cases, normal, program};
 
 const FORMATS: [Format; 2] = [Format::Bf16, Format::F16];
+
+/// Every case of every format.
+static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| Format::ALL.into_iter().flat_map(cases).collect());
 
 fn module() -> Module {
     common::module(&program(&FORMATS))
@@ -75,7 +79,7 @@ fn value(format: Format, bits: u32) -> f64 {
 fn sums_differ_from_exact_ones_by_what_is_cut() {
     let module = module();
     for format in FORMATS {
-        for case in cases(format).into_iter().filter(|case| case.steps == 1 && case.kept == Kept::Bits) {
+        for case in CASES.iter().filter(|case| case.format == format && case.steps == 1 && case.kept == Kept::Bits) {
             // A subnormal factor has a larger exponent than its value says, and the others lose more beside it.
             if !case.name.contains("random") || case.name.contains("subnormal") {
                 continue;
@@ -110,10 +114,9 @@ fn stored() -> Results {
 #[test]
 fn every_bit_is_what_a_gpu_computed() {
     let results = stored();
-    let all: Vec<Case> = Format::ALL.into_iter().flat_map(cases).collect();
-    results.check(&all).unwrap_or_else(|error| panic!("{error}"));
+    results.check(&CASES).unwrap_or_else(|error| panic!("{error}"));
     let module = module();
-    let (emulated, others): (Vec<&Case>, Vec<&Case>) = all.iter().partition(|case| case.format.emulated());
+    let (emulated, others): (Vec<&Case>, Vec<&Case>) = CASES.iter().partition(|case| case.format.emulated());
     for case in &emulated {
         let (found, expected) = (case.emulate(&module), results.of(case).expect("was checked"));
         let differ = (0..found.len()).filter(|i| found[*i] != expected[*i]).count();
@@ -168,11 +171,11 @@ fn a_gpu_sums_many_keys_to_less_by_half_of_the_largest_cuts_at_most() {
     let results = stored();
     for format in FORMATS {
         let name = format!("{}: {LONG}", format.name());
-        let case = cases(format).into_iter().find(|case| case.name == name).expect("the case");
-        let found = results.of(&case).expect("results");
+        let case = CASES.iter().find(|case| case.name == name).expect("the case");
+        let found = results.of(case).expect("results");
         // Column 2 has values near 1 of as many bits as the format has; in column 0 all are 1, and fewer bits are cut off.
         for row in 0..2 {
-            let [[ones, half], [others, _]] = [0, 2].map(|column| shortfall(&case, found, row * COLUMNS + column));
+            let [[ones, half], [others, _]] = [0, 2].map(|column| shortfall(case, found, row * COLUMNS + column));
             assert!(2e-4 < ones && ones < others && others < half, "{name}, row {row}: {ones:e}, {others:e}, {half:e}");
         }
     }
