@@ -219,7 +219,7 @@ mod tests {
             }
             let spec = Spec::parse(name, text).expect("a shipped spec");
             for head in HeadType::ALL {
-                let tiling = Tiling::new(&spec, head);
+                let tiling = Tiling { spec: &spec, head };
                 for query in (0..spec.layout.sequence()).step_by(7) {
                     let visible = spec.layout.visible(head, query, spec.layout.text_tokens);
                     for key in 0..spec.layout.sequence() {
