@@ -255,8 +255,8 @@ impl<'a> Block<'a> {
             fenced_by: 0,
             whose,
             first_time,
-            arriving: Clock::new(),
-            released: Clock::new(),
+            arriving: Clock::default(),
+            released: Clock::default(),
             arrivals: Marks::default(),
             last_arrivals: Marks::default(),
             uses: Marks::default(),
@@ -372,8 +372,7 @@ impl<'a> Block<'a> {
             barrier.phase += 1;
             barrier.pending = barrier.expected;
             let time = barrier.time();
-            barrier.arriving.resize(barrier.arriving.len().max(barrier.whose + 1), 0);
-            barrier.arriving[barrier.whose] = time;
+            barrier.arriving.set_phases(barrier.whose, time);
             barrier.released.clone_from(&barrier.arriving);
             barrier.last_arrivals = std::mem::take(&mut barrier.arrivals);
             self.preempt = self.hands_over;

@@ -53,9 +53,10 @@
 //! - An mbarrier is used by those who are ordered after its initialisation, and invalidated after all uses. An arrival, at an mbarrier or
 //!   a named barrier, must be ordered after all arrivals of the phase before: else it might as well have counted there.
 //!
-//! **Lanes** of a warp are taken to go in step, and what one has done is before what any does next. Only what they have waited for is
-//! kept apart: a lane knows what a barrier told another when both have met at `bar.warp.sync`, a shuffle, vote, match or reduction, or
-//! an aligned instruction.
+//! **Lanes** of a warp meet at `bar.warp.sync`, a shuffle, vote, match or reduction, a barrier or another aligned instruction; that
+//! some do not come is allowed. Until they meet, what one stores is not ordered before what another reads or writes, nor before an
+//! arrival of another; and what one has waited for the others do not know. Stores of several lanes by one instruction to the same
+//! bytes are no race. Of reads by several lanes to the same 16 bytes it is only known that they were.
 //!
 //! # How it is built
 //!
@@ -66,9 +67,9 @@
 //! # What it does not know
 //!
 //! Clusters of more than one block, tensor maps, textures, calls, device-side launches, `wgmma` other than f32 += bf16 or f16.
-//! Weak memory orders are not explored: each access takes effect when it is executed. Races are not looked for in global memory, nor
-//! between lanes of a warp, nor between stores and later copies to the same place (the proxy fence that a GPU wants there). Orders
-//! change between instructions, not within; groups of lanes that went different ways take turns by their place in the text.
+//! Weak memory orders are not explored: each access takes effect when it is executed. Races are not looked for in global memory, and
+//! no proxy fence is asked for between a store and a later copy to the same place. Orders change between instructions, not within;
+//! groups of lanes that went different ways take turns by their place in the text.
 
 #![warn(missing_docs)]
 

@@ -12,15 +12,40 @@ use crate::fault::{FaultKind, Step, Trouble};
 use crate::shared;
 use std::collections::HashMap;
 
-/// Times by index: own times of the warps, times up to which stores of the warps are fenced, phases of mbarriers.
-pub(crate) type Clock = Vec<u32>;
+/// What is known.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Clock {
+    /// Times by index: of each warp the time up to which it is known, the time up to which its stores are fenced, and the time up to
+    /// which some lanes are known; then the phases of mbarriers.
+    times: Vec<u32>,
+    /// Those lanes, by warp.
+    lanes: Vec<u32>,
+}
 
-/// Takes the later of both times everywhere.
-pub(crate) fn join(clock: &mut Clock, other: &Clock) {
-    if clock.len() < other.len() {
-        clock.resize(other.len(), 0);
+impl Clock {
+    /// That of `warps` warps and no mbarrier, which knows nothing.
+    fn new(warps: usize) -> Clock {
+        Clock { times: vec![0; 3 * warps], lanes: vec![0; warps] }
     }
-    clock.iter_mut().zip(other).for_each(|(time, other)| *time = (*time).max(*other));
+
+    /// Knows what another does, too.
+    fn join(&mut self, other: &Clock) {
+        self.times.resize(self.times.len().max(other.times.len()), 0);
+        self.lanes.resize(self.lanes.len().max(other.lanes.len()), 0);
+        self.times.iter_mut().zip(&other.times).for_each(|(time, other)| *time = (*time).max(*other));
+        self.lanes.iter_mut().zip(&other.lanes).for_each(|(lanes, other)| *lanes |= other);
+    }
+
+    /// Knows an mbarrier's phases, too.
+    pub fn set_phases(&mut self, whose: usize, time: u32) {
+        self.times.resize(self.times.len().max(whose + 1), 0);
+        self.times[whose] = time;
+    }
+
+    pub fn clear(&mut self) {
+        self.times.clear();
+        self.lanes.clear();
+    }
 }
 
 /// Who does something, and where; no lane where the whole warp does.
@@ -39,8 +64,9 @@ struct Known {
 
 /// The clocks of a block's warps.
 pub(crate) struct Clocks {
-    /// Own time of each warp: one for all lanes, which are taken to go in step.
+    /// Own time of each warp, one for all lanes, and when they last met.
     now: Vec<u32>,
+    met: Vec<u32>,
     /// What the lanes of each warp know of others: of one mind, until some wait for a barrier without the rest.
     known: Vec<Vec<Known>>,
     /// Index of each mbarrier that ever was, by offset, and phases completed before it was last initialised.
@@ -49,7 +75,8 @@ pub(crate) struct Clocks {
 
 impl Clocks {
     pub fn new(warps: usize) -> Clocks {
-        Clocks { now: vec![0; warps], known: (0..warps).map(|_| Vec::new()).collect(), mbarriers: HashMap::new() }
+        let known = (0..warps).map(|_| Vec::new()).collect();
+        Clocks { now: vec![0; warps], met: vec![0; warps], known, mbarriers: HashMap::new() }
     }
 
     /// As new, for the next block.
@@ -58,16 +85,10 @@ impl Clocks {
         self.mbarriers.clear();
         // Time 0 is before everything.
         self.now.fill(1);
+        self.met.fill(0);
         for known in &mut self.known {
-            known.truncate(1);
-            match known.first_mut() {
-                Some(known) => {
-                    known.lanes = u32::MAX;
-                    known.clock.clear();
-                    known.clock.resize(2 * warps, 0);
-                }
-                None => known.push(Known { lanes: u32::MAX, clock: vec![0; 2 * warps] }),
-            }
+            known.clear();
+            known.push(Known { lanes: u32::MAX, clock: Clock::new(warps) });
         }
     }
 
@@ -82,10 +103,32 @@ impl Clocks {
         }
     }
 
-    /// Whether what happened at a time of `whose` is ordered before what `by` does now.
+    /// Whether what a warp did at a time is ordered before what `by` does now, whichever of its lanes did it.
     #[inline]
-    pub fn knows(&self, by: By, whose: usize, time: u32) -> bool {
-        whose == by.warp || self.clock(by)[whose] >= time
+    pub fn knows(&self, by: By, warp: usize, time: u32) -> bool {
+        let times = &self.clock(by).times;
+        warp == by.warp || times[warp] >= time || times[2 * self.now.len() + warp] >= time
+    }
+
+    /// Whether an access is ordered before what `by` does now.
+    #[inline]
+    fn knows_access(&self, by: By, access: &Access) -> bool {
+        let (whose, clock) = (access.whose as usize, self.clock(by));
+        clock.times[whose] >= access.time || whose < self.now.len() && self.knows_lane(by, access, clock)
+    }
+
+    /// [`Clocks::knows_access`] of one that not all lanes of its warp have met after, as far as `by` knows.
+    #[inline]
+    fn knows_lane(&self, by: By, access: &Access, clock: &Clock) -> bool {
+        let warp = access.whose as usize;
+        let one = access.lane == SEVERAL_LANES || clock.lanes[warp] >> access.lane & 1 == 1;
+        // Lanes that do the same together do not race: one of them is the last.
+        warp == by.warp
+            && (access.time <= self.met[warp]
+                || access.lane == SEVERAL_LANES
+                || by.lane.is_none_or(|lane| lane == access.lane as usize)
+                || access.statement == by.statement)
+            || clock.times[2 * self.now.len() + warp] >= access.time && one
     }
 
     /// Own time of a warp.
@@ -96,14 +139,17 @@ impl Clocks {
 
     /// Leaves all that `by` knows; what its warp does next is later.
     pub fn release(&mut self, by: By, to: &mut Clock) {
-        join(to, self.clock(by));
-        to[by.warp] = self.now[by.warp];
-        self.now[by.warp] += 1;
+        let (warp, warps) = (by.warp, self.now.len());
+        to.join(self.clock(by));
+        to.times[warp] = to.times[warp].max(self.met[warp]);
+        to.times[2 * warps + warp] = self.now[warp];
+        to.lanes[warp] |= by.lane.map_or(u32::MAX, |lane| 1 << lane);
+        self.now[warp] += 1;
     }
 
     /// Leaves what `by` knows of others.
     pub fn tell(&self, by: By, to: &mut Clock) {
-        join(to, self.clock(by));
+        to.join(self.clock(by));
     }
 
     /// Tells some lanes of a warp what a barrier has gathered.
@@ -119,13 +165,15 @@ impl Clocks {
                 known.push(Known { lanes: rest, clock });
                 known[i].lanes &= lanes;
             }
-            join(&mut known[i].clock, from);
+            known[i].clock.join(from);
         }
     }
 
-    /// Lanes of a warp meet: each then knows what any knows.
+    /// Lanes of a warp meet: each then knows what any has done and knows.
     #[inline]
     pub fn meet(&mut self, warp: usize, lanes: u32) {
+        self.met[warp] = self.now[warp];
+        self.now[warp] += 1;
         if self.known[warp].len() > 1 {
             self.gather(warp, lanes);
         }
@@ -133,10 +181,10 @@ impl Clocks {
 
     #[cold]
     fn gather(&mut self, warp: usize, lanes: u32) {
-        let mut all = Known { lanes, clock: Clock::new() };
+        let mut all = Known { lanes, clock: Clock::new(self.now.len()) };
         for known in &mut self.known[warp] {
             if known.lanes & lanes != 0 {
-                join(&mut all.clock, &known.clock);
+                all.clock.join(&known.clock);
                 known.lanes &= !lanes;
             }
         }
@@ -148,10 +196,11 @@ impl Clocks {
     pub fn fence(&mut self, warp: usize, lanes: u32) {
         let warps = self.now.len();
         for known in self.known[warp].iter_mut().filter(|known| known.lanes & lanes != 0) {
+            let times = &mut known.clock.times;
             for other in 0..warps {
-                known.clock[warps + other] = known.clock[warps + other].max(known.clock[other]);
+                times[warps + other] = times[warps + other].max(times[other]).max(times[2 * warps + other]);
             }
-            known.clock[warps + warp] = self.now[warp];
+            times[warps + warp] = self.now[warp];
         }
         self.now[warp] += 1;
     }
@@ -159,15 +208,15 @@ impl Clocks {
     /// Whether a store of a warp is fenced, as far as `by` knows; copies need no fence.
     #[inline]
     fn fenced(&self, by: By, whose: usize, time: u32) -> bool {
-        whose >= self.now.len() || self.clock(by)[self.now.len() + whose] >= time
+        whose >= self.now.len() || self.clock(by).times[self.now.len() + whose] >= time
     }
 
     /// Index and first time of an mbarrier that is initialised at an offset.
     pub fn mbarrier(&mut self, offset: usize) -> (usize, u32) {
-        let next = 2 * self.now.len() + self.mbarriers.len();
+        let next = 3 * self.now.len() + self.mbarriers.len();
         let found = *self.mbarriers.entry(offset).or_insert((next, 0));
         if found.0 == next {
-            self.known.iter_mut().flatten().for_each(|known| known.clock.resize(next + 1, 0));
+            self.known.iter_mut().flatten().for_each(|known| known.clock.times.resize(next + 1, 0));
         }
         found
     }
@@ -209,15 +258,32 @@ pub(crate) struct Access {
     time: u32,
     statement: u32,
     warp: u8,
+    lane: u8,
 }
+
+/// The lane of an access by more than one.
+const SEVERAL_LANES: u8 = 32;
 
 impl Access {
     fn new(whose: usize, time: u32, by: By) -> Access {
-        Access { whose: whose as u16, mask: 0, time, statement: by.statement, warp: by.warp as u8 }
+        let lane = by.lane.map_or(SEVERAL_LANES, |lane| lane as u8);
+        Access { whose: whose as u16, mask: 0, time, statement: by.statement, warp: by.warp as u8, lane }
     }
 
     fn same(&self, other: &Access) -> bool {
         (self.whose, self.time, self.statement) == (other.whose, other.time, other.statement)
+    }
+
+    /// Becomes that of another's bytes too, if the two differ in nothing else, or (unless `by_lane`) in their lanes.
+    fn takes(&mut self, other: &Access, by_lane: bool) -> bool {
+        let takes = self.same(other) && (self.lane == other.lane || !by_lane);
+        if takes {
+            self.mask |= other.mask;
+            if self.lane != other.lane {
+                self.lane = SEVERAL_LANES;
+            }
+        }
+        takes
     }
 
     fn by(&self) -> By {
@@ -225,20 +291,21 @@ impl Access {
     }
 }
 
-/// The last accesses of a kind to each 16 bytes: mostly one or two, and as many as differ.
-struct Track {
-    /// The second is used after the first, `more` after both.
-    last: Vec<[Access; 2]>,
+/// The last accesses of a kind to each 16 bytes: N at hand, in the first places, and as many more as differ.
+struct Track<const N: usize> {
+    last: Vec<[Access; N]>,
     more: HashMap<usize, Vec<Access>>,
+    /// Whether accesses of several lanes are told apart.
+    by_lane: bool,
 }
 
-impl Track {
-    fn new(chunks: usize) -> Track {
-        Track { last: vec![Default::default(); chunks], more: HashMap::new() }
+impl<const N: usize> Track<N> {
+    fn new(chunks: usize, by_lane: bool) -> Track<N> {
+        Track { last: vec![[Access::default(); N]; chunks], more: HashMap::new(), by_lane }
     }
 
     fn reset(&mut self) {
-        self.last.fill(Default::default());
+        self.last.fill([Access::default(); N]);
         self.more.clear();
     }
 
@@ -247,8 +314,8 @@ impl Track {
     fn find(&self, chunk: usize, mask: u16, mut find: impl FnMut(&Access) -> bool) -> Option<Access> {
         let last = &self.last[chunk];
         let mut found = |access: &&Access| access.mask & mask != 0 && find(access);
-        let first = last.iter().find(&mut found);
-        if first.is_some() || last[1].mask == 0 || self.more.is_empty() {
+        let first = last.iter().take_while(|access| access.mask != 0).find(&mut found);
+        if first.is_some() || last[N - 1].mask == 0 || self.more.is_empty() {
             return first.copied();
         }
         self.more.get(&chunk)?.iter().find(&mut found).copied()
@@ -258,42 +325,49 @@ impl Track {
     #[inline]
     fn update(&mut self, chunk: usize, change: impl Fn(&mut Access), new: Access) {
         let last = &mut self.last[chunk];
-        if last[1].mask != 0 {
+        if last[N - 1].mask != 0 {
             return self.update_many(chunk, change, new);
         }
-        change(&mut last[0]);
-        if last[0].mask == 0 {
-            last[0] = new;
-        } else if last[0].same(&new) {
-            last[0].mask |= new.mask;
-        } else {
-            last[1] = new;
+        let mut kept = 0;
+        for i in 0..N {
+            let mut access = std::mem::take(&mut last[i]);
+            if access.mask == 0 {
+                break;
+            }
+            change(&mut access);
+            if access.mask != 0 {
+                last[kept] = access;
+                kept += 1;
+            }
+        }
+        if !last[..kept].iter_mut().any(|access| access.takes(&new, self.by_lane)) {
+            last[kept] = new;
         }
     }
 
     #[cold]
     fn update_many(&mut self, chunk: usize, change: impl Fn(&mut Access), new: Access) {
-        let mut all = self.more.remove(&chunk).unwrap_or_default();
-        all.extend(self.last[chunk]);
+        let mut all = self.last[chunk].to_vec();
+        all.append(&mut self.more.remove(&chunk).unwrap_or_default());
         all.iter_mut().for_each(change);
-        match all.iter_mut().find(|access| access.mask != 0 && access.same(&new)) {
-            Some(access) => access.mask |= new.mask,
-            None => all.push(new),
-        }
         all.retain(|access| access.mask != 0);
-        self.last[chunk] = [all.pop().unwrap_or_default(), all.pop().unwrap_or_default()];
-        if !all.is_empty() {
-            self.more.insert(chunk, all);
+        if !all.iter_mut().any(|access| access.takes(&new, self.by_lane)) && new.mask != 0 {
+            all.push(new);
+        }
+        self.last[chunk] = std::array::from_fn(|i| all.get(i).copied().unwrap_or_default());
+        if all.len() > N {
+            self.more.insert(chunk, all.split_off(N));
         }
     }
 
     /// Sets the only access to all bytes of a chunk, or none.
     #[inline]
     fn set(&mut self, chunk: usize, access: Access) {
-        if self.last[chunk][1].mask != 0 {
+        if self.last[chunk][N - 1].mask != 0 {
             self.more.remove(&chunk);
         }
-        self.last[chunk] = [access, Access::default()];
+        self.last[chunk] = [Access::default(); N];
+        self.last[chunk][0] = access;
     }
 }
 
@@ -309,13 +383,13 @@ fn chunks(offset: usize, bytes: usize) -> impl Iterator<Item = (usize, u16)> {
 
 /// Who read and wrote the bytes of shared memory last.
 pub(crate) struct Accesses {
-    writes: Track,
-    reads: Track,
+    writes: Track<4>,
+    reads: Track<2>,
 }
 
 impl Accesses {
     pub fn new(bytes: usize) -> Accesses {
-        Accesses { writes: Track::new(bytes / 16), reads: Track::new(bytes / 16) }
+        Accesses { writes: Track::new(bytes / 16, true), reads: Track::new(bytes / 16, false) }
     }
 
     pub fn reset(&mut self) {
@@ -327,7 +401,7 @@ impl Accesses {
     #[inline]
     pub fn read(&mut self, clocks: &Clocks, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         for (chunk, mask) in chunks(offset, bytes) {
-            let unknown = |write: &Access| !clocks.knows(by, write.whose as usize, write.time);
+            let unknown = |write: &Access| !clocks.knows_access(by, write);
             if let Some(write) = self.writes.find(chunk, mask, unknown) {
                 return Err(unordered(write, "written", offset, bytes, by, doing));
             }
@@ -343,7 +417,7 @@ impl Accesses {
         for (chunk, mask) in chunks(offset, bytes) {
             // Whoever is ordered after this read is ordered after those that it knows.
             let superseded = |old: &mut Access| {
-                if old.mask & !mask == 0 && clocks.knows(by, old.whose as usize, old.time) {
+                if old.mask & !mask == 0 && clocks.knows_access(by, old) {
                     old.mask = 0;
                 }
             };
@@ -356,7 +430,7 @@ impl Accesses {
     #[inline]
     pub fn check_write(&self, clocks: &Clocks, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         for (chunk, mask) in chunks(offset, bytes) {
-            let unknown = |old: &Access| !clocks.knows(by, old.whose as usize, old.time);
+            let unknown = |old: &Access| !clocks.knows_access(by, old);
             if let Some(write) = self.writes.find(chunk, mask, unknown) {
                 return Err(unordered(write, "written", offset, bytes, by, doing));
             }
@@ -405,7 +479,7 @@ impl Accesses {
 /// Checks that what a warp starts in the asynchronous proxy may read what `writers` wrote.
 pub(crate) fn check_proxy_read(clocks: &Clocks, writers: &[Access], by: By, doing: impl Fn() -> String) -> Step {
     for write in writers {
-        if !clocks.knows(by, write.whose as usize, write.time) {
+        if !clocks.knows_access(by, write) {
             let what = format!("{}: no barrier orders it after it was written by", doing());
             return Err(Trouble::new(FaultKind::Race, what).other(write.by()));
         }

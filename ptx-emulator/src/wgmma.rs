@@ -462,8 +462,9 @@ fn look_up<T>(
     }
     let range = operand.range(shared, name)?;
     let mut writers = Vec::new();
+    let text = doing();
     for at in operand.chunks() {
-        shared.readable_by_proxy(at - SHARED_BASE as usize, 16, by, &doing(), &mut writers)?;
+        shared.readable_by_proxy(at - SHARED_BASE as usize, 16, by, &text, &mut writers)?;
     }
     let decoded = Rc::new(Decoded { values: decode(&operand), range, version: version(range), writers });
     if known.len() >= KEPT {

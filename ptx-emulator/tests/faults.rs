@@ -105,7 +105,7 @@ fn uninitialised_shared_memory() {
     one_warp("ld.shared.u32 %r3, [%r2];", Kind, &["read of 4 bytes at shared 0x400: byte 0x400 was never written"]);
     // 16 of 32 lanes have written; the seventeenth is the first to read what nobody wrote.
     one_warp(
-        "mad.lo.u32 %r3, %r1, 2, %r2; mov.b16 %h1, 3; st.shared.b16 [%r3], %h1; mad.lo.u32 %r3, %r1, 4, %r2; ld.shared.u32 %r4, [%r3];",
+        "mad.lo.u32 %r3, %r1, 2, %r2; mov.b16 %h1, 3; st.shared.b16 [%r3], %h1; bar.warp.sync -1; mad.lo.u32 %r3, %r1, 4, %r2; ld.shared.u32 %r4, [%r3];",
         Kind,
         &["lane 16", "byte 0x440"],
     );

@@ -339,6 +339,43 @@ fn a_copy_is_for_those_who_waited() {
 }
 
 #[test]
+fn lanes_meet_before_one_reads_what_another_wrote() {
+    for stride in [4, 16] {
+        let body = |sync: &str| {
+            format!(
+                "mad.lo.u32 %r3, %r10, {stride}, %r2; sub.u32 %r4, 31, %r10; mad.lo.u32 %r5, %r4, {stride}, %r2;
+                 st.shared.u32 [%r3], %r1; {sync} ld.shared.u32 %r6, [%r5]; mad.wide.u32 %rd3, %r1, 4, %rd1;
+                 st.global.u32 [%rd3], %r6;"
+            )
+        };
+        for sync in ["bar.warp.sync -1;", "bar.sync 0;", "shfl.sync.idx.b32 %r7, %r10, 0, 31, -1;"] {
+            assert_eq!(u32s(&silent(&body(sync), 32))[..32], (0..32).rev().collect::<Vec<u32>>());
+        }
+        seen(&body(""), 32, &[FaultKind::Race], &["lane 0", UNORDERED, "written by warp 0"]);
+        // A lane's own bytes need no barrier.
+        silent(&body("mov.u32 %r5, %r3;"), 32);
+        // One lane's arrival tells of its own stores, and of the others' when they have met.
+        let body = |sync: &str| {
+            format!(
+                "@%p21 mbarrier.init.shared.b64 [%r2], 1; mad.lo.u32 %r3, %r10, {stride}, %r2; mov.u32 %r4, 0;
+                 setp.eq.u32 %p1, %r11, 1; @%p1 st.shared.u32 [%r3+64], %r4; bar.sync 0; @%p1 bra CONSUME;
+                 st.shared.u32 [%r3+64], %r1; {sync} @%p20 mbarrier.arrive.shared.b64 _, [%r2]; bra END;
+                 CONSUME: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra CONSUME;
+                 ld.shared.u32 %r4, [%r3+64]; END:"
+            )
+        };
+        silent(&body("bar.warp.sync -1;"), 64);
+        silent(
+            &body("")
+                .replace("st.shared.u32 [%r3+64], %r1;", "@%p20 st.shared.u32 [%r3+64], %r1;")
+                .replace("ld.shared", "@%p20 ld.shared"),
+            64,
+        );
+        seen(&body(""), 64, &[FaultKind::Race], &["warp 1, lane 1", UNORDERED]);
+    }
+}
+
+#[test]
 fn copies_of_threads_are_their_stores() {
     let body = |barrier: &str| {
         format!(
