@@ -14,8 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use framestride_shapes::launch::{
-    AttentionParams, MOST_SPLITS, NormWeights, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams,
-    Tensor, pack_warps,
+    AttentionParams, MOST_SPLITS, NormWeights, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, ProfilePlan,
+    SelectParams, Tensor, pack_warps,
 };
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
@@ -168,6 +168,11 @@ impl SparseAttention {
     /// Where the parts lie in the workspace.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// How the partial results of profiling lie in their part.
+    pub(crate) fn profile_plan(&self) -> ProfilePlan {
+        self.module.spec().profile_plan(self.splits)
     }
 
     /// Dense for the calls that the spec's schedule keeps dense, else profiled.

@@ -400,6 +400,23 @@ impl Device {
         }
     }
 
+    /// Allocates `count` pieces in the emulator, at addresses of equal distances, at least `apart` from each other. A GPU's addresses are
+    /// not for the asking.
+    pub(crate) fn scatter(&self, count: usize, bytes: u64, apart: u64) -> Result<Vec<Buffer>> {
+        let Device::Emulator(emulator) = self else { return (0..count).map(|_| self.allocate(bytes)).collect() };
+        self.check_room(bytes * count as u64)?;
+        let mut memory = write(&emulator.memory);
+        let pieces = (0..count).map(|_| {
+            let address = memory.alloc(bytes, 256).map_err(|_| no_room(bytes, None))?;
+            memory.skip(apart);
+            Ok(address)
+        });
+        // Buffers are made without the lock, which they take when they are dropped.
+        let addresses = pieces.collect::<Result<Vec<u64>>>();
+        drop(memory);
+        Ok(addresses?.into_iter().map(|address| Buffer { device: self.clone(), address, bytes }).collect())
+    }
+
     /// Allocates and copies `bytes` to the device.
     pub fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
         let buffer = self.allocate(bytes.len() as u64)?;

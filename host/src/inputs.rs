@@ -70,9 +70,12 @@ impl Tokens {
         wide
     }
 
-    /// Whether any element is NaN.
-    pub fn has_nan(&self) -> bool {
-        self.bits.par_iter().any(|&bits| widen(self.dtype, bits).is_nan())
+    /// Index and value of the first element that is not finite.
+    fn first_not_finite(&self) -> Option<([usize; 4], f64)> {
+        let found = self.bits.par_iter().position_first(|&bits| !widen(self.dtype, bits).is_finite())?;
+        let (token, element) = (found / (self.heads * self.head_dim), found % (self.heads * self.head_dim));
+        let index = [token / self.rows, token % self.rows, element / self.head_dim, element % self.head_dim];
+        Some((index, widen(self.dtype, self.bits[found])))
     }
 
     /// Values of `bits`, which are elements of this tensor.
@@ -159,9 +162,33 @@ impl Inputs {
         if is_text { text.as_ref().unwrap_or(video) } else { video }
     }
 
-    /// Valid text tokens of a batch item.
+    /// The first element of each tensor that is not finite, such as "k[0, 17, 1, 5] is inf". What it reaches is not finite either.
+    pub fn not_finite(&self) -> Vec<String> {
+        let tokens = [("q", &self.q), ("k", &self.k), ("v", &self.v)].into_iter().filter_map(|(key, tokens)| {
+            tokens.first_not_finite().map(|(index, value)| format!("{key}{index:?} is {value}"))
+        });
+        let norms = [
+            ("q_norm", Some(&self.q_norm)),
+            ("k_norm", Some(&self.k_norm)),
+            ("q_norm_text", self.q_norm_text.as_ref()),
+            ("k_norm_text", self.k_norm_text.as_ref()),
+        ];
+        let affine = norms
+            .into_iter()
+            .filter_map(|(key, norm)| norm.map(|norm| (key, norm)))
+            .flat_map(|(key, norm)| [(format!("{key}.weight"), &norm.weight), (format!("{key}.bias"), &norm.bias)]);
+        let affine = affine.filter_map(|(key, values)| values.as_ref().map(|values| (key, values)));
+        let tables = self.rope.iter().flat_map(|rope| [("cos".to_owned(), &rope.cos), ("sin".to_owned(), &rope.sin)]);
+        let floats = affine.chain(tables).filter_map(|(key, values)| {
+            let found = values.par_iter().position_first(|value| !value.is_finite())?;
+            Some(format!("{key}, element {found}, is {}", values[found]))
+        });
+        tokens.chain(floats).collect()
+    }
+
+    /// Valid text tokens of a batch item: as the kernels take it, never more than there are.
     pub fn valid_text(&self, layout: &Layout, batch: usize) -> usize {
-        self.text_lengths.as_ref().map_or(layout.text_tokens, |lengths| lengths[batch]) as usize
+        self.text_lengths.as_ref().map_or(layout.text_tokens, |lengths| lengths[batch].min(layout.text_tokens)) as usize
     }
 
     /// Softmax scale: the model's 1 / sqrt(head_dim) when none is given.
@@ -448,19 +475,30 @@ struct Normals {
     values: [f32; 1 << 12],
     dtype: Dtype,
     seed: u64,
+    /// Size of elements whose mean square is the eps of the norm.
+    eps_size: f32,
 }
 
 impl Normals {
-    fn new(dtype: Dtype, seed: u64) -> Normals {
+    fn new(spec: &Spec, seed: u64) -> Normals {
         let mut generator = row_generator(seed, NORMALS);
-        Normals { values: std::array::from_fn(|_| normal(&mut generator) as f32), dtype, seed }
+        let eps = spec.qk_norm.as_ref().map_or(1e-6, |norm| norm.eps);
+        let values = std::array::from_fn(|_| normal(&mut generator) as f32);
+        Normals { values, dtype: spec.dtype, seed, eps_size: eps.sqrt() as f32 }
+    }
+
+    /// Of an eighth of the tokens, the size of all elements of Q and K: zero, or such that the eps of a norm is a good part of what it
+    /// is added to. A norm hides any other size.
+    fn quiet_size(&self, token: usize) -> Option<f32> {
+        let picked: u32 = quick_generator(self.seed, QUIET, token as u64).random_range(0..32);
+        [0.0, 0.5, 1.0, 2.0].get(picked as usize).map(|part| part * self.eps_size)
     }
 
     fn pick(&self, bits: u16) -> f32 {
         self.values[usize::from(bits) % self.values.len()]
     }
 
-    /// Draws token `index` of Q (`which` 0), K (1) or V (2), `[heads, head_dim]`: see [`Inputs::random`].
+    /// Draws token `index` of [`Q`], [`K`] or [`V`], `[heads, head_dim]`: see [`Inputs::random`].
     fn token(&self, which: u64, index: usize, head_dim: usize, bits: &mut [u16]) {
         let mut generator = quick_generator(self.seed, which, index as u64);
         // Of each 64 random bits four elements; the head dim is a multiple of it.
@@ -468,9 +506,12 @@ impl Normals {
             let random = generator.random::<u64>();
             *bits = [0, 16, 32, 48].map(|shift| (random >> shift) as u16);
         }
+        let quiet = (which != V).then(|| self.quiet_size(index)).flatten();
         for row in bits.chunks_exact_mut(head_dim) {
             let (mut centre, mut size) = (0.0, 1.0);
-            if which != 2 {
+            if let Some(quiet) = quiet {
+                size = quiet;
+            } else if which != V {
                 let picks: [u16; 2] = generator.random();
                 let picks = picks.map(|bits| 0.25 * self.pick(bits));
                 (centre, size) = (picks[0], 2.0 * picks[1].exp());
@@ -486,6 +527,12 @@ impl Normals {
         }
     }
 
+    /// Draws a row of one video token of one head, the same for Q, K and V.
+    fn own(&self, head: usize, video: usize, values: &mut [f64]) {
+        let mut generator = quick_generator(self.seed, PARTS, (head as u64) << 32 | video as u64);
+        values.fill_with(|| f64::from(self.pick(generator.random())));
+    }
+
     /// Draws the code of a frame or a patch for one head.
     fn code(&self, head: usize, code: usize, values: &mut [f64]) {
         let mut generator = quick_generator(self.seed, CODES, (head as u64) << 32 | code as u64);
@@ -496,10 +543,33 @@ impl Normals {
 /// Stream of [`row_generator`] that [`Normals`] come from: no row has this number.
 const NORMALS: u64 = u64::MAX - 1;
 
-/// What [`quick_generator`] draws besides Q (0), K (1) and V (2).
+/// What [`quick_generator`] draws, and [`Inputs::made`] asks for.
+const Q: u64 = 0;
+const K: u64 = 1;
+const V: u64 = 2;
+
+/// What [`quick_generator`] draws besides.
 const ANGLES: u64 = 3;
 const CODES: u64 = 4;
 const PARTS: u64 = 5;
+const QUIET: u64 = 6;
+
+/// Gives a row a size.
+fn resize(row: &mut [f64], size: f64) {
+    let factor = size / norm(row);
+    row.iter_mut().for_each(|x| *x *= factor);
+}
+
+/// Removes what a row has of a direction of size 1.
+fn remove(row: &mut [f64], direction: &[f64]) {
+    let part: f64 = row.iter().zip(direction).map(|(x, direction)| x * direction).sum();
+    row.iter_mut().zip(direction).for_each(|(x, direction)| *x -= part * direction);
+}
+
+/// The softmax scale with which two equal rows of size sqrt(head_dim) have a score of 2^`score`.
+fn scale_of(spec: &Spec, score: f32) -> f32 {
+    score * std::f32::consts::LN_2 / spec.head_dim as f32
+}
 
 /// Score of a query with its own key in [`Inputs::sudden`], in powers of two: beyond what plain weights hold
 /// ([`Dtype::tile_sums`]).
@@ -513,11 +583,37 @@ fn sudden_score(dtype: Dtype) -> f32 {
 /// Softmax scale of [`Inputs::rising`].
 const RISING_SCALE: f32 = 4.0;
 
+/// Size of V in [`Inputs::lone`], of whose largest elements f16 holds little more than twice.
+const LARGE: f64 = 8192.0;
+
+/// Rows of a warpgroup, which shares one decision on offsets.
+const GROUP: usize = 64;
+
+/// Score of two equal rows of size 1 in [`Inputs::lone`], in powers of two.
+fn lone_score(dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::Bf16 => 215.0,
+        Dtype::F16 => 34.0,
+    }
+}
+
+/// Parts of a key in [`Inputs::lone`], of the head's direction and of its own, whose squares add up to 1. Such that a score of
+/// minus the first part vanishes in the type, one of the second overflows, and a few standard deviations of the rest do neither.
+const LONE_PARTS: [f64; 2] = [0.76, 0.65];
+
+/// In [`Inputs::hidden`], the score of the highest key, and that of keys with a query's own code, in powers of two.
+fn hidden_scores(dtype: Dtype) -> [f64; 2] {
+    match dtype {
+        Dtype::Bf16 => [174.0, 20.0],
+        Dtype::F16 => [43.0, 12.0],
+    }
+}
+
 impl Inputs {
     /// Random inputs: Q, K, V normal (Q and K twice as large, so that the softmax has something to choose), rows of Q and K off
     /// centre and of different sizes, norm weights around one, RoPE angles uniform. They depend on nothing but the arguments.
     pub fn random(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let normals = Normals::new(spec.dtype, seed);
+        let normals = Normals::new(spec, seed);
         let tokens = |which: u64| {
             Inputs::tokens(spec, batch, heads, |token, bits| {
                 normals.token(which, token, spec.head_dim as usize, bits);
@@ -545,28 +641,28 @@ impl Inputs {
             k_norm,
             q_norm_text: text_norms.then_some(q_text),
             k_norm_text: text_norms.then_some(k_text),
-            ..Inputs::new([tokens(0), tokens(1), tokens(2)], rope)
+            ..Inputs::new([tokens(Q), tokens(K), tokens(V)], rope)
         }
     }
 
     /// Random V and K, queries that are their own keys, and such a scale that a softmax may begin without an offset, until a query meets
     /// its key: all norms are sqrt(head_dim), so other scores are smaller by a factor of sqrt(head_dim) or so.
     pub fn sudden(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let inputs = Inputs::made(spec, batch, heads, seed, |normals, _, video, head, values| {
-            let mut generator = quick_generator(seed, PARTS, (head as u64) << 32 | video as u64);
-            values.fill_with(|| f64::from(normals.pick(generator.random())));
-            let size = norm(values) / (values.len() as f64).sqrt();
-            values.iter_mut().for_each(|value| *value /= size);
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            normals.own(head, video, values);
+            resize(values, (values.len() as f64).sqrt());
+            which != V
         });
-        Inputs { scale: Some(sudden_score(spec.dtype) * std::f32::consts::LN_2 / spec.head_dim as f32), ..inputs }
+        Inputs { scale: Some(scale_of(spec, sudden_score(spec.dtype))), ..inputs }
     }
 
     /// Random V, and Q and K such that head `h` attends to its own frame when `h` is even and to its own patch in all frames
     /// when it is odd: after norm and RoPE, both hold a random code of the frame or of the patch.
     pub fn planted(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
         let patches = spec.layout.tokens_per_frame as usize;
-        Inputs::made(spec, batch, heads, seed, |normals, _, video, head, values| {
+        Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
             normals.code(head, if head.is_multiple_of(2) { video / patches } else { video % patches }, values);
+            which != V
         })
     }
 
@@ -589,38 +685,164 @@ impl Inputs {
                 let direction = 0.5 * *value;
                 let (own, noise) = (normal(), normal());
                 let key = own + direction * place;
-                *value = if which == 0 { key + direction * steepness + noise } else { key };
+                *value = if which == Q { key + direction * steepness + noise } else { key };
             }
-            let size = norm(values) / (values.len() as f64).sqrt();
-            values.iter_mut().for_each(|value| *value /= size);
+            resize(values, (values.len() as f64).sqrt());
+            which != V
         });
         Inputs { scale: Some(RISING_SCALE), ..inputs }
     }
 
-    /// Random V and text, and Q and K such that, after norm and RoPE, video rows hold what `values` writes, given 0 for Q and 1 for K,
-    /// the video token in all batch items, and the head.
+    /// Large V, and Q and K, with a scale, such that of each [`GROUP`] queries one alone decides how the softmax begins, or that it may
+    /// not go on so. All others may do without offsets in every tile. What the one does goes from group to group through:
+    ///
+    /// * all its weights vanish without an offset,
+    /// * all overflow without one,
+    /// * that of one key, of the first tile, overflows,
+    /// * the last two, of two queries,
+    ///
+    /// each in the upper and in the lower half of a warp's 16 rows. Groups are those of dense heads without text.
+    ///
+    /// A key has a part of a direction of the head, and a part of its own. The queries have minus that direction, the direction, what the
+    /// key has of its own, or, nearly all of them, something random that is orthogonal to the direction.
+    pub fn lone(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let video_tokens = spec.layout.video_tokens() as usize;
+        let groups = video_tokens.div_ceil(GROUP);
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            let mut direction = vec![0.0; values.len()];
+            normals.code(head, 0, &mut direction);
+            resize(&mut direction, 1.0);
+            let own = |token: usize, values: &mut [f64]| {
+                normals.own(head, token, values);
+                remove(values, &direction);
+                resize(values, 1.0);
+            };
+            let mut generator = quick_generator(seed, PARTS, (head * groups + video / GROUP) as u64 | 1 << 63);
+            let turn = head * groups + video / GROUP + (seed % 8) as usize;
+            let (kind, half) = (turn % 4, turn / 4 % 2);
+            // The row of the one, and the same row of the next warp.
+            let [one, next] = {
+                let [warp, row] = [4, 8].map(|rows| generator.random_range(0..rows));
+                [warp, (warp + 1) % 4].map(|warp: usize| warp * 16 + half * 8 + row)
+            };
+            let late = match kind {
+                2 => Some(one),
+                3 => Some(next),
+                _ => None,
+            };
+            let row = video % GROUP;
+            match which {
+                Q if row == one && kind != 2 => {
+                    let sign = if kind == 0 { -1.0 } else { 1.0 };
+                    values.iter_mut().zip(&direction).for_each(|(value, direction)| *value = sign * direction);
+                }
+                // A first tile's key: the middle tile, which is read before it, is another one where there are two.
+                Q if Some(row) == late => own(video / GROUP * 11 % video_tokens.min(GROUP), values),
+                Q => own(video_tokens + video, values),
+                K => {
+                    own(video, values);
+                    let [common, own] = LONE_PARTS;
+                    values
+                        .iter_mut()
+                        .zip(&direction)
+                        .for_each(|(value, direction)| *value = own * *value + common * direction);
+                }
+                _ => {
+                    normals.own(head, video, values);
+                    values.iter_mut().for_each(|value| *value *= LARGE);
+                    return true;
+                }
+            }
+            resize(values, (values.len() as f64).sqrt());
+            true
+        });
+        Inputs { scale: Some(scale_of(spec, lone_score(spec.dtype))), ..inputs }
+    }
+
+    /// Heads as [`Inputs::planted`], but with one key, the last of the video, whose score is higher than all others by more than weights of
+    /// the type can tell from zero. V is random about a row, which that key has: so the mask that shows more of what a query looks at is the
+    /// better one, whether it shows that key or not.
+    pub fn hidden(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let patches = spec.layout.tokens_per_frame as usize;
+        let last = spec.layout.video_tokens() as usize - 1;
+        let [highest, own] = hidden_scores(spec.dtype);
+        let score = highest.hypot(own);
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            let mut direction = vec![0.0; values.len()];
+            normals.code(head, usize::MAX >> 32, &mut direction);
+            if which == V {
+                if video != last {
+                    normals.own(head, video, values);
+                    values.iter_mut().zip(&direction).for_each(|(value, direction)| *value = 0.25 * *value + direction);
+                } else {
+                    values.copy_from_slice(&direction);
+                }
+                return true;
+            }
+            resize(&mut direction, 1.0);
+            normals.code(head, if head.is_multiple_of(2) { video / patches } else { video % patches }, values);
+            remove(values, &direction);
+            resize(values, 1.0);
+            let parts = match which {
+                Q => [own, highest].map(|part| part / score),
+                _ if video == last => [0.0, 1.0],
+                _ => [1.0, 0.0],
+            };
+            values
+                .iter_mut()
+                .zip(&direction)
+                .for_each(|(value, direction)| *value = parts[0] * *value + parts[1] * direction);
+            resize(values, (values.len() as f64).sqrt());
+            true
+        });
+        Inputs { scale: Some(scale_of(spec, score as f32)), ..inputs }
+    }
+
+    /// Equal scores and constant values: every other query is zero, the keys of odd heads are all the same, and of V half of the columns
+    /// are, the first of them 1.
+    pub fn constant(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            match which {
+                Q if video.is_multiple_of(2) => values.fill(0.0),
+                K if !head.is_multiple_of(2) => normals.code(head, 0, values),
+                V => {
+                    let (dim, mut constants) = (values.len(), vec![0.0; values.len()]);
+                    normals.code(head, 1, &mut constants);
+                    constants[..dim / 4].fill(1.0);
+                    normals.own(head, video, values);
+                    values[..dim / 2].copy_from_slice(&constants[..dim / 2]);
+                }
+                _ => normals.own(head, video + which as usize * spec.layout.video_tokens() as usize, values),
+            }
+            true
+        })
+    }
+
+    /// Random text, and video rows that hold what `values` writes, those of Q and K after norm and RoPE. It is given [`Q`], [`K`] or [`V`],
+    /// the video token, the same in all batch items, and the head; where it gives false, the row is random.
     fn made(
         spec: &Spec,
         batch: usize,
         heads: usize,
         seed: u64,
-        values: impl Fn(&Normals, u64, usize, usize, &mut [f64]) + Sync,
+        values: impl Fn(&Normals, u64, usize, usize, &mut [f64]) -> bool + Sync,
     ) -> Inputs {
-        let normals = Normals::new(spec.dtype, seed);
+        let normals = Normals::new(spec, seed);
         let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)));
         let video = (layout.frames * layout.tokens_per_frame) as usize;
         let (sequence, dim) = (layout.sequence() as usize, spec.head_dim as usize);
         let tokens = |which: u64| {
             Inputs::tokens(spec, batch, heads, |token, bits| {
                 let row = token % sequence;
+                normals.token(which, token, dim, bits);
                 let place = row.checked_sub(layout.first_video_row() as usize).filter(|&place| place < video);
-                let Some(place) = place.filter(|_| which != 2) else {
-                    return normals.token(which, token, dim, bits);
-                };
+                let Some(place) = place else { return };
                 let mut row_values = vec![0.0; dim];
                 for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {
-                    values(&normals, which, place, head, &mut row_values);
-                    if let Some(tables) = &rope {
+                    if !values(&normals, which, place, head, &mut row_values) {
+                        continue;
+                    }
+                    if let Some(tables) = rope.as_ref().filter(|_| which != V) {
                         tables.rotate(spec, heads, row, head, &mut row_values, -1.0);
                     }
                     for (bits, value) in bits.iter_mut().zip(&row_values) {
@@ -629,7 +851,7 @@ impl Inputs {
                 }
             })
         };
-        Inputs::new([tokens(0), tokens(1), tokens(2)], rope)
+        Inputs::new([tokens(Q), tokens(K), tokens(V)], rope)
     }
 
     /// A tensor of the spec's layout, of which `token` writes the bits of one token, `[heads, head_dim]`, given its index in

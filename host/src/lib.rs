@@ -35,6 +35,7 @@ pub mod files;
 pub mod inputs;
 pub mod launch;
 pub mod masks;
+mod memory;
 pub mod module;
 pub mod output;
 pub mod place;

@@ -549,6 +549,9 @@ fn verify_spec(argument: &str, on: &On, seed: Option<u64>) -> Result<Outcome> {
 
 fn verify_text(report: &Report) -> String {
     let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
+    if !report.reduced.is_empty() {
+        text += &format!("\nmemory has no room for more than\n  {}\n", report.reduced.join("\n  "));
+    }
     let mut case = "";
     for check in &report.checks {
         if check.case != case {
@@ -679,10 +682,11 @@ fn run_text(report: &RunReport) -> String {
             head.rel_error,
             head.tolerance,
             head.dense_rel_error,
-            match (head.ok, head.nan_rows) {
-                (false, _) => "  FAILED".into(),
-                (true, 0) => String::new(),
-                (true, rows) => format!("  {rows} rows are NaN, as the inputs are"),
+            match (&head.reason, head.ok, head.nan_rows) {
+                (Some(reason), ..) => format!("  FAILED: {reason}"),
+                (None, false, _) => "  FAILED".into(),
+                (None, true, 0) => String::new(),
+                (None, true, rows) => format!("  {rows} rows are not finite, as the inputs are"),
             }
         );
     }
@@ -690,6 +694,9 @@ fn run_text(report: &RunReport) -> String {
         "\nmean density {:.4}; relative error against the f64 reference {:.2e} over {} rows of each head\n\n",
         report.density, report.rel_error, report.compared_rows
     );
+    if !report.not_finite.is_empty() {
+        text += &format!("of the inputs, {}, and so is what they reach\n\n", report.not_finite.join(", "));
+    }
     for kernel in &report.kernels {
         text += &format!("{:<10} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);
     }

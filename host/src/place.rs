@@ -16,16 +16,31 @@ use crate::inputs::{Inputs, Norm, Tokens, widen};
 pub enum Arrangement {
     /// \[B, S, H, D\].
     TokensFirst,
-    /// \[B, H, S, D\].
+    /// \[B, H, S, D\] with rows between heads and between batch items that belong to nobody: more of them for K than for Q, and so on.
     HeadsFirst,
     /// One third of \[B, S, 3, H, D\], as one projection for Q, K and V leaves them; the middle one of a tensor alone.
     PackedQkv,
-    /// \[B, S, H, D\] with gaps, and no row at a multiple of 16 bytes by design: only of 2.
+    /// \[B, S, H, D\] with gaps, wider for K than for Q, and so on. No stride is a multiple of 16 bytes: only of 2.
     Unaligned,
+    /// In the emulator, each row of \[B, H, S, D\] in memory of its own, 2 bytes behind a multiple of 16, [`APART`] bytes or more from the
+    /// next: offsets of all but the first few rows need more than 32 bits. On a GPU it is not to be had.
+    Scattered,
 }
+
+/// Least distance of scattered rows in bytes.
+pub const APART: u64 = 1 << 28;
 
 /// Every byte that no tensor owns, and every output before it is written: NaN in all the types here.
 pub const POISON: u8 = 0xff;
+
+/// Which tensor of a layer: gaps differ, so that strides of one cannot be taken for those of another.
+#[derive(Clone, Copy)]
+enum Which {
+    Q,
+    K,
+    V,
+    Out,
+}
 
 /// Elements from the start of the memory to the first element, strides, and elements in all.
 #[derive(Clone, Copy)]
@@ -39,30 +54,51 @@ struct Place {
 
 impl Arrangement {
     /// All arrangements.
-    pub const ALL: [Arrangement; 4] =
-        [Arrangement::TokensFirst, Arrangement::HeadsFirst, Arrangement::PackedQkv, Arrangement::Unaligned];
+    pub const ALL: [Arrangement; 5] = [
+        Arrangement::TokensFirst,
+        Arrangement::HeadsFirst,
+        Arrangement::PackedQkv,
+        Arrangement::Unaligned,
+        Arrangement::Scattered,
+    ];
 
-    fn place(self, [batch, rows, heads, dim]: [usize; 4]) -> Place {
+    fn place(self, which: Which, [batch, rows, heads, dim]: [usize; 4]) -> Place {
+        let gap = 1 + which as usize;
         match self {
             Arrangement::TokensFirst => {
                 let row = heads * dim;
                 Place { first: 0, batch: rows * row, row, head: dim, elements: batch * rows * row }
             }
             Arrangement::HeadsFirst => {
-                let head = rows * dim;
-                Place { first: 0, batch: heads * head, row: dim, head, elements: batch * heads * head }
+                let head = (rows + gap) * dim;
+                let item = heads * head + gap * dim;
+                Place { first: 0, batch: item, row: dim, head, elements: batch * item }
             }
             Arrangement::PackedQkv => {
                 let row = 3 * heads * dim;
                 Place { first: heads * dim, batch: rows * row, row, head: dim, elements: batch * rows * row }
             }
             Arrangement::Unaligned => {
-                let head = dim + 1;
-                let row = heads * head + 2;
-                Place { first: 1, batch: rows * row + 3, row, head, elements: batch * (rows * row + 3) + 1 }
+                let head = dim + gap;
+                let row = heads * head + gap;
+                let item = rows * row + gap;
+                Place { first: 1, batch: item, row, head, elements: batch * item + 1 }
+            }
+            Arrangement::Scattered => {
+                // As for one row alone; of several, the distance is known when they are allocated.
+                let row = dim + 2;
+                let head = rows * row;
+                Place { first: 1, batch: heads * head, row, head, elements: batch * heads * head }
             }
         }
     }
+}
+
+/// Bytes that [`PlacedLayer::upload`] allocates for Q, K, V and the output of this shape, arranged so.
+pub(crate) fn layer_bytes(shape: [usize; 4], arrangement: Arrangement, out: Arrangement) -> u64 {
+    let elements = |which, arrangement: Arrangement| arrangement.place(which, shape).elements as u64;
+    let inputs = if arrangement == Arrangement::PackedQkv { &[Which::Q][..] } else { &[Which::Q, Which::K, Which::V] };
+    2 * (inputs.iter().map(|&which| elements(which, arrangement)).sum::<u64>() + elements(Which::Out, out))
 }
 
 impl Place {
@@ -74,7 +110,8 @@ impl Place {
 
 /// A tensor in device memory.
 pub struct Placed {
-    buffer: Arc<Buffer>,
+    /// All of it, or a piece for each scattered row of `[batch, heads, rows]`.
+    memory: Arc<Vec<Buffer>>,
     place: Place,
     shape: [usize; 4],
     dtype: Dtype,
@@ -87,29 +124,49 @@ const STAGE: usize = 32 << 20;
 impl Placed {
     /// Copies a tensor to the device; everything around it is [`POISON`].
     pub fn upload(device: &Device, tokens: &Tokens, arrangement: Arrangement) -> Result<Placed> {
-        let placed = Placed::poisoned(device, tokens.dtype, tokens.shape(), arrangement)?;
+        Placed::upload_which(device, Which::Q, tokens, arrangement)
+    }
+
+    fn upload_which(device: &Device, which: Which, tokens: &Tokens, arrangement: Arrangement) -> Result<Placed> {
+        let placed = Placed::new(device, which, tokens.dtype, tokens.shape(), arrangement)?;
         copy(device, &[(&placed, tokens)])?;
         Ok(placed)
     }
 
-    /// Memory for a tensor, all [`POISON`].
+    /// Memory for an output, all [`POISON`].
     pub fn poisoned(device: &Device, dtype: Dtype, shape: [usize; 4], arrangement: Arrangement) -> Result<Placed> {
-        let place = arrangement.place(shape);
-        let buffer = Arc::new(device.allocate(place.elements as u64 * 2)?);
-        device.fill(&buffer, POISON)?;
-        Ok(Placed { buffer, place, shape, dtype })
+        Placed::new(device, Which::Out, dtype, shape, arrangement)
+    }
+
+    fn new(device: &Device, which: Which, dtype: Dtype, shape: [usize; 4], arrangement: Arrangement) -> Result<Placed> {
+        let mut place = arrangement.place(which, shape);
+        let memory = if arrangement == Arrangement::Scattered {
+            let [batch, rows, heads, _] = shape;
+            let apart = APART * (1 + which as u64);
+            let memory = device.scatter(batch * heads * rows, place.row as u64 * 2, apart)?;
+            if let [first, second, ..] = &memory[..] {
+                place.row = ((second.address() - first.address()) / 2) as usize;
+                place.head = rows * place.row;
+                place.batch = heads * place.head;
+            }
+            memory
+        } else {
+            vec![device.allocate(place.elements as u64 * 2)?]
+        };
+        memory.iter().try_for_each(|piece| device.fill(piece, POISON))?;
+        Ok(Placed { memory: Arc::new(memory), place, shape, dtype })
     }
 
     /// Copies Q, K and V to the device: the thirds of one piece of memory for [`Arrangement::PackedQkv`].
     fn upload_layer(device: &Device, tensors: [&Tokens; 3], arrangement: Arrangement) -> Result<[Placed; 3]> {
         let [q, k, v] = tensors;
         if arrangement != Arrangement::PackedQkv {
-            let upload = |tokens| Placed::upload(device, tokens, arrangement);
-            return Ok([upload(q)?, upload(k)?, upload(v)?]);
+            let upload = |which, tokens| Placed::upload_which(device, which, tokens, arrangement);
+            return Ok([upload(Which::Q, q)?, upload(Which::K, k)?, upload(Which::V, v)?]);
         }
-        let whole = Placed::poisoned(device, q.dtype, q.shape(), arrangement)?;
+        let whole = Placed::new(device, Which::Q, q.dtype, q.shape(), arrangement)?;
         let thirds = [0, 1, 2].map(|third| Placed {
-            buffer: Arc::clone(&whole.buffer),
+            memory: Arc::clone(&whole.memory),
             place: Place { first: third * q.heads * q.head_dim, ..whole.place },
             ..whole
         });
@@ -121,7 +178,7 @@ impl Placed {
     pub fn tensor(&self) -> Tensor {
         let place = self.place;
         Tensor {
-            data: self.buffer.address() + place.first as u64 * 2,
+            data: self.memory[0].address() + place.first as u64 * 2,
             batch: place.batch as u64,
             row: place.row as u64,
             head: place.head as u64,
@@ -130,7 +187,8 @@ impl Placed {
 
     /// The memory as it is now.
     pub fn read(&self, device: &Device) -> Result<Image<'_>> {
-        Ok(Image { placed: self, bytes: device.read(&self.buffer, 0, self.buffer.bytes())? })
+        let pieces = self.memory.iter().map(|piece| device.read(piece, 0, piece.bytes())).collect::<Result<_>>()?;
+        Ok(Image { placed: self, pieces })
     }
 
     /// The tensor, and how many bytes around it are no longer [`POISON`].
@@ -152,12 +210,20 @@ impl Placed {
 /// Puts tensors that lie alike, each in its part of the same memory, in order on the host and copies them, [`STAGE`] bytes at a
 /// time.
 fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
-    let Some(&(Placed { buffer, place, shape, .. }, _)) = tensors.first() else { return Ok(()) };
+    let Some(&(Placed { memory, place, shape, .. }, tokens)) = tensors.first() else { return Ok(()) };
     let [batch, rows, heads, dim] = *shape;
+    let [buffer] = &memory[..] else {
+        return memory.iter().enumerate().try_for_each(|(piece, buffer)| {
+            let index = tokens.index(piece / rows / heads, piece % rows, piece / rows % heads);
+            let row: Vec<u8> = tokens.bits[index..][..dim].iter().flat_map(|bits| bits.to_le_bytes()).collect();
+            device.write(buffer, place.first as u64 * 2, &row)
+        });
+    };
     // A unit is what lies together of one token: all its heads, or one where a head's rows are contiguous. Units of one batch
-    // item follow each other without a gap, and each is filled alike.
-    let by_head = place.head >= place.row;
-    let (unit, units) = if by_head { (place.row, heads * rows) } else { (place.row, rows) };
+    // item follow each other without a gap, and each is filled alike; behind those of a head come some that are not filled.
+    let by_head = place.head > place.row;
+    let rows_of_head = place.head / place.row;
+    let (unit, units) = if by_head { (place.row, heads * rows_of_head) } else { (place.row, rows) };
     let most = (STAGE / 2 / unit).clamp(1, units);
     let mut stage = vec![POISON; most * unit * 2];
     for item in 0..batch {
@@ -165,8 +231,14 @@ fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
             let stage = &mut stage[..most.min(units - start) * unit * 2];
             stage.par_chunks_exact_mut(unit * 2).enumerate().with_min_len(64).for_each(|(index, bytes)| {
                 let index = start + index;
-                let (row, heads) =
-                    if by_head { (index % rows, index / rows..index / rows + 1) } else { (index, 0..heads) };
+                let (row, heads) = if by_head {
+                    (index % rows_of_head, index / rows_of_head..index / rows_of_head + 1)
+                } else {
+                    (index, 0..heads)
+                };
+                if row >= rows {
+                    return bytes.fill(POISON);
+                }
                 for (placed, tokens) in tensors {
                     for (head, number) in heads.clone().zip(0..) {
                         let first = placed.place.first + number * placed.place.head * usize::from(!by_head);
@@ -186,13 +258,18 @@ fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
 /// A tensor's memory, copied to the host.
 pub struct Image<'a> {
     placed: &'a Placed,
-    bytes: Vec<u8>,
+    /// As the memory is.
+    pieces: Vec<Vec<u8>>,
 }
 
 impl Image<'_> {
     fn row_bytes(&self, batch: usize, row: usize, head: usize) -> &[[u8; 2]] {
-        let Placed { place, shape, .. } = self.placed;
-        self.bytes[place.index(batch, row, head) * 2..][..shape[3] * 2].as_chunks().0
+        let Placed { place, shape: [_, rows, heads, dim], .. } = self.placed;
+        let (bytes, index) = match &self.pieces[..] {
+            [bytes] => (bytes, place.index(batch, row, head)),
+            pieces => (&pieces[(batch * heads + head) * rows + row], place.first),
+        };
+        bytes[index * 2..][..dim * 2].as_chunks().0
     }
 
     /// One row of one head.
@@ -203,7 +280,7 @@ impl Image<'_> {
 
     /// Bytes around the tensor that are no longer [`POISON`].
     pub fn stray(&self) -> usize {
-        let all = self.bytes.par_chunks(1 << 16).map(touched).sum::<usize>();
+        let all = self.pieces.iter().map(|bytes| bytes.par_chunks(1 << 16).map(touched).sum::<usize>()).sum::<usize>();
         all - self.sum_rows(|row| touched(row.as_flattened()))
     }
 
@@ -286,13 +363,14 @@ impl PlacedLayer {
 
     /// Copies all that this layer reads over what `to`, made from inputs of the same shape, reads: in stream order.
     pub(crate) fn copy_inputs(&self, device: &Device, stream: Stream, to: &PlacedLayer) -> Result<()> {
-        let [from, to] = [self, to].map(|layer| layer.inputs.iter().map(|input| &*input.buffer).chain(&layer.buffers));
+        let [from, to] =
+            [self, to].map(|layer| layer.inputs.iter().flat_map(|input| &*input.memory).chain(&layer.buffers));
         from.zip(to).try_for_each(|(from, to)| device.copy(stream, from, to))
     }
 
-    /// The memory of output and log-sum-exp.
+    /// The memory of output, which is not scattered, and log-sum-exp.
     pub(crate) fn results(&self) -> [&Buffer; 2] {
-        [&self.out.buffer, &self.lse]
+        [&self.out.memory[0], &self.lse]
     }
 
     /// Log-sum-exp, `[B, H, S]`.

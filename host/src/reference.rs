@@ -255,6 +255,9 @@ pub struct Head {
     masks: [Mask; 3],
 }
 
+/// Scores no further apart may have weights that are rounded the same way: those of two neighbouring bf16 numbers, of which f16 has more.
+const ALIKE: f64 = 1.0 / 128.0;
+
 /// One row of attention, and what bounds the error of computing it with rounded weights (see [`crate::tolerance`]).
 #[derive(Clone, Debug)]
 pub struct Attended {
@@ -264,7 +267,8 @@ pub struct Attended {
     pub lse: f64,
     /// Largest scaled score; -inf where nothing is seen.
     pub maximum: f64,
-    /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make.
+    /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make. Weights that lie
+    /// near each other are rounded alike, so neighbouring keys of scores within [`ALIKE`] count as one, with the sum of their values.
     pub spread: f64,
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
     pub flat_spread: f64,
@@ -335,7 +339,11 @@ impl Head {
 
     /// softmax over the keys that `row` sees, times V.
     pub fn attend(&self, head: HeadType, row: usize, scale: f64) -> Attended {
-        self.attend_scores(head, row, scale, &self.scores(row, scale))
+        let (mask, query) = (self.mask(head), &self.queries[row * self.head_dim..][..self.head_dim]);
+        // Those of keys that it does not see are not asked for.
+        let score = |(key, keys)| if mask.sees(row, key) { scale * dot(query, keys) } else { 0.0 };
+        let scores: Vec<f64> = self.keys.chunks_exact(self.head_dim).enumerate().map(score).collect();
+        self.attend_scores(head, row, scale, &scores)
     }
 
     /// Probabilities of one query row over all keys, zero where it does not see them.
@@ -369,16 +377,28 @@ impl Head {
         attended.maximum = maximum;
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
         let (mut square, mut flat) = (0.0, 0.0);
-        for key in seen {
-            let value = &self.values[key * self.head_dim..][..self.head_dim];
-            let weight = (scores[key] - maximum).exp() / sum;
-            for (out, value) in attended.out.iter_mut().zip(value) {
-                *out += weight * value;
+        let mut rest = &seen[..];
+        while let Some(&first) = rest.first() {
+            let alike = rest.iter().take_while(|&&key| (scores[key] - scores[first]).abs() <= ALIKE).count();
+            // NaN is like nothing, itself included.
+            let (run, others) = rest.split_at(alike.max(1));
+            for &key in run {
+                let value = &self.values[key * self.head_dim..][..self.head_dim];
+                let weight = (scores[key] - maximum).exp() / sum;
+                for (out, value) in attended.out.iter_mut().zip(value) {
+                    *out += weight * value;
+                }
+                flat += self.value_norms[key].powi(2);
+                attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
             }
-            let size = self.value_norms[key];
-            square += (weight * size).powi(2);
-            flat += size * size;
-            attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
+            let size = if run.len() == 1 {
+                self.value_norms[first]
+            } else {
+                let value = |d: usize| run.iter().map(|key| self.values[key * self.head_dim + d]).sum::<f64>();
+                (0..self.head_dim).map(|d| value(d).powi(2)).sum::<f64>().sqrt()
+            };
+            square += ((scores[first] - maximum).exp() / sum * size).powi(2);
+            rest = others;
         }
         attended.spread = square.sqrt();
         attended.flat_spread = flat.sqrt() / sum;

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::spec::Dtype;
+use framestride_shapes::spec::{Dtype, Spec};
+use framestride_shapes::tiling::query_tiles;
 use rand::RngExt;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -41,11 +42,15 @@ pub struct HeadResult {
     pub tolerance: f64,
     /// The same against dense attention: what the mask costs.
     pub dense_rel_error: f64,
-    /// Compared rows that hold NaN because the inputs do; they are left out of the errors. A NaN in V or K reaches every row that
-    /// sees it and may reach others that read its tile, since 0 x NaN is NaN.
+    /// Compared rows that hold NaN or infinities because the inputs do; they are left out of the errors. One in K or V reaches every row
+    /// that sees it, and one in V may reach others that read its tile, since 0 x NaN is NaN.
     pub nan_rows: usize,
-    /// Whether the error is within the tolerance, and NaN are where the reference has them.
+    /// Whether the error is within a tolerance that says something ([`tolerance::BLIND`]), and NaN and infinities are where the reference
+    /// has them.
     pub ok: bool,
+    /// Why it is not, unless it is the error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// Time of one kernel.
@@ -74,6 +79,8 @@ pub struct RunReport {
     pub density: f64,
     /// ||out - reference|| / ||reference|| over all heads.
     pub rel_error: f64,
+    /// What of the inputs is not finite: [`Inputs::not_finite`].
+    pub not_finite: Vec<String>,
     /// The heads, batch item by batch item.
     pub heads: Vec<HeadResult>,
     /// The kernels in the order they ran.
@@ -134,23 +141,33 @@ pub fn run(
     let operations_of_row = (sequence * head_dim * 4) as f64;
     let affordable = (REFERENCE_OPERATIONS / operations_of_row / (batch * heads) as f64).ceil() as usize;
     let rows = sampled_rows(affordable.max(16), sequence);
-    let has_nan = [&inputs.q, &inputs.k, &inputs.v].into_iter().any(|tokens| tokens.has_nan());
+    let not_finite = inputs.not_finite();
     let mut results = Vec::with_capacity(profiles.len());
     let (mut all_error, mut all_size) = (0.0, 0.0);
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
         let rounded = head.rounded(&spec.layout, spec.dtype, inputs.query_scale());
+        let caught =
+            if not_finite.is_empty() { BTreeSet::new() } else { rows_that_may_catch(spec, &head, profile.head_type) };
         let sums = rows
             .par_iter()
             .map(|&row| {
                 let found = out.row(profile.batch as usize, row, profile.head as usize);
-                compare_row(spec.dtype, &head, &rounded, profile.head_type, row, inputs.scale(), &found)
+                let may_catch = caught.contains(&row);
+                compare_row(spec.dtype, &head, &rounded, profile.head_type, row, inputs.scale(), &found, may_catch)
             })
             .reduce(Sums::default, Sums::add);
         all_error += sums.error;
         all_size += sums.size;
         let (rel_error, tolerance) = (ratio(sums.error, sums.size), ratio(sums.tolerance, sums.size));
+        let reason = if sums.wrong_nan > 0 {
+            Some(format!("{} rows are finite where the reference is not, or the other way round", sums.wrong_nan))
+        } else if tolerance >= tolerance::BLIND {
+            Some(format!("not comparable: rounding alone may move the output by {tolerance:.1} times its size"))
+        } else {
+            None
+        };
         results.push(HeadResult {
             batch: profile.batch,
             head: profile.head,
@@ -162,10 +179,17 @@ pub fn run(
             tolerance,
             dense_rel_error: ratio(sums.dense_error, sums.dense_size),
             nan_rows: sums.nan_rows,
-            ok: rel_error <= tolerance && sums.lost_nan == 0 && (has_nan || sums.nan_rows == 0),
+            ok: reason.is_none() && rel_error <= tolerance,
+            reason,
         });
     }
     progress("comparing with the f64 reference", Some(1.0));
+    if results.iter().all(|head| head.nan_rows == rows.len()) {
+        for head in &mut results {
+            head.ok = false;
+            head.reason.get_or_insert_with(|| "nothing to compare: no row is finite, as the inputs are not".into());
+        }
+    }
     let report = RunReport {
         ok: results.iter().all(|head| head.ok),
         spec: spec.name.clone(),
@@ -174,6 +198,7 @@ pub fn run(
         compared_rows: rows.len(),
         density: results.iter().map(|head| head.density).sum::<f64>() / results.len() as f64,
         rel_error: ratio(all_error, all_size),
+        not_finite,
         heads: results,
         kernels: times
             .iter()
@@ -214,12 +239,32 @@ fn ratio(part: f64, whole: f64) -> f64 {
     if part == 0.0 { 0.0 } else { (part / whole).sqrt() }
 }
 
-/// Squared norms over rows without NaN, and the rows with.
+/// Rows of the model's order that read a key tile with a value that is not finite, whether they see it or not.
+fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
+    let mask = head.mask(head_type);
+    let (queries, keys) = (mask.query_order(), mask.key_order());
+    let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
+    // Packed rows of invalid text are zero, whatever the tensor holds.
+    let live = head.valid_text + spec.layout.video_tokens() as usize;
+    let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
+    query_tiles(&spec.layout, head_type, spec.tiles(), head.valid_text as u32)
+        .filter(|tile| {
+            let has_sick = |first: u32, rows: u32| sick.range(first as usize..(first + rows) as usize).next().is_some();
+            tile.key_tiles.iter().any(|tile| has_sick(tile.first_row, tile.rows))
+        })
+        .flat_map(|tile| {
+            (tile.first_row as usize..(tile.first_row + tile.rows) as usize).filter(|&row| row < queries.len())
+        })
+        .map(|packed| queries[packed])
+        .collect()
+}
+
+/// Squared norms over rows without NaN and infinities, and the rows with.
 #[derive(Default)]
 struct Sums {
     nan_rows: usize,
-    /// Rows that the reference has NaN in, and the output has not.
-    lost_nan: usize,
+    /// Of which the reference has some and the output has none, or the other way round without a reason.
+    wrong_nan: usize,
     error: f64,
     size: f64,
     tolerance: f64,
@@ -231,7 +276,7 @@ impl Sums {
     fn add(self, other: Sums) -> Sums {
         Sums {
             nan_rows: self.nan_rows + other.nan_rows,
-            lost_nan: self.lost_nan + other.lost_nan,
+            wrong_nan: self.wrong_nan + other.wrong_nan,
             error: self.error + other.error,
             size: self.size + other.size,
             tolerance: self.tolerance + other.tolerance,
@@ -241,6 +286,7 @@ impl Sums {
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn compare_row(
     dtype: Dtype,
     head: &Head,
@@ -249,13 +295,18 @@ fn compare_row(
     row: usize,
     scale: f64,
     found: &[f64],
+    may_catch: bool,
 ) -> Sums {
     let scores = head.scores(row, scale);
     let [expected, dense] = [head_type, HeadType::Dense].map(|mask| head.attend_scores(mask, row, scale, &scores));
-    let nan = |row: &[f64]| row.iter().any(|x| x.is_nan());
+    let nan = |row: &[f64]| row.iter().any(|x| !x.is_finite());
     if nan(found) || nan(&expected.out) {
-        return Sums { nan_rows: 1, lost_nan: (!nan(found)).into(), ..Sums::default() };
+        let right = nan(found) && (nan(&expected.out) || may_catch);
+        return Sums { nan_rows: 1, wrong_nan: (!right).into(), ..Sums::default() };
     }
+    // Keys that the mask hides may have made the dense row NaN.
+    let (dense_error, dense_size) =
+        if nan(&dense.out) { (0.0, 0.0) } else { (distance(found, &dense.out), norm(&dense.out)) };
     let tolerance = match expected.keys {
         0 => 0.0,
         _ => {
@@ -267,8 +318,8 @@ fn compare_row(
         error: distance(found, &expected.out).powi(2),
         size: norm(&expected.out).powi(2),
         tolerance: tolerance * tolerance,
-        dense_error: distance(found, &dense.out).powi(2),
-        dense_size: norm(&dense.out).powi(2),
+        dense_error: dense_error.powi(2),
+        dense_size: dense_size.powi(2),
         ..Sums::default()
     }
 }

@@ -5,7 +5,7 @@
 //! before the last, so that a result that depends on what lay there differs too.
 //!
 //! * **again**: the same layer, run again.
-//! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay, one of [`SETS`] sets of inputs,
+//! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay, one of up to [`SETS`] sets of inputs,
 //!   drawn at random, is copied over those that the graph reads: Q, K and V, norm weights, RoPE tables and text lengths. So types
 //!   of heads and lengths of text change under the graph.
 //! * **two streams**: two layers, each with inputs, output and workspace of its own, are launched in turn on two streams, and nothing
@@ -18,13 +18,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use framestride_shapes::spec::Spec;
 use rand::RngExt;
 use rayon::prelude::*;
 
 use crate::attention::{HeadTypes, SparseAttention, Workspace};
 use crate::device::{Buffer, Device, Gpu, OwnStream, Stream};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inputs::{Inputs, row_generator};
+use crate::memory::{self, Free};
 use crate::module::Module;
 use crate::place::{Arrangement, POISON, PlacedLayer};
 use crate::verify::{Check, Worst};
@@ -35,7 +37,7 @@ pub const REPEATS: u64 = 8;
 /// Most replays of a graph.
 pub const REPLAYS: u64 = 1000;
 
-/// Sets of inputs that a graph's replays take.
+/// Sets of inputs that a graph's replays take, where memory has room for them.
 pub const SETS: usize = 4;
 
 /// Most rounds on two streams, of which each launches both layers.
@@ -59,19 +61,50 @@ const QUANTITIES: [(&str, &str); 4] = [
     ("select", "head types"),
 ];
 
+/// How many layers are launched, and of how many heads: as many as memory has room for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// Batch and heads.
+    pub extent: [u32; 2],
+    /// Sets of inputs.
+    sets: usize,
+}
+
+impl Plan {
+    pub fn new(spec: &Spec, device: &Device, free: Free) -> Result<Plan> {
+        let wanted = [spec.batch, spec.heads];
+        let Device::Gpu(_) = device else {
+            let need = |extent| memory::repeated(spec, device, extent, [1, 1], 1);
+            return Ok(Plan { extent: free.fit(spec, wanted, need)?, sets: 1 });
+        };
+        let fit = |sets: usize| {
+            let need = |extent| memory::repeated(spec, device, extent, [sets as u64 + 1, 2], sets as u64);
+            Ok(Plan { extent: free.fit(spec, wanted, need)?, sets })
+        };
+        // Heads are given up before sets are, as long as there are some to give up.
+        fit(SETS).or_else(|_: Error| fit(2))
+    }
+}
+
 /// Launches a profiled layer in all ways that the device has. `progress` hears what is being done.
-pub fn verify_launches(module: &Arc<Module>, seed: u64, progress: &dyn Fn(&str)) -> Result<Vec<Check>> {
+pub(crate) fn verify_launches(
+    module: &Arc<Module>,
+    plan: Plan,
+    seed: u64,
+    progress: &dyn Fn(&str),
+) -> Result<Vec<Check>> {
     let device = module.device();
+    let Plan { extent: [batch, heads], sets } = plan;
     let gpu = if let Device::Gpu(gpu) = device { Some(gpu) } else { None };
     // On a GPU, one layer for each set, one whose inputs are replaced before each replay, and two that run at a time.
-    let (layers, workspaces, repeats) = if gpu.is_some() { (SETS + 1, 2, REPEATS) } else { (1, 1, 1) };
+    let (layers, workspaces, repeats) = if gpu.is_some() { (sets + 1, 2, REPEATS) } else { (1, 1, 1) };
     let (spec, text) = (module.spec(), module.spec().layout.text_tokens);
-    let attention = SparseAttention::new(module, spec.batch, spec.heads)?;
+    let attention = SparseAttention::new(module, batch, heads)?;
     let layer = |set| {
         let seed = seed.wrapping_add(set as u64);
-        let mut inputs = Inputs::random(spec, spec.batch as usize, spec.heads as usize, seed);
+        let mut inputs = Inputs::random(spec, batch as usize, heads as usize, seed);
         let mut generator = row_generator(seed, u64::MAX);
-        inputs.text_lengths = (text > 0).then(|| (0..spec.batch).map(|_| generator.random_range(0..=text)).collect());
+        inputs.text_lengths = (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
         PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
     };
     progress("inputs of launches in several ways");
@@ -84,7 +117,7 @@ pub fn verify_launches(module: &Arc<Module>, seed: u64, progress: &dyn Fn(&str))
     device.synchronize()?;
 
     progress("a layer, run again");
-    let expected = (0..SETS.min(layers)).map(|set| launches.alone(set)).collect::<Result<Vec<Results>>>()?;
+    let expected = (0..sets).map(|set| launches.alone(set)).collect::<Result<Vec<Results>>>()?;
     let mut checks = launches.again(&expected[0], repeats)?;
     if let Some(gpu) = gpu {
         progress("a CUDA graph, replayed");
@@ -174,7 +207,7 @@ impl Launches {
     }
 
     fn graph(&self, gpu: &Arc<Gpu>, expected: &[Results], seed: u64) -> Result<Vec<Check>> {
-        let (device, lane) = (self.device(), self.lane(SETS, 0));
+        let (device, lane) = (self.device(), self.lane(expected.len(), 0));
         let stream = OwnStream::new(gpu)?;
         let graph = stream.capture(|stream| self.forward(stream, lane))?;
         let replay = |set: usize, run: u64| {
@@ -190,7 +223,7 @@ impl Launches {
         let mut generator = row_generator(seed, u64::MAX);
         for run in 1..=replays {
             // At random, so that evenly spread comparisons meet all sets.
-            let set = generator.random_range(0..SETS);
+            let set = generator.random_range(0..expected.len());
             replay(set, run)?;
             comparison.compare(self, &[(lane, &expected[set])], || format!("replay {run}, inputs {set}"))?;
         }

@@ -5,20 +5,21 @@
 //! * **Rounding to the 16-bit type** (precision p: 8 bits for bf16, 11 for f16): a relative error of at most u = 2^-p, and, over
 //!   many numbers, of mean zero and root mean square at most u / sqrt(3). f16 has a smallest step of 2^-24, so half of that is an
 //!   absolute error on top.
-//! * **f32 arithmetic**: at most 2^-24 for an operation that rounds; 2^-23 for tensor-core sums, which may truncate, and 2^-22 for
-//!   the approximate 2^x, log2, 1/x and 1/sqrt(x).
+//! * **f32 arithmetic**: at most 2^-24 for an operation that rounds, and 2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
+//! * **Tensor-core sums**: a step adds 16 products to the accumulator. All 17 are cut, towards zero, at 25 bits below the largest of
+//!   them, and their sum to f32, so a step loses at most (17 + 4) 2^-25 of the largest. Cuts of terms of one sign do not average out.
 //!
 //! Worst cases of sums of thousands of rounded terms are so wide that a wrong kernel would pass. So independent roundings are
 //! added as variances, as in the probabilistic analysis of Higham and Mary (2019), and a result may lie [`DEVIATIONS`] standard
 //! deviations away; errors that do not average out (truncation, scores) are added in full.
 //!
 //! * **pack** rounds once: u for each element, and so for the row. The statistic of n terms in f32 adds at most n / 2 roundings
-//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre; norm, affine part,
-//!   rotation and scale add at most 16 roundings of values no larger than 4 times the row.
+//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre, in deviations of which eps is a
+//!   part; norm, affine part, rotation and scale add at most 16 roundings of values no larger than 4 times the row.
 //! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
-//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products in f32: at most `head_dim / 8` truncations, of twice
-//!   |q| |k| scale since an offset may be among the terms, and four roundings, which is the relative error of a weight. The output's
-//!   own rounding adds `u^2/3 |out|^2`, and the sum over the keys one truncation for each 16 keys, of partial sums about as large as
+//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products: `head_dim / 16` steps, whose largest term is at
+//!   most twice |q| |k| scale, since an offset may be among the terms, and four roundings, which is the relative error of a weight. The
+//!   output's own rounding adds `u^2/3 |out|^2`, and the sum over the keys a step for each 16 keys, of partial sums about as large as
 //!   spread or out. Where scores rise along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
 //! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
@@ -35,7 +36,10 @@ use crate::reference::{Attended, ProfileErrors, norm};
 pub const DEVIATIONS: f64 = 3.0;
 
 const F32: f64 = 1.0 / (1 << 24) as f64;
-const TRUNCATION: f64 = 2.0 * F32;
+/// Products of a step of the tensor cores.
+const STEP: f64 = 16.0;
+/// Largest error of a step, relative to its largest term.
+const TRUNCATION: f64 = (STEP + 1.0 + 4.0) * F32 / 2.0;
 const APPROXIMATION: f64 = 4.0 * F32;
 
 /// Largest relative error of rounding to the type.
@@ -74,8 +78,15 @@ fn logarithm_error(row: &Attended) -> f64 {
     APPROXIMATION * (1.0 + row.lse.abs() + row.score_size)
 }
 
-/// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given.
+/// A tolerance that a wrong result may pass: zeros are off by as much. What has one is not comparable.
+pub const BLIND: f64 = 1.0;
+
+/// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given. Zeros come of
+/// zeros, and are exact.
 pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
+    if norm(output) == 0.0 {
+        return 0.0;
+    }
     let mut tolerance = unit_roundoff(spec.dtype) + 64.0 * F32 + APPROXIMATION;
     if let Some(qk_norm) = &spec.qk_norm {
         let terms = match qk_norm.over {
@@ -85,9 +96,10 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
         let off_centre = match qk_norm.kind {
             NormKind::Rms => 1.0,
             NormKind::Layer => {
-                let mean = input.iter().sum::<f64>() / input.len() as f64;
+                let count = input.len() as f64;
+                let mean = input.iter().sum::<f64>() / count;
                 let centred: Vec<f64> = input.iter().map(|x| x - mean).collect();
-                1.0 + norm(input) / norm(&centred).max(f64::MIN_POSITIVE)
+                1.0 + norm(input) / norm(&centred).hypot((count * qk_norm.eps).sqrt())
             }
         };
         tolerance += f64::from(terms) / 2.0 * F32 * off_centre;
@@ -98,7 +110,7 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
 
 /// Relative error of a weight that comes from its score.
 fn score_error(head_dim: usize, row: &Attended) -> f64 {
-    (2.0 * head_dim as f64 / 8.0 * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
+    (2.0 * head_dim as f64 / STEP * TRUNCATION + 4.0 * F32) * row.score_size + APPROXIMATION
 }
 
 /// Error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, which is once for each key tile at most, and
@@ -115,7 +127,7 @@ fn output_error(dtype: Dtype, row: &Attended, rescaled: &Attended, weight_error:
     let rounding = u / 3f64.sqrt() * row.spread;
     let partial = row.spread.max(norm(&row.out));
     let rescaling = rescaling_error(rescaled) * partial;
-    let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / 16.0 * TRUNCATION * partial;
+    let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / STEP * TRUNCATION * partial;
     let steps = weight_error * row.flat_spread;
     // Zero is among the numbers to round to, so a weight changes by no more than itself, and the row by no more than all of it.
     let (steps, lost) = if DEVIATIONS * steps < partial { (steps, 0.0) } else { (0.0, partial) };
@@ -150,16 +162,41 @@ pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
     sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm_error(row)
 }
 
+/// Largest absolute error of a weight of **profile** too small for full precision, relative to the row's largest: of dense rows, and of rows
+/// under a mask, whose weights may be relative to all keys.
+fn sampled_weight_error(dtype: Dtype, row: &Attended, is_masked: bool) -> f64 {
+    let own_offsets = smallest_weight_error(dtype);
+    if !is_masked {
+        return own_offsets;
+    }
+    // The sum of the row's weights, relative to the largest, is exp(lse - maximum).
+    own_offsets.max(weight_flush(dtype) / f64::from(dtype.least_masked_sum()) * (row.lse - row.maximum).exp())
+}
+
+/// A sample's row of **profile** under one mask (0 dense, 1 spatial, 2 temporal), of `rows` under each, before anything rounds it.
+pub fn sampled_row(dtype: Dtype, rows: &[Attended; 3], mask: usize) -> f64 {
+    let row = &rows[mask];
+    let (deviation, systematic) = output_error(dtype, row, &rows[0], sampled_weight_error(dtype, row, mask > 0));
+    (DEVIATIONS * deviation + systematic) / norm(&row.out).max(f64::MIN_POSITIVE)
+}
+
+/// What merging `splits` splits by the logarithms of their sums, with approximate 2^x and 1/x, does to a sample's row, relative.
+pub fn merged_row(splits: u32, row: &Attended) -> f64 {
+    logarithm_error(row) + 3.0 * APPROXIMATION + f64::from(splits) * F32
+}
+
+/// What adding `count` squares in f32 does to the root of their mean, relative: half of a rounding each.
+pub fn root_mean(count: f64) -> f64 {
+    count / 2.0 * F32
+}
+
 /// Root mean squared error of **profile** for one mask (1 spatial, 2 temporal), relative to the dense output's root mean square.
 pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 {
     let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
-    let own_offsets = smallest_weight_error(dtype);
     for rows in &profile.rows {
-        let masked = &rows[mask];
-        // The sum of the masked row's weights, relative to the largest, is exp(lse - maximum).
-        let shared_offsets =
-            weight_flush(dtype) / f64::from(dtype.least_masked_sum()) * (masked.lse - masked.maximum).exp();
-        for (row, weight_error) in [(&rows[0], own_offsets), (masked, own_offsets.max(shared_offsets))] {
+        for row_mask in [0, mask] {
+            let row = &rows[row_mask];
+            let weight_error = sampled_weight_error(dtype, row, row_mask > 0);
             let (deviation, fixed) = output_error(dtype, row, &rows[0], weight_error);
             let merged = fixed + logarithm_error(row) * norm(&row.out);
             variance += deviation * deviation;

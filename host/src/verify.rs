@@ -3,28 +3,34 @@
 //! Every check looks at rows one by one and reports the worst: its error and its tolerance ([`crate::tolerance`]), both relative to
 //! the norm of the reference's row. So one wrong row among a hundred thousand is seen.
 //!
+//! Of profiling, the sampled outputs and log-sum-exps under each mask are compared as **profile** leaves them, and what **select** makes
+//! of them. Head types are to be those of the reference, where its two errors are further apart than their tolerances.
+//!
 //! The f64 reference of a whole layer at full size would take hours, so [`Effort`] decides how much of it is computed. A small
 //! layer is compared whole. Of a large one, some heads are: all of their packed rows, then rows of their output drawn at random
 //! and those at the ends of text, video and sink frames, and their profiling errors. Of every other head, packed rows are, drawn
 //! likewise, with the whole padding, and the head type. That every row of the output was written, and nothing beside it, is seen
 //! for all heads in any case.
 //!
-//! Whether a layer gives the same however it is launched comes last: [`crate::steady`].
+//! Whether a layer gives the same however it is launched comes last: [`crate::steady`]. What does not fit the memory that is free is
+//! launched with fewer heads or batch items, and the report says so.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
+use framestride_shapes::launch::{ProfilePlan, SAMPLE_ROWS};
 use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS};
-use framestride_shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use framestride_shapes::spec::{Dtype, NormKind, NormOver, Profile, Spec};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::attention::{HeadProfile, HeadTypes, SparseAttention, Workspace};
-use crate::device::Stream;
+use crate::device::{Buffer, Device, Stream};
 use crate::error::Result;
 use crate::inputs::{Inputs, row_generator, widen};
+use crate::memory::{self, Free};
 use crate::module::Module;
 use crate::place::{Arrangement, POISON, PlacedLayer};
 use crate::reference::{Head, Mask, Operand, ProfileErrors, Reference, distance, norm};
@@ -50,9 +56,9 @@ pub struct Check {
     pub rel_error: f64,
     /// Tolerance of that row.
     pub tolerance: f64,
-    /// Whether every row is within its tolerance.
+    /// Whether something was compared, and every row is within a tolerance that says something ([`tolerance::BLIND`]).
     pub ok: bool,
-    /// Where the worst row is.
+    /// Where the worst row is, and why it is not comparable if so.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub worst: String,
 }
@@ -68,6 +74,8 @@ pub struct Report {
     pub spec: String,
     /// Seed of the inputs.
     pub seed: u64,
+    /// What was launched with fewer heads or batch items than it should have been, for want of memory.
+    pub reduced: Vec<String>,
     /// The checks.
     pub checks: Vec<Check>,
 }
@@ -132,6 +140,25 @@ pub enum CaseText {
     Partial,
     /// None.
     Empty,
+    /// More than there is, which the kernels must take for all.
+    Beyond,
+}
+
+impl CaseText {
+    /// Valid text tokens of each batch item, of `text` that there are.
+    fn lengths(self, text: u32, batch: u32, generator: &mut impl Rng) -> Option<Vec<u32>> {
+        match self {
+            CaseText::Full => None,
+            CaseText::FullGiven => Some(vec![text; batch as usize]),
+            CaseText::Partial => {
+                // Different ones, as long as there are.
+                let first = generator.random_range(0..text.max(1));
+                Some((0..batch).map(|item| (first + item * (text / 2).max(1)) % text.max(1)).collect())
+            }
+            CaseText::Empty => Some(vec![0; batch as usize]),
+            CaseText::Beyond => Some((0..batch).map(|item| [u32::MAX, text + 1][item as usize % 2]).collect()),
+        }
+    }
 }
 
 /// What Q, K and V hold.
@@ -145,6 +172,21 @@ pub enum CaseContent {
     Planted,
     /// [`Inputs::rising`].
     Rising,
+    /// [`Inputs::lone`].
+    Lone,
+    /// [`Inputs::hidden`].
+    Hidden,
+    /// [`Inputs::constant`].
+    Constant,
+}
+
+/// Batch and heads of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseShape {
+    /// The spec's.
+    Spec,
+    /// Another batch, and fewer heads, where the spec allows it.
+    Other,
 }
 
 /// One run of a layer.
@@ -156,47 +198,77 @@ pub struct Case {
     pub text: CaseText,
     /// What Q, K and V hold.
     pub content: CaseContent,
+    /// Batch and heads.
+    pub shape: CaseShape,
     /// Q, K and V in memory.
     pub inputs: Arrangement,
     /// Output in memory.
     pub out: Arrangement,
+    /// Whether the log-sum-exp is asked for.
+    pub lse: bool,
 }
 
 impl Case {
-    /// The cases of `verify`: each mask alone and all together, each arrangement, each length of text, profiling of random and of
-    /// planted heads, scores that outgrow the offsets of the softmax, and scores that need none until one of them is large.
-    pub fn all(has_text: bool) -> Vec<Case> {
-        use Arrangement::{HeadsFirst, PackedQkv, TokensFirst, Unaligned};
-        let case = |types, text, inputs, out| Case {
+    /// All text valid, the spec's batch and heads, \[B, S, H, D\], with a log-sum-exp.
+    pub const fn new(types: CaseTypes, content: CaseContent) -> Case {
+        Case {
             types,
-            text: if has_text { text } else { CaseText::Full },
-            inputs,
-            out,
-            content: CaseContent::Random,
-        };
-        vec![
-            case(CaseTypes::Dense, CaseText::Full, TokensFirst, TokensFirst),
-            case(CaseTypes::All(HeadType::Spatial), CaseText::Partial, HeadsFirst, HeadsFirst),
-            case(CaseTypes::All(HeadType::Temporal), CaseText::FullGiven, PackedQkv, TokensFirst),
-            Case { content: CaseContent::Sudden, ..case(CaseTypes::Mixed, CaseText::Empty, Unaligned, Unaligned) },
-            case(CaseTypes::Profiled, CaseText::Partial, TokensFirst, HeadsFirst),
+            text: CaseText::Full,
+            content,
+            shape: CaseShape::Spec,
+            inputs: Arrangement::TokensFirst,
+            out: Arrangement::TokensFirst,
+            lse: true,
+        }
+    }
+
+    /// The cases of `verify`: masks alone and all together, each arrangement, each length of text, another batch and fewer heads, and
+    /// each content, those that are about the softmax's offsets with given types and profiled.
+    ///
+    /// With `is_emulated`, what is unaligned is scattered as well.
+    pub fn all(has_text: bool, is_emulated: bool) -> Vec<Case> {
+        use Arrangement::{HeadsFirst, PackedQkv};
+        let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
+        use CaseContent::{Constant, Hidden, Lone, Planted, Random, Rising, Sudden};
+        use CaseText::{Beyond, Empty, FullGiven, Partial};
+        use CaseTypes::{All, Dense, Mixed, Profiled};
+        let cases = [
+            Case { text: Empty, ..Case::new(Dense, Lone) },
             Case {
-                content: CaseContent::Planted,
-                ..case(CaseTypes::Profiled, CaseText::Full, TokensFirst, TokensFirst)
+                text: Partial,
+                shape: CaseShape::Other,
+                inputs: HeadsFirst,
+                out: HeadsFirst,
+                ..Case::new(Mixed, Random)
             },
-            Case {
-                content: CaseContent::Rising,
-                ..case(CaseTypes::Mixed, CaseText::Partial, TokensFirst, TokensFirst)
-            },
-            Case {
-                content: CaseContent::Rising,
-                ..case(CaseTypes::Profiled, CaseText::Full, TokensFirst, TokensFirst)
-            },
-            Case {
-                content: CaseContent::Sudden,
-                ..case(CaseTypes::Profiled, CaseText::Empty, TokensFirst, TokensFirst)
-            },
-        ]
+            Case { text: Beyond, inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
+            Case { text: Empty, inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
+            Case { text: Partial, shape: CaseShape::Other, out: HeadsFirst, ..Case::new(Profiled, Random) },
+            Case::new(Profiled, Planted),
+            Case { text: Partial, ..Case::new(Mixed, Rising) },
+            Case::new(Profiled, Rising),
+            Case { text: Empty, ..Case::new(Profiled, Sudden) },
+            Case { text: FullGiven, ..Case::new(Profiled, Constant) },
+            Case { text: Empty, ..Case::new(Profiled, Hidden) },
+        ];
+        let text = |case: Case| Case { text: if has_text { case.text } else { CaseText::Full }, ..case };
+        cases.map(text).into()
+    }
+
+    /// Batch and heads of the launch.
+    pub fn extent(&self, spec: &Spec) -> [u32; 2] {
+        let Spec { batch, heads, .. } = *spec;
+        if self.shape == CaseShape::Spec {
+            return [batch, heads];
+        }
+        let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+        if !over_heads && heads > 1 && (batch + 1) * (heads - 1) <= spec.most_launch_heads() {
+            [batch + 1, heads - 1]
+        } else if batch > 1 {
+            [batch - 1, heads]
+        } else {
+            [if 2 * heads <= spec.most_launch_heads() { 2 } else { 1 }, heads]
+        }
     }
 
     fn describe(&self) -> String {
@@ -211,20 +283,27 @@ impl Case {
             CaseContent::Sudden => ", scores that are small but for one",
             CaseContent::Planted => ", planted heads",
             CaseContent::Rising => ", rising scores",
+            CaseContent::Lone => ", lone rows that need offsets",
+            CaseContent::Hidden => ", a hidden key above all",
+            CaseContent::Constant => ", equal scores and constant values",
         };
         let text = match self.text {
             CaseText::Full => "",
             CaseText::FullGiven => ", full text",
             CaseText::Partial => ", partial text",
             CaseText::Empty => ", no valid text",
+            CaseText::Beyond => ", text lengths beyond the text",
         };
+        let shape = if self.shape == CaseShape::Other { ", another batch and fewer heads" } else { "" };
+        let lse = if self.lse { "" } else { ", no log-sum-exp" };
         let arrangement = |arrangement| match arrangement {
             Arrangement::TokensFirst => "[B,S,H,D]",
             Arrangement::HeadsFirst => "[B,H,S,D]",
             Arrangement::PackedQkv => "[B,S,3,H,D]",
             Arrangement::Unaligned => "unaligned",
+            Arrangement::Scattered => "scattered",
         };
-        format!("{types}{content}{text}, {} to {}", arrangement(self.inputs), arrangement(self.out))
+        format!("{types}{content}{text}{shape}{lse}, {} to {}", arrangement(self.inputs), arrangement(self.out))
     }
 }
 
@@ -247,8 +326,12 @@ impl Worst {
     }
 
     fn keep_worse(&mut self, rel_error: f64, tolerance: f64, place: impl FnOnce() -> String) {
-        // Compared so that NaN is worse than anything, and stays.
-        let part = |error: f64, tolerance: f64| if error == 0.0 { 0.0 } else { error / tolerance };
+        // Compared so that NaN is worse than anything, and stays. Next is what is not comparable.
+        let part = |error: f64, tolerance: f64| match error {
+            _ if tolerance >= tolerance::BLIND && !error.is_nan() => f64::INFINITY,
+            0.0 => 0.0,
+            _ => error / tolerance,
+        };
         let (new, old) = (part(rel_error, tolerance), part(self.rel_error, self.tolerance));
         if !old.is_nan() && (self.place.is_empty() || new.is_nan() || new > old) {
             *self = Worst { rel_error, tolerance, place: place(), ..*self };
@@ -271,6 +354,9 @@ impl Worst {
         (of, unit): (u64, &'static str),
     ) -> Check {
         let Worst { compared, rel_error, tolerance, place } = self;
+        // Written so that NaN is not comparable either.
+        let comparable = tolerance < tolerance::BLIND;
+        let worst = if comparable { place } else { format!("{place}: not comparable, zeros are within the tolerance") };
         Check {
             kernel,
             case: case.to_owned(),
@@ -280,8 +366,8 @@ impl Worst {
             unit,
             rel_error,
             tolerance,
-            ok: rel_error <= tolerance,
-            worst: place,
+            ok: compared > 0 && comparable && rel_error <= tolerance,
+            worst,
         }
     }
 }
@@ -292,46 +378,79 @@ fn row_error(found: &[f64], reference: &[f64]) -> f64 {
     if error == 0.0 { 0.0 } else { error / size }
 }
 
-/// Runs all cases, and launches in all ways. `progress` hears what is being done, and how much of it.
+/// Runs all cases, and launches in all ways. What memory they need is worked out before anything is allocated, and what does not fit is
+/// launched with fewer heads. `progress` hears what is being done, and how much of it.
 pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn(&str, f64)) -> Result<Report> {
-    let cases = Case::all(module.spec().layout.text_tokens > 0);
-    let mut checks = Vec::new();
-    for (index, case) in cases.iter().enumerate() {
-        progress(&case.describe(), index as f64 / (cases.len() + 1) as f64);
-        checks.extend(verify_case(module, case, seed.wrapping_add(1000 * index as u64), effort)?);
+    let (spec, device) = (module.spec(), module.device());
+    let cases = Case::all(spec.layout.text_tokens > 0, matches!(device, Device::Emulator(_)));
+    let free = Free::of(device)?;
+    let mut reduced = Vec::new();
+    let mut note = |what: String, [batch, heads]: [u32; 2], wanted: [u32; 2]| {
+        if [batch, heads] != wanted {
+            let [all_items, all_heads] = wanted;
+            reduced.push(format!("{what}: {batch} x {heads} heads of {all_items} x {all_heads}"));
+        }
+    };
+    let mut extents = Vec::new();
+    for case in &cases {
+        let wanted = case.extent(spec);
+        let need = |extent| memory::compared(spec, device, extent, [case.inputs, case.out]);
+        extents.push(free.fit(spec, wanted, need)?);
+        note(case.describe(), extents[extents.len() - 1], wanted);
     }
-    let part = cases.len() as f64 / (cases.len() + 1) as f64;
+    let launches = steady::Plan::new(spec, device, free)?;
+    note("launches in several ways".into(), launches.extent, [spec.batch, spec.heads]);
+
+    let mut checks = Vec::new();
+    let part = |index: usize, part: f64| (index as f64 + part) / (cases.len() + 1) as f64;
+    for (index, (case, extent)) in cases.iter().zip(extents).enumerate() {
+        let name = case.describe();
+        let progress = |done: f64| progress(&name, part(index, done));
+        checks.extend(run_case(module, case, extent, seed.wrapping_add(1000 * index as u64), effort, &progress)?);
+    }
     let seed_of_launches = seed.wrapping_add(1000 * cases.len() as u64);
-    checks.extend(steady::verify_launches(module, seed_of_launches, &|what| progress(what, part))?);
+    let progress_of_launches = |what: &str| progress(what, part(cases.len(), 0.0));
+    checks.extend(steady::verify_launches(module, launches, seed_of_launches, &progress_of_launches)?);
     progress("done", 1.0);
     Ok(Report {
-        ok: checks.iter().all(|check| check.ok),
-        device: module.device().name(),
-        spec: module.spec().name.clone(),
+        ok: !checks.is_empty() && checks.iter().all(|check| check.ok),
+        device: device.name(),
+        spec: spec.name.clone(),
         seed,
+        reduced,
         checks,
     })
 }
 
 /// One run of a layer, and every check on it.
 pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort) -> Result<Vec<Check>> {
+    run_case(module, case, case.extent(module.spec()), seed, effort, &|_| ())
+}
+
+/// [`verify_case`] with a batch and a number of heads. `progress` hears how much is done.
+fn run_case(
+    module: &Arc<Module>,
+    case: &Case,
+    [batch, heads]: [u32; 2],
+    seed: u64,
+    effort: Effort,
+    progress: &dyn Fn(f64),
+) -> Result<Vec<Check>> {
     let (spec, device) = (module.spec(), module.device());
-    let (batch, heads) = (spec.batch, spec.heads);
     let make = match case.content {
         CaseContent::Random => Inputs::random,
         CaseContent::Sudden => Inputs::sudden,
         CaseContent::Planted => Inputs::planted,
         CaseContent::Rising => Inputs::rising,
+        CaseContent::Lone => Inputs::lone,
+        CaseContent::Hidden => Inputs::hidden,
+        CaseContent::Constant => Inputs::constant,
     };
+    progress(0.0);
     let mut inputs = make(spec, batch as usize, heads as usize, seed);
     let text = spec.layout.text_tokens;
     let mut generator = row_generator(seed, u64::MAX);
-    inputs.text_lengths = match case.text {
-        CaseText::Full => None,
-        CaseText::FullGiven => Some(vec![text; batch as usize]),
-        CaseText::Partial => Some((0..batch).map(|_| generator.random_range(0..text.max(1))).collect()),
-        CaseText::Empty => Some(vec![0; batch as usize]),
-    };
+    inputs.text_lengths = case.text.lengths(text, batch, &mut generator);
     let lengths = inputs.text_lengths.as_ref().filter(|_| case.text == CaseText::Partial);
     let name = match lengths {
         Some(lengths) => format!("{} (valid text {lengths:?})", case.describe()),
@@ -340,10 +459,14 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
 
     // The device's part.
     let attention = SparseAttention::new(module, batch, heads)?;
-    let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
-    let Some(buffer) = workspace.buffer() else { return Ok(Vec::new()) };
+    let buffer = &device.allocate(attention.workspace_bytes())?;
+    // SAFETY: the buffer outlives the workspace, and nobody else is given its memory.
+    let workspace = unsafe { Workspace::borrow(device, buffer.address(), buffer.bytes()) };
     device.fill(buffer, POISON)?;
-    let placed = PlacedLayer::upload(device, &inputs, case.inputs, case.out)?;
+    let mut placed = PlacedLayer::upload(device, &inputs, case.inputs, case.out)?;
+    if !case.lse {
+        placed.layer.lse = 0;
+    }
     let expected_types: Option<Vec<HeadType>> = match case.types {
         CaseTypes::Dense => Some(vec![HeadType::Dense; (batch * heads) as usize]),
         CaseTypes::All(head) => Some(vec![head; (batch * heads) as usize]),
@@ -378,8 +501,11 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
-    let (mut errors, mut selected) = (Worst::new(), Worst::new());
+    let mut sampled = Sampled::new(&spec.profile, all_heads);
+    let mut choices = Vec::new();
     for (index, (profile, &head_type)) in profiles.iter().zip(&types).enumerate() {
+        // Making inputs and running the kernels takes about half of the time.
+        progress(0.5 + 0.5 * index as f64 / all_heads as f64);
         let place = Place { item: profile.batch as usize, head: profile.head as usize };
         let valid_text = inputs.valid_text(layout, place.item);
         let [queries, keys] = orders.entry((place.item, head_type as u32)).or_insert_with(|| {
@@ -401,7 +527,7 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
                 image.push(bytes);
             }
         }
-        let mut expected_profile = None;
+        let mut clear = None;
         if is_whole {
             // From here on the reference gets the numbers that the kernels read.
             let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
@@ -420,7 +546,9 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
                     let found = out.row(place.item, row, place.head);
                     worst_out.add(row_error(&found, &expected.out), tolerance, || place.row(row));
                     let found = f64::from(lse[(index * sequence) + row]);
-                    if expected.keys == 0 {
+                    if !case.lse {
+                        // Only that nothing is written can be seen.
+                    } else if expected.keys == 0 {
                         let error = if found == f64::NEG_INFINITY { 0.0 } else { f64::NAN };
                         worst_sum.add(error, 0.0, || place.row(row));
                     } else {
@@ -434,20 +562,12 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
             sums = sums.merge(worst_sum);
             if case.types == CaseTypes::Profiled {
                 let (seed, samples) = (spec.profile.seed, spec.profile.rows);
-                expected_profile = Some(head.profile(layout, scale, seed, index as u32, samples));
+                let expected = head.profile(layout, scale, seed, index as u32, samples);
+                let partials = Partials::read(device, buffer, &attention, index as u32)?;
+                clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, place));
             }
         }
-        if case.types == CaseTypes::Profiled {
-            compare_profile(
-                spec,
-                expected_profile.as_ref(),
-                profile,
-                case.content == CaseContent::Planted,
-                place,
-                &mut errors,
-                &mut selected,
-            );
-        }
+        choices.push(Choice { place, profile, clear });
     }
     let rows = |rows: usize| ((all_heads * rows) as u64, "rows");
     let heads = (all_heads as u64, "heads");
@@ -457,16 +577,23 @@ pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort)
         checks.push(worst.check("pack", &name, operand, rows(packed_rows)));
     }
     if case.types == CaseTypes::Profiled {
-        checks.push(errors.check("profile", &name, "mean squared errors", heads));
-        checks.push(selected.check("select", &name, "head types", heads));
+        checks.extend(sampled.checks(&name));
+        let types = check_choices(&choices, case.content == CaseContent::Planted);
+        checks.push(types.check("select", &name, "head types", heads));
     }
     checks.push(outputs.check("attention", &name, "output", rows(sequence)));
-    checks.push(sums.check("attention", &name, "log-sum-exp", rows(sequence)));
+    if case.lse {
+        checks.push(sums.check("attention", &name, "log-sum-exp", rows(sequence)));
+    }
     // These see every row of every head.
     let poisoned_sums = lse.par_iter().filter(|sum| sum.to_le_bytes() == [POISON; 4]).count();
     for (count, quantity) in [
         (out.unwritten(), "unwritten output elements"),
-        (poisoned_sums, "unwritten log-sum-exps"),
+        if case.lse {
+            (poisoned_sums, "unwritten log-sum-exps")
+        } else {
+            (lse.len() - poisoned_sums, "log-sum-exps that nobody asked for")
+        },
         (out.stray(), "bytes beside the output"),
     ] {
         let mut worst = Worst::new();
@@ -655,36 +782,149 @@ fn decode(dtype: Dtype, group: &[u8], row: usize, values: &mut [f64]) {
     }
 }
 
-/// Errors of both masks, where the reference has them, and the head type: the reference's where the two errors are further apart
-/// than their tolerances, the lower of the device's own in any case, and the planted one where heads were planted.
-fn compare_profile(
-    spec: &Spec,
-    expected: Option<&ProfileErrors>,
-    found: &HeadProfile,
-    planted: bool,
-    place: Place,
-    errors: &mut Worst,
-    types: &mut Worst,
-) {
-    let mut clear = None;
-    if let Some(expected) = expected {
-        let found_errors = [found.spatial_error, found.temporal_error].map(f64::from);
-        let mut tolerances = [0.0; 2];
-        for mask in 0..2 {
-            let error = (found_errors[mask].sqrt() - expected.errors[mask].sqrt()).abs() / expected.dense_rms;
-            tolerances[mask] = tolerance::profile_error(spec.dtype, expected, mask + 1);
-            let name = ["spatial", "temporal"][mask];
-            let place = || format!("batch {}, head {}, {name} mask", place.item, place.head);
-            errors.keep_worse(error, tolerances[mask], place);
-        }
-        errors.compared += 1;
-        let gap = (expected.errors[0].sqrt() - expected.errors[1].sqrt()).abs() / expected.dense_rms;
-        clear = (gap > tolerances[0] + tolerances[1]).then(|| expected.head_type());
+/// Partial results of profiling for one head ([`ProfilePlan`]), as f32.
+struct Partials {
+    plan: ProfilePlan,
+    floats: Vec<f32>,
+}
+
+impl Partials {
+    fn read(device: &Device, workspace: &Buffer, attention: &SparseAttention, head: u32) -> Result<Partials> {
+        let plan = attention.profile_plan();
+        let start = attention.plan().partials.start + plan.offset(head, 0, 0) * 4;
+        let bytes = device.read(workspace, start, plan.offset(1, 0, 0) * 4)?;
+        Ok(Partials { plan, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
     }
-    let own = if found.temporal_error < found.spatial_error { HeadType::Temporal } else { HeadType::Spatial };
-    let plant = if place.head.is_multiple_of(2) { HeadType::Spatial } else { HeadType::Temporal };
-    let wrong = found.head_type != own
-        || clear.is_some_and(|clear| found.head_type != clear)
-        || (planted && found.head_type != plant);
-    types.add(wrong.into(), 0.0, || format!("batch {}, head {}: {}", place.item, place.head, name_of(found.head_type)));
+
+    /// One sample's output and natural log-sum-exp under one mask, of all splits.
+    fn merge(&self, sample: u32, mask: usize) -> (Vec<f64>, f64) {
+        let (dim, row) = (self.plan.head_dim as usize, (sample % SAMPLE_ROWS) as usize);
+        let splits: Vec<&[f32]> = (0..self.plan.splits)
+            .map(|split| &self.floats[self.plan.offset(0, sample / SAMPLE_ROWS, split) as usize..])
+            .collect();
+        let place = self.plan.mask_offset(mask as u32) as usize;
+        let [sums, outputs] = [1, 2].map(|part| place + part * SAMPLE_ROWS as usize);
+        let offset = |split: &[f32]| f64::from(split[place + row]);
+        let sum = |split: &[f32]| f64::from(split[sums + row]);
+        // Splits of which the mask shows nothing count nothing, whatever their offset is.
+        let largest = splits.iter().filter(|split| sum(split) != 0.0).map(|split| offset(split));
+        let largest = largest.fold(f64::NEG_INFINITY, f64::max);
+        let (mut out, mut total) = (vec![0.0; dim], 0.0);
+        for split in splits {
+            let weight = if sum(split) == 0.0 { 0.0 } else { (offset(split) - largest).exp2() };
+            total += weight * sum(split);
+            let values = &split[outputs + row * dim..][..dim];
+            out.iter_mut().zip(values).for_each(|(out, &value)| *out += weight * f64::from(value));
+        }
+        out.iter_mut().for_each(|out| *out /= total);
+        (out, (largest + total.log2()) * std::f64::consts::LN_2)
+    }
+}
+
+/// What is compared of profiling, over all heads.
+struct Sampled {
+    samples: u32,
+    heads: usize,
+    outputs: Worst,
+    sums: Worst,
+    errors: Worst,
+    merged: Worst,
+}
+
+impl Sampled {
+    fn new(profile: &Profile, heads: usize) -> Sampled {
+        let [outputs, sums, errors, merged] = std::array::from_fn(|_| Worst::new());
+        Sampled { samples: profile.rows, heads, outputs, sums, errors, merged }
+    }
+
+    /// Compares one head with the reference. Gives the type that the reference chooses, if its two errors are further apart than their
+    /// tolerances.
+    fn compare(
+        &mut self,
+        dtype: Dtype,
+        expected: &ProfileErrors,
+        partials: &Partials,
+        found: &HeadProfile,
+        place: Place,
+    ) -> Option<HeadType> {
+        let name = |mask: usize| ["all keys", "spatial mask", "temporal mask"][mask];
+        // Squared, over the samples under each mask: the distance of the merged output to the dense one, and its error.
+        let (mut distances, mut moved) = ([0.0; 3], [0.0; 3]);
+        for (sample, rows) in (0..).zip(&expected.rows) {
+            let mut dense = Vec::new();
+            for (mask, row) in rows.iter().enumerate() {
+                let (out, lse) = partials.merge(sample, mask);
+                let place = || format!("batch {}, head {}, sample {sample}, {}", place.item, place.head, name(mask));
+                self.outputs.add(row_error(&out, &row.out), tolerance::sampled_row(dtype, rows, mask), place);
+                self.sums.add((lse - row.lse).exp_m1().abs(), tolerance::weight_sum(row.out.len(), row), place);
+                if mask == 0 {
+                    dense.clone_from(&out);
+                }
+                moved[mask] += (tolerance::merged_row(partials.plan.splits, row) * norm(&out)).powi(2);
+                distances[mask] += distance(&out, &dense).powi(2);
+            }
+        }
+        let count = (expected.rows.len() * partials.plan.head_dim as usize) as f64;
+        let root_mean = |square: f64| (square / count).sqrt();
+        let size = expected.dense_rms.max(f64::MIN_POSITIVE);
+        let mut tolerances = [0.0; 2];
+        for (index, found) in [found.spatial_error, found.temporal_error].into_iter().enumerate() {
+            let (mask, found) = (index + 1, f64::from(found).sqrt());
+            let place = || format!("batch {}, head {}, {}", place.item, place.head, name(mask));
+            tolerances[index] = tolerance::profile_error(dtype, expected, mask);
+            let error = (found - expected.errors[index].sqrt()).abs() / size;
+            self.errors.keep_worse(error, tolerances[index], place);
+            let error = (found - root_mean(distances[mask])).abs() / size;
+            // By the triangle inequality the distance of two rows moves by no more than both of them.
+            let moved = root_mean(moved[0]) + root_mean(moved[mask]) + tolerance::root_mean(count) * found;
+            self.merged.keep_worse(error, moved / size, place);
+        }
+        self.errors.compared += 1;
+        self.merged.compared += 1;
+        let gap = (expected.errors[0].sqrt() - expected.errors[1].sqrt()).abs() / size;
+        (gap > tolerances[0] + tolerances[1]).then(|| expected.head_type())
+    }
+
+    fn checks(self, case: &str) -> [Check; 4] {
+        let rows = (self.heads as u64 * u64::from(self.samples) * 3, "rows");
+        let heads = (self.heads as u64, "heads");
+        [
+            self.outputs.check("profile", case, "sampled outputs", rows),
+            self.sums.check("profile", case, "sampled log-sum-exps", rows),
+            self.merged.check("select", case, "errors of the samples", heads),
+            self.errors.check("select", case, "mean squared errors", heads),
+        ]
+    }
+}
+
+/// A head's type, as it was found.
+struct Choice<'a> {
+    place: Place,
+    profile: &'a HeadProfile,
+    /// What the reference chooses, where it was asked; then None if it cannot tell.
+    clear: Option<Option<HeadType>>,
+}
+
+/// Types of heads: that of the device's own lower error in any case, and the reference's where it has one. Of planted heads without a
+/// reference, those are to be of the planted type of whose kind the reference has seen some, and clearly found the planted type in all.
+fn check_choices(choices: &[Choice], planted: bool) -> Worst {
+    let plant = |place: Place| if place.head.is_multiple_of(2) { HeadType::Spatial } else { HeadType::Temporal };
+    let is_plain = |kind: HeadType| {
+        let mut seen = choices.iter().filter(|choice| plant(choice.place) == kind).filter_map(|choice| choice.clear);
+        seen.next() == Some(Some(kind)) && seen.all(|clear| clear == Some(kind))
+    };
+    let plain = [HeadType::Spatial, HeadType::Temporal].into_iter().filter(|&kind| planted && is_plain(kind));
+    let plain: Vec<HeadType> = plain.collect();
+    let mut worst = Worst::new();
+    for Choice { place, profile, clear } in choices {
+        let own = if profile.temporal_error < profile.spatial_error { HeadType::Temporal } else { HeadType::Spatial };
+        let expected = match clear {
+            Some(clear) => *clear,
+            None => Some(plant(*place)).filter(|kind| plain.contains(kind)),
+        };
+        let wrong = profile.head_type != own || expected.is_some_and(|expected| profile.head_type != expected);
+        let name = name_of(profile.head_type);
+        worst.add(wrong.into(), 0.0, || format!("batch {}, head {}: {name}", place.item, place.head));
+    }
+    worst
 }

@@ -164,6 +164,68 @@ fn run_carries_nan() {
     assert_eq!(report["heads"][1]["nan_rows"], 0, "{report}");
 }
 
+/// Whatever of the inputs is not finite is named with its place and value. What it reaches is not compared, and the rest is right.
+#[test]
+fn run_names_what_is_not_finite() {
+    let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
+    let inputs = Inputs::planted(&spec, 1, 2, 13);
+    let tables = inputs.rope.as_ref().unwrap();
+    let run = |tensor: &str, element: usize, bits: &[u8]| {
+        let bytes = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
+        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let mut tensors = [
+            ("q", Dtype::BF16, vec![1, 139, 2, 64], bytes(&inputs.q)),
+            ("k", Dtype::BF16, vec![1, 139, 2, 64], bytes(&inputs.k)),
+            ("v", Dtype::BF16, vec![1, 139, 2, 64], bytes(&inputs.v)),
+            ("cos", Dtype::F32, vec![115, 32], floats(&tables.cos)),
+            ("sin", Dtype::F32, vec![115, 32], floats(&tables.sin)),
+            ("k_norm.weight", Dtype::F32, vec![64], floats(&[1.0; 64])),
+        ];
+        let (.., data) = tensors.iter_mut().find(|(name, ..)| *name == tensor).unwrap();
+        data[element * bits.len()..][..bits.len()].copy_from_slice(bits);
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        let file = folder.path().join("inputs.safetensors");
+        std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+        json(&["run", "tiny_text_last", "--device", "emulator", "--qkv", path(&file)])
+    };
+    let element = inputs.q.index(0, 60, 1) + 3;
+    let (inf, minus_inf, nan) = (0x7f80u16.to_le_bytes(), 0xff80u16.to_le_bytes(), f32::NAN.to_le_bytes());
+    for (tensor, element, bits, message) in [
+        ("q", element, &inf[..], "q[0, 60, 1, 3] is inf"),
+        ("k", element, &inf, "k[0, 60, 1, 3] is inf"),
+        ("v", element, &minus_inf, "v[0, 60, 1, 3] is -inf"),
+        ("cos", 1500, &nan, "cos, element 1500, is NaN"),
+    ] {
+        let (report, code) = run(tensor, element, bits);
+        assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+        assert_eq!(report["not_finite"], serde_json::json!([message]));
+        let rows = |head: usize| report["heads"][head]["nan_rows"].as_u64().unwrap();
+        assert!(rows(1) > 0 && (tensor == "cos" || rows(0) == 0), "{report}");
+    }
+    // Every row of K has it: there is nothing left to compare, which is no success.
+    let (report, code) = run("k_norm.weight", 5, &f32::INFINITY.to_le_bytes());
+    assert_eq!((report["ok"].as_bool(), code), (Some(false), 1), "{report}");
+    assert_eq!(report["not_finite"][0], "k_norm.weight, element 5, is inf");
+    assert!(report["heads"][0]["reason"].as_str().unwrap().contains("nothing to compare"), "{report}");
+}
+
+/// Weights of 1000 make scores so large that rounding moves any output by more than its size: zeros would pass.
+#[test]
+fn run_says_what_is_not_comparable() {
+    let mut inputs = Inputs::random(&tiny(), 1, 2, 14);
+    inputs.q_norm = framestride::inputs::Norm { weight: Some(vec![1000.0; 64]), bias: None };
+    inputs.k_norm = inputs.q_norm.clone();
+    let module =
+        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    let report = run::run(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().report;
+    assert!(!report.ok && report.not_finite.is_empty());
+    for head in report.heads {
+        assert!(head.tolerance > 1.0 && head.reason.unwrap().contains("not comparable"));
+    }
+}
+
 #[test]
 fn run_on_video_writes_pictures() {
     let folder = tempfile::tempdir().unwrap();

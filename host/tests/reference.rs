@@ -149,6 +149,46 @@ fn planted_heads_are_of_their_type() {
     }
 }
 
+/// An eighth of the rows or so are such that the eps of a norm counts: their mean squares are near it, or zero, and so are the variances,
+/// of heads and of tokens alike.
+#[test]
+fn eps_counts_in_random_inputs() {
+    for kind in ["rms", "layer"] {
+        for eps in ["1e-6", "1e-3"] {
+            let text = format!(
+                "name = \"eps\"\n[video]\nframes = 4\ntokens_per_frame = 50\n[attention]\nheads = 3\nhead_dim = 64\n
+                 [qk_norm]\nkind = \"{kind}\"\nover = \"heads\"\neps = {eps}\n
+                 [masks.spatial]\nhalf_width = 9\n[masks.temporal]\nhalf_width = 9\n"
+            );
+            let spec = Spec::parse("eps", &text).unwrap();
+            let eps: f64 = eps.parse().unwrap();
+            let inputs = Inputs::random(&spec, 1, 3, 8);
+            for tokens in [&inputs.q, &inputs.k] {
+                let (mut near, mut zero) = (0, 0);
+                for token in 0..200 {
+                    let row: Vec<f64> = (0..3).flat_map(|head| tokens.row(0, token, head)).collect();
+                    let mean = row.iter().sum::<f64>() / row.len() as f64;
+                    let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / row.len() as f64;
+                    near += usize::from((eps / 8.0..8.0 * eps).contains(&variance));
+                    zero += usize::from(norm(&row) == 0.0);
+                }
+                assert!(near > 5 && zero > 1, "{kind} {eps}: {near} {zero}");
+            }
+        }
+    }
+}
+
+/// Sums of the weights of each thread's keys of a key tile, two of each eight, for a row of a dense head without text: what decides on
+/// offsets.
+fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [f64; 4] {
+    let last = spec.layout.video_tokens().min(tile.first_row + tile.rows);
+    let mut sums = [0.0; 4];
+    for key in tile.first_row..last {
+        sums[((key - tile.first_row) % 8 / 2) as usize] += scores[keys[key as usize]].exp2();
+    }
+    sums
+}
+
 /// The attention kernel begins without offsets where the weights of a first tile allow it. For every spec of more than one tile `verify`
 /// has warpgroups of which a later tile has weights too large.
 #[test]
@@ -165,19 +205,10 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
         let mut outgrown = 0;
         for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(), 0) {
             for first in (tile.first_row as usize..video).step_by(64).take(spec.tiles().consumers() as usize) {
-                // Sums of the weights of each thread's keys: two of each eight.
                 let sums = |key_tile: &KeyTile| -> Vec<f64> {
+                    let scores = |row: usize| head.scores(queries[row], inputs.query_scale());
                     (first..video.min(first + 64))
-                        .flat_map(|row| {
-                            let scores = head.scores(queries[row], inputs.query_scale());
-                            let mut sums = [0.0; 4];
-                            for key in
-                                key_tile.first_row as usize..video.min((key_tile.first_row + key_tile.rows) as usize)
-                            {
-                                sums[(key - key_tile.first_row as usize) % 8 / 2] += scores[keys[key]].exp2();
-                            }
-                            sums
-                        })
+                        .flat_map(|row| thread_sums(&spec, &keys, &scores(row), key_tile))
                         .collect()
                 };
                 let (first_tile, others) = tile.key_tiles.split_first().unwrap();
@@ -186,6 +217,77 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
             }
         }
         assert!(outgrown > 0, "{}", spec.name);
+    }
+}
+
+/// Of each 64 queries one alone, or two of a kind each, cannot do without an offset: too small, too large, or too large later on. It is in
+/// either half of its warp's rows. Every combination occurs.
+#[test]
+fn lone_rows_are_alone() {
+    let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles().key_rows;
+    for spec in tiny_specs().filter(long).chain([spec("demo")]) {
+        let [least, most] = spec.dtype.tile_sums().map(f64::from);
+        let mut found = std::collections::BTreeSet::new();
+        let mut inputs = Inputs::lone(&spec, 1, spec.heads as usize, 6);
+        inputs.text_lengths = Some(vec![0]);
+        let reference = Reference::new(&spec, &inputs);
+        let video = spec.layout.video_tokens();
+        for head in 0..spec.heads as usize {
+            let head = reference.head(0, head);
+            let mask = head.mask(HeadType::Dense);
+            let (queries, keys) = (mask.query_order(), mask.key_order());
+            for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(), 0) {
+                for first in (tile.first_row..video.min(tile.first_row + tile.rows)).step_by(64) {
+                    let mut group = Vec::new();
+                    for row in first..video.min(first + 64) {
+                        let scores = head.scores(queries[row as usize], inputs.query_scale());
+                        let sums = |tile: &KeyTile| thread_sums(&spec, &keys, &scores, tile);
+                        let (first_tile, others) = tile.key_tiles.split_first().unwrap();
+                        let half = row % 16 / 8;
+                        if sums(first_tile).iter().any(|&sum| sum < least) {
+                            group.push(("small", half));
+                        } else if sums(first_tile).iter().any(|&sum| sum > most) {
+                            group.push(("large", half));
+                        } else if others.iter().any(|tile| sums(tile).iter().any(|&sum| sum > most)) {
+                            group.push(("later", half));
+                        }
+                    }
+                    let alone = group.len() <= 1 || (group.len() == 2 && group[0].0 != group[1].0);
+                    assert!(alone, "{}: {group:?}", spec.name);
+                    found.extend(group);
+                }
+            }
+        }
+        let groups = spec.heads * video.div_ceil(64);
+        assert!(found.len() == 6 || groups < 8, "{}: {found:?}", spec.name);
+    }
+}
+
+/// The highest key is hidden from many rows by both masks, weights relative to it vanish in the type, and yet one mask is clearly better.
+#[test]
+fn a_hidden_key_is_above_all() {
+    for spec in tiny_specs().chain([spec("demo")]) {
+        let mut inputs = Inputs::hidden(&spec, 1, spec.heads as usize, 7);
+        inputs.text_lengths = Some(vec![0]);
+        let reference = Reference::new(&spec, &inputs);
+        let vanishing = if spec.dtype == Dtype::F16 { 25.0 } else { 126.0 };
+        let highest = (spec.layout.first_video_row() + spec.layout.video_tokens() - 1) as usize;
+        for number in 0..spec.heads {
+            let head = reference.head(0, number as usize);
+            let hidden = (0..head.rows()).step_by(5).filter(|&row| {
+                [HeadType::Spatial, HeadType::Temporal].iter().all(|&mask| {
+                    let scores = head.scores(row, inputs.query_scale());
+                    let seen = (0..head.rows()).filter(|&key| head.mask(mask).sees(row, key));
+                    let most = seen.map(|key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
+                    scores[highest] - most > vanishing
+                })
+            });
+            let hidden = hidden.count();
+            let profile = head.profile(&spec.layout, inputs.scale(), spec.profile.seed, number, spec.profile.rows);
+            let [spatial, temporal] = profile.errors;
+            let ratio = spatial.max(temporal) / spatial.min(temporal);
+            assert!(hidden > 3 && ratio > 1.2, "{} head {number}: {hidden} {ratio}", spec.name);
+        }
     }
 }
 

@@ -77,6 +77,11 @@ impl Memory {
         Ok(address)
     }
 
+    /// Leaves so many addresses to nobody: what is reserved next lies beyond them.
+    pub fn skip(&mut self, bytes: u64) {
+        self.end = self.end.max(FIRST) + bytes;
+    }
+
     /// Gives back the allocation that starts at `address`.
     ///
     /// # Errors
