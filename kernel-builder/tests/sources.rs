@@ -1,0 +1,38 @@
+//! What is said when the sources of the kernels are not where they should be.
+
+use std::env;
+use std::process::Command;
+
+use framestride_builder::toolchain::Report;
+use framestride_builder::{BuildError, Kernels};
+
+/// Set for the child, which looks at what its environment leads to.
+const CHILD: &str = "FRAMESTRIDE_TEST_WITHOUT_SOURCES";
+
+#[test]
+fn sources_that_are_missing_are_said_to_be() {
+    if env::var_os(CHILD).is_some() {
+        let report = Report::new();
+        let sources = report.findings.iter().find(|finding| finding.tool == "sources").unwrap();
+        assert!(!report.can_build() && sources.required && sources.path.is_none());
+        assert!(report.to_string().contains("MISSING sources") && report.to_string().contains("/nowhere"), "{report}");
+        let spec = include_str!("fixtures/user/shapes/my_model.toml");
+        let error = Kernels::from_text("my_model.toml", spec).build().unwrap_err();
+        assert!(matches!(error, BuildError::NoSource { .. }), "{error}");
+        return;
+    }
+    let sources = Report::new().findings.into_iter().find(|finding| finding.tool == "sources").unwrap();
+    assert!(sources.path.is_some_and(|path| path.join("src/attention.rs").is_file()) && sources.mend.is_none());
+    let mut child = Command::new(env::current_exe().unwrap());
+    child
+        .args(["--exact", "sources_that_are_missing_are_said_to_be"])
+        .env(CHILD, "1")
+        .env("FRAMESTRIDE_SOURCE", "/nowhere");
+    let answer = child.output().unwrap();
+    assert!(
+        answer.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&answer.stdout),
+        String::from_utf8_lossy(&answer.stderr)
+    );
+}
