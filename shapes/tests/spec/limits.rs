@@ -52,6 +52,10 @@ fn bytes_of_a_packed_head_are_counted_in_32_bits() {
             let bytes = packed_bytes(&spec.layout, head_dim, 1, 1);
             assert!(u32::try_from(bytes).is_ok(), "{bytes}");
             ask(&spec.layout);
+            // Without a walk over 10^10 tiles.
+            let dense = spec.tile_counts(HeadType::Dense);
+            assert_eq!(dense.full + dense.edge, dense.query_tiles * u64::from(most.div_ceil(spec.tiles().key_rows)));
+            assert!(spec.tile_counts(HeadType::Temporal).visited() < dense.visited());
             for above in [1, 7, 8] {
                 refused(read(most - text + above, text, 1, head_dim, ""), &limit);
             }
