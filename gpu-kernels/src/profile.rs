@@ -49,7 +49,7 @@ impl<T: Shape> Plan<T> {
     const TILE_BYTES: u32 = KEY_ROWS * T::HEAD_DIM * 2;
     /// Whether the consumer warpgroups take turns on the tiles, instead of sharing the columns of each.
     const TURNS: bool = T::HEAD_DIM == COLUMNS;
-    /// Warps that read a tile.
+    /// Warps that read a tile; as many have results in the end.
     const READERS: u32 = if Self::TURNS { 4 } else { CONSUMERS * 4 };
 
     fn query() -> u32 {
@@ -78,6 +78,18 @@ impl<T: Shape> Plan<T> {
     /// Where the consumers leave the sum of a sample's weights under a mask, for the producers.
     fn masked_sum(mask: u32, sample: u32) -> u32 {
         shared::base() + 512 + ((mask - SPATIAL) * SAMPLE_ROWS + sample) * 4
+    }
+    /// Where a producer warp says whether the sums of its samples have lost something.
+    fn verdict(producer_warp: u32) -> u32 {
+        shared::base() + 496 + producer_warp * 4
+    }
+    /// Of a sweep: every thread that has results has said what the producers must know, and all are done with the stages.
+    fn swept() -> Barrier {
+        Barrier::at(3 * Self::STAGES)
+    }
+    /// Of the verdicts.
+    fn judged() -> Barrier {
+        Barrier::at(3 * Self::STAGES + 1)
     }
     /// Of keys, and of what the samples see of them.
     fn key_full(stage: u32) -> Barrier {
@@ -123,6 +135,8 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
             Plan::<T>::free(stage).init(Plan::<T>::READERS);
             stage += 1;
         }
+        Plan::<T>::swept().init(32 * Plan::<T>::READERS);
+        Plan::<T>::judged().init(4);
         barrier::publish_initialised();
     }
     thread::sync_block();
@@ -140,17 +154,26 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
     }
 }
 
-/// The next sweep after that of `mask` that some thread of the block asks for; [`MASKS`] when there is none.
+/// Which masks have lost something, for all threads of the block: a bit each.
 ///
 /// # Safety
-/// Every thread of the block comes here, with the same `mask`.
+/// The producers judge the sums.
 #[inline(always)]
-unsafe fn next_sweep(mut mask: u32, is_lost: impl Fn(u32) -> bool) -> u32 {
-    loop {
-        mask += 1;
-        if mask == MASKS || thread::any_of_block(is_lost(mask)) {
-            return mask;
-        }
+unsafe fn lost_masks<T: Shape>() -> u32 {
+    Plan::<T>::judged().wait(0);
+    let [a, b, c, d] = shared::load16(Plan::<T>::verdict(0));
+    warp::uniform((a | b) << SPATIAL | (c | d) << TEMPORAL)
+}
+
+/// The sweep after that of `mask`; [`MASKS`] when there is none.
+#[inline(always)]
+fn next_sweep(mask: u32, lost: u32) -> u32 {
+    if mask < SPATIAL && lost & 1 << SPATIAL != 0 {
+        SPATIAL
+    } else if mask < TEMPORAL && lost & 1 << TEMPORAL != 0 {
+        TEMPORAL
+    } else {
+        MASKS
     }
 }
 
@@ -186,21 +209,24 @@ impl Producer {
     /// Brings the tiles for every sweep.
     #[inline(always)]
     unsafe fn run<T: Shape>(mut self, params: &ProfileParams, head: u32, tiles: Range<u32>) {
-        let mut is_lost = false;
-        let mut sweep = DENSE;
+        let (mut sweep, mut parity, mut lost) = (DENSE, 0, 0);
         while sweep != MASKS {
             let sees_any = self.bring::<T>(params, head, &tiles);
+            Plan::<T>::swept().wait(parity);
+            parity ^= 1;
             if sweep == DENSE {
-                thread::sync_block();
                 let sum = shared::load_f32(Plan::<T>::masked_sum(self.mask, self.sample));
                 // A sum that is no number is lost as well.
-                is_lost = sees_any & !(sum >= ElementOf::<T>::LEAST_MASKED_SUM);
+                let is_lost = warp::any(sees_any & !(sum >= ElementOf::<T>::LEAST_MASKED_SUM));
+                if self.lane == 0 {
+                    shared::store_u32(Plan::<T>::verdict(thread::index() / 32), is_lost as u32);
+                }
+                Plan::<T>::judged().release(self.lane);
+                lost = lost_masks::<T>();
             }
-            sweep = next_sweep(
-                sweep,
-                #[inline(always)]
-                |mask| is_lost & (mask == self.mask),
-            );
+            // The consumers may have stored results where tiles come.
+            shared::publish_to_async();
+            sweep = next_sweep(sweep, lost);
         }
     }
 
@@ -279,6 +305,7 @@ unsafe fn consume<T: Shape>(
     let place = |mask: u32| partial + plan.mask_offset(mask) as u64 * 4;
     // Tiles that went through the stages in earlier sweeps.
     let mut tiles_before = 0;
+    let mut lost = 0;
     while consumer.mask != MASKS {
         let mut results = Results::<T> {
             rows: Rows::new(),
@@ -293,31 +320,29 @@ unsafe fn consume<T: Shape>(
         // With turns the first warpgroup has the results of both.
         if !Plan::<T>::TURNS || warpgroup == 0 {
             let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
+            // The quad's lanes hold the sums of their own columns of the tiles.
+            let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
+            if lane % 4 == 0 && columns == 0 && consumer.mask == DENSE {
+                let mut row = 0;
+                while row < 2 {
+                    shared::store_f32(Plan::<T>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
+                    shared::store_f32(Plan::<T>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
+                    row += 1;
+                }
+            }
+            Plan::<T>::swept().arrive();
+            // The producers judge the sums meanwhile.
             let store = Store { samples, offset: rows.offset, lane, columns };
             store.mask::<T>(place(consumer.mask), rows.total(), dense);
             if consumer.mask == DENSE {
-                // The quad's lanes hold the sums of their own columns of the tiles.
-                let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
                 store.mask::<T>(place(SPATIAL), sums[0], spatial);
                 store.mask::<T>(place(TEMPORAL), sums[1], temporal);
-                if lane % 4 == 0 && columns == 0 {
-                    let mut row = 0;
-                    while row < 2 {
-                        shared::store_f32(Plan::<T>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
-                        shared::store_f32(Plan::<T>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
-                        row += 1;
-                    }
-                }
             }
         }
         if consumer.mask == DENSE {
-            thread::sync_block();
+            lost = lost_masks::<T>();
         }
-        consumer.mask = next_sweep(
-            consumer.mask,
-            #[inline(always)]
-            |_| false,
-        );
+        consumer.mask = next_sweep(consumer.mask, lost);
     }
 }
 
@@ -355,7 +380,8 @@ impl Consumer {
     #[inline(always)]
     unsafe fn sweep<T: Shape>(&self, tiles: &Range<u32>, tiles_before: u32, results: &mut Results<T>) {
         let turn = if Plan::<T>::TURNS { self.warpgroup } else { 0 };
-        let mut place = Place { tile: tiles.start + turn, slot: Slot::full(tiles_before + turn, Plan::<T>::STAGES) };
+        let slot = Slot::full(tiles_before + turn, Plan::<T>::STAGES);
+        let mut place = Place { tile: tiles.start + turn, slot: slot.uniform() };
         if place.tile >= tiles.end {
             return;
         }
@@ -367,6 +393,7 @@ impl Consumer {
             return;
         }
         loop {
+            place.slot = place.slot.uniform();
             scores = self.first_scores::<T>(&place);
             results.lower(&mut scores);
             if self.rounds::<T, true>(&mut place, tiles.end, &mut scores, results) {
@@ -381,7 +408,14 @@ impl Consumer {
         let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
         T::Profile::start_scores(&mut scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
         scores.wait::<0>();
-        self.hide(&mut scores, place.tile * KEY_ROWS, self.seen::<T>(place.slot.stage));
+        let seen = if self.mask == DENSE {
+            [[0; 2]; 2]
+        } else {
+            // The stage has been waited for. compute-sanitizer's racecheck does not believe it without a barrier of this warpgroup.
+            thread::any_of_warpgroup(false, self.warpgroup);
+            self.seen::<T>(place.slot.stage)
+        };
+        self.hide(&mut scores, place.tile * KEY_ROWS, seen);
         scores
     }
 
@@ -405,6 +439,8 @@ impl Consumer {
             if place.tile >= end {
                 results.start_outputs(&weights, value(place.slot));
                 results.wait_outputs(&mut weights);
+                // All lanes have read what they see of the tile.
+                warp::sync();
                 Plan::<T>::free(place.slot.stage).release(self.lane);
                 return true;
             }
@@ -531,8 +567,6 @@ impl<T: Shape> Results<T> {
                 |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
             );
         }
-        // Another sweep brings tiles to the same place.
-        shared::publish_to_async();
         thread::sync_two_warpgroups();
         if warpgroup == 0 {
             let offset = [0, 1].map(|row| rows.offset[row as usize].min(shared::load_f32(place(row))));
@@ -696,6 +730,23 @@ pub unsafe fn select<T: Shape>(params: &SelectParams) {
     }
 }
 
+/// What `add` makes of the values of all lanes, of three at a time, so that their exchanges overlap.
+///
+/// # Safety
+/// All 32 lanes come here.
+#[inline(always)]
+unsafe fn reduce(mut values: [f32; 3], add: impl Fn(f32, f32) -> f32) -> [f32; 3] {
+    let mut distance = 16;
+    while distance > 0 {
+        values = values.map(
+            #[inline(always)]
+            |value| add(value, warp::exchange(value, distance)),
+        );
+        distance /= 2;
+    }
+    values
+}
+
 /// One sample's results in all splits: each lane knows about one split.
 struct Merge {
     /// First f32 of the first split.
@@ -713,22 +764,31 @@ impl Merge {
         let (group, sample) = (row / SAMPLE_ROWS, row % SAMPLE_ROWS);
         let partials = params.partials + plan.offset(head, group, 0) * 4;
         let own = |index: u32| partials + (lane * plan.split_floats() + index + sample) as u64 * 4;
-        let factors = [DENSE, SPATIAL, TEMPORAL].map(
+        let (mut offsets, mut sums) = ([0.0; 3], [0.0; 3]);
+        if lane < params.splits {
+            let load = |mask: u32, index: u32| global::load_f32(own(plan.mask_offset(mask) + index));
+            offsets = [load(DENSE, 0), load(SPATIAL, 0), load(TEMPORAL, 0)];
+            sums = [load(DENSE, SAMPLE_ROWS), load(SPATIAL, SAMPLE_ROWS), load(TEMPORAL, SAMPLE_ROWS)];
+        }
+        // A sum below the normal numbers is 0: no key of the split is visible.
+        let has_any = sums.map(|sum| sum >= f32::MIN_POSITIVE);
+        let log_sums = [0, 1, 2].map(
+            #[inline(always)]
+            |mask| if has_any[mask] { offsets[mask] + math::log2(sums[mask]) } else { f32::NEG_INFINITY },
+        );
+        // Some split has a visible key, unless all is NaN; what is subtracted must be a number then too.
+        let largest = reduce(log_sums, f32::max).map(|largest| largest.max(f32::MIN));
+        let shares = [0, 1, 2].map(
+            #[inline(always)]
+            |mask| math::exp2(log_sums[mask] - largest[mask]),
+        );
+        let totals = reduce(shares, |sum, share| sum + share);
+        let factors = [0, 1, 2].map(
             #[inline(always)]
             |mask| {
-                let (mut log_sum, mut sum) = (f32::NEG_INFINITY, 1.0);
-                if lane < params.splits {
-                    sum = global::load_f32(own(plan.mask_offset(mask) + SAMPLE_ROWS));
-                    // Below the normal numbers its reciprocal would be infinite. Such a sum is 0: no key of the split is visible.
-                    if sum >= f32::MIN_POSITIVE {
-                        log_sum = global::load_f32(own(plan.mask_offset(mask))) + math::log2(sum);
-                    }
-                }
-                // Some split has a visible key. If all is NaN there is none, but a number too.
-                let share = math::exp2(log_sum - warp::max::<32>(log_sum).max(f32::MIN));
-                let total = warp::sum::<32>(share);
                 // A division in full precision would be a call.
-                if share > 0.0 { share * math::reciprocal(total) * math::reciprocal(sum) } else { 0.0 }
+                let factor = shares[mask] * math::reciprocal(totals[mask]) * math::reciprocal(sums[mask]);
+                if has_any[mask] { factor } else { 0.0 }
             },
         );
         Merge { partials, plan, sample, factors }

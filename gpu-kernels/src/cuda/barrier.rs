@@ -2,7 +2,7 @@
 //!
 //! A phase completes when all expected arrivals and all expected bytes have come. Waiters name the phase by its parity.
 
-use super::shared;
+use super::{shared, warp};
 use core::arch::asm;
 
 /// A barrier at byte `8 * index` of the block's shared memory.
@@ -99,6 +99,15 @@ impl Slot {
     #[inline(always)]
     pub fn full(number: u32, stages: u32) -> Slot {
         Slot { stage: number % stages, parity: number / stages % 2 }
+    }
+
+    /// Itself, in registers of which ptxas sees that all lanes have the same ([`warp::uniform`]).
+    ///
+    /// # Safety
+    /// All 32 lanes come here with one slot.
+    #[inline(always)]
+    pub unsafe fn uniform(self) -> Slot {
+        Slot { stage: warp::uniform(self.stage), parity: warp::uniform(self.parity) }
     }
 
     /// The next of `stages`.

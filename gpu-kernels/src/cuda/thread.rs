@@ -69,20 +69,6 @@ pub unsafe fn any_of_warpgroup(condition: bool, warpgroup: u32) -> bool {
     out != 0
 }
 
-/// Whether `condition` holds in any thread of the block.
-///
-/// # Safety
-/// As [`sync_block`].
-#[inline(always)]
-pub unsafe fn any_of_block(condition: bool) -> bool {
-    let out: u32;
-    asm!(
-        "{{ .reg .pred %any; setp.ne.u32 %any, {1}, 0; bar.red.or.pred %any, 0, %any; vote.sync.any.pred %any, %any, -1; selp.u32 {0}, 1, 0, %any; }}",
-        out(reg32) out, in(reg32) condition as u32, options(nostack)
-    );
-    out != 0
-}
-
 /// Gives registers back so that other warpgroups may take them (9.7.19.5, setmaxnreg).
 ///
 /// # Safety
