@@ -372,19 +372,21 @@ impl Head {
         }
         // f64::max drops NaN; the sum below brings it back, so a NaN input is carried to every row that sees it.
         let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = seen.iter().map(|&key| (scores[key] - maximum).exp()).sum();
+        let weights: Vec<f64> = seen.iter().map(|&key| (scores[key] - maximum).exp()).collect();
+        let sum: f64 = weights.iter().sum();
         attended.lse = maximum + sum.ln();
         attended.maximum = maximum;
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
         let (mut square, mut flat) = (0.0, 0.0);
-        let mut rest = &seen[..];
+        let (mut rest, mut rest_weights) = (&seen[..], &weights[..]);
         while let Some(&first) = rest.first() {
             let alike = rest.iter().take_while(|&&key| (scores[key] - scores[first]).abs() <= ALIKE).count();
             // NaN is like nothing, itself included.
             let (run, others) = rest.split_at(alike.max(1));
-            for &key in run {
+            let (run_weights, other_weights) = rest_weights.split_at(run.len());
+            for (&key, weight) in run.iter().zip(run_weights) {
                 let value = &self.values[key * self.head_dim..][..self.head_dim];
-                let weight = (scores[key] - maximum).exp() / sum;
+                let weight = weight / sum;
                 for (out, value) in attended.out.iter_mut().zip(value) {
                     *out += weight * value;
                 }
@@ -397,8 +399,8 @@ impl Head {
                 let value = |d: usize| run.iter().map(|key| self.values[key * self.head_dim + d]).sum::<f64>();
                 (0..self.head_dim).map(|d| value(d).powi(2)).sum::<f64>().sqrt()
             };
-            square += ((scores[first] - maximum).exp() / sum * size).powi(2);
-            rest = others;
+            square += (run_weights[0] / sum * size).powi(2);
+            (rest, rest_weights) = (others, other_weights);
         }
         attended.spread = square.sqrt();
         attended.flat_spread = flat.sqrt() / sum;
