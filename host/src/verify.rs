@@ -19,7 +19,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
-use framestride_shapes::launch::{ProfilePlan, SAMPLE_ROWS};
+use framestride_shapes::launch::{ProfilePlan, SAMPLE_ROWS, SCHEDULE_BYTES};
 use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS};
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Profile, Spec};
 use rand::{Rng, RngExt};
@@ -49,7 +49,7 @@ pub struct Check {
     pub compared: u64,
     /// How many there are.
     pub of: u64,
-    /// What those numbers count: "rows", "heads" or "runs".
+    /// What those numbers count: "rows", "heads", "counts" or "runs".
     pub unit: &'static str,
     /// Relative error of the worst row (the one whose error is the largest part of its tolerance), null when not a number; of what is
     /// counted, such as bytes that differ, the number.
@@ -601,6 +601,14 @@ fn run_case(
         worst.compared = (all_heads * sequence) as u64;
         checks.push(worst.check("attention", &name, quantity, rows(sequence)));
     }
+    // The next attention on this workspace counts on from there, also one that no pack goes before.
+    let schedule = device.read(buffer, plan.schedule.start, SCHEDULE_BYTES)?;
+    let mut left = Worst::new();
+    for word in schedule.chunks_exact(4) {
+        let count = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+        left.add(f64::from(count), 0.0, || "a count of the schedule".into());
+    }
+    checks.push(left.check("attention", &name, "counts left in the schedule", (SCHEDULE_BYTES / 4, "counts")));
     Ok(checks)
 }
 

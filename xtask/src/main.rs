@@ -1,7 +1,8 @@
-//! `cargo xtask demo` and `cargo xtask test`, and what maintainers run: `kernels` and `bench-build`.
+//! `cargo xtask demo` and `cargo xtask test`, and what maintainers run: `kernels`, `mutants` and `bench-build`.
 
 mod bench;
 mod kernels;
+mod mutants;
 mod setup;
 
 use std::env;
@@ -12,9 +13,12 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
                 pictures go to demo-report/
-  test [ARGS]   set up what is missing, ptxas and disassembler included, and run every test; or, with ARGS, what
-                cargo test ARGS runs
+  test [ARGS]   set up what is missing, ptxas and disassembler included, run every test, and plant a dozen mutants;
+                or, with ARGS, run what cargo test ARGS runs
   kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
+  mutants [NAME ...]
+                plant mistakes in the kernels, all of tests/mutants/mutants.toml or those named, and expect verify
+                to see each
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
 ";
@@ -26,6 +30,7 @@ fn main() -> ExitCode {
         ("demo", []) => demo(),
         ("test", rest) => test(rest),
         ("kernels", []) => kernels::make(),
+        ("mutants", names) => mutants::plant(mutants::Choice::Named(names)),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
             print!("{}", framestride_builder::toolchain::Report::new());
@@ -64,7 +69,8 @@ fn test(arguments: &[String]) -> Result<(), String> {
     let chosen = if arguments.is_empty() { &everything } else { arguments };
     step(&format!("cargo test {}", chosen.join(" ")));
     // A snapshot that differs is a failure, never a new file.
-    run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))
+    run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))?;
+    if arguments.is_empty() { mutants::plant(mutants::Choice::Ci) } else { Ok(()) }
 }
 
 /// One line about what is done next.
