@@ -11,13 +11,13 @@ use framestride::attention::profile_splits;
 use framestride::bench::{self, Bench, Options, Timed};
 use framestride::device::{DeviceChoice, Gpu, cuda_version};
 use framestride::files::{load_frames, load_inputs, save_output};
-use framestride::inputs::Inputs;
+use framestride::inputs::{Inputs, RopeTables};
 use framestride::masks;
 use framestride::output::{Output, unless_closed, write_stdout};
 use framestride::run::{RunReport, check_dense_heads};
 use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
-use framestride::shapes::spec::{Spec, read_file};
+use framestride::shapes::spec::{NormKind, Spec, read_file};
 use framestride::shapes::text::{MESSAGE_BYTES, nearest, plain};
 use framestride::verify::{Effort, Report};
 use framestride::{Device, Error, Kernels, Module, Result, name_of, report, verify, video};
@@ -603,9 +603,19 @@ fn run_spec(run: Run) -> Result<Outcome> {
     let read = inputs_of(&argument, &on, [video.as_ref(), qkv.as_ref()]);
     let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
     let out = out.or_else(|| qkv.as_deref().map(output_beside));
-    let out = out.map(|out| Output::new(&out, &read)).transpose()?;
     let heads = video.as_ref().map(|_| spec.heads as usize);
     let report = report.map(|folder| report::Report::new(&folder, heads, &read)).transpose()?;
+    let out = out.map(|out| Output::new(&out, &read)).transpose()?;
+    if let (Some(out), Some(report)) = (&out, &report)
+        && let Some(other) = report.outputs().find(|other| other.is_same(out))
+    {
+        return Err(Error::input(
+            out.path().display(),
+            format!("a file of the report, {}", other.path().display()),
+            "an output of its own",
+            "Give another name to --out or another folder to --report",
+        ));
+    }
     let device = choose(&spec, &on)?;
     bar.say("inputs", None);
     let (mut inputs, frames) = match (&video, &qkv) {
@@ -628,6 +638,7 @@ fn run_spec(run: Run) -> Result<Outcome> {
     let place = module.device().name();
     let progress = |what: &str, part| bar.say(&format!("{what} ({place})"), part);
     let run = framestride::run::run(&module, &inputs, &dense_heads, &progress)?;
+    let assumed = if qkv.is_some() { assumed(&spec, &inputs) } else { Vec::new() };
     let mut files = Vec::new();
     let mut write = || -> Result<()> {
         if let Some(out) = &out {
@@ -646,12 +657,32 @@ fn run_spec(run: Run) -> Result<Outcome> {
     let files: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
     let mut json = to_json(&run.report);
     json["files"] = json!(files);
+    json["assumed"] = json!(assumed);
     let mut text = run_text(&run.report);
+    for line in &assumed {
+        text += &format!("assumed: {line}\n");
+    }
     for file in &files {
         text += &format!("wrote {file}\n");
     }
     let aside = out.is_some_and(|out| out.is_stdout());
     Ok(Outcome { text, ok: run.report.ok, json, aside, unwritten })
+}
+
+/// What a file of tensors left open, and what was taken.
+fn assumed(spec: &Spec, inputs: &Inputs) -> Vec<String> {
+    let mut assumed = Vec::new();
+    let norms = [("q_norm", &inputs.q_norm), ("k_norm", &inputs.k_norm)];
+    for (name, norm) in norms.into_iter().filter(|(_, norm)| spec.qk_norm.is_some() && norm.weight.is_none()) {
+        assumed.push(format!("{name} has no weights: ones"));
+        if norm.bias.is_none() && spec.qk_norm.is_some_and(|norm| norm.kind == NormKind::Layer) {
+            assumed.push(format!("{name} has no bias: zeros"));
+        }
+    }
+    if inputs.rope.is_some() && inputs.rope == spec.rope.map(|_| RopeTables::from_grid(spec, inputs.q.heads)) {
+        assumed.push("cos and sin: made from the spec's frames and grid".into());
+    }
+    assumed
 }
 
 fn run_text(report: &RunReport) -> String {
@@ -686,7 +717,7 @@ fn run_text(report: &RunReport) -> String {
                 (Some(reason), ..) => format!("  FAILED: {reason}"),
                 (None, false, _) => "  FAILED".into(),
                 (None, true, 0) => String::new(),
-                (None, true, rows) => format!("  {rows} rows are not finite, as the inputs are"),
+                (None, true, rows) => format!("  {rows} rows are not finite: inputs are not"),
             }
         );
     }
@@ -695,7 +726,10 @@ fn run_text(report: &RunReport) -> String {
         report.density, report.rel_error, report.compared_rows
     );
     if !report.not_finite.is_empty() {
-        text += &format!("of the inputs, {}, and so is what they reach\n\n", report.not_finite.join(", "));
+        text += &format!(
+            "of the inputs, {}, and so is what they reach: of V, every row that reads a tile with it\n\n",
+            report.not_finite.join(", ")
+        );
     }
     for kernel in &report.kernels {
         text += &format!("{:<10} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);

@@ -85,6 +85,20 @@ impl Output {
         matches!(self.target, Target::Stdout)
     }
 
+    /// Whether both go to one file, or to standard output.
+    pub fn is_same(&self, other: &Output) -> bool {
+        match (&self.target, &other.target) {
+            (Target::File(own, _), Target::File(others, _)) => {
+                // A file that is not there yet has no identity, but its folder has.
+                let place =
+                    |file: &Path| (fs::canonicalize(folder_of(file)).ok(), file.file_name().map(ToOwned::to_owned));
+                place(own) == place(others)
+            }
+            (Target::Stdout, Target::Stdout) => true,
+            _ => false,
+        }
+    }
+
     /// Writes all of the output.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
         let written = match &self.target {

@@ -48,6 +48,11 @@ impl Report {
         })
     }
 
+    /// Its files.
+    pub fn outputs(&self) -> impl Iterator<Item = &Output> {
+        self.attention.iter().chain(self.masks.iter().map(|(_, output)| output)).chain([&self.json])
+    }
+
     /// Writes all of it. Gives the files.
     pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &Run, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
         if let Some(frames) = frames {

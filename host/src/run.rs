@@ -163,6 +163,8 @@ pub fn run(
         let (rel_error, tolerance) = (ratio(sums.error, sums.size), ratio(sums.tolerance, sums.size));
         let reason = if sums.wrong_nan > 0 {
             Some(format!("{} rows are finite where the reference is not, or the other way round", sums.wrong_nan))
+        } else if sums.nan_rows == rows.len() {
+            Some("nothing to compare: no row is finite, as the inputs are not".into())
         } else if tolerance >= tolerance::BLIND {
             Some(format!("not comparable: rounding alone may move the output by {tolerance:.1} times its size"))
         } else {
@@ -184,12 +186,6 @@ pub fn run(
         });
     }
     progress("comparing with the f64 reference", Some(1.0));
-    if results.iter().all(|head| head.nan_rows == rows.len()) {
-        for head in &mut results {
-            head.ok = false;
-            head.reason.get_or_insert_with(|| "nothing to compare: no row is finite, as the inputs are not".into());
-        }
-    }
     let report = RunReport {
         ok: results.iter().all(|head| head.ok),
         spec: spec.name.clone(),

@@ -189,6 +189,37 @@ fn a_report_is_not_lost_with_the_output() {
 }
 
 #[test]
+fn an_output_is_no_file_of_the_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    tensors(&at("qkv.safetensors"));
+    let (qkv, report) = (at("qkv.safetensors"), at("report"));
+    let json = report.join("report.json");
+    refused(&run(&qkv, &["--out", path(&json), "--report", path(&report)]), "a file of the report");
+    symlink("../out.safetensors", &json).unwrap();
+    let out = at("out.safetensors");
+    refused(&run(&qkv, &["--out", path(&out), "--report", path(&report)]), "a file of the report");
+    let both = at("both");
+    refused(&run(&qkv, &["--out", path(&both), "--report", path(&both)]), "a folder");
+    assert!(!out.exists());
+}
+
+#[test]
+fn what_a_file_leaves_open_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let qkv = folder.path().join("qkv.safetensors");
+    tensors(&qkv);
+    let output = run(&qkv, &["--json", "--out", "/dev/null"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let spec = Kernels::shipped("tiny_text_last").unwrap().manifest.spec().unwrap();
+    let assumed = json["assumed"].as_array().unwrap();
+    let says = |word: &str| assumed.iter().any(|line| line.as_str().unwrap().contains(word));
+    assert_eq!(says("q_norm"), spec.qk_norm.is_some());
+    assert_eq!(says("cos and sin"), spec.rope.is_some());
+    assert!(spec.qk_norm.is_some() && spec.rope.is_some());
+}
+
+#[test]
 fn every_input_has_an_output_of_its_own() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

@@ -4,7 +4,6 @@
 //! with versions in place of paths. So the builder makes a workspace of its own, in which each package is a link to its sources and
 //! a Cargo.toml with paths: the same for all of them, and with it the hashes in symbol names and the PTX.
 
-use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,6 +13,7 @@ use toml::{Table, Value};
 use crate::BuildError;
 use crate::error::at;
 use crate::files::{create, link, write_if_new};
+use crate::toolchain;
 
 /// Folder and name of each package.
 const PACKAGES: [(&str, &str); 3] = [
@@ -30,7 +30,7 @@ pub(crate) struct Sources {
 impl Sources {
     /// Those that this crate was compiled with, or those of the checkout that `FRAMESTRIDE_SOURCE` names.
     pub fn find() -> Result<Sources, BuildError> {
-        let named = env::var_os("FRAMESTRIDE_SOURCE").map(PathBuf::from);
+        let named = toolchain::named("FRAMESTRIDE_SOURCE");
         let place = |(name, folder): (&str, &str)| named.as_ref().map_or(folder.into(), |checkout| checkout.join(name));
         let found = framestride_kernels::SOURCES.map(place).into_iter().map(|folder| match folder.canonicalize() {
             Ok(found) if found.join("src/lib.rs").is_file() => Ok(found),

@@ -116,7 +116,7 @@ pub fn find() -> Result<Toolchain, ToolchainError> {
 /// Compilers to look at, with a name for people. The same toolchain may come twice (active and by its name); the second look
 /// costs a few milliseconds and only happens when the first failed.
 fn candidates() -> Vec<(String, PathBuf)> {
-    if let Some(rustc) = env::var_os("FRAMESTRIDE_RUSTC") {
+    if let Some(rustc) = named("FRAMESTRIDE_RUSTC") {
         return vec![("FRAMESTRIDE_RUSTC".into(), rustc.into())];
     }
     let mut found = Vec::new();
@@ -235,7 +235,7 @@ fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
 }
 
 /// Path given by an environment variable.
-fn named(variable: &str) -> Option<PathBuf> {
+pub(crate) fn named(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 

@@ -5,10 +5,11 @@ use std::borrow::Cow;
 /// Most bytes of an error message.
 pub const MESSAGE_BYTES: usize = 2000;
 
-/// Text without control characters but line ends, and of at most `most` bytes (64 or more): the rest is escaped, so that no terminal
+/// Text without control characters but line ends, without marks that turn the direction of writing, and of at most `most` bytes (64 or more): the rest is escaped, so that no terminal
 /// obeys it, and what is too long is shortened in its middle.
 pub fn plain(text: &str, most: usize) -> Cow<'_, str> {
-    let is_plain = |c: char| c == '\n' || !c.is_control();
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_plain = |c: char| c == '\n' || !(c.is_control() || turns(c));
     if text.len() <= most && text.chars().all(is_plain) {
         return Cow::Borrowed(text);
     }
@@ -70,6 +71,7 @@ mod tests {
     fn messages_are_short_and_plain() {
         assert!(matches!(plain("two\nlines, ä", 64), Cow::Borrowed("two\nlines, ä")));
         assert_eq!(plain("\u{1b}[31m\t\u{7f}\u{9b}\r", 64), r"\u{1b}[31m\t\u{7f}\u{9b}\r");
+        assert_eq!(plain("abc\u{202e}def", 64), r"abc\u{202e}def");
         assert_eq!(plain(&"a".repeat(1000), 64), "aaaaaaaaaaaaaaaa[... 968 bytes ...]aaaaaaaaaaaaaaaa");
     }
 
