@@ -283,13 +283,16 @@ impl Warp {
             let Some(mut chosen) = self.select(block, overtake) else { return Ok(Stop::Blocked) };
             let mut pc = self.groups[chosen].pc;
             if self.groups.len() > 1 {
-                // Groups that stand at the same place and wait for nothing else become one.
+                // Groups that stand at the same place and wait for nothing else become one. Those that wait for an mbarrier there ask
+                // again together: else one might go on, come round, and complete the phase after, which the others take for none.
                 let mut joined = self.groups[chosen];
                 let mut i = 0;
                 self.groups.retain(|group| {
                     let other = i != chosen;
                     i += 1;
-                    let join = other && group.pc == pc && matches!(group.wait, Wait::Ready | Wait::Lanes);
+                    let join = other
+                        && group.pc == pc
+                        && matches!(group.wait, Wait::Ready | Wait::Lanes | Wait::Mbarrier { .. });
                     if join {
                         joined.mask |= group.mask;
                     }
@@ -515,7 +518,7 @@ impl Warp {
             i != running
                 && match group.wait {
                     Wait::Ready => group.pc <= pc && self.turn == 0 || group.pc == pc,
-                    Wait::Lanes => group.pc == pc,
+                    Wait::Lanes | Wait::Mbarrier { .. } => group.pc == pc,
                     _ => false,
                 }
         })
