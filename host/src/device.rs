@@ -9,6 +9,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use cudarc::driver::sys;
+use framestride_shapes::arch::Arch;
 
 use crate::error::{Error, Result};
 use crate::launch::Launch;
@@ -55,10 +56,6 @@ impl Stream {
     }
 }
 
-/// PTX version of the kernels, and the first driver that compiles it, as CUDA counts them: 12030 is 12.3.
-const PTX_VERSION: &str = "8.3";
-const LEAST_DRIVER: i32 = 12030;
-
 /// A driver's version as people write it.
 pub fn cuda_version(driver: i32) -> String {
     format!("{}.{}", driver / 1000, driver % 1000 / 10)
@@ -70,7 +67,7 @@ pub struct Gpu {
     device: sys::CUdevice,
     retained: bool,
     name: String,
-    capability: (i32, i32),
+    capability: (u32, u32),
     multiprocessors: u32,
 }
 
@@ -150,8 +147,8 @@ impl Gpu {
         };
         use sys::CUdevice_attribute_enum as Attribute;
         gpu.capability = (
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
         );
         gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let mut name = [0 as c_char; 256];
@@ -169,27 +166,28 @@ impl Gpu {
     }
 
     /// Compute capability, such as (9, 0).
-    pub fn capability(&self) -> (i32, i32) {
+    pub fn capability(&self) -> (u32, u32) {
         self.capability
     }
 
     /// Whether this GPU and its driver run the kernels: the error says what is missing.
     pub fn check(&self) -> Result<()> {
         let (major, minor) = self.capability;
-        if (major, minor) != (9, 0) {
+        let Some(arch) = Arch::of_capability(self.capability) else {
+            let all = |text: fn(Arch) -> String| Arch::ALL.map(text).join(", ");
             return Err(Error::input(
                 "GPU",
                 format!("{} of compute capability {major}.{minor}", self.name),
-                "compute capability 9.0, for which the kernels are built (sm_90a)",
-                "Use a Hopper GPU (H100, H200), or the emulator",
+                format!("compute capability {}, for which the kernels are built", all(Arch::shown_capabilities)),
+                format!("Use a GPU of {}, or the emulator", all(|arch| arch.gpus.into())),
             ));
-        }
-        let driver = self.driver_version();
-        if driver < LEAST_DRIVER {
+        };
+        let (driver, (major, minor)) = (self.driver_version(), arch.ptx_version);
+        if driver < arch.least_driver {
             return Err(Error::input(
                 "GPU driver",
                 format!("one for CUDA {}, on {}", cuda_version(driver), self.name),
-                format!("one for CUDA {} or later, which PTX {PTX_VERSION} needs", cuda_version(LEAST_DRIVER)),
+                format!("one for CUDA {} or later, which PTX {major}.{minor} needs", cuda_version(arch.least_driver)),
                 "Update the driver, or use the emulator",
             ));
         }
@@ -830,10 +828,12 @@ fn load_on_gpu(gpu: &Arc<Gpu>, name: &str, ptx: &str, entries: [(&str, u32); 4])
     let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
     let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
     if status == sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION {
+        let arch = Arch::of_capability(gpu.capability).unwrap_or_default();
+        let (major, minor) = arch.ptx_version;
         return Err(Error::input(
             format!("kernels of {name}"),
             format!("PTX that the driver, for CUDA {}, does not know ({log})", cuda_version(gpu.driver_version())),
-            format!("PTX {PTX_VERSION} and a driver for CUDA {} or later", cuda_version(LEAST_DRIVER)),
+            format!("PTX {major}.{minor} and a driver for CUDA {} or later", cuda_version(arch.least_driver)),
             "Update the driver, or build the kernels again with this version of framestride",
         ));
     }

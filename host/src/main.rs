@@ -15,6 +15,7 @@ use framestride::inputs::{Inputs, RopeTables};
 use framestride::masks;
 use framestride::output::{Output, unless_closed, write_stdout};
 use framestride::run::{RunReport, check_dense_heads};
+use framestride::shapes::arch::Arch;
 use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::{NormKind, Spec, read_file};
@@ -53,7 +54,7 @@ enum Command {
         /// The spec.
         spec: String,
         /// The GPU architecture.
-        #[arg(long, default_value = "sm_90a")]
+        #[arg(long, default_value = Arch::SM_90A.name)]
         arch: String,
         /// Folder for the two files.
         #[arg(long, default_value = ".")]
@@ -503,7 +504,7 @@ fn gain_text(spec: &Spec, gain: &Gain) -> String {
 
 fn build(argument: &str, arch: &str, out: &Path) -> Result<Outcome> {
     let build_error = |error: framestride_builder::BuildError| Error::Build(error.to_string());
-    let arch = arch.parse().map_err(build_error)?;
+    let arch = arch.parse::<Arch>().map_err(|error| Error::Build(error.to_string()))?;
     let (file, text) = spec_text(argument)?;
     let spec = Spec::parse(&file, &text)?;
     std::fs::create_dir_all(out).map_err(|error| Error::file(out, error))?;

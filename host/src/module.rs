@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::manifest::{Kernel as Resources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
@@ -102,8 +103,8 @@ impl Kernels {
                 again,
             ));
         }
-        if manifest.arch != "sm_90a" {
-            return Err(Error::input(format!("{file}, arch"), &manifest.arch, "sm_90a", again));
+        if let Err(error) = manifest.arch.parse::<Arch>() {
+            return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), again));
         }
         for kernel in Kernel::ALL {
             let subject = format!("{file}, kernel {}", kernel.entry());

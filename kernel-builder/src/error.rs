@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use framestride_shapes::arch::UnknownArch;
 use framestride_shapes::spec::SpecError;
 use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
@@ -38,11 +39,8 @@ pub enum BuildError {
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),
     /// An architecture that no kernels exist for.
-    #[error("there are no kernels for `{}`: the architectures are {}", plain(found, 100), crate::Arch::names())]
-    UnknownArch {
-        /// What was asked for.
-        found: String,
-    },
+    #[error(transparent)]
+    UnknownArch(#[from] UnknownArch),
     /// The device crate does not compile.
     #[error("{name}: the device crate {} does not compile:\n{}", shown(manifest), message.trim_end())]
     Compile {
@@ -196,7 +194,7 @@ mod tests {
         let error = || BuildError::Compile { name: "a".into(), manifest: path.clone(), message: said(&long) };
         let mut errors = vec![
             error(),
-            BuildError::UnknownArch { found: long.clone() },
+            BuildError::UnknownArch(UnknownArch { found: long.clone() }),
             BuildError::SameName { name: "a".into(), first: long.clone(), second: long.clone() },
             BuildError::Tool { name: "a".into(), tool: path.clone(), input: path.clone(), message: said(&long) },
             BuildError::Crate { path: path.clone(), problem: said(&long) },

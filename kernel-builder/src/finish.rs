@@ -13,18 +13,13 @@
 
 use std::collections::BTreeMap;
 
+use framestride_shapes::arch::Arch;
 use serde::{Deserialize, Serialize};
 
 /// Prefix of the globals that hold launch tables.
 pub const TABLE_PREFIX: &str = "framestride_launch_";
 /// The global that holds the spec's TOML text, when the crate has attention kernels.
 pub const SPEC_GLOBAL: &str = "framestride_spec";
-/// Most threads of a block, for every NVIDIA GPU.
-const MAX_THREADS: u32 = 1024;
-/// Most blocks of a multiprocessor of compute capability 9.0.
-const MAX_BLOCKS: u32 = 32;
-/// Most dynamic shared memory of a block of compute capability 9.0: 227 KiB.
-const MAX_SHARED: u32 = 227 * 1024;
 
 /// How an entry is launched, as its macro wrote it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,13 +107,13 @@ pub enum FinishError {
     },
 }
 
-/// Finishes the IR of a device crate.
+/// Finishes the IR of a device crate that is built for `arch`.
 ///
 /// # Errors
 /// [`FinishError`] for an entry without table, a table without entry, a table that says something impossible, and IR that is
 /// not understood.
-pub fn finish(ir: &str) -> Result<Finished, FinishError> {
-    let tables = read_tables(ir)?;
+pub fn finish(ir: &str, arch: Arch) -> Result<Finished, FinishError> {
+    let tables = read_tables(ir, arch)?;
     let groups = attribute_groups(ir);
     let mut next_group = groups.keys().max().map_or(0, |last| last + 1);
     let mut finished = Finished {
@@ -207,7 +202,7 @@ pub fn finish(ir: &str) -> Result<Finished, FinishError> {
 }
 
 /// The launch tables of a module by entry, checked.
-fn read_tables(ir: &str) -> Result<BTreeMap<&str, LaunchTable>, FinishError> {
+fn read_tables(ir: &str, arch: Arch) -> Result<BTreeMap<&str, LaunchTable>, FinishError> {
     let mut tables = BTreeMap::new();
     for line in ir.lines() {
         let Some(entry) = table_name(line) else { continue };
@@ -219,14 +214,15 @@ fn read_tables(ir: &str) -> Result<BTreeMap<&str, LaunchTable>, FinishError> {
             return Err(bad(format!("names the entry `{}`", table.entry)));
         }
         for (key, value, limit) in
-            [("threads", table.threads, MAX_THREADS), ("min_blocks", table.min_blocks, MAX_BLOCKS)]
+            [("threads", table.threads, arch.block_threads), ("min_blocks", table.min_blocks, arch.blocks)]
         {
             if value == 0 || value > limit {
                 return Err(bad(format!("`{key}` is {value}, but must lie in 1..={limit}")));
             }
         }
-        if table.shared_bytes > MAX_SHARED {
-            return Err(bad(format!("`shared_bytes` is {}, but a block has at most {MAX_SHARED}", table.shared_bytes)));
+        let most = arch.block_shared_bytes;
+        if table.shared_bytes > most {
+            return Err(bad(format!("`shared_bytes` is {}, but a block has at most {most}", table.shared_bytes)));
         }
         tables.insert(entry, table);
     }
@@ -356,6 +352,10 @@ fn closing_parenthesis(line: &str, open: usize) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn finish(ir: &str) -> Result<Finished, FinishError> {
+        super::finish(ir, Arch::SM_90A)
+    }
 
     const TABLE: &str = r#"@framestride_launch_a = constant [9 x i8] c"{\22entry\22:\22a\22,\22threads\22:384,\22min_blocks\22:1,\22shared_bytes\22:1024,\22params\22:[]}", align 1
 "#;

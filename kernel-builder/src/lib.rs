@@ -3,7 +3,7 @@
 //! ```no_run
 //! use framestride_builder::{Arch, Kernels};
 //!
-//! if let Err(error) = Kernels::from_spec("shapes/my_model.toml").arch(Arch::Sm90a).build() {
+//! if let Err(error) = Kernels::from_spec("shapes/my_model.toml").arch(Arch::SM_90A).build() {
 //!     eprintln!("{error}");
 //!     std::process::exit(1);
 //! }
@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+pub use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::HeadType;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
@@ -50,48 +51,6 @@ pub use error::BuildError;
 use error::at;
 use pipeline::Assembled;
 use toolchain::Toolchain;
-
-/// A GPU architecture that kernels exist for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Arch {
-    /// Hopper (H100, H200, GH200), with the instructions that only it has.
-    #[default]
-    Sm90a,
-}
-
-impl Arch {
-    /// All of them.
-    pub const ALL: [Arch; 1] = [Arch::Sm90a];
-
-    /// The compilers' name of it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Arch::Sm90a => "sm_90a",
-        }
-    }
-
-    /// LLVM's name of the PTX version to write: old enough for the drivers in use, new enough for the instructions.
-    const fn ptx_feature(self) -> &'static str {
-        match self {
-            Arch::Sm90a => "ptx83",
-        }
-    }
-
-    /// Names of all architectures, for messages.
-    fn names() -> String {
-        Arch::ALL.map(Arch::name).join(", ")
-    }
-}
-
-impl std::str::FromStr for Arch {
-    type Err = BuildError;
-
-    fn from_str(name: &str) -> Result<Arch, BuildError> {
-        let known = Arch::ALL.into_iter().find(|arch| arch.name() == name);
-        known.ok_or_else(|| BuildError::UnknownArch { found: name.into() })
-    }
-}
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -189,7 +148,7 @@ impl Kernels {
         Kernels { sources, arch: Arch::default(), out_dir: None, cache: None, observer: None }
     }
 
-    /// The architecture to build for.
+    /// The family of GPUs to build for; [`Arch::SM_90A`] when nothing is said.
     pub fn arch(mut self, arch: Arch) -> Kernels {
         self.arch = arch;
         self
@@ -315,7 +274,7 @@ impl Kernels {
         let mut manifest = Manifest {
             format: FORMAT,
             name: name.clone(),
-            arch: self.arch.name().into(),
+            arch: self.arch.name.into(),
             compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
             ptx_sha256: String::new(),
             kernels: assembled.kernels(),

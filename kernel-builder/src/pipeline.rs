@@ -34,7 +34,7 @@ impl Assembled {
     /// Finishes, optimises and translates the IR of a crate, unless its PTX is already there.
     pub fn make(device: &DeviceCrate, ir: &Path, arch: Arch, toolchain: &Toolchain) -> Result<Assembled, BuildError> {
         let text = fs::read_to_string(ir).map_err(at("read", ir))?;
-        let (opt_flags, llc_flags) = (flags(arch, None), flags(arch, Some(arch.ptx_feature())));
+        let (opt_flags, llc_flags) = (flags(arch, None), flags(arch, Some(arch.ptx_version)));
         let made_from = digest(
             [text.as_str(), &toolchain.llvm_version, env!("CARGO_PKG_VERSION")]
                 .into_iter()
@@ -45,8 +45,8 @@ impl Assembled {
         let mut assembled = match found.filter(|found| found.made_from == made_from) {
             Some(found) => found,
             None => {
-                let finished =
-                    finish::finish(&text).map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
+                let finished = finish::finish(&text, arch)
+                    .map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
                 let path = |name: &str| device.work.join(name);
                 let (finished_ir, optimised, ptx) = (path("finished.ll"), path("optimised.bc"), path("kernels.ptx"));
                 fs::write(&finished_ir, &finished.ir).map_err(at("write", &finished_ir))?;
@@ -104,11 +104,11 @@ impl Assembled {
 }
 
 /// Options of `opt` and `llc`.
-fn flags(arch: Arch, feature: Option<&str>) -> Vec<String> {
-    let mut flags = vec!["-O3".to_string(), format!("-mcpu={}", arch.name())];
-    if let Some(feature) = feature {
+fn flags(arch: Arch, ptx_version: Option<(u32, u32)>) -> Vec<String> {
+    let mut flags = vec!["-O3".to_string(), format!("-mcpu={}", arch.name)];
+    if let Some((major, minor)) = ptx_version {
         // Without comments: those of LLVM name functions with hashes, which a new version of any dependency changes.
-        flags.extend([format!("-mattr=+{feature}"), "-asm-verbose=false".to_string()]);
+        flags.extend([format!("-mattr=+ptx{major}{minor}"), "-asm-verbose=false".to_string()]);
     }
     flags
 }

@@ -21,7 +21,7 @@ pub fn assemble(
     cubin: &Path,
 ) -> Result<BTreeMap<String, Ptxas>, BuildError> {
     let answer = Command::new(ptxas)
-        .arg(format!("-arch={}", arch.name()))
+        .arg(format!("-arch={}", arch.name))
         // The entries of a spec side by side.
         .args(["-v", "--split-compile=0"])
         .arg(ptx)

@@ -23,7 +23,7 @@ fn device(edit: impl Fn(&str) -> String) -> (std::sync::MutexGuard<'static, ()>,
 
 fn build(edit: impl Fn(&str) -> String) -> Result<Built, BuildError> {
     let (_guard, folder) = device(edit);
-    Kernels::from_crate(folder).arch(Arch::Sm90a).build()
+    Kernels::from_crate(folder).arch(Arch::SM_90A).build()
 }
 
 /// `text` with `from` replaced, which must be there.

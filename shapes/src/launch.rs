@@ -2,6 +2,7 @@
 //!
 //! Addresses are device addresses; 0 means "not given" where a field says it may be. Strides count elements.
 
+use crate::arch::Arch;
 use crate::layout::Layout;
 
 /// A tensor of rows of `head_dim` contiguous elements, in the model's order: element (b, s, h, d) lies at
@@ -271,6 +272,9 @@ pub const fn pack_held_steps(heads: u32, head_dim: u32) -> u32 {
     if steps < 28 { steps } else { 28 }
 }
 
+/// Registers of a thread of **pack**.
+const PACK_REGISTERS: u32 = 64;
+
 /// Warps of a block of **pack**, one row each: eight, or four where so more rows have room on a multiprocessor.
 pub const fn pack_warps(heads: u32, head_dim: u32) -> u32 {
     if 4 * pack_blocks(4, heads, head_dim) > 8 * pack_blocks(8, heads, head_dim) { 4 } else { 8 }
@@ -286,11 +290,12 @@ pub const fn pack_min_blocks(heads: u32, head_dim: u32) -> u32 {
     pack_blocks(pack_warps(heads, head_dim), heads, head_dim)
 }
 
-/// As many blocks of so many warps as have room in the 228 KiB of shared memory of a multiprocessor, of which a block takes 1 KiB more
-/// than it asks for, but not more than 32 warps, which leaves each thread 64 registers.
+/// How many blocks of `warps` warps have room on a multiprocessor, both in its shared memory and with [`PACK_REGISTERS`] a thread.
 const fn pack_blocks(warps: u32, heads: u32, head_dim: u32) -> u32 {
-    let room = 228 * 1024 / (1024 + warps * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES);
-    if room < 32 / warps { room } else { 32 / warps }
+    let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = Arch::SM_90A;
+    let room = shared_bytes / (reserved_shared_bytes + warps * pack_held_steps(heads, head_dim) * PACK_STEP_BYTES);
+    let most = registers / PACK_REGISTERS / (32 * warps);
+    if room < most { room } else { most }
 }
 
 /// Block of **profile**: a producer warpgroup and two consumer warpgroups.

@@ -1,5 +1,6 @@
 //! The shape of a video diffusion transformer's attention, and all geometry derived from it.
 //!
+//! * [`arch`]: the families of GPUs that kernels exist for. `no_std`.
 //! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees. `no_std`: the kernels
 //!   compile this very code, and the host plans with it.
 //! * [`launch`]: the parameter blocks that the host writes and the kernels read. `no_std`.
@@ -14,6 +15,7 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 #![warn(missing_docs)]
 
+pub mod arch;
 #[cfg(feature = "std")]
 pub mod density;
 #[cfg(feature = "std")]

@@ -31,6 +31,7 @@ use core::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::arch::Arch;
 use crate::spec::{Spec, SpecError};
 use crate::text::plain;
 
@@ -266,13 +267,14 @@ impl Manifest {
         if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
             return Some(format!("ptx_sha256 is {digest:?}, not 64 lower-case hexadecimal digits"));
         }
+        let most_threads = Arch::named(&self.arch).unwrap_or_default().block_threads;
         for (i, kernel) in self.kernels.iter().enumerate() {
             let entry = &kernel.entry;
             if self.kernels[..i].iter().any(|other| other.entry == *entry) {
                 return Some(format!("kernel {entry:?} stands twice"));
             }
-            if kernel.threads == 0 || kernel.threads > 1024 {
-                return Some(format!("kernel {entry:?} has {} threads, not 1 to 1024", kernel.threads));
+            if !(1..=most_threads).contains(&kernel.threads) {
+                return Some(format!("kernel {entry:?} has {} threads, not 1 to {most_threads}", kernel.threads));
             }
             let mut end = 0;
             for param in &kernel.params {

@@ -60,10 +60,10 @@ fn make_models() -> Result<Vec<Model>, String> {
     }
     let names = framestride_shapes::models().iter().map(|(name, _)| name);
     let files: Vec<PathBuf> = names.map(|name| checkout(&format!("shapes/models/{name}.toml"))).collect();
-    let built = Kernels::from_specs(&files).arch(Arch::Sm90a).build_all().map_err(|error| error.to_string())?;
+    let built = Kernels::from_specs(&files).arch(Arch::SM_90A).build_all().map_err(|error| error.to_string())?;
     let model = |built: Built| {
         let machine_code =
-            Listing::from_ptx(&built.name, &built.ptx, Arch::Sm90a, &tools).map_err(|e| e.to_string())?;
+            Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &tools).map_err(|e| e.to_string())?;
         let spec = built.manifest.spec().map_err(|error| error.to_string())?;
         Ok(Model { spec, built, machine_code })
     };

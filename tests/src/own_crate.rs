@@ -10,7 +10,7 @@ use crate::{checkout, entry_text, model, without_comments};
 /// The crate, built once.
 fn device() -> &'static Built {
     static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
-    let build = || Kernels::from_crate(checkout("tests/device")).arch(Arch::Sm90a).build();
+    let build = || Kernels::from_crate(checkout("tests/device")).arch(Arch::SM_90A).build();
     match BUILT.get_or_init(|| build().map_err(|error| error.to_string())) {
         Ok(built) => built,
         Err(message) => panic!("{message}"),

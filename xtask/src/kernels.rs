@@ -24,7 +24,7 @@ pub fn make() -> Result<(), String> {
     bar.enable_steady_tick(Duration::from_millis(200));
     let shown = bar.clone();
     let built = Kernels::from_specs(&specs)
-        .arch(Arch::Sm90a)
+        .arch(Arch::SM_90A)
         .out_dir(&folder)
         .on_progress(move |progress| match progress {
             Progress::Compiling(name) => shown.set_message(format!("compiling {name}")),

@@ -1,0 +1,135 @@
+//! The families of GPUs that kernels exist for. `no_std`.
+//!
+//! [`Arch::ALL`] is the table, and each family is one row of it. A new family gets its row here, its products in the macros, and
+//! its kernel bodies beside those of the others; everything else reads the row.
+
+/// A family of GPUs that one set of kernel bodies serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Arch {
+    /// The family's name for every compiler: rustc's `target-cpu`, LLVM's `-mcpu`, ptxas's `-arch` and `.target` in PTX.
+    pub name: &'static str,
+    /// GPUs of the family, for messages.
+    pub gpus: &'static str,
+    /// The least and the greatest compute capability (major, minor) that runs the kernels.
+    pub capabilities: [(u32, u32); 2],
+    /// Version (major, minor) of the PTX that is written: old enough for the drivers in use, new enough for the instructions.
+    pub ptx_version: (u32, u32),
+    /// The first driver that compiles this PTX, as CUDA counts drivers: 12030 is 12.3.
+    pub least_driver: i32,
+    /// How tiles come to shared memory.
+    pub copies: Copies,
+    /// Which instructions multiply matrices.
+    pub products: Products,
+    /// The most threads of a block.
+    pub block_threads: u32,
+    /// The most blocks that a multiprocessor holds.
+    pub blocks: u32,
+    /// The most shared memory that a block can ask for, in bytes.
+    pub block_shared_bytes: u32,
+    /// The shared memory of a multiprocessor, in bytes. Its blocks divide it.
+    pub shared_bytes: u32,
+    /// What a block takes of it beyond what it asks for, in bytes.
+    pub reserved_shared_bytes: u32,
+    /// The 32-bit registers of a multiprocessor. Its threads divide them.
+    pub registers: u32,
+}
+
+/// How tiles come to shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Copies {
+    /// The copy engine brings whole tiles (`cp.async.bulk`), and a producer warpgroup asks for them.
+    Bulk,
+}
+
+/// Which instructions multiply matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Products {
+    /// `wgmma`: a warpgroup multiplies 64 rows by a swizzled image in shared memory.
+    Wgmma,
+}
+
+impl Arch {
+    /// Hopper, with the instructions that only it has.
+    pub const SM_90A: Arch = Arch {
+        name: "sm_90a",
+        gpus: "Hopper (H100, H200, GH200)",
+        capabilities: [(9, 0), (9, 0)],
+        ptx_version: (8, 3),
+        least_driver: 12030,
+        copies: Copies::Bulk,
+        products: Products::Wgmma,
+        block_threads: 1024,
+        blocks: 32,
+        block_shared_bytes: 227 * 1024,
+        shared_bytes: 228 * 1024,
+        reserved_shared_bytes: 1024,
+        registers: 64 * 1024,
+    };
+
+    /// All families.
+    pub const ALL: [Arch; 1] = [Arch::SM_90A];
+
+    /// Names of all families, for messages: `sm_90a`.
+    #[cfg(feature = "std")]
+    pub fn names() -> String {
+        Arch::ALL.map(|arch| arch.name).join(", ")
+    }
+
+    /// The family of this name.
+    pub fn named(name: &str) -> Option<Arch> {
+        Arch::ALL.into_iter().find(|arch| arch.name == name)
+    }
+
+    /// The compute capabilities that run the kernels, for messages: `9.0 (sm_90a)`.
+    #[cfg(feature = "std")]
+    pub fn shown_capabilities(self) -> String {
+        let [(major, minor), greatest] = self.capabilities;
+        let end = if greatest == (major, minor) { String::new() } else { format!(" to {}.{}", greatest.0, greatest.1) };
+        format!("{major}.{minor}{end} ({})", self.name)
+    }
+
+    /// The family whose kernels a GPU of this compute capability (major, minor) runs.
+    pub fn of_capability(capability: (u32, u32)) -> Option<Arch> {
+        Arch::ALL.into_iter().find(|arch| {
+            let [least, greatest] = arch.capabilities;
+            (least..=greatest).contains(&capability)
+        })
+    }
+}
+
+impl Default for Arch {
+    fn default() -> Arch {
+        Arch::SM_90A
+    }
+}
+
+/// A name that no family has.
+#[cfg(feature = "std")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownArch {
+    /// What was asked for.
+    pub found: String,
+}
+
+#[cfg(feature = "std")]
+impl core::fmt::Display for UnknownArch {
+    fn fmt(&self, f: &mut core::fmt::Formatter) -> core::fmt::Result {
+        let found = crate::text::plain(&self.found, 100);
+        write!(f, "there are no kernels for `{found}`: the architectures are {}", Arch::names())
+    }
+}
+
+#[cfg(feature = "std")]
+impl std::error::Error for UnknownArch {}
+
+#[cfg(feature = "std")]
+impl core::str::FromStr for Arch {
+    type Err = UnknownArch;
+
+    fn from_str(name: &str) -> Result<Arch, UnknownArch> {
+        Arch::named(name).ok_or_else(|| UnknownArch { found: name.into() })
+    }
+}
