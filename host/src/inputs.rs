@@ -1,6 +1,6 @@
 //! The inputs of one layer on the host: Q, K, V and what goes with them.
 
-use framestride_shapes::layout::{Layout, TextPosition};
+use framestride_shapes::layout::{HeadType, Layout, TextPosition};
 use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
 use half::{bf16, f16};
 use rand::rngs::Xoshiro256PlusPlus;
@@ -601,6 +601,17 @@ fn lone_score(dtype: Dtype) -> f32 {
 /// minus the first part vanishes in the type, one of the second overflows, and a few standard deviations of the rest do neither.
 const LONE_PARTS: [f64; 2] = [0.76, 0.65];
 
+/// Successive queries of [`Inputs::edges`] that look at the same kind of edge. Five divides neither 128 nor 192, the rows of a query
+/// tile, so the same row of different tiles looks at both kinds.
+const EDGE_QUERIES: usize = 80;
+
+/// Score of a query of [`Inputs::edges`] with a key that is all it looks at, in powers of two. With four such keys each has half of it,
+/// and a score with any other key has the standard deviation score / sqrt(head_dim). Weights with a normal exponent have the mean
+/// exp(deviation^2 / 2): this score is where the four have the largest share of all.
+const fn edges_score(head_dim: u32) -> f32 {
+    head_dim as f32 / 2.0 * std::f32::consts::LOG2_E
+}
+
 /// In [`Inputs::hidden`], the score of the highest key, and that of keys with a query's own code, in powers of two.
 fn hidden_scores(dtype: Dtype) -> [f64; 2] {
     match dtype {
@@ -796,6 +807,47 @@ impl Inputs {
             true
         });
         Inputs { scale: Some(scale_of(spec, score as f32)), ..inputs }
+    }
+
+    /// Random V, keys of their own, and queries that look at the keys on both sides of an edge of their run, with equal weight: at the last
+    /// visible and at the first hidden one, through the spatial mask and through the temporal one. [`EDGE_QUERIES`] queries look at where
+    /// their runs begin, the next at where they end. So whoever moves an edge by one key changes a large part of a row.
+    pub fn edges(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let layout = spec.layout;
+        let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);
+        let at_temporal = |position: usize| position % frames * patches + position / frames;
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, which, video, head, values| {
+            if which != Q {
+                normals.own(head, video, values);
+                resize(values, (values.len() as f64).sqrt());
+                return which != V;
+            }
+            let temporal = video % patches * frames + video / patches;
+            let ends = (video / EDGE_QUERIES + head).is_multiple_of(2);
+            values.fill(0.0);
+            let mut key = vec![0.0; values.len()];
+            for (mask, position) in [(HeadType::Spatial, video), (HeadType::Temporal, temporal)] {
+                let half_width = layout.half_width(mask) as usize;
+                for distance in [half_width - 1, half_width] {
+                    let position = if ends { position.checked_add(distance) } else { position.checked_sub(distance) };
+                    let Some(position) = position.filter(|&position| position < frames * patches) else { continue };
+                    normals.own(
+                        head,
+                        if mask == HeadType::Temporal { at_temporal(position) } else { position },
+                        &mut key,
+                    );
+                    resize(&mut key, 1.0);
+                    values.iter_mut().zip(&key).for_each(|(value, key)| *value += key);
+                }
+            }
+            // A query whose runs have no such edge looks at its own key.
+            if values.iter().all(|&value| value == 0.0) {
+                normals.own(head, video, values);
+            }
+            resize(values, (values.len() as f64).sqrt());
+            true
+        });
+        Inputs { scale: Some(scale_of(spec, edges_score(spec.head_dim))), ..inputs }
     }
 
     /// Equal scores and constant values: every other query is zero, the keys of odd heads are all the same, and of V half of the columns

@@ -178,6 +178,8 @@ pub enum CaseContent {
     Hidden,
     /// [`Inputs::constant`].
     Constant,
+    /// [`Inputs::edges`].
+    Edges,
 }
 
 /// Batch and heads of a launch.
@@ -229,7 +231,7 @@ impl Case {
     pub fn all(has_text: bool, is_emulated: bool) -> Vec<Case> {
         use Arrangement::{HeadsFirst, PackedQkv};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
-        use CaseContent::{Constant, Hidden, Lone, Planted, Random, Rising, Sudden};
+        use CaseContent::{Constant, Edges, Hidden, Lone, Planted, Random, Rising, Sudden};
         use CaseText::{Beyond, Empty, FullGiven, Partial};
         use CaseTypes::{All, Dense, Mixed, Profiled};
         let cases = [
@@ -247,6 +249,7 @@ impl Case {
             Case::new(Profiled, Planted),
             Case { text: Partial, ..Case::new(Mixed, Rising) },
             Case::new(Profiled, Rising),
+            Case::new(Mixed, Edges),
             Case { text: Empty, ..Case::new(Profiled, Sudden) },
             Case { text: FullGiven, ..Case::new(Profiled, Constant) },
             Case { text: Empty, ..Case::new(Profiled, Hidden) },
@@ -286,6 +289,7 @@ impl Case {
             CaseContent::Lone => ", lone rows that need offsets",
             CaseContent::Hidden => ", a hidden key above all",
             CaseContent::Constant => ", equal scores and constant values",
+            CaseContent::Edges => ", keys at the edges above all",
         };
         let text = match self.text {
             CaseText::Full => "",
@@ -445,6 +449,7 @@ fn run_case(
         CaseContent::Lone => Inputs::lone,
         CaseContent::Hidden => Inputs::hidden,
         CaseContent::Constant => Inputs::constant,
+        CaseContent::Edges => Inputs::edges,
     };
     progress(0.0);
     let mut inputs = make(spec, batch as usize, heads as usize, seed);
