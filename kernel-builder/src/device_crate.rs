@@ -1,7 +1,7 @@
 //! The crate that is compiled for the device, and the nested cargo that compiles it to LLVM IR.
 //!
 //! For a spec, a crate of a few lines is generated in the cache; a user's own crate is taken as it stands. Builds are kept
-//! between runs, so that `core` and the procedural macros are compiled once:
+//! between runs, so that the procedural macros are compiled once:
 //!
 //! ```text
 //! <cache>/builds/<key>/target/              cargo's target directory, shared by the generated crates (cargo locks it)
@@ -10,7 +10,7 @@
 //! <cache>/builds/<key>/crates/<name>.work/  IR, PTX and what they were made from
 //! ```
 //!
-//! The key is a digest of the compiler's versions and of the sources' place. The sources are reached through the symbolic link
+//! The key is a digest of the compiler's versions, of the family of GPUs and of the sources' place. The sources are reached through the symbolic link
 //! `source`, so that their path *relative to the crate* is the same on every machine: cargo derives the hashes in symbol names
 //! from it, and the PTX must not depend on where a checkout lies.
 
@@ -19,11 +19,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use framestride_shapes::arch::Arch;
 use sha2::{Digest, Sha256};
 
 use crate::BuildError;
 use crate::cache::{self, CRATES};
 use crate::cargo;
+use crate::core_library::{CoreLibrary, TARGET};
 use crate::error::{at, said};
 use crate::files::{create, link, write_atomically, write_if_new};
 use crate::sources::Sources;
@@ -39,6 +41,9 @@ pub(crate) struct DeviceCrate {
     folder: PathBuf,
     /// Folder of this crate's IR and PTX.
     pub work: PathBuf,
+    /// Whether the builder wrote the crate, or its user.
+    generated: bool,
+    core: CoreLibrary,
     /// Held until the build is done: the key, and the crate.
     _locks: [File; 2],
 }
@@ -55,9 +60,16 @@ pub(crate) struct Compiled {
 
 impl DeviceCrate {
     /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
-    pub fn generate(name: &str, spec: &str, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+    pub fn generate(
+        name: &str,
+        spec: &str,
+        arch: Arch,
+        cache: &Path,
+        toolchain: &Toolchain,
+    ) -> Result<DeviceCrate, BuildError> {
         let sources = Sources::find()?;
-        let (folder, key_lock) = build_folder(cache, toolchain, &sources.places())?;
+        let (folder, key_lock) = build_folder(cache, toolchain, arch, &sources.places())?;
+        let core = CoreLibrary::make(cache, toolchain, arch)?;
         let source = folder.join("source");
         sources.assemble(&source)?;
         let (root, work, lock) = crate_folders(&folder, name)?;
@@ -77,58 +89,78 @@ impl DeviceCrate {
             // The versions that the checkout was tested with; cargo drops what the crate does not need.
             write_atomically(&own_lock, &fs::read(&tested).map_err(at("read", &tested))?)?;
         }
-        Ok(DeviceCrate { name: name.into(), manifest, folder, work, _locks: [key_lock, lock] })
+        Ok(DeviceCrate { name: name.into(), manifest, folder, work, generated: true, core, _locks: [key_lock, lock] })
     }
 
     /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
-    pub fn own(path: &Path, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
+    pub fn own(path: &Path, arch: Arch, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let (folder, key_lock) = build_folder(cache, toolchain, &root.to_string_lossy())?;
+        let (folder, key_lock) = build_folder(cache, toolchain, arch, &root.to_string_lossy())?;
+        let core = CoreLibrary::make(cache, toolchain, arch)?;
         let name = package_name(&manifest, toolchain, &folder)?;
         let (_, work, lock) = crate_folders(&folder, &name)?;
-        Ok(DeviceCrate { name, manifest, folder, work, _locks: [key_lock, lock] })
+        Ok(DeviceCrate { name, manifest, folder, work, generated: false, core, _locks: [key_lock, lock] })
     }
 
     /// Compiles the crate to LLVM IR. Nothing is compiled again that is still fresh.
     pub fn compile(&self, toolchain: &Toolchain) -> Result<Compiled, BuildError> {
         let ir = self.work.join("device.ll");
-        let mut compiled = self.run_cargo(toolchain, &ir)?;
-        if !ir.is_file() {
+        let mut answer = self.run_cargo(toolchain, &ir)?;
+        if self.generated && answer.is_failure_of_cargo() {
+            // The lock file of an earlier build may name versions that a vendored source no longer has.
+            let versions = self.manifest.with_file_name("Cargo.lock");
+            fs::remove_file(&versions).map_err(at("remove", &versions))?;
+            answer = self.run_cargo(toolchain, &ir)?;
+        }
+        if answer.success && !ir.is_file() {
             // Cargo takes its own outputs for fresh when only the IR was deleted.
             let library = self.manifest.with_file_name("src").join("lib.rs");
             let touched = File::options().append(true).open(&library);
             touched.and_then(|file| file.set_modified(SystemTime::now())).map_err(at("touch", &library))?;
-            compiled = self.run_cargo(toolchain, &ir)?;
+            answer = self.run_cargo(toolchain, &ir)?;
         }
-        Ok(compiled)
+        if !answer.success {
+            return Err(self.does_not_compile(&answer));
+        }
+        let inputs = self.inputs(&answer.messages.library, toolchain)?;
+        Ok(Compiled { ir, inputs, warnings: answer.messages.warnings })
     }
 
-    fn run_cargo(&self, toolchain: &Toolchain, ir: &Path) -> Result<Compiled, BuildError> {
+    fn run_cargo(&self, toolchain: &Toolchain, ir: &Path) -> Result<Answer, BuildError> {
         let target = self.folder.join("target");
         let mut cargo = cargo::command(toolchain, &self.folder, &self.work)?;
         cargo.args(["rustc", "--release", "--lib", "--crate-type", "cdylib", "--message-format", "json"]);
         cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&target);
-        cargo.args(["--target", TARGET, "-Z", "build-std=core", "--config", "profile.release.lto=\"fat\""]);
-        cargo.arg("--").arg(format!("--emit=llvm-ir={}", ir.display())).args(["-C", "linker=/bin/true"]);
-        // Unstable options of a release compiler; empty wrappers override those of a configuration file.
-        cargo.env("RUSTC_BOOTSTRAP", "1");
-        cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "").env("CARGO_INCREMENTAL", "0");
-        cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &target);
+        cargo.args(["--target", TARGET, "--"]);
+        cargo.arg(format!("--emit=llvm-ir={}", ir.display())).args(["-C", "linker=/bin/true"]);
+        // Unstable options of a release compiler; empty wrappers override those of a configuration file. A `--config` behind the
+        // subcommand would make cargo forget the one before it, which says where crates come from.
+        cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_PROFILE_RELEASE_LTO", "fat").env("CARGO_INCREMENTAL", "0");
+        cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", self.core.options().join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &target);
         let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;
-        let messages = Messages::read(&answer.stdout, &self.manifest);
-        if !answer.status.success() {
-            let message = if messages.errors.is_empty() {
-                String::from_utf8_lossy(&answer.stderr).into_owned()
-            } else {
-                messages.errors.concat()
-            };
-            let message = said(&message);
-            return Err(BuildError::Compile { name: self.name.clone(), manifest: self.manifest.clone(), message });
+        Ok(Answer {
+            success: answer.status.success(),
+            stderr: String::from_utf8_lossy(&answer.stderr).into_owned(),
+            messages: Messages::read(&answer.stdout, &self.manifest),
+        })
+    }
+
+    fn does_not_compile(&self, answer: &Answer) -> BuildError {
+        let errors = &answer.messages.errors;
+        let builds = self.folder.parent().unwrap_or(&self.folder);
+        // A damaged library is named by rustc, with its path or without.
+        let builds_text = builds.to_string_lossy();
+        let names_a_library = |error: &String| error.contains(&*builds_text) || error.contains("in rlib format");
+        let doubtful = answer.is_failure_of_cargo() || errors.iter().any(names_a_library);
+        BuildError::Compile {
+            name: self.name.clone(),
+            manifest: self.manifest.clone(),
+            message: said(&if errors.is_empty() { answer.stderr.clone() } else { errors.concat() }),
+            kept: doubtful.then(|| builds.to_path_buf()),
         }
-        let inputs = self.inputs(&messages.library, toolchain)?;
-        Ok(Compiled { ir: ir.to_path_buf(), inputs, warnings: messages.warnings })
     }
 
     /// The sources that cargo lists for the library, and the Cargo.toml of each; without those of the compiler and the generated
@@ -153,30 +185,6 @@ impl DeviceCrate {
 /// What separates folders in lists of them, as cargo writes one for the loader of procedural macros.
 pub(crate) const PATH_SEPARATOR: char = if cfg!(windows) { ';' } else { ':' };
 
-/// Rust's name of the device.
-const TARGET: &str = "nvptx64-nvidia-cuda";
-
-/// For every crate of the graph, `core` too: the feature set of the GPU, panics that abort on the spot without a message, one module of
-/// each crate. They come behind the options of a profile, of which the last one counts: so neither a user's crate nor a configuration
-/// changes them for some package.
-///
-/// LLVM must not optimise before the finishing step: its assembly is not convergent until then. rustc's own optimisation of MIR is on,
-/// inlining included, which an incremental build would turn off. MIR knows of no convergence: jump threading copies a call that stands
-/// between two branches on one condition into both, and leaves alone only inline assembly, which the callee is once it is inlined. What
-/// gets through is refused by [`crate::convergence`].
-const RUSTFLAGS: [&str; 10] = [
-    "-Zunstable-options",
-    "-Cpanic=immediate-abort",
-    "-Ctarget-cpu=sm_90a",
-    "-Cno-prepopulate-passes",
-    "-Zinline-mir=yes",
-    "-Copt-level=3",
-    "-Ccodegen-units=1",
-    "-Cdebuginfo=0",
-    "-Cdebug-assertions=off",
-    "-Coverflow-checks=off",
-];
-
 const GENERATED_MANIFEST: &str = r#"# Generated by framestride-builder.
 [package]
 name = "framestride-device-NAME"
@@ -200,6 +208,20 @@ const GENERATED_LIBRARY: &str = r#"// Generated by framestride-builder. Spec: DI
 #![feature(abi_ptx, asm_experimental_arch)]
 framestride_kernels::attention_kernels!(spec = "SPEC");
 "#;
+
+/// How a run of cargo ended.
+struct Answer {
+    success: bool,
+    stderr: String,
+    messages: Messages,
+}
+
+impl Answer {
+    /// Whether cargo failed before rustc had anything to say.
+    fn is_failure_of_cargo(&self) -> bool {
+        !self.success && self.messages.errors.is_empty()
+    }
+}
 
 /// What cargo says in JSON lines.
 #[derive(Default)]
@@ -258,9 +280,14 @@ fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result
 }
 
 /// The folder of a key, and its lock.
-fn build_folder(cache: &Path, toolchain: &Toolchain, source: &str) -> Result<(PathBuf, File), BuildError> {
-    let key =
-        digest([env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &toolchain.sysroot.to_string_lossy(), source]);
+fn build_folder(cache: &Path, toolchain: &Toolchain, arch: Arch, source: &str) -> Result<(PathBuf, File), BuildError> {
+    let key = digest([
+        env!("CARGO_PKG_VERSION"),
+        &toolchain.rustc_version,
+        &toolchain.sysroot.to_string_lossy(),
+        arch.name,
+        source,
+    ]);
     let folder = cache.join("builds").join(&key[..16]);
     let lock = cache::hold(&folder, false)?;
     create(&folder)?;

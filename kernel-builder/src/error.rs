@@ -42,7 +42,7 @@ pub enum BuildError {
     #[error(transparent)]
     UnknownArch(#[from] UnknownArch),
     /// The device crate does not compile.
-    #[error("{name}: the device crate {} does not compile:\n{}", shown(manifest), message.trim_end())]
+    #[error("{name}: the device crate {} does not compile:\n{}{}", shown(manifest), message.trim_end(), hint(kept))]
     Compile {
         /// Name of the kernels.
         name: String,
@@ -50,6 +50,8 @@ pub enum BuildError {
         manifest: PathBuf,
         /// The compiler's own message, rendered as it prints it.
         message: String,
+        /// Folder of what earlier builds left, when damage there may be the reason.
+        kept: Option<PathBuf>,
     },
     /// The IR is not what the finishing step expects.
     #[error("{name}: {source}")]
@@ -70,14 +72,6 @@ pub enum BuildError {
         input: PathBuf,
         /// What it said.
         message: String,
-    },
-    /// A tool of NVIDIA's that is needed to look at machine code.
-    #[error("{tool} was not found: {mend}")]
-    MissingTool {
-        /// Its name.
-        tool: &'static str,
-        /// How to get it.
-        mend: String,
     },
     /// The PTX lacks what the launch tables promise.
     #[error(
@@ -166,6 +160,14 @@ fn shown(path: &Path) -> String {
     plain(&path.display().to_string(), 300).into_owned()
 }
 
+/// How to be rid of damaged builds, where they may be the reason of an error.
+fn hint(kept: &Option<PathBuf>) -> String {
+    let text = |kept: &PathBuf| {
+        format!("\nif nothing else explains this, kept builds are damaged: delete {} and build again", shown(kept))
+    };
+    kept.as_ref().map(text).unwrap_or_default()
+}
+
 /// Several messages, each shorter the more there are.
 fn list(errors: &[BuildError]) -> String {
     let most = ((MESSAGE_BYTES - 100) / errors.len().max(1)).max(64);
@@ -191,7 +193,12 @@ mod tests {
     fn messages_are_short_and_plain_whatever_they_name() {
         let long = "\u{1b}[31m\u{7}é".repeat(1 << 20);
         let path = PathBuf::from(format!("/{long}"));
-        let error = || BuildError::Compile { name: "a".into(), manifest: path.clone(), message: said(&long) };
+        let error = || BuildError::Compile {
+            name: "a".into(),
+            manifest: path.clone(),
+            message: said(&long),
+            kept: Some(path.clone()),
+        };
         let mut errors = vec![
             error(),
             BuildError::UnknownArch(UnknownArch { found: long.clone() }),

@@ -35,6 +35,7 @@ use framestride_shapes::spec::{Spec, read_file};
 mod cache;
 mod cargo;
 pub mod convergence;
+mod core_library;
 mod device_crate;
 mod error;
 mod files;
@@ -42,7 +43,6 @@ pub mod finish;
 mod pipeline;
 pub mod ptx;
 pub mod ptxas;
-pub mod sass;
 mod sources;
 pub mod toolchain;
 
@@ -252,8 +252,8 @@ impl Kernels {
         out_dir: Option<&Path>,
     ) -> Result<Built, BuildError> {
         let device = match job {
-            Job::Crate(path) => DeviceCrate::own(path, cache, toolchain)?,
-            Job::Spec { name, text } => DeviceCrate::generate(name, text, cache, toolchain)?,
+            Job::Crate(path) => DeviceCrate::own(path, self.arch, cache, toolchain)?,
+            Job::Spec { name, text } => DeviceCrate::generate(name, text, self.arch, cache, toolchain)?,
         };
         let name = device.name.clone();
         let tell = |stage: fn(String) -> Progress| {

@@ -20,7 +20,6 @@ use std::process::Command;
 use framestride_shapes::text::plain;
 use serde::Serialize;
 
-use crate::BuildError;
 use crate::error::said;
 use crate::sources::Sources;
 
@@ -300,11 +299,6 @@ pub fn cache_folder() -> Option<PathBuf> {
     named("FRAMESTRIDE_CACHE")
         .or_else(|| named("XDG_CACHE_HOME").map(|folder| folder.join("framestride")))
         .or_else(|| named("HOME").map(|home| home.join(".cache/framestride")))
-}
-
-/// The error for one of [`CudaTools`] that is missing, with its mend.
-pub(crate) fn cuda_missing(tool: &'static str) -> BuildError {
-    BuildError::MissingTool { tool, mend: cuda_mend() }
 }
 
 fn cuda_mend() -> String {

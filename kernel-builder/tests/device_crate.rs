@@ -100,7 +100,7 @@ fn only_sources_of_the_crate_are_watched() {
 #[test]
 fn an_error_is_the_compilers_own() {
     let error = build(|library| replaced(library, "out.write_volatile(c)", "out.write_volatile(missing)")).unwrap_err();
-    let BuildError::Compile { name, manifest, message } = &error else { panic!("{error}") };
+    let BuildError::Compile { name, manifest, message, kept: None } = &error else { panic!("{error}") };
     assert_eq!(name, "handwritten-device");
     assert!(manifest.ends_with("device/Cargo.toml"));
     assert!(message.contains("error[E0425]: cannot find value `missing`"), "{message}");
@@ -181,4 +181,22 @@ fn a_cache_that_cargo_cannot_name_is_refused() {
         assert!(matches!(error, BuildError::CacheName { .. }), "{error}");
         assert!(error.to_string().contains(name) && error.to_string().contains("FRAMESTRIDE_CACHE"), "{error}");
     }
+}
+
+#[test]
+fn a_damaged_cache_is_said_to_be() {
+    let (_guard, folder) = device(str::to_string);
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("damaged");
+    let _ = fs::remove_dir_all(&cache);
+    let kernels = || Kernels::from_crate(&folder).cache_dir(&cache);
+    kernels().build().unwrap();
+    let builds = cache.join("builds").canonicalize().unwrap();
+    let entries = builds.read_dir().unwrap().flatten().map(|entry| entry.path());
+    let core =
+        entries.map(|path| path.join("lib/rustlib/nvptx64-nvidia-cuda/lib/libcore.rlib")).find(|path| path.exists());
+    fs::File::options().write(true).open(core.unwrap()).unwrap().set_len(1000).unwrap();
+    let library = fs::read_to_string(folder.join("src/lib.rs")).unwrap();
+    fs::write(folder.join("src/lib.rs"), library + "// Changed.\n").unwrap();
+    let error = kernels().build().unwrap_err().to_string();
+    assert!(error.contains("libcore.rlib") && error.contains(&format!("delete {} and", builds.display())), "{error}");
 }

@@ -1,40 +1,112 @@
-//! A user's crate outside of the workspace, whose `build.rs` builds kernels of a spec and of a device crate of its own
-//! (`fixtures/user`). Needs a device compiler; takes a minute the first time.
+//! A user's crate (`fixtures/user`) whose `build.rs` builds kernels of a spec and of a device crate of its own. It has framestride
+//! as a user of crates.io has it: as packages, vendored, without a network and without a checkout. Needs a device compiler; takes
+//! a minute the first time.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
-/// Copies the fixture to a folder of the target directory, with the path of the checkout put in.
-fn copy() -> PathBuf {
-    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap();
+use framestride_builder::{Kernels, toolchain};
+use serde_json::Value;
+
+/// The folder of the user's crate.
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("user")
+}
+
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// Copies the fixture to [`folder`].
+fn copy() {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/user");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("user");
     for file in
         ["Cargo.toml", "build.rs", "src/main.rs", "shapes/my_model.toml", "device/Cargo.toml", "device/src/lib.rs"]
     {
-        let (from, to) = (fixture.join(file), folder.join(file));
+        let (from, to) = (fixture.join(file), folder().join(file));
         fs::create_dir_all(to.parent().unwrap()).unwrap();
-        let text = fs::read_to_string(from).unwrap().replace("FRAMESTRIDE", &checkout.display().to_string());
-        fs::write(to, text).unwrap();
+        fs::copy(from, to).unwrap();
     }
-    // The versions that the checkout is tested with.
-    fs::copy(checkout.join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
-    folder
+    let configuration = "[source.crates-io]\nreplace-with = \"vendored\"\n[source.vendored]\ndirectory = \"vendor\"\n\
+                         [net]\noffline = true\n";
+    fs::create_dir_all(folder().join(".cargo")).unwrap();
+    fs::write(folder().join(".cargo/config.toml"), configuration).unwrap();
 }
+
+/// What a cargo prints that runs in the checkout without a network. It is the device compiler's, which is new enough.
+fn cargo_in_the_checkout(arguments: &[&str]) -> Vec<u8> {
+    let toolchain = toolchain::find().unwrap_or_else(|error| panic!("{error}"));
+    let mut cargo = Command::new(&toolchain.cargo);
+    cargo.args(arguments).arg("--offline").current_dir(checkout()).env("RUSTC", &toolchain.rustc);
+    let answer = cargo.output().unwrap();
+    assert!(answer.status.success(), "{arguments:?}: {}", text(&answer.stderr));
+    answer.stdout
+}
+
+/// Fills `vendor/` as `cargo vendor` does: with the packages that are made of the checkout, and with what they depend on. Returns
+/// the folders of framestride's.
+fn vendor() -> &'static [PathBuf] {
+    static VENDORED: OnceLock<Vec<PathBuf>> = OnceLock::new();
+    VENDORED.get_or_init(make_vendor)
+}
+
+fn make_vendor() -> Vec<PathBuf> {
+    let metadata = cargo_in_the_checkout(&["metadata", "--format-version=1", "--filter-platform=host-tuple"]);
+    let metadata: Value = serde_json::from_slice(&metadata).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    // `publish` is null where nothing is said, and a list of no registry where publishing is forbidden.
+    let is_published = |package: &&Value| package["source"].is_null() && package["publish"].is_null();
+    let own: Vec<&str> =
+        packages.iter().filter(is_published).map(|package| package["name"].as_str().unwrap()).collect();
+
+    let vendor = folder().join("vendor");
+    let _ = fs::remove_dir_all(&vendor);
+    fs::create_dir_all(&vendor).unwrap();
+    for package in packages.iter().filter(|package| !package["source"].is_null()) {
+        let from = Path::new(package["manifest_path"].as_str().unwrap()).parent().unwrap();
+        let to = vendor.join(from.file_name().unwrap());
+        fs::create_dir(&to).unwrap();
+        for entry in from.read_dir().unwrap().flatten().filter(|entry| entry.file_name() != CHECKSUMS) {
+            std::os::unix::fs::symlink(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+        fs::write(to.join(CHECKSUMS), r#"{"files":{}}"#).unwrap();
+    }
+
+    let target = folder().join("packages");
+    let mut package =
+        vec!["package", "--no-verify", "--allow-dirty", "--quiet", "--target-dir", target.to_str().unwrap()];
+    package.extend(own.iter().flat_map(|name| ["--package", name]));
+    cargo_in_the_checkout(&package);
+    let unpack = |name: &&str| {
+        let name = format!("{name}-{}", env!("CARGO_PKG_VERSION"));
+        let mut tar = Command::new("tar");
+        tar.arg("xzf").arg(target.join(format!("package/{name}.crate"))).arg("-C").arg(&vendor);
+        assert!(tar.status().unwrap().success());
+        let package = vendor.join(name);
+        fs::write(package.join(CHECKSUMS), r#"{"files":{}}"#).unwrap();
+        package
+    };
+    own.iter().map(unpack).collect()
+}
+
+/// A package's digests in a vendored source, of which this test needs none.
+const CHECKSUMS: &str = ".cargo-checksum.json";
 
 /// `cargo run` as its user would type it: what this test's own cargo says of this crate does not reach it. Rustup's variables
 /// stay, and it is told to install nothing: a test must never change the machine's toolchains.
-fn run(folder: &Path) -> Output {
+fn run() -> Output {
     let mut cargo = Command::new(env!("CARGO"));
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
-        let of_this_build = (text.starts_with("CARGO") && text != "CARGO_HOME") || text.starts_with("RUSTC");
-        if of_this_build {
+        if text.starts_with("CARGO") || text.starts_with("RUSTC") || text == "FRAMESTRIDE_SOURCE" {
             cargo.env_remove(&name);
         }
     }
-    cargo.env("RUSTUP_AUTO_INSTALL", "0").env("CARGO_TARGET_DIR", folder.join("target"));
+    // An empty CARGO_HOME: no registry, and nothing that was downloaded.
+    cargo.env("CARGO_HOME", folder().join("home")).env("CARGO_TARGET_DIR", folder().join("target"));
+    cargo.env("RUSTUP_AUTO_INSTALL", "0");
     // The rustc beside this cargo, and not whatever a rustup proxy on the PATH would choose.
     let bin = Path::new(env!("CARGO")).parent().unwrap();
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -42,7 +114,7 @@ fn run(folder: &Path) -> Output {
     cargo.env("PATH", std::env::join_paths(folders).unwrap());
     // What a user may have set for the CPU, and what would break a build for the GPU.
     cargo.env("RUSTFLAGS", "-Ctarget-cpu=native --cfg of_the_host");
-    cargo.args(["run", "-v"]).current_dir(folder).output().unwrap()
+    cargo.args(["run", "-v"]).current_dir(folder()).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -50,9 +122,21 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
+fn every_package_has_its_licences_and_a_readme() {
+    for package in vendor() {
+        let read = |folder: &Path, file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
+        for file in ["LICENSE-MIT", "LICENSE-APACHE"] {
+            assert_eq!(read(package, file), read(&checkout(), file), "{file} of {}", package.display());
+        }
+        assert!(read(package, "README.md").contains("framestride"), "{} has no README.md", package.display());
+    }
+}
+
+#[test]
 fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
-    let folder = copy();
-    let first = run(&folder);
+    copy();
+    vendor();
+    let first = run();
     assert!(first.status.success(), "{}", text(&first.stderr));
     let printed = text(&first.stdout);
     let lines: Vec<&str> = printed.lines().collect();
@@ -65,18 +149,26 @@ fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
     // The manifest of the crate with the shape spelled out carries it as a spec.
     assert!(printed.contains(r#"name = \"engine\""#) && printed.contains(r#""name": "factor""#), "{printed}");
 
-    let again = text(&run(&folder).stderr);
+    // The packages' own sources were compiled, and the PTX is what the checkout makes.
+    let spec = folder().join("shapes/my_model.toml");
+    let built = Kernels::from_spec(spec).build().unwrap_or_else(|error| panic!("{error}"));
+    let ptx = |entry: &Path| fs::read_to_string(entry.join("out/my_model.ptx"));
+    let scripts = folder().join("target/debug/build").read_dir().unwrap().flatten();
+    let made: Vec<String> = scripts.filter_map(|script| ptx(&script.path()).ok()).collect();
+    assert!(made == [built.ptx], "the packages give other PTX than the checkout");
+
+    let again = text(&run().stderr);
     assert!(again.contains("Fresh engine"), "nothing changed, but it was built again:\n{again}");
 
     for (file, watched, from, to) in [
         ("shapes/my_model.toml", "shapes/my_model.toml", "half_width = 41", "half_width = 43"),
         ("device/src/lib.rs", "device/src", "load_f32(data + offset) * factor", "load_f32(data + offset) + factor"),
     ] {
-        let path = folder.join(file);
+        let path = folder().join(file);
         let old = fs::read_to_string(&path).unwrap();
         assert!(old.contains(from));
         fs::write(&path, old.replace(from, to)).unwrap();
-        let changed = run(&folder);
+        let changed = run();
         let said = text(&changed.stderr);
         assert!(changed.status.success(), "{said}");
         let named = said.lines().any(|line| line.contains("Dirty engine") && line.contains(watched));
@@ -84,9 +176,9 @@ fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
     }
 
     // An error of the spec is cargo's error, with file and key.
-    let path = folder.join("shapes/my_model.toml");
+    let path = folder().join("shapes/my_model.toml");
     fs::write(&path, fs::read_to_string(&path).unwrap().replace("frames = 3", "frames = 0")).unwrap();
-    let wrong = run(&folder);
+    let wrong = run();
     let said = text(&wrong.stderr);
     assert!(!wrong.status.success());
     assert!(said.contains("shapes/my_model.toml") && said.contains("frames"), "{said}");

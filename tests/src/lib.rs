@@ -22,6 +22,7 @@
 
 mod machine_code;
 mod own_crate;
+mod sass;
 mod shipped;
 mod snapshots;
 
@@ -29,11 +30,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use framestride_builder::sass::Listing;
 use framestride_builder::toolchain::{CudaTools, Report};
 use framestride_builder::{Arch, Built, Kernels};
 use framestride_shapes::spec::Spec;
 use rayon::prelude::*;
+use sass::Listing;
 
 /// One shipped spec and everything made of it.
 struct Model {
@@ -53,17 +54,11 @@ fn models() -> &'static [Model] {
 
 fn make_models() -> Result<Vec<Model>, String> {
     let tools = CudaTools::find();
-    if tools.ptxas.is_none() || tools.nvdisasm.is_none() {
-        return Err("these tests need ptxas and nvdisasm: `cargo xtask test` installs them, `cargo xtask doctor` \
-                    shows where they are looked for"
-            .into());
-    }
     let names = framestride_shapes::models().iter().map(|(name, _)| name);
     let files: Vec<PathBuf> = names.map(|name| checkout(&format!("shapes/models/{name}.toml"))).collect();
     let built = Kernels::from_specs(&files).arch(Arch::SM_90A).build_all().map_err(|error| error.to_string())?;
     let model = |built: Built| {
-        let machine_code =
-            Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &tools).map_err(|e| e.to_string())?;
+        let machine_code = Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &tools)?;
         let spec = built.manifest.spec().map_err(|error| error.to_string())?;
         Ok(Model { spec, built, machine_code })
     };

@@ -11,9 +11,8 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
-use crate::error::{at, said};
-use crate::toolchain::{CudaTools, cuda_missing};
-use crate::{Arch, BuildError, ptxas};
+use framestride_builder::toolchain::CudaTools;
+use framestride_builder::{Arch, ptxas};
 
 /// The machine code of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,25 +59,21 @@ pub struct Overlap {
 }
 
 impl Listing {
-    /// Assembles PTX and disassembles the result.
-    ///
-    /// # Errors
-    /// [`BuildError::MissingTool`] without ptxas or nvdisasm, [`BuildError::Tool`] with the message of the one that fails.
-    pub fn from_ptx(name: &str, ptx: &str, arch: Arch, tools: &CudaTools) -> Result<Listing, BuildError> {
-        let assembler = tools.ptxas.as_deref().ok_or_else(|| cuda_missing("ptxas"))?;
-        let disassembler = tools.nvdisasm.as_deref().ok_or_else(|| cuda_missing("nvdisasm"))?;
-        let folder = tempfile::tempdir().map_err(at("create a folder in", &std::env::temp_dir()))?;
+    /// Assembles PTX and disassembles the result. Fails when a tool is missing, and with what a tool says.
+    pub fn from_ptx(name: &str, ptx: &str, arch: Arch, tools: &CudaTools) -> Result<Listing, String> {
+        let (Some(assembler), Some(disassembler)) = (&tools.ptxas, &tools.nvdisasm) else {
+            return Err("these tests need ptxas and nvdisasm: `cargo xtask test` installs them, `cargo xtask doctor` \
+                        shows where they are looked for"
+                .into());
+        };
+        let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
         let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
-        fs::write(&source, ptx).map_err(at("write", &source))?;
-        ptxas::assemble(name, assembler, arch, &source, &cubin)?;
-        let answer = Command::new(disassembler).arg("-c").arg(&cubin).output().map_err(at("start", disassembler))?;
+        fs::write(&source, ptx).map_err(|error| format!("cannot write {}: {error}", source.display()))?;
+        ptxas::assemble(name, assembler, arch, &source, &cubin).map_err(|error| error.to_string())?;
+        let answer = Command::new(disassembler).arg("-c").arg(&cubin).output();
+        let answer = answer.map_err(|error| format!("{} does not start: {error}", disassembler.display()))?;
         if !answer.status.success() {
-            return Err(BuildError::Tool {
-                name: name.into(),
-                tool: disassembler.into(),
-                input: cubin,
-                message: said(&String::from_utf8_lossy(&answer.stderr)),
-            });
+            return Err(format!("{name}: nvdisasm says: {}", String::from_utf8_lossy(&answer.stderr)));
         }
         Ok(Listing::parse(&String::from_utf8_lossy(&answer.stdout)))
     }
