@@ -65,7 +65,7 @@ def arguments():
         parser.error("--rounds: at least 1")
     args.binary = str(pathlib.Path(args.binary).resolve())
     if not pathlib.Path(args.binary).exists():
-        parser.error(f"--binary: {args.binary} is not there: cargo build --release -p framestride, or set FRAMESTRIDE")
+        parser.error(f"--binary: {args.binary} is not there: cargo build --release -p framestride-cli, or set FRAMESTRIDE")
     return args
 
 

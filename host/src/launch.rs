@@ -66,14 +66,59 @@ impl Params {
     }
 }
 
-/// One launch.
+/// One launch of one kernel, with all of its parameters.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Launch {
-    pub kernel: Kernel,
-    pub grid: [u32; 3],
-    pub threads: u32,
-    pub shared_bytes: u32,
-    pub params: Params,
+#[must_use]
+pub struct Launch {
+    pub(crate) kernel: Kernel,
+    /// Blocks along x, y and z.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block.
+    pub(crate) threads: u32,
+    /// Dynamic shared memory of a block.
+    pub(crate) shared_bytes: u32,
+    pub(crate) params: Params,
+}
+
+impl Launch {
+    /// The kernel that is launched.
+    pub const fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+}
+
+/// What one layer launches.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+#[non_exhaustive]
+pub struct Launches {
+    /// Packs Q, K and V of all heads. Where types are profiled, all heads are packed in the spatial layout.
+    pub pack: Launch,
+    /// What finds the types of the heads, when they are profiled.
+    pub profiling: Option<Profiling>,
+    /// Attention of all heads.
+    pub attention: Launch,
+}
+
+/// What profiling adds to a layer.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Profiling {
+    /// Computes the sampled rows under all masks.
+    pub profile: Launch,
+    /// Computes the errors of the masks, and chooses the types.
+    pub select: Launch,
+    /// Packs the heads again that turned out to be temporal.
+    pub repack: Launch,
+}
+
+impl Launches {
+    /// The launches in the order in which they must run.
+    pub fn in_order(&self) -> impl Iterator<Item = &Launch> {
+        let profiling = self.profiling.iter();
+        let profiling = profiling.flat_map(|Profiling { profile, select, repack }| [profile, select, repack]);
+        std::iter::once(&self.pack).chain(profiling).chain([&self.attention])
+    }
 }
 
 #[cfg(test)]

@@ -18,48 +18,21 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! * [`attention`]: one layer, and what it checks before it launches anything.
-//! * [`module`]: kernels, shipped or built, on a device. [`device`]: a GPU through the CUDA driver, or the emulator.
-//! * [`reference`](mod@reference), [`tolerance`], [`verify`]: the layer in f64, how far a kernel may lie from it, and whether it does.
-//!   [`steady`]: whether a layer gives the same bytes however it is launched.
-//! * [`bench`](mod@bench): how fast the kernels are.
-//! * [`inputs`], [`files`], [`output`], [`video`], [`place`], [`run`](mod@run), [`masks`], [`report`]: what the `framestride` command is made of.
 #![warn(missing_docs)]
 
-pub mod attention;
-pub mod bench;
+pub mod call;
 pub mod device;
-pub mod error;
-pub mod files;
-pub mod inputs;
+mod error;
 pub mod launch;
-pub mod masks;
-mod memory;
-pub mod module;
-pub mod output;
-pub mod place;
-pub mod reference;
-pub mod report;
-pub mod run;
-pub mod steady;
-pub mod tolerance;
-pub mod verify;
-pub mod video;
+mod layer;
+mod module;
+mod plan;
+mod workspace;
 
-pub use attention::{HeadProfile, HeadTypes, Layer, SparseAttention, Workspace};
 pub use device::{Device, Stream};
 pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
+pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
 pub use module::{Kernels, Module};
-
-use framestride_shapes::layout::HeadType;
-
-/// Name of a head type as the command prints it.
-pub const fn name_of(head: HeadType) -> &'static str {
-    match head {
-        HeadType::Dense => "dense",
-        HeadType::Spatial => "spatial",
-        HeadType::Temporal => "temporal",
-    }
-}
+pub use plan::profile_splits;
+pub use workspace::Workspace;

@@ -1,4 +1,4 @@
-//! Kernels of one spec, loaded on one device.
+//! Kernels of one spec: shipped, built or read from files, and loaded on a device.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,24 +13,31 @@ use crate::error::{Error, Result};
 use crate::launch::Kernel;
 
 /// The kernels shipped with this crate: name, PTX, manifest.
+#[cfg(feature = "shipped")]
 const SHIPPED: &[(&str, &str, &str)] = include!(concat!(env!("OUT_DIR"), "/shipped.rs"));
 
-/// PTX and manifest of one spec, not yet on a device.
+/// PTX and manifest of one spec, checked against each other, and not yet on a device.
 #[derive(Clone, Debug)]
 pub struct Kernels {
-    /// The PTX text.
-    pub ptx: String,
-    /// Its manifest.
-    pub manifest: Manifest,
+    ptx: String,
+    manifest: Manifest,
+    spec: Spec,
+    /// What each kernel needs to be launched, indexed by [`Kernel`].
+    resources: [Resources; Kernel::ALL.len()],
 }
 
 impl Kernels {
     /// Names of the specs whose kernels are embedded in this crate.
+    #[cfg(feature = "shipped")]
     pub fn shipped_names() -> impl Iterator<Item = &'static str> {
         SHIPPED.iter().map(|&(name, ..)| name)
     }
 
     /// The embedded kernels of a shipped spec. They need no device compiler.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] that lists the names there are.
+    #[cfg(feature = "shipped")]
     pub fn shipped(name: &str) -> Result<Kernels> {
         let Some((_, ptx, manifest)) = SHIPPED.iter().find(|(shipped, ..)| *shipped == name) else {
             return Err(Error::input(
@@ -43,22 +50,34 @@ impl Kernels {
         Kernels::parse(&format!("{name}.json"), ptx, manifest)
     }
 
-    /// The kernels of a spec: the embedded ones when they were made from an equal spec, else built now with the device compiler
-    /// (20 to 40 s the first time). `file` is what messages call the text.
-    pub fn for_spec(file: &str, text: &str) -> Result<Kernels> {
-        let spec = Spec::parse(file, text)?;
-        for &(name, ptx, manifest) in SHIPPED {
-            if name == spec.name {
-                let shipped = Kernels::parse(&format!("{name}.json"), ptx, manifest)?;
-                if shipped.manifest.spec()? == spec {
-                    return Ok(shipped);
-                }
+    /// The kernels of a spec, built with the device compiler: 20 to 40 s the first time.
+    ///
+    /// With the feature `shipped`, the embedded ones are taken when they were made from an equal spec.
+    ///
+    /// # Errors
+    /// [`Error::Build`] when the kernels cannot be built, with what is missing.
+    #[cfg(feature = "build")]
+    pub fn for_spec(spec: &Spec) -> Result<Kernels> {
+        #[cfg(feature = "shipped")]
+        if SHIPPED.iter().any(|(name, ..)| *name == spec.name) {
+            let shipped = Kernels::shipped(&spec.name)?;
+            if shipped.spec == *spec {
+                return Ok(shipped);
             }
         }
-        let built = framestride_builder::Kernels::from_text(file, text)
+        let built = framestride_builder::Kernels::from_text(&spec.source.file, &spec.source.text)
             .build()
             .map_err(|error| Error::Build(error.to_string()))?;
-        Kernels::new(&built.name, &built.ptx, built.manifest)
+        let kernels = Kernels::new(&built.name, &built.ptx, built.manifest)?;
+        if kernels.spec != *spec {
+            return Err(Error::input(
+                format!("spec {}", spec.name),
+                "fields that its text does not say",
+                "a spec as it was read: kernels are built from the text",
+                "Change the text and read it again",
+            ));
+        }
+        Ok(kernels)
     }
 
     /// Reads `NAME.ptx` and the `NAME.json` beside it.
@@ -77,47 +96,62 @@ impl Kernels {
 
     /// [`Kernels::parse`] for a manifest that is already read.
     pub fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
-        let kernels = Kernels { ptx: ptx.to_owned(), manifest };
-        kernels.check(file)?;
-        Ok(kernels)
+        let resources = check(file, ptx, &manifest)?;
+        let spec = manifest.spec()?;
+        Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, resources })
     }
 
-    fn check(&self, file: &str) -> Result<()> {
-        let Kernels { ptx, manifest } = self;
-        let again = "Build the kernels again with this version of framestride";
-        let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
-        if digest != manifest.ptx_sha256 {
-            let allowed = format!("the manifest's {}", manifest.ptx_sha256);
-            return Err(Error::input(
-                format!("{file}, ptx_sha256"),
-                format!("PTX with SHA-256 {digest}"),
-                allowed,
-                again,
-            ));
-        }
-        if let Some(Mismatch { place, manifest, ptx }) = manifest.mismatch(ptx) {
-            return Err(Error::input(
-                format!("{file}, {place}"),
-                manifest,
-                format!("what the PTX was made for, {ptx}"),
-                again,
-            ));
-        }
-        if let Err(error) = manifest.arch.parse::<Arch>() {
-            return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), again));
-        }
-        for kernel in Kernel::ALL {
-            let subject = format!("{file}, kernel {}", kernel.entry());
-            let Some(found) = manifest.kernel(kernel.entry()) else {
-                return Err(Error::input(subject, "nothing", "the four kernels of a layer", again));
-            };
-            if found.params_bytes as usize != kernel.params_bytes() {
-                let allowed = format!("the {} that this host writes", kernel.params_bytes());
-                return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, again));
-            }
-        }
-        Ok(())
+    /// The PTX text.
+    #[must_use]
+    pub fn ptx(&self) -> &str {
+        &self.ptx
     }
+
+    /// The manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The spec that the kernels were made for.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+}
+
+/// Checks PTX and manifest against each other and against this host. Gives what each kernel needs to be launched.
+fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[Resources; Kernel::ALL.len()]> {
+    let again = "Build the kernels again with this version of framestride";
+    let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
+    if digest != manifest.ptx_sha256 {
+        let allowed = format!("the manifest's {}", manifest.ptx_sha256);
+        return Err(Error::input(format!("{file}, ptx_sha256"), format!("PTX with SHA-256 {digest}"), allowed, again));
+    }
+    if let Some(Mismatch { place, manifest, ptx }) = manifest.mismatch(ptx) {
+        return Err(Error::input(
+            format!("{file}, {place}"),
+            manifest,
+            format!("what the PTX was made for, {ptx}"),
+            again,
+        ));
+    }
+    if let Err(error) = manifest.arch.parse::<Arch>() {
+        return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), again));
+    }
+    let resources = Kernel::ALL.map(|kernel| {
+        let subject = format!("{file}, kernel {}", kernel.entry());
+        let Some(found) = manifest.kernel(kernel.entry()) else {
+            return Err(Error::input(subject, "nothing", "the four kernels of a layer", again));
+        };
+        if found.params_bytes as usize != kernel.params_bytes() {
+            let allowed = format!("the {} that this host writes", kernel.params_bytes());
+            return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, again));
+        }
+        Ok(found.clone())
+    });
+    let [pack, profile, select, attention] = resources;
+    Ok([pack?, profile?, select?, attention?])
 }
 
 /// Kernels of one spec on one device.
@@ -126,47 +160,42 @@ pub struct Module {
     spec: Spec,
     manifest: Manifest,
     loaded: Loaded,
-    resources: [Resources; 4],
+    resources: [Resources; Kernel::ALL.len()],
 }
 
 impl Module {
     /// Loads kernels on a device. On a GPU the driver compiles the PTX here, and never later.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] when the GPU or its driver does not run the kernels, [`Error::Driver`] or [`Error::Emulator`] when the
+    /// PTX cannot be loaded.
     pub fn load(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
-        let manifest = kernels.manifest.clone();
-        // Again, since the fields of `Kernels` are anybody's: what is launched trusts the manifest.
-        kernels.check(&format!("manifest of {}", manifest.name))?;
-        if let Device::Gpu(gpu) = device {
-            gpu.check()?;
-        }
-        let spec = manifest.spec()?;
-        let mut resources = Vec::with_capacity(4);
-        for kernel in Kernel::ALL {
-            resources.extend(manifest.kernel(kernel.entry()).cloned());
-        }
-        let resources: [Resources; 4] = resources.try_into().map_err(|found: Vec<Resources>| {
-            Error::input(
-                format!("manifest of {}", manifest.name),
-                format!("{} kernels", found.len()),
-                "the four kernels of a layer",
-                "Make it with Kernels::parse",
-            )
-        })?;
-        let entries = Kernel::ALL.map(|kernel| (kernel.entry(), resources[kernel as usize].shared_bytes));
-        let loaded = device.load(&manifest.name, &kernels.ptx, entries)?;
-        Ok(Arc::new(Module { device: device.clone(), spec, manifest, loaded, resources }))
+        let Kernels { ptx, manifest, spec, resources } = kernels;
+        let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
+        let loaded = device.load(&manifest.name, ptx, shared_bytes)?;
+        Ok(Arc::new(Module {
+            device: device.clone(),
+            spec: spec.clone(),
+            manifest: manifest.clone(),
+            loaded,
+            resources: resources.clone(),
+        }))
     }
 
     /// The device.
+    #[must_use]
     pub fn device(&self) -> &Device {
         &self.device
     }
 
     /// The spec that the kernels were made for.
+    #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
     }
 
     /// The manifest.
+    #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

@@ -30,6 +30,15 @@ impl HeadType {
     /// All types, indexed by their value.
     pub const ALL: [HeadType; 3] = [HeadType::Dense, HeadType::Spatial, HeadType::Temporal];
 
+    /// Name for people and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            HeadType::Dense => "dense",
+            HeadType::Spatial => "spatial",
+            HeadType::Temporal => "temporal",
+        }
+    }
+
     /// The type a device array holds; every value beyond the known ones means dense, which is right for any head.
     #[inline(always)]
     pub const fn from_u32(value: u32) -> HeadType {

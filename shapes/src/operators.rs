@@ -22,6 +22,15 @@ impl Dtype {
         }
     }
 
+    /// Largest finite number.
+    pub const fn largest(self) -> f32 {
+        match self {
+            // The same as f32's with the lower half of its bits cut off.
+            Dtype::Bf16 => f32::from_bits(f32::MAX.to_bits() & 0xffff_0000),
+            Dtype::F16 => 65504.0,
+        }
+    }
+
     /// What the sums of a thread's weights of a key tile may be: of a first tile at least the first number, if weights are to be 2^score, of
     /// any tile at most the second.
     ///

@@ -138,13 +138,15 @@ use crate::density;
 use crate::launch::{ProfilePlan, SAMPLE_ROWS, Tiles};
 use crate::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition};
 use crate::tiling::{TileCounts, count_tiles};
-use crate::workspace::Workspace;
+use crate::workspace::WorkspacePlan;
 use error::Source;
 use keys::{GRID_Z, Key, find};
 use read::Reader;
 
 /// A validated spec. Every number in it fits the `u32` arithmetic of [`Layout`] and the grids of the kernels.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// Two specs are equal when they say the same, whatever their comments and their files are.
+#[derive(Clone, Debug)]
 pub struct Spec {
     /// `name`: what the files made from the spec are called.
     pub name: String,
@@ -172,6 +174,52 @@ pub struct Spec {
     pub profile: Profile,
     /// `[schedule]`.
     pub schedule: Schedule,
+    /// What the spec was read from. Kernels are built from this text.
+    pub source: SpecSource,
+}
+
+/// The text of a spec.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecSource {
+    /// What messages call the text: the name of a file, most often.
+    pub file: String,
+    /// The TOML text.
+    pub text: String,
+}
+
+impl PartialEq for Spec {
+    fn eq(&self, other: &Spec) -> bool {
+        // Every field is named, so that one that is added later is not forgotten here.
+        let Spec {
+            name,
+            layout,
+            head_dim,
+            heads,
+            batch,
+            dtype,
+            grid,
+            qk_norm,
+            rope,
+            spatial,
+            temporal,
+            profile,
+            schedule,
+            source: _,
+        } = self;
+        *name == other.name
+            && *layout == other.layout
+            && *head_dim == other.head_dim
+            && *heads == other.heads
+            && *batch == other.batch
+            && *dtype == other.dtype
+            && *grid == other.grid
+            && *qk_norm == other.qk_norm
+            && *rope == other.rope
+            && *spatial == other.spatial
+            && *temporal == other.temporal
+            && *profile == other.profile
+            && *schedule == other.schedule
+    }
 }
 
 /// Width of a mask as a spec gives it.
@@ -230,7 +278,7 @@ impl Spec {
         Spec::parse(&file, &read_file(path)?)
     }
 
-    /// Checks the text of a spec. `file` is only what errors call it.
+    /// Checks the text of a spec. `file` is only what messages call it.
     pub fn parse(file: &str, text: &str) -> Result<Spec, SpecError> {
         let mut reader = Reader::new(Source { file, text }).map_err(|problems| SpecError { problems })?;
         let spec = read_spec(&mut reader);
@@ -300,6 +348,19 @@ impl Spec {
         most_heads(self.layout.packed_rows() as u64) as u32
     }
 
+    /// Rows of the RoPE tables: the video rows, or all rows of the model's order when text is rotated too.
+    pub fn rope_rows(&self) -> u32 {
+        let rotates_text = self.rope.is_some_and(|rope| rope.text);
+        self.layout.video_tokens() + if rotates_text { self.layout.text_tokens } else { 0 }
+    }
+
+    /// Shape of each RoPE table for a launch of `heads` heads: `[rows, head_dim / 2]`, or `[rows, heads, head_dim / 2]` where each
+    /// head has its own.
+    pub fn rope_table_shape(&self, heads: u32) -> Vec<u32> {
+        let (rows, half) = (self.rope_rows(), self.head_dim / 2);
+        if self.rope.is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
+    }
+
     /// Sizes of profiling with the keys in `splits` parts.
     pub const fn profile_plan(&self, splits: u32) -> ProfilePlan {
         let rows = self.profile.rows;
@@ -307,8 +368,8 @@ impl Spec {
     }
 
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts of the keys.
-    pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> Workspace {
-        Workspace::new(&self.layout, self.head_dim, batch, heads, self.profile_plan(splits))
+    pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspacePlan {
+        WorkspacePlan::new(&self.layout, self.head_dim, batch, heads, self.profile_plan(splits))
     }
 }
 
@@ -500,6 +561,7 @@ fn read_spec(r: &mut Reader) -> Option<Spec> {
         temporal: temporal?,
         profile: Profile { rows: rows?, seed: seed? },
         schedule: schedule?,
+        source: SpecSource { file: r.source.file.into(), text: r.source.text.into() },
     })
 }
 

@@ -14,7 +14,7 @@ pub const ALIGNMENT: u64 = 256;
 /// Made by [`crate::spec::Spec::workspace`]; nothing in it outlives a layer except, for whoever wants to look, `errors` and
 /// `head_types`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Workspace {
+pub struct WorkspacePlan {
     /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`packed_bytes`].
     pub packed_q: Range<u64>,
     /// Packed K, likewise.
@@ -33,9 +33,9 @@ pub struct Workspace {
     pub bytes: u64,
 }
 
-impl Workspace {
+impl WorkspacePlan {
     /// Places the parts for `batch` items of `heads` heads.
-    pub fn new(layout: &Layout, head_dim: u32, batch: u32, heads: u32, profile: ProfilePlan) -> Workspace {
+    pub fn new(layout: &Layout, head_dim: u32, batch: u32, heads: u32, profile: ProfilePlan) -> WorkspacePlan {
         let mut bytes = 0;
         let mut place = |size: u64| {
             let start = bytes;
@@ -48,6 +48,6 @@ impl Workspace {
         let partials = place(profile.bytes(all_heads));
         let errors = place(all_heads * 2 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
-        Workspace { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
+        WorkspacePlan { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
     }
 }

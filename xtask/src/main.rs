@@ -55,8 +55,8 @@ fn demo() -> Result<(), String> {
     setup::device_compiler()?;
     step("building framestride, then the main job on Big Buck Bunny: 16 frames of 72 x 128 pixels");
     run(cargo()
-        .args(["run", "--release", "--package", "framestride", "--", "run", "shapes/models/demo.toml"])
-        .args(["--video", "host/data/bigbuckbunny_16x72x128.safetensors", "--report", "demo-report"]))?;
+        .args(["run", "--release", "--package", "framestride-cli", "--", "run", "shapes/models/demo.toml"])
+        .args(["--video", "cli/data/bigbuckbunny_16x72x128.safetensors", "--report", "demo-report"]))?;
     step(&format!("pictures: {}", root().join("demo-report").display()));
     Ok(())
 }

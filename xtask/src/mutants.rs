@@ -67,7 +67,7 @@ pub fn plant(choice: Choice) -> Result<(), String> {
             })
             .collect::<Result<_, _>>()?,
     };
-    run(cargo().args(["build", "--package", "framestride"]))?;
+    run(cargo().args(["build", "--package", "framestride-cli"]))?;
     let specs: BTreeSet<&str> = chosen.iter().map(|mutant| mutant.spec.as_str()).collect();
     step(&format!("{} mutants, after the unchanged kernels of {} specs", chosen.len(), specs.len()));
     let wrong = in_copies(specs.len() + chosen.len(), |copy, index| {

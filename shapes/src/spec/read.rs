@@ -13,7 +13,7 @@ type Span = Range<usize>;
 
 /// A parsed file, and the problems found so far.
 pub(crate) struct Reader<'a> {
-    source: Source<'a>,
+    pub source: Source<'a>,
     root: Spanned<DeTable<'a>>,
     problems: Vec<Problem>,
 }

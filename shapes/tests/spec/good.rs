@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use framestride_shapes::layout::{HeadType, Layout, TextPosition};
 use framestride_shapes::models;
-use framestride_shapes::spec::{Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, Width};
+use framestride_shapes::spec::{
+    Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width,
+};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -78,8 +80,13 @@ fn every_key_is_read() {
         temporal: Width::Tokens(15616),
         profile: Profile { rows: 64, seed: 0 },
         schedule: Schedule { steps: 50, layers: 60, dense_steps: 5, dense_layers: 2 },
+        source: SpecSource { file: "good.toml".into(), text: HUNYUAN.into() },
     };
     assert_eq!(spec, expected);
+    assert_eq!(spec.source, expected.source);
+    let elsewhere = Spec::parse("elsewhere.toml", &format!("# The same.\n{HUNYUAN}")).expect("a good spec");
+    assert_eq!(spec, elsewhere, "neither comments nor names of files count");
+    assert_ne!(spec, parse(&HUNYUAN.replace("heads = 24", "heads = 12")));
 }
 
 #[test]
@@ -117,6 +124,7 @@ fn what_is_not_written_has_its_default() {
         // As many as there are.
         profile: Profile { rows: 21, seed: 0 },
         schedule: Schedule { steps: 0, layers: 0, dense_steps: 0, dense_layers: 0 },
+        source: spec.source.clone(),
     };
     assert_eq!(spec, expected);
     assert!(!spec.schedule.is_dense(0, 0));

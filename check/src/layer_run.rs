@@ -1,0 +1,318 @@
+//! The main job: one profiled sparse layer on given inputs, compared with the f64 reference.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use framestride::launch::Kernel;
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::{Dtype, Spec};
+use framestride::shapes::tiling::query_tiles;
+use framestride::{Error, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
+use rand::RngExt;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::device_tensors::{Arrangement, PlacedLayer};
+use crate::inputs::{Inputs, Tokens, row_generator};
+use crate::reference::{Head, Reference, distance, norm};
+use crate::tolerance;
+
+/// One head's result.
+#[derive(Clone, Debug, Serialize)]
+pub struct HeadResult {
+    /// Batch item.
+    pub batch: u32,
+    /// Head.
+    pub head: u32,
+    /// Mean squared error of the spatial mask against dense attention, over the sampled rows.
+    pub spatial_error: f64,
+    /// Of the temporal mask.
+    pub temporal_error: f64,
+    /// The mask chosen, or "dense" where that was asked for.
+    pub mask: &'static str,
+    /// Visible pairs over S^2 of that mask.
+    pub density: f64,
+    /// ||out - reference|| / ||reference|| over the compared rows: the reference has the same mask, in f64.
+    pub rel_error: f64,
+    /// What rounding to the spec's type explains.
+    pub tolerance: f64,
+    /// The same against dense attention: what the mask costs.
+    pub dense_rel_error: f64,
+    /// Compared rows that hold NaN or infinities because the inputs do; they are left out of the errors. One in K or V reaches every row
+    /// that sees it, and one in V may reach others that read its tile, since 0 x NaN is NaN.
+    pub nan_rows: usize,
+    /// Whether the error is within a tolerance that says something ([`tolerance::BLIND`]), and NaN and infinities are where the reference
+    /// has them.
+    pub ok: bool,
+    /// Why it is not, unless it is the error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Time of one kernel.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelTime {
+    /// The kernel; pack runs twice.
+    pub kernel: &'static str,
+    /// Milliseconds.
+    pub milliseconds: f64,
+}
+
+/// What a run found.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunReport {
+    /// Whether every head is within its tolerance.
+    pub ok: bool,
+    /// Name of the spec.
+    pub spec: String,
+    /// Where the kernels ran.
+    pub device: String,
+    /// Batch items, tokens, heads, head_dim.
+    pub shape: [usize; 4],
+    /// Query rows of each head that were compared.
+    pub compared_rows: usize,
+    /// Mean density of the heads.
+    pub density: f64,
+    /// ||out - reference|| / ||reference|| over all heads.
+    pub rel_error: f64,
+    /// What of the inputs is not finite: [`Inputs::not_finite`].
+    pub not_finite: Vec<String>,
+    /// The heads, batch item by batch item.
+    pub heads: Vec<HeadResult>,
+    /// The kernels in the order they ran.
+    pub kernels: Vec<KernelTime>,
+}
+
+/// A run's report and tensors.
+pub struct Run {
+    /// For people and machines.
+    pub report: RunReport,
+    /// The output.
+    pub out: Tokens,
+    /// Log-sum-exp, `[B, H, S]`.
+    pub lse: Vec<f32>,
+    /// Head types, `[B, H]`.
+    pub types: Vec<HeadType>,
+}
+
+/// Multiply-adds that the comparison with the reference may cost; beyond it rows are drawn at random.
+const REFERENCE_OPERATIONS: f64 = 4e9;
+
+/// Runs one layer and compares it. `dense_heads` are dense in all batch items, whatever profiling finds. `progress` hears what is
+/// being done, and the part done where it is known.
+pub fn run(
+    module: &Arc<Module>,
+    inputs: &Inputs,
+    dense_heads: &[u32],
+    progress: &dyn Fn(&str, Option<f64>),
+) -> Result<Run> {
+    let (spec, device) = (module.spec(), module.device());
+    let [batch, sequence, heads, head_dim] = inputs.q.shape();
+    inputs.check(spec, "inputs")?;
+    check_dense_heads(dense_heads, heads, "dense heads")?;
+    progress("inputs to the device", None);
+    let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
+    let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
+    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+    let dense = (HeadType::Dense as u32).to_le_bytes();
+    let launches = attention.launches(&placed.layer, HeadTypes::Profiled, &workspace)?;
+    let mut times = Vec::new();
+    for launch in launches.in_order() {
+        let kernel = launch.kernel();
+        progress(kernel.entry(), None);
+        // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
+        let milliseconds = device.time(Stream::DEFAULT, || unsafe { attention.launch(Stream::DEFAULT, launch) })?;
+        times.push((kernel, milliseconds));
+        // Select says the types, and the second pack is the first to read them.
+        if let (Kernel::Select, Some(buffer)) = (kernel, workspace.buffer()) {
+            for index in (0..batch).flat_map(|item| dense_heads.iter().map(move |&head| item * heads + head as usize)) {
+                device.write(buffer, attention.plan().head_types.start + index as u64 * 4, &dense)?;
+            }
+        }
+    }
+    let profiles = attention.read_profile(&workspace)?;
+    let (out, _) = placed.out.download(device)?;
+    let lse = placed.download_lse(device)?;
+
+    let reference = Reference::new(spec, inputs);
+    let operations_of_row = (sequence * head_dim * 4) as f64;
+    let affordable = (REFERENCE_OPERATIONS / operations_of_row / (batch * heads) as f64).ceil() as usize;
+    let rows = sampled_rows(affordable.max(16), sequence);
+    let not_finite = inputs.not_finite();
+    let mut results = Vec::with_capacity(profiles.len());
+    let (mut all_error, mut all_size) = (0.0, 0.0);
+    for (index, profile) in profiles.iter().enumerate() {
+        progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
+        let head = reference.head(profile.batch as usize, profile.head as usize);
+        let rounded = head.rounded(&spec.layout, spec.dtype, inputs.query_scale());
+        let caught =
+            if not_finite.is_empty() { BTreeSet::new() } else { rows_that_may_catch(spec, &head, profile.head_type) };
+        let sums = rows
+            .par_iter()
+            .map(|&row| {
+                let found = out.row(profile.batch as usize, row, profile.head as usize);
+                let may_catch = caught.contains(&row);
+                compare_row(spec.dtype, &head, &rounded, profile.head_type, row, inputs.scale(), &found, may_catch)
+            })
+            .reduce(Sums::default, Sums::add);
+        all_error += sums.error;
+        all_size += sums.size;
+        let (rel_error, tolerance) = (ratio(sums.error, sums.size), ratio(sums.tolerance, sums.size));
+        let reason = if sums.wrong_nan > 0 {
+            Some(format!("{} rows are finite where the reference is not, or the other way round", sums.wrong_nan))
+        } else if sums.nan_rows == rows.len() {
+            Some("nothing to compare: no row is finite, as the inputs are not".into())
+        } else if tolerance >= tolerance::BLIND {
+            Some(format!("not comparable: rounding alone may move the output by {tolerance:.1} times its size"))
+        } else {
+            None
+        };
+        results.push(HeadResult {
+            batch: profile.batch,
+            head: profile.head,
+            spatial_error: profile.spatial_error.into(),
+            temporal_error: profile.temporal_error.into(),
+            mask: profile.head_type.name(),
+            density: spec.density(profile.head_type),
+            rel_error,
+            tolerance,
+            dense_rel_error: ratio(sums.dense_error, sums.dense_size),
+            nan_rows: sums.nan_rows,
+            ok: reason.is_none() && rel_error <= tolerance,
+            reason,
+        });
+    }
+    progress("comparing with the f64 reference", Some(1.0));
+    let report = RunReport {
+        ok: results.iter().all(|head| head.ok),
+        spec: spec.name.clone(),
+        device: device.name(),
+        shape: inputs.q.shape(),
+        compared_rows: rows.len(),
+        density: results.iter().map(|head| head.density).sum::<f64>() / results.len() as f64,
+        rel_error: ratio(all_error, all_size),
+        not_finite,
+        heads: results,
+        kernels: times
+            .iter()
+            .map(|&(kernel, milliseconds)| KernelTime { kernel: kernel.entry(), milliseconds })
+            .collect(),
+    };
+    Ok(Run { report, out, lse, types: profiles.iter().map(|profile| profile.head_type).collect() })
+}
+
+/// Checks which of `heads` heads are to be dense.
+pub fn check_dense_heads(dense: &[u32], heads: usize, subject: &str) -> Result<()> {
+    match dense.iter().find(|&&head| head as usize >= heads) {
+        None => Ok(()),
+        Some(head) => Err(Error::input(
+            subject,
+            format!("head {head}"),
+            format!("0 to {}: there are {heads} heads", heads - 1),
+            "Heads count from 0",
+        )),
+    }
+}
+
+/// Rows to compare: all, or `count` drawn from a fixed seed.
+fn sampled_rows(count: usize, sequence: usize) -> Vec<usize> {
+    if count >= sequence {
+        return (0..sequence).collect();
+    }
+    let mut generator = row_generator(0, 0);
+    let mut rows = BTreeSet::new();
+    while rows.len() < count {
+        rows.insert(generator.random_range(0..sequence));
+    }
+    rows.into_iter().collect()
+}
+
+/// Ratio of two norms, given squared. Nothing differs from nothing by nothing.
+fn ratio(part: f64, whole: f64) -> f64 {
+    if part == 0.0 { 0.0 } else { (part / whole).sqrt() }
+}
+
+/// Rows of the model's order that read a key tile with a value that is not finite, whether they see it or not.
+fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
+    let mask = head.mask(head_type);
+    let (queries, keys) = (mask.query_order(), mask.key_order());
+    let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
+    // Packed rows of invalid text are zero, whatever the tensor holds.
+    let live = head.valid_text + spec.layout.video_tokens() as usize;
+    let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
+    query_tiles(&spec.layout, head_type, spec.tiles(), head.valid_text as u32)
+        .filter(|tile| {
+            let has_sick = |first: u32, rows: u32| sick.range(first as usize..(first + rows) as usize).next().is_some();
+            tile.key_tiles.iter().any(|tile| has_sick(tile.first_row, tile.rows))
+        })
+        .flat_map(|tile| {
+            (tile.first_row as usize..(tile.first_row + tile.rows) as usize).filter(|&row| row < queries.len())
+        })
+        .map(|packed| queries[packed])
+        .collect()
+}
+
+/// Squared norms over rows without NaN and infinities, and the rows with.
+#[derive(Default)]
+struct Sums {
+    nan_rows: usize,
+    /// Of which the reference has some and the output has none, or the other way round without a reason.
+    wrong_nan: usize,
+    error: f64,
+    size: f64,
+    tolerance: f64,
+    dense_error: f64,
+    dense_size: f64,
+}
+
+impl Sums {
+    fn add(self, other: Sums) -> Sums {
+        Sums {
+            nan_rows: self.nan_rows + other.nan_rows,
+            wrong_nan: self.wrong_nan + other.wrong_nan,
+            error: self.error + other.error,
+            size: self.size + other.size,
+            tolerance: self.tolerance + other.tolerance,
+            dense_error: self.dense_error + other.dense_error,
+            dense_size: self.dense_size + other.dense_size,
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn compare_row(
+    dtype: Dtype,
+    head: &Head,
+    rounded: &Head,
+    head_type: HeadType,
+    row: usize,
+    scale: f64,
+    found: &[f64],
+    may_catch: bool,
+) -> Sums {
+    let scores = head.scores(row, scale);
+    let [expected, dense] = [head_type, HeadType::Dense].map(|mask| head.attend_scores(mask, row, scale, &scores));
+    let nan = |row: &[f64]| row.iter().any(|x| !x.is_finite());
+    if nan(found) || nan(&expected.out) {
+        let right = nan(found) && (nan(&expected.out) || may_catch);
+        return Sums { nan_rows: 1, wrong_nan: (!right).into(), ..Sums::default() };
+    }
+    // Keys that the mask hides may have made the dense row NaN.
+    let (dense_error, dense_size) =
+        if nan(&dense.out) { (0.0, 0.0) } else { (distance(found, &dense.out), norm(&dense.out)) };
+    let tolerance = match expected.keys {
+        0 => 0.0,
+        _ => {
+            let rounded = rounded.attend(head_type, row, scale);
+            tolerance::layer_row(dtype, &rounded, distance(&rounded.out, &expected.out))
+        }
+    };
+    Sums {
+        error: distance(found, &expected.out).powi(2),
+        size: norm(&expected.out).powi(2),
+        tolerance: tolerance * tolerance,
+        dense_error: dense_error.powi(2),
+        dense_size: dense_size.powi(2),
+        ..Sums::default()
+    }
+}

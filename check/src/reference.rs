@@ -1,0 +1,464 @@
+//! The arithmetic of one attention layer in plain f64, with which the kernels are compared.
+//!
+//! Written straight from the rules, one token and one pair at a time, and slow on purpose: it shares no geometry with the
+//! kernels. Only the plain fields of [`Layout`] are read, and the draw of the profiling rows, which is an input of the layer.
+//!
+//! Everything starts from inputs already rounded to the spec's type ([`Tokens`]), and nothing is rounded on the way.
+
+use framestride::shapes::layout::{HeadType, Layout, TextPosition};
+use framestride::shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
+use rayon::prelude::*;
+
+use crate::inputs::{Inputs, Norm, Tokens, narrow, widen};
+
+/// Mean and reciprocal deviation of a QK-norm's statistic.
+#[derive(Clone, Copy)]
+struct Statistic {
+    mean: f64,
+    scale: f64,
+}
+
+/// One layer's inputs, ready to be normalised and rotated row by row.
+pub struct Reference<'a> {
+    spec: &'a Spec,
+    inputs: &'a Inputs,
+    /// For each of q and k, `[batch, rows]`, where the statistic is over all heads.
+    over_heads: Option<[Vec<Statistic>; 2]>,
+}
+
+/// Which of the two normalised and rotated tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// Q.
+    Query,
+    /// K.
+    Key,
+}
+
+impl<'a> Reference<'a> {
+    /// Prepares the statistics of `inputs`, which [`Inputs::check`] has accepted for `spec`.
+    pub fn new(spec: &'a Spec, inputs: &'a Inputs) -> Reference<'a> {
+        let over_heads = spec.qk_norm.as_ref().filter(|norm| norm.over == NormOver::Heads).map(|norm| {
+            [&inputs.q, &inputs.k].map(|tokens| {
+                let row_of = tokens.heads * tokens.head_dim;
+                (0..tokens.batch * tokens.rows)
+                    .into_par_iter()
+                    .map_init(
+                        || vec![0.0; row_of],
+                        |row, token| {
+                            tokens.widen(&tokens.bits[token * row_of..][..row_of], row);
+                            statistic(row, norm.kind, norm.eps)
+                        },
+                    )
+                    .collect()
+            })
+        });
+        Reference { spec, inputs, over_heads }
+    }
+
+    /// Row `row` of the model's order of Q or K, normalised and rotated: `head_dim` elements.
+    pub fn row(&self, operand: Operand, batch: usize, row: usize, head: usize) -> Vec<f64> {
+        let (tokens, index) = match operand {
+            Operand::Query => (&self.inputs.q, 0),
+            Operand::Key => (&self.inputs.k, 1),
+        };
+        let mut x = tokens.row(batch, row, head);
+        let layout = &self.spec.layout;
+        let is_text = text_index(layout, row).is_some();
+        if let Some(norm) = &self.spec.qk_norm {
+            let statistic = match &self.over_heads {
+                Some(statistics) => statistics[index][batch * tokens.rows + row],
+                None => statistic(&x, norm.kind, norm.eps),
+            };
+            let first = if norm.over == NormOver::Heads { head * tokens.head_dim } else { 0 };
+            let Norm { weight, bias } = self.inputs.norm(operand, is_text);
+            for (d, x) in x.iter_mut().enumerate() {
+                let weight = weight.as_ref().map_or(1.0, |weight| f64::from(weight[first + d]));
+                let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[first + d]));
+                *x = (*x - statistic.mean) * statistic.scale * weight + bias;
+            }
+        }
+        if let (Some(rope), Some(tables)) = (&self.spec.rope, &self.inputs.rope)
+            && (rope.text || !is_text)
+        {
+            let table_row = if rope.text { row } else { video_index(layout, row).unwrap_or(0) };
+            let table = if rope.per_head { table_row * tokens.heads + head } else { table_row };
+            let half = tokens.head_dim / 2;
+            for pair in 0..half {
+                let (a, b) = match rope.pairs {
+                    Pairs::Interleaved => (2 * pair, 2 * pair + 1),
+                    Pairs::Half => (pair, pair + half),
+                };
+                let (cos, sin) =
+                    (f64::from(tables.cos[table * half + pair]), f64::from(tables.sin[table * half + pair]));
+                (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin);
+            }
+        }
+        x
+    }
+
+    /// All rows of one head, normalised and rotated.
+    pub fn head(&self, batch: usize, head: usize) -> Head {
+        let gather = |operand| {
+            let dim = self.inputs.q.head_dim;
+            let mut rows = vec![0.0; self.inputs.q.rows * dim];
+            rows.par_chunks_exact_mut(dim)
+                .enumerate()
+                .for_each(|(row, values)| values.copy_from_slice(&self.row(operand, batch, row, head)));
+            rows
+        };
+        Head::new(
+            &self.spec.layout,
+            self.spec.head_dim as usize,
+            self.inputs.valid_text(&self.spec.layout, batch),
+            gather(Operand::Query),
+            gather(Operand::Key),
+            self.inputs.v.head(batch, head),
+        )
+    }
+}
+
+fn statistic(row: &[f64], kind: NormKind, eps: f64) -> Statistic {
+    let count = row.len() as f64;
+    let mean = match kind {
+        NormKind::Rms => 0.0,
+        NormKind::Layer => row.iter().sum::<f64>() / count,
+    };
+    let square = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / count;
+    Statistic { mean, scale: 1.0 / (square + eps).sqrt() }
+}
+
+/// Index among the text tokens of a row of the model's order.
+fn text_index(layout: &Layout, row: usize) -> Option<usize> {
+    let (text, video) = (layout.text_tokens as usize, layout.frames as usize * layout.tokens_per_frame as usize);
+    match layout.text_position {
+        TextPosition::First => (row < text).then_some(row),
+        TextPosition::Last => (row >= video).then(|| row - video),
+    }
+}
+
+/// Index among the video tokens, frame-major, of a row of the model's order.
+fn video_index(layout: &Layout, row: usize) -> Option<usize> {
+    match text_index(layout, row) {
+        Some(_) => None,
+        None => match layout.text_position {
+            TextPosition::First => Some(row - layout.text_tokens as usize),
+            TextPosition::Last => Some(row),
+        },
+    }
+}
+
+/// What the visibility rule asks of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    /// Text beyond the valid length: sees nothing, seen by nobody.
+    Invalid,
+    Text,
+    Video {
+        sink: bool,
+        position: i64,
+    },
+}
+
+/// The visibility rule of one head type, pair by pair.
+pub struct Mask {
+    tokens: Vec<Token>,
+    half_width: i64,
+}
+
+impl Mask {
+    /// The rule of `head` for a sequence of which the first `valid_text` text tokens count.
+    pub fn new(layout: &Layout, head: HeadType, valid_text: usize) -> Mask {
+        let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);
+        let rows = frames * patches + layout.text_tokens as usize;
+        let tokens = (0..rows)
+            .map(|row| match (text_index(layout, row), video_index(layout, row)) {
+                (Some(text), _) if text < valid_text => Token::Text,
+                (None, Some(video)) => {
+                    let (frame, patch) = (video / patches, video % patches);
+                    let position = match head {
+                        HeadType::Dense | HeadType::Spatial => frame * patches + patch,
+                        HeadType::Temporal => patch * frames + frame,
+                    };
+                    Token::Video { sink: frame < layout.sink_frames as usize, position: position as i64 }
+                }
+                _ => Token::Invalid,
+            })
+            .collect();
+        let half_width = match head {
+            HeadType::Dense => i64::MAX,
+            HeadType::Spatial => i64::from(layout.spatial_half_width),
+            HeadType::Temporal => i64::from(layout.temporal_half_width),
+        };
+        Mask { tokens, half_width }
+    }
+
+    /// Whether the query at row `query` of the model's order sees the key at row `key`.
+    #[inline]
+    pub fn sees(&self, query: usize, key: usize) -> bool {
+        match (self.tokens[query], self.tokens[key]) {
+            (Token::Invalid, _) | (_, Token::Invalid) => false,
+            (Token::Text, _) | (_, Token::Text) | (_, Token::Video { sink: true, .. }) => true,
+            (Token::Video { position: query, .. }, Token::Video { position: key, .. }) => {
+                (query - key).abs() < self.half_width
+            }
+        }
+    }
+
+    /// Rows of the model's order in the packed order of keys: valid text, sink frames and the other video tokens by position,
+    /// invalid text.
+    pub fn key_order(&self) -> Vec<usize> {
+        let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
+        // A stable sort: text keeps its order.
+        rows.sort_by_key(|&row| match self.tokens[row] {
+            Token::Text => (0, 0),
+            Token::Video { sink: true, position } => (1, position),
+            Token::Video { sink: false, position } => (2, position),
+            Token::Invalid => (3, 0),
+        });
+        rows
+    }
+
+    /// Rows of the model's order in the packed order of queries: valid text, video tokens by position, invalid text.
+    pub fn query_order(&self) -> Vec<usize> {
+        let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
+        rows.sort_by_key(|&row| match self.tokens[row] {
+            Token::Text => (0, 0),
+            Token::Video { position, .. } => (1, position),
+            Token::Invalid => (2, 0),
+        });
+        rows
+    }
+
+    /// Pairs that are seen, counted one by one.
+    pub fn visible_pairs(&self) -> u128 {
+        let rows = self.tokens.len();
+        let seen_by = |query| (0..rows).filter(|&key| self.sees(query, key)).count() as u128;
+        (0..rows).into_par_iter().map(seen_by).sum()
+    }
+}
+
+/// One head of one batch item: Q and K normalised and rotated, V, each `[rows, head_dim]` in the model's order.
+pub struct Head {
+    /// Size of a row.
+    pub head_dim: usize,
+    /// Q.
+    pub queries: Vec<f64>,
+    /// K.
+    pub keys: Vec<f64>,
+    /// V.
+    pub values: Vec<f64>,
+    /// Valid text tokens.
+    pub valid_text: usize,
+    key_norms: Vec<f64>,
+    value_norms: Vec<f64>,
+    masks: [Mask; 3],
+}
+
+/// Scores no further apart may have weights that are rounded the same way: those of two neighbouring bf16 numbers, of which f16 has more.
+const ALIKE: f64 = 1.0 / 128.0;
+
+/// One row of attention, and what bounds the error of computing it with rounded weights (see [`crate::tolerance`]).
+#[derive(Clone, Debug)]
+pub struct Attended {
+    /// Output, `head_dim` elements; zeros where nothing is seen.
+    pub out: Vec<f64>,
+    /// Natural log-sum-exp of the scaled scores; -inf where nothing is seen.
+    pub lse: f64,
+    /// Largest scaled score; -inf where nothing is seen.
+    pub maximum: f64,
+    /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make. Weights that lie
+    /// near each other are rounded alike, so neighbouring keys of scores within [`ALIKE`] count as one, with the sum of their values.
+    pub spread: f64,
+    /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
+    pub flat_spread: f64,
+    /// Largest of |q| |k|, scaled: bounds every partial sum of every score.
+    pub score_size: f64,
+    /// Keys seen.
+    pub keys: usize,
+}
+
+/// Mean squared errors of both masks over the sampled rows.
+#[derive(Clone, Debug)]
+pub struct ProfileErrors {
+    /// Spatial, temporal.
+    pub errors: [f64; 2],
+    /// Root mean square of the dense output over the same rows.
+    pub dense_rms: f64,
+    /// Rows of dense, spatial and temporal output behind them, for the tolerance.
+    pub rows: Vec<[Attended; 3]>,
+}
+
+impl ProfileErrors {
+    /// The type with the lower error; spatial when equal.
+    pub fn head_type(&self) -> HeadType {
+        if self.errors[1] < self.errors[0] { HeadType::Temporal } else { HeadType::Spatial }
+    }
+}
+
+impl Head {
+    /// A head from its rows: `queries`, `keys` and `values` are `[rows, head_dim]` in the model's order.
+    pub fn new(
+        layout: &Layout,
+        head_dim: usize,
+        valid_text: usize,
+        queries: Vec<f64>,
+        keys: Vec<f64>,
+        values: Vec<f64>,
+    ) -> Head {
+        let masks = HeadType::ALL.map(|head| Mask::new(layout, head, valid_text));
+        let norms = |rows: &[f64]| rows.par_chunks_exact(head_dim).map(norm).collect();
+        let (key_norms, value_norms) = (norms(&keys), norms(&values));
+        Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
+    }
+
+    /// The head with Q and K rounded to a 16-bit type, as the kernels store them: Q times `query_scale`.
+    pub fn rounded(&self, layout: &Layout, dtype: Dtype, query_scale: f64) -> Head {
+        let round = |rows: &[f64], scale: f64| {
+            rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x * scale)) / scale).collect()
+        };
+        let (queries, keys) = (round(&self.queries, query_scale), round(&self.keys, 1.0));
+        Head::new(layout, self.head_dim, self.valid_text, queries, keys, self.values.clone())
+    }
+
+    /// Rows of the sequence.
+    pub fn rows(&self) -> usize {
+        self.values.len() / self.head_dim
+    }
+
+    /// The rule of a head type for this head's valid text.
+    pub fn mask(&self, head: HeadType) -> &Mask {
+        &self.masks[head as usize]
+    }
+
+    /// Scaled scores of one query row with every key, seen or not.
+    pub fn scores(&self, row: usize, scale: f64) -> Vec<f64> {
+        let query = &self.queries[row * self.head_dim..][..self.head_dim];
+        self.keys.chunks_exact(self.head_dim).map(|key| scale * dot(query, key)).collect()
+    }
+
+    /// softmax over the keys that `row` sees, times V.
+    pub fn attend(&self, head: HeadType, row: usize, scale: f64) -> Attended {
+        let (mask, query) = (self.mask(head), &self.queries[row * self.head_dim..][..self.head_dim]);
+        // Those of keys that it does not see are not asked for.
+        let score = |(key, keys)| if mask.sees(row, key) { scale * dot(query, keys) } else { 0.0 };
+        let scores: Vec<f64> = self.keys.chunks_exact(self.head_dim).enumerate().map(score).collect();
+        self.attend_scores(head, row, scale, &scores)
+    }
+
+    /// Probabilities of one query row over all keys, zero where it does not see them.
+    pub fn probabilities(&self, head: HeadType, row: usize, scale: f64) -> Vec<f64> {
+        let lse = self.attend(head, row, scale).lse;
+        let mask = self.mask(head);
+        let probability = |(key, score): (usize, &f64)| if mask.sees(row, key) { (score - lse).exp() } else { 0.0 };
+        self.scores(row, scale).iter().enumerate().map(probability).collect()
+    }
+
+    /// [`Head::attend`] for scores that are already there.
+    pub fn attend_scores(&self, head: HeadType, row: usize, scale: f64, scores: &[f64]) -> Attended {
+        let mask = self.mask(head);
+        let seen: Vec<usize> = (0..scores.len()).filter(|&key| mask.sees(row, key)).collect();
+        let mut attended = Attended {
+            out: vec![0.0; self.head_dim],
+            lse: f64::NEG_INFINITY,
+            maximum: f64::NEG_INFINITY,
+            spread: 0.0,
+            flat_spread: 0.0,
+            score_size: 0.0,
+            keys: seen.len(),
+        };
+        if seen.is_empty() {
+            return attended;
+        }
+        // f64::max drops NaN; the sum below brings it back, so a NaN input is carried to every row that sees it.
+        let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = seen.iter().map(|&key| (scores[key] - maximum).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        attended.lse = maximum + sum.ln();
+        attended.maximum = maximum;
+        let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
+        let (mut square, mut flat) = (0.0, 0.0);
+        let (mut rest, mut rest_weights) = (&seen[..], &weights[..]);
+        while let Some(&first) = rest.first() {
+            let alike = rest.iter().take_while(|&&key| (scores[key] - scores[first]).abs() <= ALIKE).count();
+            // NaN is like nothing, itself included.
+            let (run, others) = rest.split_at(alike.max(1));
+            let (run_weights, other_weights) = rest_weights.split_at(run.len());
+            for (&key, weight) in run.iter().zip(run_weights) {
+                let value = &self.values[key * self.head_dim..][..self.head_dim];
+                let weight = weight / sum;
+                for (out, value) in attended.out.iter_mut().zip(value) {
+                    *out += weight * value;
+                }
+                flat += self.value_norms[key].powi(2);
+                attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
+            }
+            let size = if run.len() == 1 {
+                self.value_norms[first]
+            } else {
+                let value = |d: usize| run.iter().map(|key| self.values[key * self.head_dim + d]).sum::<f64>();
+                (0..self.head_dim).map(|d| value(d).powi(2)).sum::<f64>().sqrt()
+            };
+            square += (run_weights[0] / sum * size).powi(2);
+            (rest, rest_weights) = (others, other_weights);
+        }
+        attended.spread = square.sqrt();
+        attended.flat_spread = flat.sqrt() / sum;
+        attended
+    }
+
+    /// What profiling measures for this head: `head_index` counts over batch x heads.
+    pub fn profile(&self, layout: &Layout, scale: f64, seed: u64, head_index: u32, samples: u32) -> ProfileErrors {
+        let first_video = match layout.text_position {
+            TextPosition::First => layout.text_tokens as usize,
+            TextPosition::Last => 0,
+        };
+        let rows: Vec<[Attended; 3]> = (0..samples)
+            .into_par_iter()
+            .map(|index| {
+                let row = first_video + layout.sampled_video_row(seed, head_index, index, samples) as usize;
+                let scores = self.scores(row, scale);
+                HeadType::ALL.map(|head| self.attend_scores(head, row, scale, &scores))
+            })
+            .collect();
+        let count = (rows.len() * self.head_dim) as f64;
+        let error = |mask: usize| {
+            let row = |row: &[Attended; 3]| distance(&row[mask].out, &row[0].out).powi(2);
+            rows.iter().map(row).sum::<f64>() / count
+        };
+        let dense = rows.iter().map(|row| norm(&row[0].out).powi(2)).sum::<f64>() / count;
+        ProfileErrors { errors: [error(1), error(2)], dense_rms: dense.sqrt(), rows }
+    }
+}
+
+/// Scalar product, in eight partial sums, which the compiler keeps in vector registers.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut sums = [0.0; 8];
+    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
+        for lane in 0..8 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Euclidean norm.
+pub fn norm(row: &[f64]) -> f64 {
+    row.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// Euclidean distance.
+pub fn distance(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
+}
+
+impl Tokens {
+    /// One head of one batch item as f64, `[rows, head_dim]`.
+    pub fn head(&self, batch: usize, head: usize) -> Vec<f64> {
+        let mut rows = vec![0.0; self.rows * self.head_dim];
+        rows.par_chunks_exact_mut(self.head_dim)
+            .enumerate()
+            .for_each(|(row, values)| self.widen(&self.bits[self.index(batch, row, head)..][..self.head_dim], values));
+        rows
+    }
+}

@@ -1,0 +1,337 @@
+//! Whether a profiled layer gives the same bytes however it is launched: again, from a CUDA graph, and beside another layer.
+//!
+//! The numbers themselves are [`crate::verify`]'s business: here the results of one plain launch are the reference, and whatever
+//! follows must equal them byte for byte. Before each run, output, log-sum-exp and workspace are filled with another byte than
+//! before the last, so that a result that depends on what lay there differs too.
+//!
+//! * **again**: the same layer, run again.
+//! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay, one of up to [`SETS`] sets of inputs,
+//!   drawn at random, is copied over those that the graph reads: Q, K and V, norm weights, RoPE tables and text lengths. So types
+//!   of heads and lengths of text change under the graph.
+//! * **two streams**: two layers, each with inputs, output and workspace of its own, are launched in turn on two streams, and nothing
+//!   waits but for comparisons.
+//!
+//! Runs of large layers stop when they have taken [`MILLISECONDS`], and of their results no more than [`READ_BYTES`] are read back,
+//! at runs that lie evenly. Each [`Check`] says how many runs there were, and how many were compared. The emulator has neither
+//! graphs nor streams: there the layer is run again, once.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use framestride::device::{Buffer, Gpu, OwnedStream};
+use framestride::shapes::spec::Spec;
+use framestride::{Device, Error, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
+use rand::RngExt;
+use rayon::prelude::*;
+
+use crate::device_tensors::{Arrangement, POISON, PlacedLayer};
+use crate::inputs::{Inputs, row_generator};
+use crate::memory::{self, Free};
+use crate::verify::{Check, Worst};
+
+/// Times that a GPU runs the layer again.
+pub const REPEATS: u64 = 8;
+
+/// Most replays of a graph.
+pub const REPLAYS: u64 = 1000;
+
+/// Sets of inputs that a graph's replays take, where memory has room for them.
+pub const SETS: usize = 4;
+
+/// Most rounds on two streams, of which each launches both layers.
+pub const ROUNDS: u64 = 200;
+
+/// Rounds on two streams after which results are compared: until then nothing waits.
+const BURST: u64 = 10;
+
+/// Time that the replays of a graph may take, and the rounds on two streams: about fifty replays of the largest shipped spec on an
+/// H200.
+pub const MILLISECONDS: f64 = 5_000.0;
+
+/// Bytes of one quantity that a check may read back.
+pub const READ_BYTES: u64 = 16 << 30;
+
+/// What a layer leaves: the kernel that makes it, and its name.
+const QUANTITIES: [(&str, &str); 4] = [
+    ("attention", "output"),
+    ("attention", "log-sum-exp"),
+    ("profile", "mean squared errors"),
+    ("select", "head types"),
+];
+
+/// How many layers are launched, and of how many heads: as many as memory has room for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// Batch and heads.
+    pub extent: [u32; 2],
+    /// Sets of inputs.
+    sets: usize,
+}
+
+impl Plan {
+    pub fn new(spec: &Spec, device: &Device, free: Free) -> Result<Plan> {
+        let wanted = [spec.batch, spec.heads];
+        let Device::Gpu(_) = device else {
+            let need = |extent| memory::repeated(spec, device, extent, [1, 1], 1);
+            return Ok(Plan { extent: free.fit(spec, wanted, need)?, sets: 1 });
+        };
+        let fit = |sets: usize| {
+            let need = |extent| memory::repeated(spec, device, extent, [sets as u64 + 1, 2], sets as u64);
+            Ok(Plan { extent: free.fit(spec, wanted, need)?, sets })
+        };
+        // Heads are given up before sets are, as long as there are some to give up.
+        fit(SETS).or_else(|_: Error| fit(2))
+    }
+}
+
+/// Launches a profiled layer in all ways that the device has. `progress` hears what is being done.
+pub(crate) fn verify_launches(
+    module: &Arc<Module>,
+    plan: Plan,
+    seed: u64,
+    progress: &dyn Fn(&str),
+) -> Result<Vec<Check>> {
+    let device = module.device();
+    let Plan { extent: [batch, heads], sets } = plan;
+    let gpu = if let Device::Gpu(gpu) = device { Some(gpu) } else { None };
+    // On a GPU, one layer for each set, one whose inputs are replaced before each replay, and two that run at a time.
+    let (layers, workspaces, repeats) = if gpu.is_some() { (sets + 1, 2, REPEATS) } else { (1, 1, 1) };
+    let (spec, text) = (module.spec(), module.spec().layout.text_tokens);
+    let attention = SparseAttention::new(module, batch, heads)?;
+    let layer = |set| {
+        let seed = seed.wrapping_add(set as u64);
+        let mut inputs = Inputs::random(spec, batch as usize, heads as usize, seed);
+        let mut generator = row_generator(seed, u64::MAX);
+        inputs.text_lengths = (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
+        PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
+    };
+    progress("inputs of launches in several ways");
+    let launches = Launches {
+        layers: (0..layers).map(layer).collect::<Result<_>>()?,
+        workspaces: (0..workspaces).map(|_| device.allocate(attention.workspace_bytes())).collect::<Result<_>>()?,
+        attention,
+    };
+    // Uploads may still be on their way when they return, and the streams below do not wait for the default one.
+    device.synchronize()?;
+
+    progress("a layer, run again");
+    let expected = (0..sets).map(|set| launches.alone(set)).collect::<Result<Vec<Results>>>()?;
+    let mut checks = launches.again(&expected[0], repeats)?;
+    if let Some(gpu) = gpu {
+        progress("a CUDA graph, replayed");
+        checks.extend(launches.graph(gpu, &expected, seed)?);
+        progress("two streams at a time");
+        checks.extend(launches.two_streams(gpu, &expected)?);
+    }
+    Ok(checks)
+}
+
+/// Runs of `milliseconds` each that fit the time, up to `most`.
+fn affordable(milliseconds: f64, most: u64) -> u64 {
+    ((MILLISECONDS / milliseconds) as u64).clamp(1, most)
+}
+
+/// The bytes of each of [`QUANTITIES`].
+type Results = [Vec<u8>; 4];
+
+/// A layer and the workspace that it runs in.
+#[derive(Clone, Copy)]
+struct Lane<'a> {
+    layer: &'a PlacedLayer,
+    workspace: &'a Buffer,
+}
+
+/// The layers to launch, and their workspaces.
+struct Launches {
+    attention: SparseAttention,
+    layers: Vec<PlacedLayer>,
+    workspaces: Vec<Buffer>,
+}
+
+impl Launches {
+    fn device(&self) -> &Device {
+        self.attention.module().device()
+    }
+
+    fn lane(&self, layer: usize, workspace: usize) -> Lane<'_> {
+        Lane { layer: &self.layers[layer], workspace: &self.workspaces[workspace] }
+    }
+
+    /// Fills all that a layer writes with the byte of run `run`, in stream order.
+    fn poison(&self, stream: Stream, lane: Lane, run: u64) -> Result<()> {
+        let byte = POISON.wrapping_sub(run as u8);
+        let [out, lse] = lane.layer.results();
+        [out, lse, lane.workspace].into_iter().try_for_each(|buffer| self.device().fill(stream, buffer, byte))
+    }
+
+    fn forward(&self, stream: Stream, lane: Lane) -> Result<()> {
+        // SAFETY: all memory is this value's, sized by the library, and outlives the work: on the default stream a comparison
+        // waits for it, and a stream of one's own is dropped, which waits, before this value is. Two lanes share no memory.
+        unsafe {
+            let workspace = Workspace::borrow(self.device(), lane.workspace.address(), lane.workspace.bytes());
+            self.attention.forward(stream, &lane.layer.layer, HeadTypes::Profiled, &workspace)
+        }
+    }
+
+    /// Where each of [`QUANTITIES`] lies.
+    fn places<'a>(&self, lane: Lane<'a>) -> [(&'a Buffer, Range<u64>); 4] {
+        let ([out, lse], plan) = (lane.layer.results(), self.attention.plan());
+        let in_workspace = |range: &Range<u64>| (lane.workspace, range.clone());
+        [(out, 0..out.bytes()), (lse, 0..lse.bytes()), in_workspace(&plan.errors), in_workspace(&plan.head_types)]
+    }
+
+    fn read(&self, lane: Lane, quantity: usize) -> Result<Vec<u8>> {
+        let (buffer, Range { start, end }) = self.places(lane)[quantity].clone();
+        self.device().read(buffer, start, end - start)
+    }
+
+    /// What one plain launch gives.
+    fn alone(&self, layer: usize) -> Result<Results> {
+        let lane = self.lane(layer, 0);
+        self.poison(Stream::DEFAULT, lane, 0)?;
+        self.forward(Stream::DEFAULT, lane)?;
+        Ok([self.read(lane, 0)?, self.read(lane, 1)?, self.read(lane, 2)?, self.read(lane, 3)?])
+    }
+
+    fn again(&self, expected: &Results, repeats: u64) -> Result<Vec<Check>> {
+        let lane = self.lane(0, 0);
+        let mut comparison = Comparison::new("profiled, run again", repeats, repeats);
+        for run in 1..=repeats {
+            self.poison(Stream::DEFAULT, lane, run)?;
+            self.forward(Stream::DEFAULT, lane)?;
+            comparison.compare(self, &[(lane, expected)], || format!("run {run}"))?;
+        }
+        Ok(comparison.checks())
+    }
+
+    fn graph(&self, gpu: &Arc<Gpu>, expected: &[Results], seed: u64) -> Result<Vec<Check>> {
+        let (device, lane) = (self.device(), self.lane(expected.len(), 0));
+        let stream = OwnedStream::new(gpu)?;
+        let graph = stream.capture(|stream| self.forward(stream, lane))?;
+        let replay = |set: usize, run: u64| {
+            self.layers[set].copy_inputs(device, stream.borrow(), lane.layer)?;
+            self.poison(stream.borrow(), lane, run)?;
+            // SAFETY: module and memory are this value's, and `stream`, which waits for the work, is dropped before it.
+            unsafe { graph.launch(stream.borrow()) }
+        };
+        // The first takes longer.
+        replay(0, 0)?;
+        let replays = affordable(device.time(stream.borrow(), || replay(0, 0))?, REPLAYS);
+        let mut comparison = Comparison::new("profiled, a CUDA graph with inputs that change", replays, replays);
+        let mut generator = row_generator(seed, u64::MAX);
+        for run in 1..=replays {
+            // At random, so that evenly spread comparisons meet all sets.
+            let set = generator.random_range(0..expected.len());
+            replay(set, run)?;
+            comparison.compare(self, &[(lane, &expected[set])], || format!("replay {run}, inputs {set}"))?;
+        }
+        Ok(comparison.checks())
+    }
+
+    fn two_streams(&self, gpu: &Arc<Gpu>, expected: &[Results]) -> Result<Vec<Check>> {
+        let lanes = [self.lane(0, 0), self.lane(1, 1)];
+        let streams = [OwnedStream::new(gpu)?, OwnedStream::new(gpu)?];
+        let launch = |index: usize, run: u64| {
+            let stream = streams[index].borrow();
+            self.poison(stream, lanes[index], run)?;
+            self.forward(stream, lanes[index])
+        };
+        let milliseconds = self.device().time(streams[0].borrow(), || launch(0, 0))?;
+        let bursts = affordable(2.0 * milliseconds, ROUNDS).div_ceil(BURST);
+        let mut comparison = Comparison::new("profiled, two streams at a time", 2 * bursts * BURST, bursts);
+        for burst in 0..bursts {
+            for round in 1..=BURST {
+                [0, 1].into_iter().try_for_each(|index| launch(index, burst * BURST + round))?;
+            }
+            let of_both = [(lanes[0], &expected[0]), (lanes[1], &expected[1])];
+            comparison.compare(self, &of_both, || format!("round {}", (burst + 1) * BURST))?;
+        }
+        Ok(comparison.checks())
+    }
+}
+
+/// Comparisons of one way to launch.
+struct Comparison {
+    case: &'static str,
+    /// Runs in all.
+    runs: u64,
+    /// How often results may be compared, evenly spread over the runs, and how often they could have been so far.
+    points: u64,
+    passed: u64,
+    worst: [Worst; 4],
+}
+
+impl Comparison {
+    fn new(case: &'static str, runs: u64, points: u64) -> Comparison {
+        Comparison { case, runs, points, passed: 0, worst: QUANTITIES.map(|_| Worst::new()) }
+    }
+
+    /// Waits, and compares what the lanes hold, as far as it is this point's turn.
+    fn compare(&mut self, launches: &Launches, lanes: &[(Lane, &Results)], place: impl Fn() -> String) -> Result<()> {
+        for (quantity, worst) in self.worst.iter_mut().enumerate() {
+            let bytes: u64 = lanes.iter().map(|(_, expected)| expected[quantity].len() as u64).sum();
+            if !is_due(self.passed, self.points, READ_BYTES / bytes) {
+                continue;
+            }
+            for (number, (lane, expected)) in lanes.iter().enumerate() {
+                let (count, first) = difference(&launches.read(*lane, quantity)?, &expected[quantity]);
+                worst.add(count as f64, 0.0, || {
+                    format!("{}, layer {number}: {count} bytes differ, the first at {first}", place())
+                });
+            }
+        }
+        self.passed += 1;
+        Ok(())
+    }
+
+    fn checks(self) -> Vec<Check> {
+        let named = self.worst.into_iter().zip(QUANTITIES);
+        named.map(|(worst, (kernel, quantity))| worst.check(kernel, self.case, quantity, (self.runs, "runs"))).collect()
+    }
+}
+
+/// Whether point `index` of `points` is one of the `most` that lie evenly, the last among them.
+fn is_due(index: u64, points: u64, most: u64) -> bool {
+    let most = most.clamp(1, points);
+    (index + 1) * most / points > index * most / points
+}
+
+/// Bytes in which two results differ, and the first of them.
+fn difference(found: &[u8], expected: &[u8]) -> (u64, usize) {
+    /// Bytes that are compared at a time.
+    const PIECE: usize = 1 << 20;
+    let pieces = found.par_chunks(PIECE).zip(expected.par_chunks(PIECE)).enumerate();
+    pieces
+        .filter(|(_, (found, expected))| found != expected)
+        .map(|(piece, (found, expected))| {
+            let differ = |index: &usize| found[*index] != expected[*index];
+            let first = (0..found.len()).find(differ).map_or(usize::MAX, |index| piece * PIECE + index);
+            ((0..found.len()).filter(differ).count() as u64, first)
+        })
+        .reduce(|| (0, usize::MAX), |a, b| (a.0 + b.0, a.1.min(b.1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{difference, is_due};
+
+    #[test]
+    fn points_lie_evenly() {
+        let due = |points, most| (0..points).filter(|&index| is_due(index, points, most)).collect::<Vec<u64>>();
+        assert_eq!(due(4, 100), [0, 1, 2, 3]);
+        assert_eq!(due(10, 3), [3, 6, 9]);
+        assert_eq!(due(1000, 1), [999]);
+        assert_eq!(due(5, 0), [4], "a result of any size is compared once");
+    }
+
+    #[test]
+    fn differences_are_counted() {
+        let expected = vec![7; (2 << 20) + 3];
+        let mut found = expected.clone();
+        assert_eq!(difference(&found, &expected).0, 0);
+        for index in [2 << 20, (1 << 20) + 5, (2 << 20) + 2] {
+            found[index] = 0;
+        }
+        assert_eq!(difference(&found, &expected), (3, (1 << 20) + 5));
+    }
+}

@@ -1,0 +1,504 @@
+//! How fast the kernels of a spec are on a GPU, each by itself and the layer as a whole.
+//!
+//! A round times everything once, in a new order each time, so that drifting clocks reach all alike; the medians over rounds are
+//! reported. A sample is the mean of enough launches, back to back between two events, to last [`SAMPLE_MILLISECONDS`]. As many
+//! untimed ones come first: how fast the GPU may clock depends on the power that the work before took.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use framestride::device::Buffer;
+use framestride::launch::{Launch, Profiling};
+use framestride::shapes::launch::Tensor;
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::{NormKind, NormOver, Spec};
+use framestride::{Device, Error, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
+use rand::seq::SliceRandom;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::device_tensors::{Arrangement, Placed, PlacedLayer};
+use crate::inputs::{Inputs, RopeTables, Tokens, narrow, normal, row_generator};
+
+/// What to time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timed {
+    /// pack, and attention with every head dense.
+    Dense,
+    /// pack, and attention with every head spatial.
+    Spatial,
+    /// pack, and attention with every head temporal.
+    Temporal,
+    /// The whole layer with profiled heads; profile, select and the second pack.
+    Profiled,
+}
+
+impl Timed {
+    /// Everything.
+    pub const ALL: [Timed; 4] = [Timed::Dense, Timed::Spatial, Timed::Temporal, Timed::Profiled];
+}
+
+/// How to time.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What.
+    pub timed: Vec<Timed>,
+    /// Bytes of the device-to-device copy that is the ceiling for memory: more than any cache holds.
+    pub copy_bytes: u64,
+    /// TFLOP/s of a large 16-bit matrix product on this GPU, the ceiling for arithmetic, where known.
+    pub matmul_tflops: Option<f64>,
+    /// What the weights of the QK-norm lie around, where inputs are random: scores grow with its square.
+    pub qk_norm_weight: f64,
+}
+
+impl Default for Options {
+    /// Everything, against a copy of 1 GiB.
+    fn default() -> Options {
+        Options { timed: Timed::ALL.to_vec(), copy_bytes: 1 << 30, matmul_tflops: None, qk_norm_weight: 1.0 }
+    }
+}
+
+/// One row of the result. `ms` and what is derived from it are medians over the rounds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Name of the spec.
+    pub shape: String,
+    /// `dense` or `sparse`: the attention kernel alone. `pack`: norm, RoPE and reordering of all heads. `profile`: profile and
+    /// select. `select`: select alone. `repack`: the second pack of a profiled layer. `layer`: one as its user calls it.
+    /// `ceiling`: a copy.
+    pub what: &'static str,
+    /// `spatial` or `temporal`, where `what` is done in one of two ways.
+    pub mask: Option<&'static str>,
+    /// This library.
+    pub who: &'static str,
+    /// Milliseconds.
+    pub ms: f64,
+    /// Fastest round.
+    pub low: f64,
+    /// Slowest round.
+    pub high: f64,
+    /// Of attention: visible pairs x 4 x head_dim over the time.
+    pub tflops: Option<f64>,
+    /// Bytes that must be moved, each input read once and each output written once, over the time.
+    pub gbps: Option<f64>,
+    /// `gbps` over the copy's, where memory is the bound; `tflops` over the matrix product's for attention.
+    pub of_ceiling: Option<f64>,
+    /// Visible pairs over S².
+    pub density: Option<f64>,
+    /// Not measured here.
+    pub rel_error: Option<f64>,
+}
+
+/// Device memory of a layer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Memory {
+    /// Bytes of one of Q, K, V.
+    pub tensor_bytes: u64,
+    /// Bytes of the workspace.
+    pub workspace_bytes: u64,
+    /// By how much free memory fell from the user's tensors to after a profiled layer has run.
+    pub beyond_bytes: Option<u64>,
+    /// That over `tensor_bytes`.
+    pub beyond_tensors: Option<f64>,
+}
+
+/// What a bench found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the spec.
+    pub spec: String,
+    /// Of the kernels' PTX, as in their manifest: which kernels these are.
+    pub ptx_sha256: String,
+    /// The GPU.
+    pub device: String,
+    /// Batch items, tokens, heads, head_dim.
+    pub shape: [usize; 4],
+    /// Rounds that the medians are of.
+    pub rounds: usize,
+    /// Memory.
+    pub memory: Memory,
+    /// GB/s of the copy, bytes read and written.
+    pub copy_gbps: f64,
+    /// As given.
+    pub matmul_tflops: Option<f64>,
+    /// Everything timed.
+    pub rows: Vec<Row>,
+}
+
+/// What a sample runs.
+enum Work {
+    /// These launches, in order.
+    Launches(Vec<Launch>),
+    /// A profiled layer, as its user calls it.
+    Layer,
+    /// The copy.
+    Copy,
+}
+
+/// Something to time.
+struct Item {
+    what: &'static str,
+    mask: Option<HeadType>,
+    /// Run before each sample, to leave in the workspace what the work reads.
+    before: Vec<Launch>,
+    work: Work,
+    /// Bytes that must be moved; for `repack`, without what the temporal heads add.
+    bytes: u64,
+    /// The visible pairs that are its work.
+    pairs: Pairs,
+    /// Times the work runs in a sample; 0 before the first.
+    runs: u32,
+    /// Milliseconds of one run.
+    samples: Vec<f64>,
+}
+
+/// Visible pairs of an item.
+#[derive(Clone, Copy, PartialEq)]
+enum Pairs {
+    /// It is no attention.
+    None,
+    /// Every head of one type.
+    All(HeadType),
+    /// Heads of the types that profiling finds.
+    Profiled,
+}
+
+/// Least time of a sample.
+pub const SAMPLE_MILLISECONDS: f64 = 20.0;
+
+/// Runs of one sample.
+const RUNS: RangeInclusive<u32> = 1..=500;
+
+/// Elements of the random values that fill Q, of those that fill K and of those that fill V, over and over: odd, so that no two rows
+/// are equal.
+const POOL: usize = (1 << 24) + 1;
+
+/// Everything in place for rounds.
+pub struct Bench {
+    module: Arc<Module>,
+    attention: SparseAttention,
+    workspace: Workspace,
+    inputs: BenchInputs,
+    copy: [Buffer; 2],
+    matmul_tflops: Option<f64>,
+    memory: Memory,
+    items: Vec<Item>,
+    /// Head types with all heads alike, `[3, batch, heads]`, by the value of the type; the launches hold addresses into it.
+    types: Buffer,
+}
+
+/// A layer's tensors.
+struct BenchInputs {
+    layer: Layer,
+    shape: [usize; 4],
+    out: Placed,
+    /// Kept for their memory.
+    _memory: Vec<Buffer>,
+    _placed: Option<PlacedLayer>,
+}
+
+impl Bench {
+    /// Puts inputs and workspace on the device: `inputs`, or normal values for the spec's own batch and heads.
+    pub fn new(module: &Arc<Module>, inputs: Option<&Inputs>, options: &Options) -> Result<Bench> {
+        let (spec, device) = (module.spec(), module.device());
+        let inputs = match inputs {
+            Some(inputs) => BenchInputs::given(device, spec, inputs)?,
+            None => BenchInputs::random(device, spec, options.qk_norm_weight)?,
+        };
+        let [batch, sequence, heads, head_dim] = inputs.shape;
+        let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
+        let all_heads = batch * heads;
+        let types: Vec<u8> =
+            HeadType::ALL.into_iter().flat_map(|head| (head as u32).to_le_bytes().repeat(all_heads)).collect();
+        let types = device.upload(&types)?;
+        let copy = [device.allocate(options.copy_bytes)?, device.allocate(options.copy_bytes)?];
+        device.fill(Stream::DEFAULT, &copy[0], 0x5a)?;
+
+        device.synchronize()?;
+        let before = free_memory(device)?;
+        let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
+        // SAFETY: all memory is this value's own or the caller's for the call, sized by the library, and the work is waited for.
+        unsafe { attention.forward(Stream::DEFAULT, &inputs.layer, HeadTypes::Profiled, &workspace)? };
+        device.synchronize()?;
+        let after = free_memory(device)?;
+        let tensor_bytes = (batch * sequence * heads * head_dim * 2) as u64;
+        let beyond_bytes = before.zip(after).map(|(before, after)| before.saturating_sub(after));
+        let memory = Memory {
+            tensor_bytes,
+            workspace_bytes: attention.workspace_bytes(),
+            beyond_bytes,
+            beyond_tensors: beyond_bytes.map(|bytes| bytes as f64 / tensor_bytes as f64),
+        };
+
+        let mut bench = Bench {
+            module: Arc::clone(module),
+            attention,
+            workspace,
+            inputs,
+            copy,
+            matmul_tflops: options.matmul_tflops,
+            memory,
+            items: Vec::new(),
+            types,
+        };
+        bench.items = bench.plan(&options.timed)?;
+        Ok(bench)
+    }
+
+    /// The items of `timed`, and the copy.
+    fn plan(&self, timed: &[Timed]) -> Result<Vec<Item>> {
+        let spec = self.module.spec();
+        let [batch, _, heads, _] = self.inputs.shape;
+        let tensor = self.memory.tensor_bytes;
+        let table_values = spec.rope_table_shape(heads as u32).into_iter().map(u64::from).product::<u64>();
+        let tables = if spec.rope.is_some() { 2 * 4 * table_values } else { 0 };
+        let item = |what, mask, before: &[Launch], work: &[Launch], bytes, pairs| Item {
+            what,
+            mask,
+            before: before.to_vec(),
+            work: Work::Launches(work.to_vec()),
+            bytes,
+            pairs,
+            runs: 0,
+            samples: Vec::new(),
+        };
+        let launches = |types| self.attention.launches(&self.inputs.layer, types, &self.workspace);
+        let copied = 2 * self.copy[0].bytes();
+        let mut items = vec![Item { work: Work::Copy, ..item("ceiling", None, &[], &[], copied, Pairs::None) }];
+        for (head, wanted) in
+            HeadType::ALL.into_iter().zip([Timed::Dense, Timed::Spatial, Timed::Temporal].map(|t| timed.contains(&t)))
+        {
+            if !wanted {
+                continue;
+            }
+            let address = self.types.address() + (head as usize * batch * heads * 4) as u64;
+            let given = launches(HeadTypes::Given(address))?;
+            let (pack, attention) = (&[given.pack], &[given.attention]);
+            let mask = (head != HeadType::Dense).then_some(head);
+            // Dense heads lie in the spatial layout: packing them is the same work.
+            if head == HeadType::Temporal || !items.iter().any(|item| item.what == "pack") {
+                let order = (head == HeadType::Temporal).then_some(head);
+                items.push(item("pack", order, &[], pack, 6 * tensor + tables, Pairs::None));
+            }
+            let what = if mask.is_some() { "sparse" } else { "dense" };
+            items.push(item(what, mask, pack, attention, 4 * tensor, Pairs::All(head)));
+        }
+        if timed.contains(&Timed::Profiled) {
+            let all = launches(HeadTypes::Profiled)?;
+            let pack = all.pack;
+            if let Some(Profiling { profile, select, repack, .. }) = all.profiling {
+                let partials = &self.attention.plan().partials;
+                let partial_bytes = partials.end - partials.start;
+                items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, Pairs::None));
+                items.push(item("select", None, &[pack, profile], &[select], partial_bytes, Pairs::None));
+                // What the second pack moves depends on how many heads come out temporal.
+                items.push(item("repack", None, &[pack, profile, select], &[repack], tables, Pairs::Profiled));
+            }
+            let layer = item("layer", None, &[], &[], 4 * tensor + tables, Pairs::Profiled);
+            items.push(Item { work: Work::Layer, ..layer });
+        }
+        Ok(items)
+    }
+
+    /// Times everything once more. `progress` hears what is being timed.
+    pub fn round(&mut self, progress: &dyn Fn(&str)) -> Result<()> {
+        let mut items = std::mem::take(&mut self.items);
+        let mut order: Vec<usize> = (0..items.len()).collect();
+        order.shuffle(&mut row_generator(1, items.first().map_or(0, |item| item.samples.len()) as u64));
+        let done = order.into_iter().try_for_each(|index| {
+            progress(items[index].what);
+            self.sample(&mut items[index])
+        });
+        self.items = items;
+        done
+    }
+
+    fn sample(&self, item: &mut Item) -> Result<()> {
+        let device = self.module.device();
+        let launch = |launches: &[Launch]| {
+            // SAFETY: as for the whole layer below.
+            launches.iter().try_for_each(|launch| unsafe { self.attention.launch(Stream::DEFAULT, launch) })
+        };
+        let once = || match &item.work {
+            Work::Launches(launches) => launch(launches),
+            // SAFETY: all memory is this value's own or the caller's for the call, sized by the library, and the work is waited for.
+            Work::Layer => unsafe {
+                self.attention.forward(Stream::DEFAULT, &self.inputs.layer, HeadTypes::Profiled, &self.workspace)
+            },
+            Work::Copy => device.copy(Stream::DEFAULT, &self.copy[0], &self.copy[1]),
+        };
+        launch(&item.before)?;
+        if item.runs == 0 {
+            // The first run of all is for the clocks, the second says how often to run.
+            once()?;
+            let milliseconds = device.time(Stream::DEFAULT, once)?;
+            item.runs = ((SAMPLE_MILLISECONDS / milliseconds).ceil() as u32).clamp(*RUNS.start(), *RUNS.end());
+        }
+        let all = || (0..item.runs).try_for_each(|_| once());
+        all()?;
+        let milliseconds = device.time(Stream::DEFAULT, all)?;
+        item.samples.push(milliseconds / f64::from(item.runs));
+        Ok(())
+    }
+
+    /// Medians over the rounds so far, of which there is at least one.
+    pub fn report(&self) -> Result<Report> {
+        let spec = self.module.spec();
+        let [batch, _, heads, _] = self.inputs.shape;
+        let types: Vec<HeadType> = if self.items.iter().any(|item| item.pairs == Pairs::Profiled) {
+            self.attention.read_profile(&self.workspace)?.iter().map(|profile| profile.head_type).collect()
+        } else {
+            Vec::new()
+        };
+        let temporal = types.iter().filter(|&&head| head == HeadType::Temporal).count() as f64;
+        let copy_gbps = self
+            .items
+            .iter()
+            .find(|item| item.what == "ceiling")
+            .map_or(f64::NAN, |item| item.bytes as f64 / median(&item.samples) / 1e6);
+        let rows = self.items.iter().map(|item| {
+            let ms = median(&item.samples);
+            let (flops, density) = match item.pairs {
+                Pairs::None => (None, None),
+                Pairs::All(head) => (Some(spec.flops(head) as f64 * (batch * heads) as f64), Some(spec.density(head))),
+                Pairs::Profiled if item.what == "layer" => {
+                    let flops = types.iter().map(|&head| spec.flops(head) as f64).sum();
+                    let density = types.iter().map(|&head| spec.density(head)).sum::<f64>() / types.len() as f64;
+                    (Some(flops), Some(density))
+                }
+                Pairs::Profiled => (None, None),
+            };
+            let bytes = if item.what == "repack" {
+                item.bytes as f64 + temporal / types.len() as f64 * 6.0 * self.memory.tensor_bytes as f64
+            } else {
+                item.bytes as f64
+            };
+            let (tflops, gbps) = (flops.map(|flops| flops / ms / 1e9), bytes / ms / 1e6);
+            let of_ceiling = match tflops {
+                Some(tflops) => self.matmul_tflops.map(|ceiling| tflops / ceiling),
+                None => Some(gbps / copy_gbps),
+            };
+            Row {
+                shape: spec.name.clone(),
+                what: item.what,
+                mask: item.mask.map(HeadType::name),
+                who: "framestride",
+                ms,
+                low: item.samples.iter().copied().fold(f64::INFINITY, f64::min),
+                high: item.samples.iter().copied().fold(0.0, f64::max),
+                tflops,
+                gbps: Some(gbps),
+                of_ceiling,
+                density,
+                rel_error: None,
+            }
+        });
+        Ok(Report {
+            spec: spec.name.clone(),
+            ptx_sha256: self.module.manifest().ptx_sha256.clone(),
+            device: self.module.device().name(),
+            shape: self.inputs.shape,
+            rounds: self.items.iter().map(|item| item.samples.len()).min().unwrap_or(0),
+            memory: self.memory.clone(),
+            copy_gbps,
+            matmul_tflops: self.matmul_tflops,
+            rows: rows.collect(),
+        })
+    }
+
+    /// The output as the last attention of the rounds left it.
+    pub fn output(&self) -> Result<Tokens> {
+        Ok(self.inputs.out.download(self.module.device())?.0)
+    }
+}
+
+/// Bytes of device memory that nobody has allocated; the emulator does not count them.
+fn free_memory(device: &Device) -> Result<Option<u64>> {
+    match device {
+        Device::Gpu(gpu) => gpu.free_memory().map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Middle value, or mean of the two in the middle.
+fn median(samples: &[f64]) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        count => (sorted[(count - 1) / 2] + sorted[count / 2]) / 2.0,
+    }
+}
+
+impl BenchInputs {
+    fn given(device: &Device, spec: &Spec, inputs: &Inputs) -> Result<BenchInputs> {
+        inputs.check(spec, "inputs")?;
+        let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+        let shape = inputs.q.shape();
+        let out = Placed::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
+        let layer = Layer { out: out.tensor(), lse: 0, ..placed.layer };
+        Ok(BenchInputs { layer, shape, out, _memory: Vec::new(), _placed: Some(placed) })
+    }
+
+    /// Normal values for Q, K and V, norm weights around `qk_norm_weight`, RoPE of the spec's grid; all text valid.
+    fn random(device: &Device, spec: &Spec, qk_norm_weight: f64) -> Result<BenchInputs> {
+        let allowed = if spec.qk_norm.is_some() { "a number from 0 to 1000" } else { "1: the spec has no [qk_norm]" };
+        if !(0.0..=1000.0).contains(&qk_norm_weight) || (spec.qk_norm.is_none() && qk_norm_weight != 1.0) {
+            return Err(Error::input("qk_norm_weight", qk_norm_weight, allowed, "Leave it out for weights around 1"));
+        }
+        let shape @ [batch, sequence, heads, head_dim] =
+            [spec.batch, spec.layout.sequence(), spec.heads, spec.head_dim].map(|extent| extent as usize);
+        let mut memory = Vec::new();
+        let mut keep = |buffer: Buffer| {
+            let address = buffer.address();
+            memory.push(buffer);
+            address
+        };
+        let elements = batch * sequence * heads * head_dim;
+        let mut tensor = |which: u64| -> Result<Tensor> {
+            let pool = pool(spec, elements.min(POOL), which);
+            let buffer = device.allocate(elements as u64 * 2)?;
+            for offset in (0..elements * 2).step_by(pool.len()) {
+                device.write(&buffer, offset as u64, &pool[..pool.len().min(elements * 2 - offset)])?;
+            }
+            let row = heads * head_dim;
+            let strides = [sequence * row, row, head_dim].map(|stride| stride as u64);
+            Ok(Tensor { data: keep(buffer), batch: strides[0], row: strides[1], head: strides[2] })
+        };
+        let (q, k, v) = (tensor(0)?, tensor(1)?, tensor(2)?);
+        let out = Placed::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
+        let mut layer = Layer { q, k, v, out: out.tensor(), ..Layer::default() };
+        let mut floats = |values: &[f32]| -> Result<u64> {
+            Ok(keep(device.upload(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?))
+        };
+        if let Some(norm) = &spec.qk_norm {
+            let length = if norm.over == NormOver::Heads { heads * head_dim } else { head_dim };
+            let mut generator = row_generator(0, u64::MAX);
+            let mut around = |centre: f64| -> Result<u64> {
+                floats(&(0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
+            };
+            for weights in [&mut layer.q_norm, &mut layer.k_norm] {
+                weights.weight = around(qk_norm_weight)?;
+                weights.bias = if norm.kind == NormKind::Layer { around(0.0)? } else { 0 };
+            }
+        }
+        if spec.rope.is_some() {
+            let tables = RopeTables::from_grid(spec, heads);
+            (layer.cos, layer.sin) = (floats(&tables.cos)?, floats(&tables.sin)?);
+        }
+        Ok(BenchInputs { layer, shape, out, _memory: memory, _placed: None })
+    }
+}
+
+/// `elements` standard normal values of the spec's type, for tensor `which`.
+fn pool(spec: &Spec, elements: usize, which: u64) -> Vec<u8> {
+    const CHUNK: usize = 1 << 14;
+    let mut bytes = vec![0; elements * 2];
+    bytes.par_chunks_mut(CHUNK * 2).enumerate().for_each(|(chunk, bytes)| {
+        let mut generator = row_generator(which, chunk as u64);
+        for element in bytes.as_chunks_mut::<2>().0 {
+            *element = narrow(spec.dtype, normal(&mut generator)).to_le_bytes();
+        }
+    });
+    bytes
+}

@@ -1,0 +1,207 @@
+//! Specs that are shipped nowhere, built on the spot: the cross product of what a spec can say, sampled so that every pair of
+//! values of any two keys occurs together in some spec (a pairwise covering, found greedily from a fixed seed).
+//!
+//! Each spec runs three layers, so that the pairs also meet dense, given and profiled types, random and rising scores, all lengths
+//! of text and all arrangements. Frame sizes are odd, so that every tile is cut somewhere. Sequences have 60 to 400 tokens.
+
+use std::fmt::Write;
+
+use framestride::shapes::spec::Spec;
+use framestride::{Device, Kernels, Module};
+use framestride_check::device_tensors::Arrangement;
+use framestride_check::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify, verify_case};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+/// What a spec can say: the keys of a table, and the values each may have.
+const FACTORS: [&[&str]; 10] = [
+    &["head_dim = 64", "head_dim = 128"],
+    &["dtype = \"bf16\"", "dtype = \"f16\""],
+    &["", "rms head", "rms heads", "layer head", "layer heads"],
+    &["", "interleaved", "half"],
+    &["text = false", "text = true"],
+    &["per_head = false", "per_head = true"],
+    &["", "first", "last"],
+    &["frames = 0", "frames = 1", "frames = 2"],
+    &["3 37", "7 51", "4 19", "5 73"],
+    &["batch = 1\nheads = 3", "batch = 2\nheads = 1", "batch = 2\nheads = 2"],
+];
+
+type Choice = [usize; FACTORS.len()];
+
+/// Rows that hold every pair of values. Each row is the best of 200 random ones at covering what is still missing.
+fn pairwise() -> Vec<Choice> {
+    let mut missing: Vec<(usize, usize, usize, usize)> = Vec::new();
+    for (a, first) in FACTORS.iter().enumerate() {
+        for (b, second) in FACTORS.iter().enumerate().skip(a + 1) {
+            missing.extend((0..first.len()).flat_map(|x| (0..second.len()).map(move |y| (a, x, b, y))));
+        }
+    }
+    let mut generator = ChaCha8Rng::seed_from_u64(1);
+    let mut rows = Vec::new();
+    while !missing.is_empty() {
+        let random = |generator: &mut ChaCha8Rng| -> Choice {
+            std::array::from_fn(|factor| generator.random_range(0..FACTORS[factor].len()))
+        };
+        let covered = |row: &Choice| missing.iter().filter(|&&(a, x, b, y)| row[a] == x && row[b] == y).count();
+        let best = (0..200).map(|_| random(&mut generator)).max_by_key(covered).unwrap();
+        missing.retain(|&(a, x, b, y)| !(best[a] == x && best[b] == y));
+        rows.push(best);
+    }
+    rows
+}
+
+/// The kernels of a spec, built now.
+fn kernels(text: &str) -> Kernels {
+    let spec = Spec::parse("a spec", text).unwrap_or_else(|error| panic!("{text}\n{error}"));
+    Kernels::for_spec(&spec).unwrap_or_else(|error| panic!("{text}\n{error}"))
+}
+
+/// The spec of one row.
+fn toml(index: usize, row: &Choice) -> String {
+    let value = |factor: usize| FACTORS[factor][row[factor]];
+    let (frames, tokens) = value(8).split_once(' ').unwrap();
+    let mut text = format!("name = \"cross_{index}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
+    if !value(6).is_empty() {
+        write!(text, "[text]\ntokens = 21\nposition = \"{}\"\n", value(6)).unwrap();
+    }
+    write!(text, "[attention]\n{}\n{}\n{}\n", value(0), value(1), value(9)).unwrap();
+    if let Some((kind, over)) = value(2).split_once(' ') {
+        write!(text, "[qk_norm]\nkind = \"{kind}\"\nover = \"{over}\"\neps = 1e-5\n").unwrap();
+    }
+    if !value(3).is_empty() {
+        // Rotated text needs text.
+        let rotates_text = if value(6).is_empty() { "text = false" } else { value(4) };
+        write!(text, "[rope]\npairs = \"{}\"\n{rotates_text}\n{}\n", value(3), value(5)).unwrap();
+    }
+    // A narrow band and a wide one.
+    write!(text, "[masks.spatial]\nhalf_width = {}\n[masks.temporal]\nhalf_width_frames = 0.8\n", 2 + 11 * index % 60)
+        .unwrap();
+    write!(text, "[sink]\n{}\n[profile]\nrows = {}\nseed = {index}\n", value(7), 1 + 24 * (index % 4)).unwrap();
+    text
+}
+
+#[test]
+fn every_pair_of_values_occurs() {
+    let rows = pairwise();
+    for (index, row) in rows.iter().enumerate() {
+        let text = toml(index, row);
+        Spec::parse(&format!("cross_{index}"), &text).unwrap_or_else(|error| panic!("{text}\n{error}"));
+    }
+    assert!(rows.len() < 40, "{} specs take too long", rows.len());
+}
+
+#[test]
+fn kernels_of_sampled_specs_match_the_reference() {
+    use Arrangement::{HeadsFirst, PackedQkv, TokensFirst, Unaligned};
+    let seed: u64 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();
+    println!("seed {seed}");
+    let failures: Vec<String> = pairwise()
+        .par_iter()
+        .enumerate()
+        .flat_map_iter(|(index, row)| {
+            let text = toml(index, row);
+            let module = Module::load(&Device::emulator(), &kernels(&text)).unwrap();
+            let has_text = module.spec().layout.text_tokens > 0;
+            let lengths = [CaseText::Full, CaseText::Partial, CaseText::Empty];
+            let arrangements = [TokensFirst, HeadsFirst, PackedQkv, Unaligned];
+            let cases = [CaseTypes::Mixed, CaseTypes::Profiled, CaseTypes::Dense].into_iter().enumerate();
+            cases
+                .flat_map(|(number, types)| {
+                    let case = Case {
+                        text: if has_text { lengths[(index + number) % 3] } else { CaseText::Full },
+                        inputs: arrangements[(index + number) % 4],
+                        out: arrangements[(index / 4 + number) % 4],
+                        ..Case::new(types, [CaseContent::Random, CaseContent::Rising][(index + number) % 2])
+                    };
+                    verify_case(&module, &case, seed, Effort::default())
+                        .unwrap_or_else(|error| panic!("{text}\nseed {seed}, {case:?}: {error}"))
+                })
+                .filter(|check| !check.ok)
+                .map(|check| format!("{text}\nseed {seed}: {check:?}"))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(failures.is_empty(), "{} checks failed, the first:\n{}", failures.len(), failures[0]);
+}
+
+/// Specs that met faults, and where there is next to nothing: one frame, in which both masks are of the same tokens, a mask that hides
+/// nothing, one token.
+const EDGES: [&str; 4] = [
+    "name = \"one_frame\"\n[video]\nframes = 1\ntokens_per_frame = 35\n[attention]\nheads = 2\nhead_dim = 64\n
+     [masks.spatial]\nhalf_width = 3\n[masks.temporal]\nhalf_width = 35\n",
+    "name = \"one_frame_and_text\"\n[video]\nframes = 1\ntokens_per_frame = 193\n[text]\ntokens = 17\nposition = \"first\"\n
+     [attention]\nheads = 2\nhead_dim = 128\ndtype = \"f16\"\nbatch = 2\n[qk_norm]\nkind = \"layer\"\n[rope]\npairs = \"half\"\n
+     [masks.spatial]\ndensity = 0.27\n[masks.temporal]\nhalf_width = 2\n[profile]\nrows = 153\nseed = 9223372036854775807\n",
+    "name = \"one_mask_dense\"\n[video]\nframes = 2\ntokens_per_frame = 65\n[text]\ntokens = 100\nposition = \"first\"\n
+     [attention]\nheads = 2\nhead_dim = 64\nbatch = 3\n[qk_norm]\nkind = \"layer\"\n[rope]\npairs = \"half\"\ntext = true\n
+     [masks.spatial]\nhalf_width = 65\n[masks.temporal]\ndensity = 1.0\n[sink]\nframes = 1\n[profile]\nrows = 83\n",
+    "name = \"one_token\"\n[video]\nframes = 1\ntokens_per_frame = 1\n[attention]\nheads = 2\nhead_dim = 128\n
+     [masks.spatial]\nhalf_width = 1\n[masks.temporal]\nhalf_width = 1\n",
+];
+
+/// A spec whose every key is drawn at random, one that its reader accepts.
+fn random_spec(name: &str, generator: &mut ChaCha8Rng) -> String {
+    fn pick<'a>(generator: &mut ChaCha8Rng, values: &[&'a str]) -> &'a str {
+        values[generator.random_range(0..values.len())]
+    }
+    loop {
+        let (frames, tokens) = (generator.random_range(1..7u32), generator.random_range(1..120u32));
+        let mut text = format!("name = \"{name}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
+        let has_text = generator.random();
+        if has_text {
+            let position = pick(generator, &["first", "last"]);
+            let tokens = generator.random_range(1..100);
+            write!(text, "[text]\ntokens = {tokens}\nposition = \"{position}\"\n").unwrap();
+        }
+        let (dim, dtype) = (pick(generator, &["64", "128"]), pick(generator, &["bf16", "f16"]));
+        let (batch, heads) = (generator.random_range(1..4), generator.random_range(1..4));
+        write!(text, "[attention]\nheads = {heads}\nbatch = {batch}\nhead_dim = {dim}\ndtype = \"{dtype}\"\n").unwrap();
+        if generator.random() {
+            let (kind, over) = (pick(generator, &["rms", "layer"]), pick(generator, &["head", "heads"]));
+            let eps = pick(generator, &["1e-7", "1e-6", "1e-5", "1e-3"]);
+            write!(text, "[qk_norm]\nkind = \"{kind}\"\nover = \"{over}\"\neps = {eps}\n").unwrap();
+        }
+        if generator.random() {
+            let (rotates_text, per_head): (bool, bool) = (has_text && generator.random(), generator.random());
+            let pairs = pick(generator, &["interleaved", "half"]);
+            write!(text, "[rope]\npairs = \"{pairs}\"\ntext = {rotates_text}\nper_head = {per_head}\n").unwrap();
+        }
+        for mask in ["spatial", "temporal"] {
+            let width = match generator.random_range(0..4) {
+                0 => format!("density = {:.3}", generator.random_range(0.1..=1.0)),
+                1 => format!("half_width = {}", [1, 2, frames * tokens][generator.random_range(0..3)]),
+                _ => format!("half_width = {}", generator.random_range(1..=frames * tokens)),
+            };
+            write!(text, "[masks.{mask}]\n{width}\n").unwrap();
+        }
+        let (sinks, rows) = (generator.random_range(0..frames), generator.random_range(1..200));
+        let seed = generator.random_range(0..i64::MAX);
+        write!(text, "[sink]\nframes = {sinks}\n[profile]\nrows = {rows}\nseed = {seed}\n").unwrap();
+        if Spec::parse(name, &text).is_ok() {
+            return text;
+        }
+    }
+}
+
+/// Everything that `verify` does passes at the edges, and for two specs that nobody chose.
+#[test]
+fn edges_and_random_specs_match_the_reference() {
+    let seed: u64 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();
+    println!("seed {seed}");
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    let random = (0..2).map(|index| random_spec(&format!("random_{index}"), &mut generator));
+    let specs: Vec<String> = EDGES.into_iter().map(String::from).chain(random).collect();
+    let failures: Vec<String> = specs
+        .par_iter()
+        .flat_map_iter(|text| {
+            let module = Module::load(&Device::emulator(), &kernels(text)).unwrap();
+            let report = verify(&module, seed, Effort::default(), &|_, _| ())
+                .unwrap_or_else(|error| panic!("{text}\nseed {seed}: {error}"));
+            let failed = report.checks.into_iter().filter(|check| !check.ok);
+            failed.map(move |check| format!("{text}\nseed {seed}: {check:?}")).collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(failures.is_empty(), "{} checks failed, the first:\n{}", failures.len(), failures[0]);
+}

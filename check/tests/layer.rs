@@ -1,0 +1,250 @@
+//! Whole layers of the shipped tiny specs in the emulator, against the reference: every case of `verify`, and what it leaves out.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Dtype;
+use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
+use framestride_check::device_tensors::{Arrangement, POISON, Placed, PlacedLayer};
+use framestride_check::inputs::{Inputs, Tokens, narrow, widen};
+use framestride_check::layer_run::run;
+use framestride_check::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
+
+fn module(name: &str) -> Arc<Module> {
+    Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap()
+}
+
+/// Different each time; printed, so that a failure can be had again.
+fn fresh_seed() -> u64 {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();
+    println!("seed {seed}");
+    seed
+}
+
+fn passes(name: &str, cases: &[Case]) {
+    let (module, seed) = (module(name), fresh_seed());
+    for case in cases {
+        for check in verify_case(&module, case, seed, Effort::default()).unwrap() {
+            assert!(check.ok, "{name}, seed {seed}: {check:?}");
+        }
+    }
+}
+
+macro_rules! shipped {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            let spec = module(stringify!($name));
+            passes(stringify!($name), &Case::all(spec.spec().layout.text_tokens > 0, true));
+        }
+    )*};
+}
+
+shipped!(tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
+
+/// Every arrangement of the inputs into every arrangement of the output.
+#[test]
+fn arrangements() {
+    let cases: Vec<Case> = Arrangement::ALL
+        .into_iter()
+        .flat_map(|inputs| Arrangement::ALL.map(|out| (inputs, out)))
+        .map(|(inputs, out)| Case {
+            text: CaseText::Partial,
+            inputs,
+            out,
+            ..Case::new(CaseTypes::Mixed, CaseContent::Random)
+        })
+        .collect();
+    passes("tiny_text_last", &cases);
+}
+
+/// What is compared of a layer that is too large to be compared whole: some of the rows, but something of every head.
+#[test]
+fn a_sample() {
+    let (module, seed) = (module("tiny_heads_sinks"), fresh_seed());
+    for case in Case::all(true, true) {
+        for check in verify_case(&module, &case, seed, Effort { reference_operations: 0.0 }).unwrap() {
+            assert!(check.ok, "seed {seed}: {check:?}");
+            let sampled = [
+                "packed q",
+                "packed k",
+                "packed v",
+                "output",
+                "log-sum-exp",
+                "sampled outputs",
+                "sampled log-sum-exps",
+                "errors of the samples",
+                "mean squared errors",
+            ];
+            // Of three heads, one of each type is all of them.
+            let some = if case.extent(module.spec()) == [1, 3] { 1..check.of + 1 } else { 1..check.of };
+            let compared = if sampled.contains(&check.quantity) { some } else { check.of..check.of + 1 };
+            assert!(compared.contains(&check.compared), "seed {seed}: {check:?}");
+        }
+    }
+}
+
+/// Every mask with every length of text.
+#[test]
+fn masks_and_text_lengths() {
+    let types = HeadType::ALL.map(CaseTypes::All).into_iter().chain([CaseTypes::Profiled]);
+    let cases: Vec<Case> = types
+        .flat_map(|types| [CaseText::Empty, CaseText::Partial, CaseText::FullGiven].map(|text| (types, text)))
+        .map(|(types, text)| Case { text, ..Case::new(types, CaseContent::Random) })
+        .collect();
+    passes("tiny_heads_sinks", &cases);
+}
+
+/// Output of one layer.
+fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
+    let device = module.device();
+    let attention = SparseAttention::new(module, inputs.q.batch as u32, inputs.q.heads as u32).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+    placed.out.download(device).unwrap().0
+}
+
+/// Any subset of the heads gives, bit for bit, what all heads give for them.
+#[test]
+fn a_subset_of_heads() {
+    let module = module("tiny_text_last");
+    let inputs = Inputs::random(module.spec(), 1, 2, 6);
+    let second = |tokens: &Tokens| {
+        let mut one = Tokens::zeros(tokens.dtype, [1, tokens.rows, 1, tokens.head_dim]);
+        one.fill(|batch, row, _, values| values.copy_from_slice(&tokens.row(batch, row, 1)));
+        one
+    };
+    let subset = Inputs { q: second(&inputs.q), k: second(&inputs.k), v: second(&inputs.v), ..inputs.clone() };
+    let types = module.device().upload(&[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+    let all = forward(&module, &inputs, HeadTypes::Given(types.address()));
+    let one = forward(&module, &subset, HeadTypes::Given(types.address() + 4));
+    assert_eq!(second(&all), one);
+}
+
+/// The output may take the place of Q.
+#[test]
+fn in_place() {
+    let module = module("tiny_layer_half");
+    let inputs = Inputs::random(module.spec(), 2, 2, 7);
+    let apart = forward(&module, &inputs, HeadTypes::Profiled);
+    let device = module.device();
+    let attention = SparseAttention::new(&module, 2, 2).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let mut placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let q = Placed::upload(device, &inputs.q, Arrangement::TokensFirst).unwrap();
+    (placed.layer.q, placed.layer.out) = (q.tensor(), q.tensor());
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
+    assert_eq!(q.download(device).unwrap().0, apart);
+}
+
+/// What the schedule keeps dense is dense, and borrowed memory serves as a workspace.
+#[test]
+fn the_schedule_and_a_borrowed_workspace() {
+    let module = module("tiny_text_rope");
+    let attention = SparseAttention::new(&module, 1, 2).unwrap();
+    assert_eq!(attention.head_types(0, 5), HeadTypes::Dense);
+    assert_eq!(attention.head_types(1, 1), HeadTypes::Dense);
+    assert_eq!(attention.head_types(1, 2), HeadTypes::Profiled);
+    let inputs = Inputs::random(module.spec(), 1, 2, 8);
+    let device = module.device();
+    let memory = device.allocate(attention.workspace_bytes()).unwrap();
+    device.fill(Stream::DEFAULT, &memory, POISON).unwrap();
+    // SAFETY: the buffer lives until the end, and nobody else uses it.
+    let workspace = unsafe { Workspace::borrow(device, memory.address(), memory.bytes()) };
+    let placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, attention.head_types(0, 0), &workspace).unwrap() };
+    let zeros = device.upload(&[0; 8]).unwrap();
+    let expected = forward(&module, &inputs, HeadTypes::Given(zeros.address()));
+    assert_eq!(placed.out.download(device).unwrap().0, expected);
+
+    // The types that a profiled call left in the workspace serve the next.
+    let forward = |types| {
+        // SAFETY: as above.
+        unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+        placed.out.download(device).unwrap().0
+    };
+    let profiled = forward(HeadTypes::Profiled);
+    assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.plan().head_types.start)), profiled);
+}
+
+/// Heads that are to be dense are, and the others what profiling finds.
+#[test]
+fn dense_heads() {
+    let module = module("tiny_text_last");
+    let inputs = Inputs::planted(module.spec(), 1, 2, 11);
+    for (dense, expected) in [
+        (&[][..], [HeadType::Spatial, HeadType::Temporal]),
+        (&[1], [HeadType::Spatial, HeadType::Dense]),
+        (&[0, 1, 0], [HeadType::Dense, HeadType::Dense]),
+    ] {
+        let found = run(&module, &inputs, dense, &|_, _| ()).unwrap();
+        assert_eq!(found.types, expected);
+        assert!(found.report.ok);
+        let types: Vec<u8> = expected.iter().flat_map(|&head| (head as u32).to_le_bytes()).collect();
+        let types = module.device().upload(&types).unwrap();
+        assert_eq!(found.out, forward(&module, &inputs, HeadTypes::Given(types.address())));
+    }
+    let error = run(&module, &inputs, &[2], &|_, _| ()).err().unwrap().to_string();
+    assert!(error.contains("head 2") && error.contains("0 to 1"), "{error}");
+}
+
+/// NaN in V reaches the rows that see it and no other, invalid text included.
+#[test]
+fn nan_is_carried() {
+    let module = module("tiny_text_last");
+    let spec = module.spec();
+    let mut inputs = Inputs::random(spec, 1, 2, 5);
+    inputs.text_lengths = Some(vec![10]);
+    let (sick, invalid) = (40, 130);
+    for row in [sick, invalid] {
+        for head in 0..2 {
+            let element = inputs.v.index(0, row, head);
+            inputs.v.bits[element] = narrow(spec.dtype, f64::NAN);
+        }
+    }
+    let types = module.device().upload(&[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+    let out = forward(&module, &inputs, HeadTypes::Given(types.address()));
+    for (head, head_type) in [HeadType::Spatial, HeadType::Temporal].into_iter().enumerate() {
+        let mask = framestride_check::reference::Mask::new(&spec.layout, head_type, 10);
+        for row in 0..spec.layout.sequence() as usize {
+            let found = widen(spec.dtype, out.bits[out.index(0, row, head)]);
+            // 0 x NaN is NaN on the tensor cores: rows of the same tile may catch it, rows beyond may not.
+            if mask.sees(row, sick) {
+                assert!(found.is_nan(), "head {head} row {row}");
+            }
+            if row >= 125 {
+                assert_eq!(found, 0.0, "invalid text, head {head} row {row}");
+            }
+        }
+    }
+}
+
+/// Inputs made by hand whose parts do not fit each other.
+#[test]
+fn inputs_that_contradict_themselves() {
+    let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();
+    let right = Inputs::random(module.spec(), 1, 2, 1);
+    type Change = fn(&mut Inputs);
+    let changes: [(&str, Change); 5] = [
+        ("fewer bits than the shape says", |inputs| inputs.q.bits.truncate(100)),
+        ("more bits than the shape says", |inputs| inputs.v.bits.push(0)),
+        ("another type", |inputs| inputs.k.dtype = Dtype::F16),
+        ("a shape that overflows", |inputs| {
+            (inputs.q.batch, inputs.k.batch, inputs.v.batch) = (1 << 60, 1 << 60, 1 << 60)
+        }),
+        ("a scale that overflows", |inputs| inputs.scale = Some(3e38)),
+    ];
+    let mut messages = String::new();
+    for (name, change) in changes {
+        let mut inputs = right.clone();
+        change(&mut inputs);
+        let error = run(&module, &inputs, &[], &|_, _| ()).err().unwrap_or_else(|| panic!("{name} was accepted"));
+        writeln!(messages, "## {name}\n{error}").unwrap();
+    }
+    insta::assert_snapshot!(messages);
+}

@@ -1,0 +1,154 @@
+//! `framestride describe`: what follows from a spec, without running anything.
+
+use clap::Args;
+use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
+use framestride::shapes::layout::{HeadType, Layout, TextPosition};
+use framestride::shapes::spec::Spec;
+use framestride::{Result, profile_splits};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::outcome::Outcome;
+use crate::spec_argument::read_spec;
+
+/// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec, and what it can be expected to gain over
+/// dense attention on an H200.
+#[derive(Args)]
+pub struct Describe {
+    /// The spec.
+    spec: String,
+}
+
+#[derive(Serialize)]
+struct HeadDescription {
+    mask: &'static str,
+    half_width: u32,
+    visible_pairs: String,
+    density: f64,
+    /// Of the whole layer, were all heads of this type.
+    flop: f64,
+    tiles_skipped: u64,
+    tiles_full: u64,
+    tiles_edge: u64,
+}
+
+/// Describes a spec.
+pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
+    let spec = read_spec(&spec)?;
+    let layout = &spec.layout;
+    let heads = HeadType::ALL.map(|head| {
+        let tiles = spec.tile_counts(head);
+        HeadDescription {
+            mask: head.name(),
+            half_width: layout.half_width(head),
+            visible_pairs: spec.visible_pairs(head).to_string(),
+            density: spec.density(head),
+            flop: spec.flops(head) as f64 * f64::from(spec.heads) * f64::from(spec.batch),
+            tiles_skipped: tiles.skipped,
+            tiles_full: tiles.full,
+            tiles_edge: tiles.edge,
+        }
+    });
+    let tiles = spec.tiles();
+    let splits = profile_splits(&spec, spec.batch, spec.heads, MULTIPROCESSORS);
+    let workspace = spec.workspace(spec.batch, spec.heads, splits).bytes;
+    let mut out = format!(
+        "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
+        spec.name,
+        layout.sequence(),
+        layout.frames,
+        layout.tokens_per_frame,
+        text_of(layout),
+        layout.sink_frames,
+        spec.heads,
+        spec.head_dim,
+        spec.dtype.as_str(),
+        spec.batch,
+        tiles.query_rows,
+        tiles.key_rows,
+        tiles.stages,
+        workspace as f64 / f64::from(1 << 20),
+        "mask",
+        "half width",
+        "density",
+        "TFLOP",
+        "skipped",
+        "full",
+        "edge tiles",
+    );
+    for head in &heads {
+        out += &format!(
+            "  {:<9} {:>10} {:>10.6} {:>12.4} {:>10} {:>10} {:>10}\n",
+            head.mask,
+            head.half_width,
+            head.density,
+            head.flop / 1e12,
+            head.tiles_skipped,
+            head.tiles_full,
+            head.tiles_edge
+        );
+    }
+    let gain = Gain::estimate(&spec);
+    out += &gain_text(&spec, &gain);
+    let json = json!({
+        "name": spec.name,
+        "sequence": layout.sequence(),
+        "frames": layout.frames,
+        "tokens_per_frame": layout.tokens_per_frame,
+        "text_tokens": layout.text_tokens,
+        "sink_frames": layout.sink_frames,
+        "heads": spec.heads,
+        "head_dim": spec.head_dim,
+        "dtype": spec.dtype.as_str(),
+        "batch": spec.batch,
+        "query_tile_rows": tiles.query_rows,
+        "key_tile_rows": tiles.key_rows,
+        "workspace_bytes": workspace,
+        "masks": heads,
+        "expected_on_h200": {
+            "gain": gain.over_dense(),
+            "can_gain": gain.obstacle().is_none(),
+            "layer_ms": gain.layer(),
+            "dense_layer_ms": gain.dense_layer(),
+        },
+    });
+    Ok(Outcome::new(out, json, true))
+}
+
+fn text_of(layout: &Layout) -> String {
+    let position = match layout.text_position {
+        TextPosition::First => "first",
+        TextPosition::Last => "last",
+    };
+    match layout.text_tokens {
+        0 => String::new(),
+        tokens => format!(" + {tokens} text ({position})"),
+    }
+}
+
+/// What a spec can gain, or why it cannot and what to do about it.
+fn gain_text(spec: &Spec, gain: &Gain) -> String {
+    let over_dense = format!(
+        "{:.2}x, estimated for an H200:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
+        gain.over_dense(),
+        gain.layer(),
+        gain.pack,
+        gain.profile,
+        gain.repack,
+        gain.sparse_attention,
+        gain.dense_layer()
+    );
+    match gain.obstacle() {
+        None => format!("\n  expected gain over dense: {over_dense}"),
+        Some(Obstacle::Density) => format!(
+            "\n  this shape cannot gain: {over_dense}  Its masks (density {:.2}) leave {:.0}% of the time of dense attention; profiling pays below {:.0}%.\n  Take smaller half widths, or run it dense.\n",
+            (spec.density(HeadType::Spatial) + spec.density(HeadType::Temporal)) / 2.0,
+            100.0 * gain.sparse_attention / gain.dense_attention,
+            100.0 * gain.affordable_attention() / gain.dense_attention
+        ),
+        Some(Obstacle::Tokens) => format!(
+            "\n  this shape cannot gain: {over_dense}  Of {} tokens, attention is too short to pay for profiling, whatever the half widths.\n  Run it dense.\n",
+            spec.layout.sequence()
+        ),
+    }
+}

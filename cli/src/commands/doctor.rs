@@ -1,0 +1,46 @@
+//! `framestride doctor`: what this machine has and lacks.
+
+use framestride::Kernels;
+use framestride::device::{Gpu, cuda_version};
+use framestride_builder::toolchain;
+use serde_json::json;
+
+use crate::outcome::Outcome;
+
+/// Looks at the machine.
+pub fn doctor() -> Outcome {
+    let tools = toolchain::Report::new();
+    let gpu = Gpu::primary(0);
+    let (gpu_text, gpu_json) = match &gpu {
+        Ok(gpu) => {
+            let (major, minor) = gpu.capability();
+            let driver = gpu.driver_version();
+            let missing = gpu.check().err().map(|error| error.to_string());
+            let fit = missing.as_ref().map_or("runs the kernels".into(), |missing| {
+                format!("does not run the kernels; the emulator takes its place\n  {}", missing.replace('\n', "\n  "))
+            });
+            (
+                format!(
+                    "found   GPU        {}, compute capability {major}.{minor}, driver for CUDA {}: {fit}\n",
+                    gpu.name(),
+                    cuda_version(driver)
+                ),
+                json!({
+                    "name": gpu.name(),
+                    "capability": format!("{major}.{minor}"),
+                    "driver": driver,
+                    "runs_kernels": missing.is_none(),
+                    "missing": missing,
+                }),
+            )
+        }
+        Err(error) => (
+            format!("absent  GPU        {error}; the emulator takes its place\n"),
+            json!({ "missing": error.to_string(), "runs_kernels": false }),
+        ),
+    };
+    let shipped: Vec<&str> = Kernels::shipped_names().collect();
+    let text = format!("{tools}{gpu_text}shipped kernels: {}\n", shipped.join(", "));
+    let json = json!({ "can_build": tools.can_build(), "tools": tools, "gpu": gpu_json, "shipped": shipped });
+    Outcome::new(text, json, true)
+}

@@ -1,0 +1,72 @@
+//! `framestride verify`: the kernels of a spec against the f64 reference.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use framestride::Result;
+use framestride_check::verify::{Effort, Report};
+
+use crate::device_options::{DeviceOptions, check_memory};
+use crate::outcome::{Outcome, to_json};
+use crate::progress::Bar;
+use crate::spec_argument::read_spec;
+
+/// Compares each kernel with the f64 reference, on fresh random inputs, and a profiled layer with itself: run again, it must give
+/// the same bytes. On a GPU so must a CUDA graph of it, replayed up to 1000 times with inputs that change in between, and two
+/// layers on two streams at a time; of large layers, as many as fit some seconds. The emulator has neither graphs nor streams.
+#[derive(Args)]
+pub struct Verify {
+    /// The spec.
+    spec: String,
+    #[command(flatten)]
+    on: DeviceOptions,
+    /// Seed of the inputs; from the clock when not given.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// Verifies kernels.
+pub fn verify(Verify { spec, on, seed }: Verify) -> Result<Outcome> {
+    let bar = Bar::new();
+    let spec = read_spec(&spec)?;
+    let device = on.choose_for(&spec)?;
+    check_memory(&spec, &device)?;
+    let module = on.load(&spec, &device, &bar)?;
+    // Different each time unless asked for, and printed, so that what failed once can be had again.
+    let clock =
+        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
+    let seed = seed.unwrap_or_else(clock);
+    let report =
+        framestride_check::verify::verify(&module, seed, Effort::default(), &|what, part| bar.say(what, Some(part)))?;
+    drop(bar);
+    Ok(Outcome::new(verify_text(&report), to_json(&report), report.ok))
+}
+
+fn verify_text(report: &Report) -> String {
+    let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
+    if !report.reduced.is_empty() {
+        text += &format!("\nmemory has no room for more than\n  {}\n", report.reduced.join("\n  "));
+    }
+    let mut case = "";
+    for check in &report.checks {
+        if check.case != case {
+            case = &check.case;
+            text += &format!("\n{case}\n");
+        }
+        let verdict = if check.ok { "ok    " } else { "FAILED" };
+        text += &format!(
+            "  {verdict} {:<9} {:<25} error {:9.2e} of {:8.2e}, {} of {} {}",
+            check.kernel, check.quantity, check.rel_error, check.tolerance, check.compared, check.of, check.unit
+        );
+        if !check.ok {
+            text += &format!("  ({})", check.worst);
+        }
+        text.push('\n');
+    }
+    text.push('\n');
+    let failed = report.checks.iter().filter(|check| !check.ok).count();
+    text + &match failed {
+        0 => format!("all {} checks passed\n", report.checks.len()),
+        _ => format!("{failed} of {} checks failed\n", report.checks.len()),
+    }
+}

@@ -1,0 +1,122 @@
+//! The options that say where a command runs its kernels, and which kernels these are.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use framestride::device::Gpu;
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Spec;
+use framestride::{Device, Error, Kernels, Module, Result, profile_splits};
+
+use crate::progress::Bar;
+
+/// What to run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// A GPU that can run the kernels if there is one, else the emulator.
+    #[default]
+    Auto,
+    /// A GPU, or an error.
+    Gpu,
+    /// The emulator.
+    Emulator,
+}
+
+/// Options of every command that runs kernels.
+#[derive(Args)]
+pub struct DeviceOptions {
+    /// Where the kernels run.
+    #[arg(long, value_enum, default_value_t)]
+    device: DeviceChoice,
+    /// Kernels built before: NAME.ptx with NAME.json beside it.
+    #[arg(long, value_name = "FILE")]
+    ptx: Option<PathBuf>,
+}
+
+impl DeviceOptions {
+    /// The files that these options make a command read.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let manifest = self.ptx.as_ref().map(|ptx| ptx.with_extension("json"));
+        self.ptx.clone().into_iter().chain(manifest)
+    }
+
+    /// The chosen device. `Auto` takes GPU 0 when it runs the kernels, else the emulator, and gives the reason.
+    pub fn choose(&self) -> Result<(Device, Option<Error>)> {
+        let gpu = || -> Result<Device> {
+            let gpu = Gpu::primary(0)?;
+            gpu.check()?;
+            Ok(gpu.into())
+        };
+        match self.device {
+            DeviceChoice::Emulator => Ok((Device::emulator(), None)),
+            DeviceChoice::Gpu => Ok((gpu()?, None)),
+            DeviceChoice::Auto => Ok(gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None))),
+        }
+    }
+
+    /// The device for a whole layer of a spec. Why it is not the GPU that `auto` would take goes to standard error.
+    pub fn choose_for(&self, spec: &Spec) -> Result<Device> {
+        let (device, passed_over) = self.choose()?;
+        if let Some(reason) = passed_over {
+            check_emulation(spec, &reason)?;
+            eprintln!("note: on the emulator. {reason}");
+        }
+        Ok(device)
+    }
+
+    /// The kernels of a spec on a device.
+    pub fn load(&self, spec: &Spec, device: &Device, bar: &Bar) -> Result<Arc<Module>> {
+        bar.say("kernels", None);
+        let kernels = match &self.ptx {
+            None => Kernels::for_spec(spec)?,
+            Some(ptx) => {
+                let kernels = Kernels::from_file(ptx)?;
+                if kernels.spec() != spec {
+                    return Err(Error::input(
+                        ptx.display(),
+                        format!("kernels of another spec, named {}", kernels.manifest().name),
+                        format!("kernels of {}", spec.source.file),
+                        "Build them again from this spec",
+                    ));
+                }
+                kernels
+            }
+        };
+        bar.say("loading kernels", None);
+        Module::load(device, &kernels)
+    }
+}
+
+/// Whether the emulator can have a layer of the spec's own batch and heads: Q, K and V on the host, they and the output and one
+/// more copy of it in its memory, and the workspace.
+pub fn check_memory(spec: &Spec, device: &Device) -> Result<()> {
+    let Device::Emulator(emulator) = device else { return Ok(()) };
+    let rows = u64::from(spec.batch) * u64::from(spec.heads) * u64::from(spec.layout.sequence());
+    let tensor = rows * u64::from(spec.head_dim) * 2;
+    let splits = profile_splits(spec, spec.batch, spec.heads, device.multiprocessors());
+    emulator.check_room(8 * tensor + spec.workspace(spec.batch, spec.heads, splits).bytes)
+}
+
+/// Operations a second of the emulator on one core, in its attention kernel, rounded.
+const EMULATED_FLOPS: f64 = 4e9;
+
+/// Refuses what nobody would wait for, unless the emulator was asked for by name.
+fn check_emulation(spec: &Spec, no_gpu: &Error) -> Result<()> {
+    let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
+    // Measured on two; how far it scales beyond is not known, so the estimate stops believing at 16.
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16)) as f64;
+    let minutes = flops / EMULATED_FLOPS / cores / 60.0;
+    if minutes < 10.0 {
+        return Ok(());
+    }
+    Err(Error::input(
+        format!("spec {}", spec.name),
+        format!(
+            "{:.1} TFLOP a dense layer, some {minutes:.0} minutes in the emulator, and no GPU that runs it ({no_gpu})",
+            flops / 1e12
+        ),
+        "what the emulator does in 10 minutes",
+        "Take a machine with a Hopper GPU, try a smaller spec such as demo, or insist with --device emulator",
+    ))
+}

@@ -1,0 +1,119 @@
+//! The `framestride` command.
+#![warn(missing_docs)]
+
+mod commands;
+mod device_options;
+mod mask_pictures;
+mod outcome;
+mod output;
+mod picture;
+mod progress;
+mod run_pictures;
+mod spec_argument;
+pub mod tensor_files;
+pub mod video;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use commands::bench::Bench;
+use commands::build::Build;
+use commands::describe::Describe;
+use commands::plot::Plot;
+use commands::run::Run;
+use commands::verify::Verify;
+use framestride::Error;
+use framestride::shapes::text::{MESSAGE_BYTES, plain};
+use output::{print, unless_closed};
+use serde_json::json;
+
+/// Sparse attention for video diffusion transformers, on kernels made for the model's shape.
+///
+/// SPEC is the name of a shipped spec, such as `demo`, or a TOML file (`./demo` for one of that name). Exit codes: 0 done, 1 a
+/// check failed, 2 bad input.
+#[derive(Parser)]
+#[command(version, name = "framestride")]
+struct Cli {
+    /// Print one JSON value instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Describe(Describe),
+    Build(Build),
+    Verify(Verify),
+    Run(Run),
+    Bench(Bench),
+    Plot(Plot),
+    /// Shows what was found on this machine and what is missing: device compiler, tools, GPU.
+    Doctor,
+}
+
+/// Exit code of a check that failed, or a kernel that faulted.
+const FAILED: u8 = 1;
+
+/// Exit code of everything that is about what the command was given.
+const BAD_INPUT: u8 = 2;
+
+/// Runs the command that the process' arguments name.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) if usage.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => usage.exit(),
+        Err(usage) if usage.use_stderr() => {
+            eprintln!("{}", plain(usage.render().to_string().trim_end(), MESSAGE_BYTES));
+            return ExitCode::from(BAD_INPUT);
+        }
+        // Its own way to write help has colours.
+        Err(help) => {
+            let written = unless_closed(help.print()).map_err(|error| Error::file("standard output", error));
+            return written.and_then(|()| print("")).map_or_else(fail, |()| ExitCode::SUCCESS);
+        }
+    };
+    let outcome = match cli.command {
+        Command::Describe(arguments) => commands::describe::describe(arguments),
+        Command::Build(arguments) => commands::build::build(arguments),
+        Command::Verify(arguments) => commands::verify::verify(arguments),
+        Command::Run(arguments) => commands::run::run(arguments),
+        Command::Bench(arguments) => commands::bench::bench(arguments),
+        Command::Plot(arguments) => commands::plot::plot(arguments),
+        Command::Doctor => Ok(commands::doctor::doctor()),
+    };
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            if cli.json {
+                let text = format!("{:#}\n", json!({ "ok": false, "error": error.to_string() }));
+                if let Err(error) = print(&text) {
+                    return fail(error);
+                }
+            }
+            return fail(error);
+        }
+    };
+    let text = if cli.json { format!("{:#}\n", outcome.json) } else { outcome.text };
+    if outcome.aside {
+        eprint!("{text}");
+    } else if let Err(error) = print(&text) {
+        return fail(error);
+    }
+    match outcome.unwritten {
+        Some(error) => fail(error),
+        None => ExitCode::from(if outcome.ok { 0 } else { FAILED }),
+    }
+}
+
+/// Says an error and gives its exit code.
+fn fail(error: Error) -> ExitCode {
+    // A kernel that faults has failed its check.
+    let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });
+    let text = error.to_string();
+    let prefix = if text.starts_with("error") { "" } else { "error: " };
+    eprintln!("{prefix}{}", text.trim_end());
+    ExitCode::from(if failed { FAILED } else { BAD_INPUT })
+}

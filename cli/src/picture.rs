@@ -1,0 +1,79 @@
+//! A picture to draw and write on.
+
+use std::io::Cursor;
+
+use embedded_graphics::mono_font::MonoTextStyle;
+use embedded_graphics::mono_font::ascii::FONT_7X13;
+use embedded_graphics::pixelcolor::Rgb888;
+use embedded_graphics::prelude::*;
+use embedded_graphics::text::{Baseline, Text};
+use framestride::{Error, Result};
+use image::{ImageFormat, Rgb, RgbImage};
+
+use crate::output::Output;
+
+const BACKGROUND: Rgb<u8> = Rgb([250, 250, 248]);
+const INK: Rgb<u8> = Rgb([30, 34, 40]);
+
+/// A picture with text.
+pub struct Picture(RgbImage);
+
+impl OriginDimensions for Picture {
+    fn size(&self) -> Size {
+        Size::new(self.0.width(), self.0.height())
+    }
+}
+
+impl DrawTarget for Picture {
+    type Color = Rgb888;
+    type Error = std::convert::Infallible;
+
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
+        for Pixel(point, colour) in pixels {
+            if let (Ok(x), Ok(y)) = (u32::try_from(point.x), u32::try_from(point.y))
+                && x < self.0.width()
+                && y < self.0.height()
+            {
+                self.0.put_pixel(x, y, Rgb([colour.r(), colour.g(), colour.b()]));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Picture {
+    /// An empty picture.
+    pub fn new(width: u32, height: u32) -> Picture {
+        Picture(RgbImage::from_pixel(width, height, BACKGROUND))
+    }
+
+    /// Text with its upper left corner at a point.
+    pub fn text(&mut self, x: u32, y: u32, text: &str) {
+        let ink = Rgb888::new(INK.0[0], INK.0[1], INK.0[2]);
+        let style = MonoTextStyle::new(&FONT_7X13, ink);
+        let Ok(_) = Text::with_baseline(text, Point::new(x as i32, y as i32), style, Baseline::Top).draw(self);
+    }
+
+    /// Colours one pixel.
+    pub fn put_pixel(&mut self, x: u32, y: u32, colour: Rgb<u8>) {
+        self.0.put_pixel(x, y, colour);
+    }
+
+    /// Fills a rectangle, as far as it lies in the picture.
+    pub fn rectangle(&mut self, x: u32, y: u32, width: u32, height: u32, colour: Rgb<u8>) {
+        for y in y..(y + height).min(self.0.height()) {
+            for x in x..(x + width).min(self.0.width()) {
+                self.0.put_pixel(x, y, colour);
+            }
+        }
+    }
+
+    /// Writes the picture as a PNG file.
+    pub fn save(&self, output: &Output) -> Result<()> {
+        let mut bytes = Cursor::new(Vec::new());
+        self.0
+            .write_to(&mut bytes, ImageFormat::Png)
+            .map_err(|error| Error::file(output.path(), std::io::Error::other(error)))?;
+        output.write(bytes.get_ref())
+    }
+}

@@ -1,0 +1,153 @@
+//! Pictures of a run: what its heads look at, and their masks.
+
+use std::path::{Path, PathBuf};
+
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Spec;
+use framestride::{Error, Result};
+use framestride_check::inputs::Inputs;
+use framestride_check::layer_run::Run;
+use framestride_check::reference::Reference;
+use image::Rgb;
+
+use crate::mask_pictures;
+use crate::output::Output;
+use crate::picture::Picture;
+use crate::tensor_files::Frames;
+use crate::video;
+
+/// Longer side of a frame in a picture, at least.
+const FRAME_SIDE: usize = 256;
+
+/// Most heads that get a picture of their attention.
+const HEADS: usize = 8;
+
+/// The files of a report, in a folder that is made for them.
+///
+/// * `attention_head_N.png` (with a video): the frames, with the attention of one query of head N over them. The weights are those
+///   of the f64 reference under the head's mask, which the run was compared with; kernels never have them in memory.
+/// * `mask_TYPE.png` for each head type: in model order and in packed order, tiles coloured by what becomes of them.
+/// * `report.json`: the run's report.
+pub struct RunPictures {
+    attention: Vec<Output>,
+    masks: Vec<(HeadType, Output)>,
+    json: Output,
+}
+
+impl RunPictures {
+    /// Makes the folder and checks every file before the run; none may be one of `inputs`. With a video, `heads` get a picture.
+    pub fn new(folder: &Path, heads: Option<usize>, inputs: &[&Path]) -> Result<RunPictures> {
+        std::fs::create_dir_all(folder).map_err(|error| Error::file(folder, error))?;
+        let output = |name: String| Output::new(&folder.join(name), inputs);
+        let attention = 0..heads.map_or(0, |heads| heads.min(HEADS));
+        let mask = |head_type: HeadType| Ok((head_type, output(format!("mask_{}.png", head_type.name()))?));
+        Ok(RunPictures {
+            attention: attention.map(|head| output(format!("attention_head_{head}.png"))).collect::<Result<_>>()?,
+            masks: HeadType::ALL.into_iter().map(mask).collect::<Result<_>>()?,
+            json: output("report.json".into())?,
+        })
+    }
+
+    /// Its files.
+    pub fn outputs(&self) -> impl Iterator<Item = &Output> {
+        self.attention.iter().chain(self.masks.iter().map(|(_, output)| output)).chain([&self.json])
+    }
+
+    /// Writes all of it. Gives the files.
+    pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &Run, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
+        if let Some(frames) = frames {
+            let grid = video::grid(spec, frames, "video")?;
+            let count = spec.layout.frames as usize;
+            let query = video::interesting_token(&video::features(frames, count, grid), count);
+            let reference = Reference::new(spec, inputs);
+            for ((head, &head_type), output) in run.types.iter().enumerate().zip(&self.attention) {
+                let first_video = spec.layout.first_video_row() as usize;
+                let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
+                let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
+                let title = format!("head {head}, {}", head_type.name());
+                attention_picture(frames, grid, query, weights, &title).save(output)?;
+            }
+        }
+        for (head_type, output) in &self.masks {
+            mask_pictures::picture(spec, &[*head_type]).save(output)?;
+        }
+        let mut json = serde_json::to_string_pretty(&run.report).unwrap_or_default();
+        json.push('\n');
+        self.json.write(json.as_bytes())?;
+        let masks = self.masks.iter().map(|(_, output)| output);
+        let all = self.attention.iter().chain(masks).chain([&self.json]);
+        Ok(all.map(|output| output.path().to_owned()).collect())
+    }
+}
+
+/// All frames in a grid, darkened, with the weights of one query over them; the query's own patch has a frame.
+fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &[f64], title: &str) -> Picture {
+    const MARGIN: usize = 16;
+    const GAP: usize = 8;
+    const LINE: usize = 16;
+    let count = weights.len() / (grid[0] * grid[1]);
+    let zoom = FRAME_SIDE.div_ceil(frames.width.max(frames.height));
+    let (width, height) = (frames.width * zoom, frames.height * zoom);
+    let columns = (count as f64).sqrt().ceil() as usize;
+    let rows = count.div_ceil(columns);
+    let mut picture = Picture::new(
+        (2 * MARGIN + columns * (width + GAP) - GAP) as u32,
+        (2 * MARGIN + 2 * LINE + rows * (height + GAP + LINE)) as u32,
+    );
+    let patches = grid[0] * grid[1];
+    let (query_frame, query_patch) = (query / patches, query % patches);
+    let seen: f64 = weights.iter().sum();
+    picture.text(
+        MARGIN as u32,
+        MARGIN as u32,
+        &format!(
+            "{title}: where patch ({}, {}) of frame {query_frame} looks ({:.1}% on video, the rest on text)",
+            query_patch / grid[1],
+            query_patch % grid[1],
+            100.0 * seen
+        ),
+    );
+    let strongest = weights.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    for frame in 0..count {
+        let left = MARGIN + frame % columns * (width + GAP);
+        let top = MARGIN + 2 * LINE + frame / columns * (height + GAP + LINE);
+        let share: f64 = weights[frame * patches..][..patches].iter().sum();
+        picture.text(left as u32, top as u32, &format!("frame {frame}: {:.1}%", 100.0 * share));
+        for y in 0..height {
+            for x in 0..width {
+                let (row, column) = (y / zoom, x / zoom);
+                let patch = [row * grid[0] / frames.height, column * grid[1] / frames.width];
+                let pixel = ((frame * frames.height + row) * frames.width + column) * 3;
+                let pixel = [0, 1, 2].map(|channel| frames.pixels[pixel + channel]);
+                // The square root keeps weak weights visible.
+                let heat = (weights[frame * patches + patch[0] * grid[1] + patch[1]] / strongest).sqrt();
+                let place = ((left + x) as u32, (top + LINE + y) as u32);
+                picture.put_pixel(place.0, place.1, overlay(pixel, heat));
+            }
+        }
+        if frame == query_frame {
+            let edge = |patch: usize, side: usize, pixels: usize| (patch * pixels).div_ceil(side);
+            let (row, column) = (query_patch / grid[1], query_patch % grid[1]);
+            let (x0, x1) = (edge(column, grid[1], width), edge(column + 1, grid[1], width));
+            let (y0, y1) = (edge(row, grid[0], height), edge(row + 1, grid[0], height));
+            let (x, y) = ((left + x0) as u32, (top + LINE + y0) as u32);
+            let (w, h) = ((x1 - x0) as u32, (y1 - y0) as u32);
+            for (x, y, w, h) in [(x, y, w, 2), (x, y + h - 2, w, 2), (x, y, 2, h), (x + w - 2, y, 2, h)] {
+                picture.rectangle(x, y, w, h, Rgb([80, 220, 255]));
+            }
+        }
+    }
+    picture
+}
+
+/// A pixel, grey and dark where nothing looks, in its own colours and warm where something does.
+fn overlay(pixel: [u8; 3], heat: f64) -> Rgb<u8> {
+    let grey = pixel.iter().map(|&x| f64::from(x)).sum::<f64>() / 3.0;
+    let glow = [255.0, 110.0, 20.0];
+    Rgb([0, 1, 2].map(|channel| {
+        let own = f64::from(pixel[channel]);
+        let cold = 0.45 * grey + 8.0;
+        let warm = 0.55 * own + 0.45 * glow[channel];
+        (cold + (warm - cold) * heat.clamp(0.0, 1.0)) as u8
+    }))
+}

@@ -1,0 +1,471 @@
+//! Tensors in safetensors files.
+//!
+//! | tensor | diffusers calls it | shape | type |
+//! | --- | --- | --- | --- |
+//! | `q`, `k`, `v` | `query`, `key`, `value` | \[B, S, H, D\], \[B, H, S, D\] or \[B, S, H D\] | floats; rounded to the spec's type |
+//! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, D / 2\], or \[rows, H, D / 2\] with tables per head | floats; made from the grid when not given |
+//! | `q_norm.weight`, `k_norm.weight`, `q_norm.bias`, `k_norm.bias` | `norm_q.weight`, ... | \[D\], or \[H D\] when the norm is over all heads | floats |
+//! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | likewise, for text rows; the video's when not given | floats |
+//! | `text_lengths` | | \[B\], valid text tokens; \[\] for one batch item | integers |
+//!
+//! Floats are bf16, f16, f32 or f64. A finite number that its new type cannot hold is an error, as is a tensor of any other name:
+//! nobody would read it.
+//!
+//! Names of diffusers' norms may have the path of their layer before them, as in `transformer_blocks.0.attn.norm_q.weight`, if
+//! that is self-attention: `attn` or `attn1`. Its tables say each number twice, for both channels of a pair: \[rows, D\], or
+//! \[rows, H D\] with tables per head. They are taken when both are equal for the pairs of the spec. Extents of 1 do not count.
+//!
+//! The output is written as `out`, \[B, S, H, D\] in the spec's type, with `lse`, \[B, H, S\].
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+
+use framestride::call::check_heads;
+use framestride::device::available_memory;
+use framestride::shapes::spec::{Dtype, Spec};
+use framestride::shapes::text::nearest;
+use framestride::{Error, Result};
+use framestride_check::inputs::{Inputs, Norm, RopeTables, Tokens, narrow, paired, widen};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype as Stored, SafeTensors};
+
+use crate::output::Output;
+
+/// The tensors of a layer, and what diffusers calls them.
+const LAYER: [(&str, &str); 14] = [
+    ("q", "query"),
+    ("k", "key"),
+    ("v", "value"),
+    ("cos", "freqs_cos"),
+    ("sin", "freqs_sin"),
+    ("q_norm.weight", "norm_q.weight"),
+    ("q_norm.bias", "norm_q.bias"),
+    ("k_norm.weight", "norm_k.weight"),
+    ("k_norm.bias", "norm_k.bias"),
+    ("q_norm_text.weight", "norm_added_q.weight"),
+    ("q_norm_text.bias", "norm_added_q.bias"),
+    ("k_norm_text.weight", "norm_added_k.weight"),
+    ("k_norm_text.bias", "norm_added_k.bias"),
+    ("text_lengths", ""),
+];
+
+/// The tensors of a video.
+const VIDEO: [(&str, &str); 1] = [("frames", "")];
+
+/// The name here of a tensor in a file.
+fn known(names: &[(&'static str, &'static str)], found: &str) -> Option<&'static str> {
+    // Cross-attention, `attn2`, has norms of the same names: so the path counts.
+    let parts: Vec<&str> = found.split('.').collect();
+    let in_layer = match parts.iter().rposition(|part| ["attn", "attn1"].contains(part)) {
+        Some(layer) => parts[layer + 1..].join("."),
+        None => found.to_owned(),
+    };
+    let theirs = |theirs: &str| in_layer == theirs && (in_layer == found || theirs.starts_with("norm_"));
+    let name = names.iter().find(|(ours, other)| *ours == found || (!other.is_empty() && theirs(other)));
+    name.map(|&(ours, _)| ours)
+}
+
+/// An open file, of whose tensors every one has a name that is known here.
+struct File<'a> {
+    path: &'a Path,
+    /// By the name here: the name in the file, and the tensor.
+    tensors: BTreeMap<&'static str, (String, TensorView<'a>)>,
+}
+
+/// Bytes of the number that a file starts with: the size of its header, which is JSON.
+const SIZE_BYTES: usize = 8;
+
+/// Largest header that the format allows.
+const HEADER_BYTES: u64 = 100_000_000;
+
+/// The bytes of a file, or its first ones if no safetensors file has them: what follows may have no end.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(path)?;
+        let available = available_memory().unwrap_or(u64::MAX);
+        let size = file.metadata()?.len();
+        if size > available {
+            let message = format!("its {size} bytes are more than the {available} of memory that are left");
+            return Err(std::io::Error::other(message));
+        }
+        let mut bytes = Vec::new();
+        file.by_ref().take(SIZE_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+        let header = bytes.first_chunk().map_or(0, |size| u64::from_le_bytes(*size));
+        if header <= HEADER_BYTES && bytes.last() == Some(&b'{') {
+            file.read_to_end(&mut bytes)?;
+        }
+        Ok(bytes)
+    };
+    read().map_err(|error| Error::file(path, error))
+}
+
+impl<'a> File<'a> {
+    fn parse(path: &'a Path, bytes: &'a [u8], names: &[(&'static str, &'static str)]) -> Result<File<'a>> {
+        let stored = SafeTensors::deserialize(bytes).map_err(|error| {
+            Error::input(
+                path.display(),
+                format!("what does not parse ({error})"),
+                "a whole safetensors file",
+                "It is another kind of file, or was cut short: write it again",
+            )
+        })?;
+        let mut all = stored.tensors();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let mut file = File { path, tensors: BTreeMap::new() };
+        for (found, view) in all {
+            let Some(name) = known(names, &found) else {
+                let mean = nearest(&found, names.iter().flat_map(|&(ours, theirs)| [ours, theirs]));
+                return Err(Error::input(
+                    file.subject(&found),
+                    "a name that nobody reads",
+                    names.iter().map(|(ours, _)| *ours).collect::<Vec<_>>().join(", "),
+                    mean.map_or(
+                        "Drop it, or store it under one of these names; scale and dense heads are options of `framestride run`"
+                            .into(),
+                        |mean| format!("Did you mean {mean}?"),
+                    ),
+                ));
+            };
+            if let Some((first, _)) = file.tensors.get(name) {
+                return Err(Error::input(
+                    file.subject(&found),
+                    format!("{name} again, which {first} is too"),
+                    "each tensor once",
+                    "Store the tensors of one layer",
+                ));
+            }
+            file.tensors.insert(name, (found, view));
+        }
+        Ok(file)
+    }
+
+    /// What errors call a tensor by: its name in the file, where it is there.
+    fn subject(&self, name: &str) -> String {
+        let found = self.tensors.get(name).map_or(name, |(found, _)| found);
+        format!("{}, tensor {found}", self.path.display())
+    }
+
+    fn find(&self, name: &str) -> Option<&TensorView<'a>> {
+        self.tensors.get(name).map(|(_, view)| view)
+    }
+
+    fn need(&self, name: &str) -> Result<&TensorView<'a>> {
+        self.find(name).ok_or_else(|| {
+            let found: Vec<&str> = self.tensors.values().map(|(found, _)| found.as_str()).collect();
+            Error::input(
+                self.subject(name),
+                format!(
+                    "no such tensor; the file has {}",
+                    if found.is_empty() { "none".into() } else { found.join(", ") }
+                ),
+                "a tensor of this name",
+                "Store it under this name",
+            )
+        })
+    }
+
+    fn wrong_type(&self, name: &str, found: Stored, allowed: &str) -> Error {
+        Error::input(self.subject(name), format!("type {found:?}"), allowed, "Convert it before storing it")
+    }
+
+    fn wrong_shape(&self, name: &str, view: &TensorView, allowed: impl std::fmt::Display, mend: &str) -> Error {
+        Error::input(self.subject(name), format!("shape {:?}", view.shape()), allowed, mend)
+    }
+
+    /// Elements of a tensor of floats, converted by `to`, whose type holds numbers up to `limit`, with a name for it.
+    fn floats<T: Copy + Send + Sync>(
+        &self,
+        name: &str,
+        view: &TensorView,
+        (limit, called): (f64, &str),
+        to: impl Fn(f64) -> T + Sync,
+        is_finite: impl Fn(T) -> bool + Sync,
+    ) -> Result<Vec<T>> {
+        let data = view.data();
+        let two = |index: usize| u16::from_le_bytes(data.as_chunks().0[index]);
+        let value: &(dyn Fn(usize) -> f64 + Sync) = match view.dtype() {
+            Stored::F64 => &|index| f64::from_le_bytes(data.as_chunks().0[index]),
+            Stored::F32 => &|index| f32::from_le_bytes(data.as_chunks().0[index]).into(),
+            Stored::BF16 => &|index| bf16::from_bits(two(index)).into(),
+            Stored::F16 => &|index| f16::from_bits(two(index)).into(),
+            other => return Err(self.wrong_type(name, other, "BF16, F16, F32 or F64")),
+        };
+        let count = data.len() * 8 / view.dtype().bitsize();
+        let converted: Vec<T> = (0..count).into_par_iter().map(|index| to(value(index))).collect();
+        let lost = |index: &usize| !is_finite(converted[*index]) && value(*index).is_finite();
+        match (0..count).into_par_iter().find_first(lost) {
+            None => Ok(converted),
+            Some(index) => Err(Error::input(
+                self.subject(name),
+                format!("{:?} at {:?}", value(index), place(index, view.shape())),
+                format!("numbers up to {limit:?} in size, the largest that {called} holds"),
+                "Scale the tensor down, or have another attention.dtype in the spec; an infinity, if it is meant, is carried",
+            )),
+        }
+    }
+
+    /// Elements as f32.
+    fn singles(&self, name: &str, view: &TensorView) -> Result<Vec<f32>> {
+        self.floats(name, view, (f32::MAX.into(), "f32"), |value| value as f32, f32::is_finite)
+    }
+
+    /// Shape of Q, K or V as [batch, rows, heads, head_dim], and whether its heads come before its rows.
+    fn arrangement(&self, name: &str, spec: &Spec) -> Result<([usize; 4], bool)> {
+        let view = self.need(name)?;
+        let (rows, head_dim) = (spec.layout.sequence() as usize, spec.head_dim as usize);
+        let (shape, heads_first) = match *view.shape() {
+            [batch, tokens, heads, dim] if dim == head_dim && tokens == rows => {
+                // The order that this file's own names have is documented; who else wrote it is not known.
+                if heads == rows && self.tensors.get(name).is_some_and(|(found, _)| found != name) {
+                    return Err(self.wrong_shape(
+                        name,
+                        view,
+                        "[B, S, H, D] or [B, H, S, D], where S and H differ",
+                        &format!("Store it as {name}, in [B, S, H, D]"),
+                    ));
+                }
+                ([batch, rows, heads, dim], false)
+            }
+            [batch, heads, tokens, dim] if dim == head_dim && tokens == rows => ([batch, rows, heads, dim], true),
+            [batch, tokens, channels] if tokens == rows && channels % head_dim == 0 => {
+                ([batch, rows, channels / head_dim, head_dim], false)
+            }
+            _ => {
+                return Err(self.wrong_shape(
+                    name,
+                    view,
+                    format!("[batch, {rows}, heads, {head_dim}] for spec {}", spec.name),
+                    "Store it as [B, S, H, D] in the model's order, or give the spec of this model",
+                ));
+            }
+        };
+        check_heads(spec, shape[2], &self.subject(name))?;
+        if shape[0] == 0 {
+            return Err(self.wrong_shape(name, view, "a batch of 1 or more", "Store at least one batch item"));
+        }
+        Ok((shape, heads_first))
+    }
+
+    fn tokens(&self, name: &str, spec: &Spec) -> Result<Tokens> {
+        let (shape @ [batch, rows, heads, head_dim], heads_first) = self.arrangement(name, spec)?;
+        let view = self.need(name)?;
+        let dtype = spec.dtype;
+        let bits: Vec<u16> = match (view.dtype(), dtype) {
+            (Stored::BF16, Dtype::Bf16) | (Stored::F16, Dtype::F16) => {
+                view.data().as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes)).collect()
+            }
+            _ => {
+                let limit = dtype.largest().into();
+                let to = |value| narrow(dtype, value);
+                self.floats(name, view, (limit, dtype.as_str()), to, |bits| widen(dtype, bits).is_finite())?
+            }
+        };
+        if !heads_first {
+            return Ok(Tokens { dtype, batch, rows, heads, head_dim, bits });
+        }
+        let mut tokens = Tokens::zeros(dtype, shape);
+        tokens.bits.par_chunks_exact_mut(head_dim).enumerate().for_each(|(row, to)| {
+            let (token, head) = (row / heads, row % heads);
+            let from = (token / rows * heads + head) * rows + token % rows;
+            to.copy_from_slice(&bits[from * head_dim..][..head_dim]);
+        });
+        Ok(tokens)
+    }
+
+    fn norm(&self, name: &str) -> Result<Option<Norm>> {
+        let part = |part: &str| -> Result<Option<Vec<f32>>> {
+            let name = format!("{name}.{part}");
+            self.find(&name).map(|view| self.singles(&name, view)).transpose()
+        };
+        let norm = Norm { weight: part("weight")?, bias: part("bias")? };
+        Ok((norm != Norm::default()).then_some(norm))
+    }
+
+    /// A RoPE table: one number for each pair of channels.
+    fn table(&self, name: &str, spec: &Spec, heads: usize) -> Result<Option<Vec<f32>>> {
+        let Some(view) = self.find(name) else { return Ok(None) };
+        let Some(rope) = &spec.rope else { return self.singles(name, view).map(Some) };
+        let shape: Vec<usize> = spec.rope_table_shape(heads as u32).into_iter().map(|extent| extent as usize).collect();
+        let (rows, head_dim) = (shape[0], spec.head_dim as usize);
+        let is = |shape: &[usize]| extents(view.shape()).eq(extents(shape));
+        if is(&shape) {
+            return self.singles(name, view).map(Some);
+        }
+        let twice = match rope.per_head {
+            true => is(&[rows, heads, head_dim]) || is(&[rows, heads * head_dim]),
+            false => is(&[rows, head_dim]),
+        };
+        if !twice {
+            let mend = "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true";
+            return Err(self.wrong_shape(name, view, format!("shape {shape:?}"), mend));
+        }
+        let channels = self.singles(name, view)?;
+        let half = head_dim / 2;
+        let mut table = Vec::with_capacity(channels.len() / 2);
+        for (row, channels) in channels.chunks_exact(head_dim).enumerate() {
+            for (a, b) in (0..half).map(|pair| paired(rope.pairs, pair, half)) {
+                if channels[a].to_bits() != channels[b].to_bits() {
+                    let pairs = rope.pairs.as_str();
+                    return Err(Error::input(
+                        self.subject(name),
+                        format!("{} and {} for channels {a} and {b} of row {row}", channels[a], channels[b]),
+                        format!("one number for both, which rotate together with rope.pairs = {pairs:?}"),
+                        format!("Store shape {shape:?}, or change rope.pairs in the spec"),
+                    ));
+                }
+                table.push(channels[a]);
+            }
+        }
+        Ok(Some(table))
+    }
+
+    fn lengths(&self, name: &str, spec: &Spec, batch: usize) -> Result<Option<Vec<u32>>> {
+        let Some(view) = self.find(name) else { return Ok(None) };
+        let data = view.data();
+        macro_rules! integers {
+            ($type:ty) => {
+                data.as_chunks().0.iter().map(|&bytes| <$type>::from_le_bytes(bytes).into()).collect()
+            };
+        }
+        let values: Vec<i128> = match view.dtype() {
+            Stored::U8 => integers!(u8),
+            Stored::I8 => integers!(i8),
+            Stored::U16 => integers!(u16),
+            Stored::I16 => integers!(i16),
+            Stored::U32 => integers!(u32),
+            Stored::I32 => integers!(i32),
+            Stored::U64 => integers!(u64),
+            Stored::I64 => integers!(i64),
+            other => return Err(self.wrong_type(name, other, "an integer type")),
+        };
+        if !extents(view.shape()).eq(extents(&[batch])) {
+            return Err(self.wrong_shape(
+                name,
+                view,
+                format!("shape [{batch}]"),
+                "Store one length for each batch item",
+            ));
+        }
+        let most = spec.layout.text_tokens;
+        let length = |(index, &value): (usize, &i128)| {
+            u32::try_from(value).ok().filter(|&length| length <= most).ok_or_else(|| {
+                Error::input(
+                    self.subject(name),
+                    format!("{value} at {:?}", place(index, view.shape())),
+                    format!("0 to {most}, the text tokens of spec {}", spec.name),
+                    "A length counts the valid text tokens of a batch item, which come first among the text",
+                )
+            })
+        };
+        values.iter().enumerate().map(length).collect::<Result<_>>().map(Some)
+    }
+}
+
+/// Extents of a shape that say something.
+fn extents(shape: &[usize]) -> impl Iterator<Item = usize> {
+    shape.iter().copied().filter(|&extent| extent != 1)
+}
+
+/// Indices of an element.
+fn place(mut index: usize, shape: &[usize]) -> Vec<usize> {
+    let mut place: Vec<usize> = shape.iter().rev().map(|extent| (index % extent, index /= extent).0).collect();
+    place.reverse();
+    place
+}
+
+/// Q, K, V and what else the file gives, checked against the spec. RoPE tables come from the grid when the file has none. Nothing is
+/// allocated that the file's own bytes do not account for.
+pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
+    let bytes = read(path)?;
+    let file = File::parse(path, &bytes, &LAYER)?;
+    let ([batch, _, heads, _], _) = file.arrangement("q", spec)?;
+    for name in ["k", "v"] {
+        let (shape, _) = file.arrangement(name, spec)?;
+        if (shape[0], shape[2]) != (batch, heads) {
+            return Err(file.wrong_shape(
+                name,
+                file.need(name)?,
+                format!("a batch of {batch} and {heads} heads, as q has"),
+                "Store the three tensors of one layer",
+            ));
+        }
+    }
+    let tables = (file.table("cos", spec, heads)?, file.table("sin", spec, heads)?);
+    let inputs = Inputs {
+        q: file.tokens("q", spec)?,
+        k: file.tokens("k", spec)?,
+        v: file.tokens("v", spec)?,
+        q_norm: file.norm("q_norm")?.unwrap_or_default(),
+        k_norm: file.norm("k_norm")?.unwrap_or_default(),
+        q_norm_text: file.norm("q_norm_text")?,
+        k_norm_text: file.norm("k_norm_text")?,
+        rope: match tables {
+            (Some(cos), Some(sin)) => Some(RopeTables { cos, sin }),
+            (None, None) => spec.rope.as_ref().map(|_| RopeTables::from_grid(spec, heads)),
+            (Some(_), None) => return Err(only_one(&file, "sin", "cos")),
+            (None, Some(_)) => return Err(only_one(&file, "cos", "sin")),
+        },
+        text_lengths: file.lengths("text_lengths", spec, batch)?,
+        scale: None,
+    };
+    inputs.check(spec, &path.display().to_string())?;
+    Ok(inputs)
+}
+
+fn only_one(file: &File, missing: &str, given: &str) -> Error {
+    Error::input(file.subject(missing), format!("only {given}"), "both tables or neither", "Store the other table too")
+}
+
+/// Frames of a video: `[frames, height, width]` RGB pixels.
+pub struct Frames {
+    /// Frames.
+    pub count: usize,
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+    /// RGB bytes.
+    pub pixels: Vec<u8>,
+}
+
+/// The tensor `frames`, u8 \[frames, height, width, 3\].
+pub fn load_frames(path: &Path) -> Result<Frames> {
+    let bytes = read(path)?;
+    let file = File::parse(path, &bytes, &VIDEO)?;
+    let view = file.need("frames")?;
+    if view.dtype() != Stored::U8 {
+        return Err(file.wrong_type("frames", view.dtype(), "U8"));
+    }
+    match *view.shape() {
+        [count, height, width, 3] if !view.data().is_empty() => {
+            Ok(Frames { count, height, width, pixels: view.data().to_vec() })
+        }
+        _ => Err(file.wrong_shape(
+            "frames",
+            view,
+            "[frames, height, width, 3], none of them 0",
+            "Store RGB frames, one behind the other",
+        )),
+    }
+}
+
+/// Writes `out` (and `lse`, \[B, H, S\], where there is one).
+pub fn save_output(to: &Output, out: &Tokens, lse: Option<&[f32]>) -> Result<()> {
+    let dtype = match out.dtype {
+        Dtype::Bf16 => Stored::BF16,
+        Dtype::F16 => Stored::F16,
+    };
+    let out_bytes: Vec<u8> = out.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+    let lse_bytes: Vec<u8> = lse.unwrap_or_default().iter().flat_map(|value| value.to_le_bytes()).collect();
+    let invalid = |error| Error::file(to.path(), std::io::Error::other(error));
+    let mut tensors = vec![("out", TensorView::new(dtype, out.shape().to_vec(), &out_bytes).map_err(invalid)?)];
+    if lse.is_some() {
+        let shape = vec![out.batch, out.heads, out.rows];
+        tensors.push(("lse", TensorView::new(Stored::F32, shape, &lse_bytes).map_err(invalid)?));
+    }
+    let bytes = safetensors::serialize(tensors, None).map_err(invalid)?;
+    to.write(&bytes)
+}

@@ -1,0 +1,261 @@
+//! What is checked of a call before anything is launched: addresses, strides, overlaps, scale and heads.
+
+use std::ops::Range;
+
+use framestride_shapes::launch::Tensor;
+use framestride_shapes::spec::{NormKind, NormOver, Spec};
+use framestride_shapes::workspace::WorkspacePlan;
+
+use crate::error::{Error, Result};
+use crate::layer::{HeadTypes, Layer};
+
+/// Extents of q, k, v and out.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub batch: u32,
+    pub rows: u32,
+    pub heads: u32,
+    pub head_dim: u32,
+}
+
+/// Bytes of one element of q, k, v and out.
+const ELEMENT: u64 = 2;
+
+/// Bytes of the widest access of the kernels.
+const WIDE: u64 = 16;
+
+impl Shape {
+    /// Extent and stride, in elements, of the three outer dimensions that have more than one index.
+    fn dimensions(self, tensor: &Tensor) -> impl Iterator<Item = (u64, u64)> {
+        [(self.batch, tensor.batch), (self.rows, tensor.row), (self.heads, tensor.head)]
+            .into_iter()
+            .filter(|&(extent, _)| extent > 1)
+            .map(|(extent, stride)| (extent.into(), stride))
+    }
+
+    /// Byte range of a tensor, if it ends below 2^64.
+    fn bytes(self, tensor: &Tensor) -> Option<Range<u64>> {
+        let mut last = u64::from(self.head_dim) - 1;
+        for (extent, stride) in self.dimensions(tensor) {
+            last = last.checked_add((extent - 1).checked_mul(stride)?)?;
+        }
+        let bytes = last.checked_add(1)?.checked_mul(ELEMENT)?;
+        Some(tensor.data..tensor.data.checked_add(bytes)?)
+    }
+}
+
+/// Whether every row starts at a multiple of 16 bytes.
+pub(crate) fn is_aligned(tensor: &Tensor, shape: Shape) -> bool {
+    tensor.data.is_multiple_of(WIDE)
+        && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / ELEMENT))
+}
+
+/// What lies where in device memory.
+type Region = (String, Range<u64>);
+
+/// Everything that can be seen to be wrong with a call without looking at device memory, but for scale and workspace.
+pub(crate) fn check_call(
+    spec: &Spec,
+    shape: Shape,
+    layer: &Layer,
+    types: HeadTypes,
+    workspace: u64,
+    plan: &WorkspacePlan,
+) -> Result<()> {
+    let tensor = |name: &str, tensor: &Tensor| -> Result<Region> {
+        check_address(name, tensor.data, ELEMENT)?;
+        let bytes = shape.bytes(tensor).ok_or_else(|| {
+            Error::input(
+                format!("{name}, strides"),
+                format!("{tensor:?}"),
+                "a tensor that ends below 2^64",
+                "Strides count elements, not bytes, and are not negative",
+            )
+        })?;
+        Ok((name.to_owned(), bytes))
+    };
+    let projections = [tensor("q", &layer.q)?, tensor("k", &layer.k)?, tensor("v", &layer.v)?];
+    let out = tensor("out", &layer.out)?;
+    check_disjoint_rows(&layer.out, shape)?;
+
+    // What is read besides Q, K and V.
+    let mut read = Vec::new();
+    let affine = [
+        ("q_norm", Some(layer.q_norm)),
+        ("k_norm", Some(layer.k_norm)),
+        ("q_norm_text", layer.q_norm_text),
+        ("k_norm_text", layer.k_norm_text),
+    ];
+    for (name, weights) in affine {
+        let Some(weights) = weights else { continue };
+        let kind = spec.qk_norm.as_ref().map(|norm| norm.kind);
+        for (part, address, allowed) in
+            [("weight", weights.weight, kind.is_some()), ("bias", weights.bias, kind == Some(NormKind::Layer))]
+        {
+            if address == 0 {
+                continue;
+            }
+            if !allowed {
+                return Err(Error::input(
+                    format!("{name}.{part}"),
+                    format!("address {address:#x}"),
+                    format!("0: the QK-norm of spec {} has none", spec.name),
+                    "Pass 0, or change [qk_norm] in the spec",
+                ));
+            }
+            let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+            let heads = if over_heads { shape.heads } else { 1 };
+            let words = u64::from(heads) * u64::from(shape.head_dim);
+            read.push(words_at(&format!("{name}.{part}"), address, WIDE, words)?);
+        }
+    }
+    let table = spec.rope_table_shape(shape.heads).into_iter().map(u64::from).product();
+    for (name, address) in [("cos", layer.cos), ("sin", layer.sin)] {
+        match (spec.rope.is_some(), address) {
+            (true, address) => read.push(words_at(name, address, WIDE, table)?),
+            (false, 0) => {}
+            (false, address) => {
+                return Err(Error::input(
+                    name,
+                    format!("address {address:#x}"),
+                    format!("0: spec {} has no RoPE", spec.name),
+                    "Pass 0, or add [rope] to the spec",
+                ));
+            }
+        }
+    }
+    let all_heads = u64::from(shape.batch) * u64::from(shape.heads);
+    if layer.text_lengths != 0 {
+        read.push(words_at("text_lengths", layer.text_lengths, 4, shape.batch.into())?);
+    }
+    if let HeadTypes::Given(address) = types {
+        // Those that an earlier call left in the workspace stay there.
+        if address != workspace + plan.head_types.start {
+            read.push(words_at("head types", address, 4, all_heads)?);
+        }
+    }
+    let lse = match layer.lse {
+        0 => None,
+        address => Some(words_at("lse", address, 4, all_heads * u64::from(shape.rows))?),
+    };
+
+    // Q, K and V are read before out is written, and so may share its memory. Nothing else that is written may be anything else's.
+    let workspace = ("workspace".to_owned(), workspace..workspace + plan.bytes);
+    for region in read.iter().chain(&projections).chain([&out]).chain(&lse) {
+        check_apart(region, &workspace)?;
+    }
+    for region in read.iter().chain(&lse) {
+        check_apart(region, &out)?;
+    }
+    match &lse {
+        Some(lse) => read.iter().chain(&projections).try_for_each(|region| check_apart(region, lse)),
+        None => Ok(()),
+    }
+}
+
+/// Checks how many heads a launch has: any number up to the spec's, all of them when its QK-norm is over all heads.
+///
+/// `subject` is what an error calls the place where the number was found.
+pub fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
+    let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+    let allowed = if over_heads {
+        format!("exactly {}: the QK-norm of spec {} is over all heads", spec.heads, spec.name)
+    } else {
+        format!("1 to {} heads for spec {}", spec.heads, spec.name)
+    };
+    if heads == 0 || heads > spec.heads as usize || (over_heads && heads != spec.heads as usize) {
+        return Err(Error::input(
+            subject,
+            format!("{heads} heads"),
+            allowed,
+            "Give that many heads, or change attention.heads",
+        ));
+    }
+    Ok(())
+}
+
+/// Checks a softmax scale: see [`Layer::scale`]. An element of a row of root mean square 1 is at most sqrt(head_dim), and the product
+/// of two such rows at most head_dim. Below its normal numbers f32 arithmetic here has only zero.
+pub fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
+    let largest = spec.dtype.largest();
+    let (log2_e, head_dim) = (std::f32::consts::LOG2_E, spec.head_dim as f32);
+    let most = (largest / head_dim.sqrt()).min(f32::MAX / head_dim) / log2_e;
+    // Its product with log2(e), which is above 1, is normal too.
+    let least = f32::MIN_POSITIVE;
+    // NaN lies in no range.
+    if (least..=most).contains(&scale) {
+        return Ok(());
+    }
+    Err(Error::input(
+        "scale",
+        format!("{scale:e}"),
+        format!("{least:.1e} to {most:.1e} in {} with head_dim {head_dim}", spec.dtype.as_str()),
+        "Leave it out for 1 / sqrt(head_dim)",
+    ))
+}
+
+/// The bytes of `words` 4-byte words at an aligned address.
+fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Region> {
+    check_address(name, address, alignment)?;
+    Ok((name.to_owned(), range_at(name, address, words * 4)?))
+}
+
+/// `bytes` bytes from an address.
+pub(crate) fn range_at(name: &str, address: u64, bytes: u64) -> Result<Range<u64>> {
+    let end = address.checked_add(bytes).ok_or_else(|| {
+        Error::input(
+            name,
+            format!("{bytes} bytes at {address:#x}"),
+            "memory that ends below 2^64",
+            "Pass the address of an allocation",
+        )
+    })?;
+    Ok(address..end)
+}
+
+pub(crate) fn check_address(name: &str, address: u64, alignment: u64) -> Result<()> {
+    if address != 0 && address.is_multiple_of(alignment) {
+        return Ok(());
+    }
+    let found = if address == 0 { "a null address".into() } else { format!("address {address:#x}") };
+    Err(Error::input(
+        name,
+        found,
+        format!("device memory at a multiple of {alignment} bytes"),
+        "Pass the address of an allocation, or of an aligned part of one",
+    ))
+}
+
+fn check_apart(a: &Region, b: &Region) -> Result<()> {
+    if a.1.end <= b.1.start || b.1.end <= a.1.start {
+        return Ok(());
+    }
+    Err(Error::input(
+        &a.0,
+        format!("{:#x} to {:#x}, which overlaps {} at {:#x} to {:#x}", a.1.start, a.1.end, b.0, b.1.start, b.1.end),
+        "memory of its own",
+        "Allocate the two apart",
+    ))
+}
+
+/// No element of `out` may have two indices: with the dimensions in order of their strides, each must step over all before it.
+fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
+    let mut dimensions: Vec<(u64, u64)> = shape.dimensions(out).collect();
+    dimensions.sort_by_key(|&(_, stride)| stride);
+    let mut extent = u64::from(shape.head_dim);
+    for (count, stride) in dimensions {
+        if stride < extent {
+            return Err(Error::input(
+                "out, strides",
+                format!("batch {}, row {}, head {}", out.batch, out.row, out.head),
+                format!(
+                    "strides in elements that keep the {} rows apart",
+                    u64::from(shape.rows) * u64::from(shape.heads)
+                ),
+                "Contiguous [B, S, H, D] has row = heads x head_dim, head = head_dim, batch = S x heads x head_dim",
+            ));
+        }
+        extent += (count - 1) * stride;
+    }
+    Ok(())
+}

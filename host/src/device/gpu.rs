@@ -1,0 +1,429 @@
+//! A GPU through the CUDA driver.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+use framestride_shapes::arch::Arch;
+
+use super::{Stream, no_room};
+use crate::error::{Error, Result};
+use crate::launch::{Kernel, Launch};
+
+/// First driver with `cuFuncLoad`.
+const EAGER_LOADING: i32 = 12040;
+
+/// A driver's version as people write it.
+#[must_use]
+pub fn cuda_version(driver: i32) -> String {
+    format!("{}.{}", driver / 1000, driver % 1000 / 10)
+}
+
+/// A GPU's context: the device's primary one, retained, or a borrowed one.
+pub struct Gpu {
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    retained: bool,
+    name: String,
+    capability: (u32, u32),
+    multiprocessors: u32,
+}
+
+// SAFETY: a CUcontext may be made current on any thread, and the driver's functions are thread-safe.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; nothing here changes after construction.
+unsafe impl Sync for Gpu {}
+
+/// Turns a driver's status into an error that names the call.
+pub(super) fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
+    if status == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text: *const c_char = std::ptr::null();
+    // SAFETY: `text` outlives the call, which points it at a static string of the driver, or leaves it null.
+    let message = unsafe {
+        let _ = sys::cuGetErrorString(status, &mut text);
+        if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+    };
+    Err(Error::Driver { call, code: status as i32, message })
+}
+
+/// Loads and initialises the driver.
+fn driver() -> Result<()> {
+    // SAFETY: probing for the library opens and closes it; cuInit may be called any number of times.
+    unsafe {
+        if !sys::is_culib_present() {
+            return Err(Error::NoGpu("the CUDA driver (libcuda) is not installed".into()));
+        }
+        check("cuInit", sys::cuInit(0)).map_err(|error| Error::NoGpu(error.to_string()))
+    }
+}
+
+/// Makes a context current until it is dropped.
+pub(super) struct Current;
+
+impl Current {
+    pub(super) fn push(gpu: &Gpu) -> Result<Current> {
+        Current::push_context(gpu.context)
+    }
+
+    fn push_context(context: sys::CUcontext) -> Result<Current> {
+        // SAFETY: the context is live: retained by, or lent to, the `Gpu` that calls this.
+        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        Ok(Current)
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: undoes the push of this value, on the same thread: the type is neither sent nor kept across calls.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+    }
+}
+
+impl Gpu {
+    /// The primary context of GPU `ordinal`, which the CUDA runtime and PyTorch use too.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] without a driver or a GPU of this number.
+    pub fn primary(ordinal: i32) -> Result<Gpu> {
+        driver()?;
+        let (mut device, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: both pointers are to live locals; the retained context is released on drop.
+        unsafe {
+            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal))
+                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
+            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))
+                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
+        }
+        Gpu::describe(context, device, true)
+    }
+
+    /// Borrows a context of the caller's.
+    ///
+    /// # Safety
+    /// `context` is a live `CUcontext` that outlives this value and everything made with it.
+    pub unsafe fn borrow(context: *mut c_void) -> Result<Gpu> {
+        driver()?;
+        let context = context as sys::CUcontext;
+        let mut device = 0;
+        let _current = Current::push_context(context)?;
+        // SAFETY: the context is current, and `device` is a live local.
+        check("cuCtxGetDevice", unsafe { sys::cuCtxGetDevice(&mut device) })?;
+        Gpu::describe(context, device, false)
+    }
+
+    fn describe(context: sys::CUcontext, device: sys::CUdevice, retained: bool) -> Result<Gpu> {
+        let mut gpu = Gpu { context, device, retained, name: String::new(), capability: (0, 0), multiprocessors: 0 };
+        let attribute = |attribute| -> Result<i32> {
+            let mut value = 0;
+            // SAFETY: `value` is a live local and `device` came from the driver.
+            check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
+            Ok(value)
+        };
+        use sys::CUdevice_attribute_enum as Attribute;
+        gpu.capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+        );
+        gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let mut name = [0 as c_char; 256];
+        // SAFETY: the driver writes at most `len` bytes, terminated.
+        unsafe {
+            check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
+            gpu.name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
+        }
+        Ok(gpu)
+    }
+
+    /// Name of the GPU.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Compute capability, such as (9, 0).
+    #[must_use]
+    pub fn capability(&self) -> (u32, u32) {
+        self.capability
+    }
+
+    /// Checks whether this GPU and its driver run the kernels.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] that says what is missing.
+    pub fn check(&self) -> Result<()> {
+        let (major, minor) = self.capability;
+        let Some(arch) = Arch::of_capability(self.capability) else {
+            let all = |text: fn(Arch) -> String| Arch::ALL.map(text).join(", ");
+            return Err(Error::input(
+                "GPU",
+                format!("{} of compute capability {major}.{minor}", self.name),
+                format!("compute capability {}, for which the kernels are built", all(Arch::shown_capabilities)),
+                format!("Use a GPU of {}, or the emulator", all(|arch| arch.gpus.into())),
+            ));
+        };
+        let (driver, (major, minor)) = (self.driver_version(), arch.ptx_version);
+        if driver < arch.least_driver {
+            return Err(Error::input(
+                "GPU driver",
+                format!("one for CUDA {}, on {}", cuda_version(driver), self.name),
+                format!("one for CUDA {} or later, which PTX {major}.{minor} needs", cuda_version(arch.least_driver)),
+                "Update the driver, or use the emulator",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Version of the driver as CUDA counts it: 12080 is 12.8.
+    #[must_use]
+    pub fn driver_version(&self) -> i32 {
+        let mut version = 0;
+        // SAFETY: `version` is a live local. The call cannot fail once the driver is initialised; 0 would mean unknown.
+        let _ = unsafe { sys::cuDriverGetVersion(&mut version) };
+        version
+    }
+
+    /// Bytes of the GPU's memory that nobody has allocated.
+    pub fn free_memory(&self) -> Result<u64> {
+        let _current = Current::push(self)?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both are live locals, and the context is current.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(free as u64)
+    }
+
+    /// Whether both are the same context, and so have the same memory.
+    pub(super) fn is(&self, other: &Gpu) -> bool {
+        self.context == other.context
+    }
+
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    pub(super) fn allocate(&self, bytes: u64) -> Result<u64> {
+        let _current = Current::push(self)?;
+        let mut address = 0;
+        // SAFETY: `address` is a live local.
+        let status = unsafe { sys::cuMemAlloc_v2(&mut address, bytes as usize) };
+        if status == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(no_room(bytes, self.free_memory().ok()));
+        }
+        check("cuMemAlloc", status)?;
+        Ok(address)
+    }
+
+    /// Frees what `allocate` gave, once.
+    pub(super) fn free(&self, address: u64) {
+        if let Ok(_current) = Current::push(self) {
+            // SAFETY: a buffer has its address from `allocate` of this context, and frees it when it is dropped.
+            let _ = unsafe { sys::cuMemFree_v2(address) };
+        }
+    }
+
+    /// # Safety
+    /// The bytes at `address` are live memory of this GPU.
+    pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let _current = Current::push(self)?;
+        // SAFETY: the source is a live slice; the target is the caller's promise.
+        check("cuMemcpyHtoD", unsafe { sys::cuMemcpyHtoD_v2(address, bytes.as_ptr().cast(), bytes.len()) })
+    }
+
+    /// # Safety
+    /// The bytes at `address` are live memory of this GPU.
+    pub(super) unsafe fn read(&self, address: u64, bytes: u64) -> Result<Vec<u8>> {
+        self.synchronize()?;
+        let _current = Current::push(self)?;
+        let mut data = vec![0u8; bytes as usize];
+        // SAFETY: `data` has room for `bytes`; the source is the caller's promise.
+        check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(data.as_mut_ptr().cast(), address, data.len()) })?;
+        Ok(data)
+    }
+
+    /// # Safety
+    /// The bytes at `address` are live memory of this GPU until the work is done.
+    pub(super) unsafe fn fill(&self, stream: Stream, address: u64, bytes: u64, byte: u8) -> Result<()> {
+        let _current = Current::push(self)?;
+        // SAFETY: the caller's promise.
+        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(address, byte, bytes as usize, stream.raw()) })
+    }
+
+    /// # Safety
+    /// Both ranges are live memory of this GPU until the work is done.
+    pub(super) unsafe fn copy(&self, stream: Stream, from: u64, to: u64, bytes: u64) -> Result<()> {
+        let _current = Current::push(self)?;
+        // SAFETY: the caller's promise.
+        check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes as usize, stream.raw()) })
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        let _current = Current::push(self)?;
+        // SAFETY: the context is current.
+        check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
+    }
+
+    /// # Safety
+    /// Every address in the parameters is memory of this GPU that the kernel may use, and is live until it is done.
+    pub(super) unsafe fn launch(&self, stream: Stream, module: &GpuModule, launch: &Launch) -> Result<()> {
+        let _current = Current::push(self)?;
+        let [x, y, z] = launch.grid;
+        let mut parameters = [launch.params.as_bytes().as_ptr() as *mut c_void];
+        // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load), which the driver copies
+        // during the call. What the addresses in it point to is the caller's promise.
+        check("cuLaunchKernel", unsafe {
+            sys::cuLaunchKernel(
+                module.functions[launch.kernel as usize],
+                x,
+                y,
+                z,
+                launch.threads,
+                1,
+                1,
+                launch.shared_bytes,
+                stream.raw(),
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        })
+    }
+
+    /// Milliseconds between two events around `work`.
+    pub(super) fn time(&self, stream: Stream, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let _current = Current::push(self)?;
+        let (start, end) = (Event::new()?, Event::new()?);
+        start.record(stream)?;
+        work()?;
+        end.record(stream)?;
+        let mut milliseconds = 0f32;
+        // SAFETY: both events are live and recorded; `milliseconds` is a live local.
+        unsafe {
+            check("cuEventSynchronize", sys::cuEventSynchronize(end.0))?;
+            check("cuEventElapsedTime", sys::cuEventElapsedTime(&mut milliseconds, start.0, end.0))?;
+        }
+        Ok(f64::from(milliseconds))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.retained {
+            // SAFETY: retained once in `primary`. A failure at exit has nobody to be told to.
+            let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+        }
+    }
+}
+
+/// An event, destroyed on drop while its context is current.
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Event> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: `event` is a live local and a context is current.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, 0) })?;
+        Ok(Event(event))
+    }
+
+    fn record(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the event is live, and the stream is the caller's.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, stream.raw()) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created once, in `new`.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+/// The kernels of one PTX text in a context, unloaded on drop.
+pub(crate) struct GpuModule {
+    module: sys::CUmodule,
+    /// Indexed by [`Kernel`].
+    functions: [sys::CUfunction; Kernel::ALL.len()],
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: modules and functions are handles that any thread may use while their context is current.
+unsafe impl Send for GpuModule {}
+// SAFETY: as above; nothing here changes after construction.
+unsafe impl Sync for GpuModule {}
+
+impl GpuModule {
+    /// Compiles PTX and loads its kernels, each with the dynamic shared memory that it needs. The compiler's log is in the error.
+    pub(super) fn load(
+        gpu: &Arc<Gpu>,
+        name: &str,
+        ptx: &str,
+        shared_bytes: [u32; Kernel::ALL.len()],
+    ) -> Result<GpuModule> {
+        gpu.check()?;
+        let text = |subject: &str, text: &str| {
+            CString::new(text)
+                .map_err(|_| Error::input(subject, "a zero byte", "text", "The file is damaged: build it again"))
+        };
+        let image = text(&format!("PTX of {name}"), ptx)?;
+        let _current = Current::push(gpu)?;
+        let mut log = vec![0u8; 16 * 1024];
+        let mut options =
+            [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is terminated, and both option arrays have the given length; the log buffer outlives the call.
+        let status = unsafe {
+            sys::cuModuleLoadDataEx(
+                &mut module,
+                image.as_ptr().cast(),
+                options.len() as u32,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+        let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
+        if status == sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION {
+            let arch = Arch::of_capability(gpu.capability).unwrap_or_default();
+            let (major, minor) = arch.ptx_version;
+            return Err(Error::input(
+                format!("kernels of {name}"),
+                format!("PTX that the driver, for CUDA {}, does not know ({log})", cuda_version(gpu.driver_version())),
+                format!("PTX {major}.{minor} and a driver for CUDA {} or later", cuda_version(arch.least_driver)),
+                "Update the driver, or build the kernels again with this version of framestride",
+            ));
+        }
+        check("cuModuleLoadDataEx", status).map_err(|error| match error {
+            Error::Driver { call, code, message } => {
+                Error::Driver { call, code, message: format!("{message} (kernels of {name}). JIT log: {log}") }
+            }
+            other => other,
+        })?;
+        let functions = [std::ptr::null_mut(); Kernel::ALL.len()];
+        let mut loaded = GpuModule { module, functions, gpu: Arc::clone(gpu) };
+        for ((kernel, function), shared_bytes) in Kernel::ALL.into_iter().zip(&mut loaded.functions).zip(shared_bytes) {
+            let entry = text("entry", kernel.entry())?;
+            // SAFETY: the module is loaded, the name terminated, `function` live; the function is used with its own module.
+            unsafe {
+                check("cuModuleGetFunction", sys::cuModuleGetFunction(function, module, entry.as_ptr()))?;
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                check("cuFuncSetAttribute", sys::cuFuncSetAttribute(*function, attribute, shared_bytes as c_int))?;
+                // Lazy loading would put an allocation into the first launch, which may be under graph capture.
+                if gpu.driver_version() >= EAGER_LOADING {
+                    check("cuFuncLoad", sys::cuFuncLoad(*function))?;
+                }
+            }
+        }
+        Ok(loaded)
+    }
+}
+
+impl Drop for GpuModule {
+    fn drop(&mut self) {
+        if let Ok(_current) = Current::push(&self.gpu) {
+            // SAFETY: loaded once, in this context; its functions are kept here and used by nobody after this.
+            let _ = unsafe { sys::cuModuleUnload(self.module) };
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! From a checked call to its launches.
+
+use std::ops::Range;
+
+use framestride_shapes::launch::{
+    AttentionParams, MOST_SPLITS, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams, pack_warps,
+};
+use framestride_shapes::spec::Spec;
+
+use crate::call::{Shape, check_call, check_scale, is_aligned};
+use crate::error::Result;
+use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
+use crate::layer::{HeadTypes, Layer, SparseAttention};
+use crate::workspace::Workspace;
+
+impl SparseAttention {
+    /// Checks a call and writes its launches.
+    ///
+    /// # Errors
+    /// An [`Error::Input`](crate::Error::Input) for whatever is wrong with the arguments.
+    pub fn launches(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Launches> {
+        let spec = self.module.spec();
+        let shape =
+            Shape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };
+        let scale = layer.scale.unwrap_or(1.0 / (spec.head_dim as f32).sqrt());
+        check_scale(spec, scale)?;
+        workspace.check(self.module.device(), &self.plan)?;
+        check_call(spec, shape, layer, types, workspace.address(), &self.plan)?;
+
+        let part = |range: &Range<u64>| workspace.address() + range.start;
+        let packed = [&self.plan.packed_q, &self.plan.packed_k, &self.plan.packed_v].map(part);
+        let (batch, heads, splits) = (self.batch, self.heads, self.splits);
+        let own_types = part(&self.plan.head_types);
+        let (pack_types, attention_types) = match types {
+            HeadTypes::Profiled => (0, own_types),
+            HeadTypes::Dense => (0, 0),
+            HeadTypes::Given(address) => (address, address),
+        };
+        let pack = |pass: PackPass, head_types: u64| {
+            let aligned = [layer.q, layer.k, layer.v].iter().all(|tensor| is_aligned(tensor, shape));
+            let params = Params::Pack(PackParams {
+                q: layer.q,
+                k: layer.k,
+                v: layer.v,
+                q_norm: layer.q_norm,
+                k_norm: layer.k_norm,
+                q_norm_text: layer.q_norm_text.unwrap_or(layer.q_norm),
+                k_norm_text: layer.k_norm_text.unwrap_or(layer.k_norm),
+                cos: layer.cos,
+                sin: layer.sin,
+                text_lengths: layer.text_lengths,
+                head_types,
+                packed_q: packed[0],
+                packed_k: packed[1],
+                packed_v: packed[2],
+                schedule: part(&self.plan.schedule),
+                batch,
+                heads,
+                scale_log2: scale * std::f32::consts::LOG2_E,
+                pass: pass as u32,
+                aligned: aligned.into(),
+                reserved: 0,
+            });
+            let warps = pack_warps(spec.heads, spec.head_dim);
+            self.write(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, batch], params)
+        };
+        let attention = || {
+            let params = Params::Attention(AttentionParams {
+                packed_q: packed[0],
+                packed_k: packed[1],
+                packed_v: packed[2],
+                out: layer.out,
+                lse: layer.lse,
+                head_types: attention_types,
+                text_lengths: layer.text_lengths,
+                schedule: part(&self.plan.schedule),
+                batch,
+                heads,
+                aligned: is_aligned(&layer.out, shape).into(),
+                reserved: 0,
+            });
+            let items = u64::from(shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
+            let min_blocks = self.module.resources(Kernel::Attention).min_blocks;
+            let blocks = u64::from(self.module.device().multiprocessors()) * u64::from(min_blocks);
+            self.write(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
+        };
+        let profiling = || {
+            let (partials, errors) = (part(&self.plan.partials), part(&self.plan.errors));
+            let profile = Params::Profile(ProfileParams {
+                packed_q: packed[0],
+                packed_k: packed[1],
+                packed_v: packed[2],
+                text_lengths: layer.text_lengths,
+                partials,
+                seed: spec.profile.seed,
+                batch,
+                heads,
+                splits,
+                reserved: 0,
+            });
+            let select = Params::Select(SelectParams {
+                partials,
+                errors,
+                head_types: own_types,
+                batch,
+                heads,
+                splits,
+                reserved: 0,
+            });
+            let groups = spec.profile_plan(splits).groups;
+            Profiling {
+                profile: self.write(Kernel::Profile, [splits, groups, batch * heads], profile),
+                select: self.write(Kernel::Select, [1, 1, batch * heads], select),
+                repack: pack(PackPass::Temporal, own_types),
+            }
+        };
+        Ok(Launches {
+            pack: pack(PackPass::All, pack_types),
+            profiling: (types == HeadTypes::Profiled).then(profiling),
+            attention: attention(),
+        })
+    }
+
+    /// A launch with the block that the manifest asks for.
+    fn write(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {
+        let resources = self.module.resources(kernel);
+        Launch { kernel, grid, threads: resources.threads, shared_bytes: resources.shared_bytes, params }
+    }
+}
+
+/// Parts that profiling divides the keys of a head into, one a block, for `batch` items of `heads` heads on a GPU of so many
+/// multiprocessors: what [`Spec::workspace`] asks for.
+pub fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
+    let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
+    let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.profile_plan(1).groups);
+    splits_of(blocks, multiprocessors.max(1), key_tiles.clamp(1, MOST_SPLITS))
+}
+
+/// A multiprocessor holds one block, so the time is the number of waves of blocks times the keys of a block: the fewest parts within
+/// 5% of the best up to `most` are taken.
+fn splits_of(blocks: u64, multiprocessors: u32, most: u32) -> u32 {
+    let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(multiprocessors.into());
+    let time = |splits: u32| waves(splits) as f64 / f64::from(splits);
+    let best = (1..=most).map(time).fold(f64::INFINITY, f64::min);
+    (1..=most).find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::splits_of;
+
+    #[test]
+    fn splits_fill_whole_waves() {
+        // (blocks of one split, multiprocessors, most) -> splits
+        for (blocks, multiprocessors, most, splits) in
+            [(24, 132, 32, 11), (96, 132, 16, 4), (132, 132, 32, 1), (1, 132, 32, 31), (24, 132, 3, 3), (4, 4, 19, 1)]
+        {
+            assert_eq!(splits_of(blocks, multiprocessors, most), splits, "{blocks} blocks");
+        }
+    }
+}

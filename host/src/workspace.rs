@@ -1,0 +1,65 @@
+//! The memory that a layer needs besides its tensors.
+
+use framestride_shapes::workspace::{ALIGNMENT, WorkspacePlan};
+
+use crate::call::{check_address, range_at};
+use crate::device::{Buffer, Device};
+use crate::error::{Error, Result};
+
+/// The one piece of device memory that a layer needs besides its tensors. It may serve all layers of a model in turn.
+pub struct Workspace {
+    device: Device,
+    address: u64,
+    bytes: u64,
+    /// None for borrowed memory.
+    owned: Option<Buffer>,
+}
+
+impl Workspace {
+    /// Allocates.
+    pub fn allocate(device: &Device, bytes: u64) -> Result<Workspace> {
+        let buffer = device.allocate(bytes)?;
+        Ok(Workspace { device: device.clone(), address: buffer.address(), bytes, owned: Some(buffer) })
+    }
+
+    /// Borrows `bytes` of memory of `device` at `address`, a multiple of 256. Size and alignment are checked at each call; the
+    /// memory is never freed.
+    ///
+    /// # Safety
+    /// The range is memory of `device` for as long as this value lives, and holds nothing that anybody else needs.
+    pub unsafe fn borrow(device: &Device, address: u64, bytes: u64) -> Workspace {
+        Workspace { device: device.clone(), address, bytes, owned: None }
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The allocation, when it is this value's own.
+    pub fn buffer(&self) -> Option<&Buffer> {
+        self.owned.as_ref()
+    }
+
+    /// Whether this is memory of `device`, and holds what is planned.
+    pub(crate) fn check(&self, device: &Device, plan: &WorkspacePlan) -> Result<()> {
+        if !self.device.is(device) {
+            return Err(Error::input(
+                "workspace",
+                format!("memory of another device ({})", self.device.name()),
+                format!("memory of the module's device ({})", device.name()),
+                "Allocate it on the device that the module was loaded on",
+            ));
+        }
+        if self.bytes < plan.bytes {
+            return Err(Error::input(
+                "workspace",
+                format!("{} bytes", self.bytes),
+                format!("at least {}", plan.bytes),
+                "SparseAttention::workspace_bytes gives the size",
+            ));
+        }
+        check_address("workspace", self.address, ALIGNMENT)?;
+        range_at("workspace", self.address, plan.bytes).map(drop)
+    }
+}
