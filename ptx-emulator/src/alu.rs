@@ -1,14 +1,16 @@
-//! Arithmetic on one lane, tabulated: each row of a table is one operation, and the table makes the function that applies it to
-//! the 32 lanes of a warp in a loop that vectorises.
+//! The arithmetic of a lane, in tables. Each row of a table is one operation. The table makes an
+//! enum of its rows. It also makes a function that applies one to the 32 lanes of a warp, in a loop
+//! that vectorises.
 //!
-//! Registers hold bits. 8- and 16-bit values lie zero-extended in 32-bit registers, so each 16-bit row masks its result.
+//! Registers hold bits. Values of 8 and 16 bits lie in 32-bit registers with zeros above them, so
+//! that each 16-bit operation masks its result.
 
 use crate::float::{self, *};
 
-/// One value per lane.
+/// One value for each lane.
 pub(crate) type Lanes<T> = [T; 32];
 
-/// The loop over lanes of one row, and the parameters of a table's function.
+/// The loop over lanes for one row of a table.
 macro_rules! each_lane {
     (($($arg:ident: $in:ty),+) $out:ty, $value:expr) => {{
         let mut out = [<$out>::default(); 32];
@@ -20,6 +22,8 @@ macro_rules! each_lane {
     }};
 }
 
+/// Makes the enum and the function of a table. The inner rule has the parameters once more, with
+/// the types of 32 lanes.
 macro_rules! table {
     ($(#[$doc:meta])* $name:ident, $apply:ident($($arg:ident: $in:ty),+) -> $out:ty { $($rows:tt)* }) => {
         table!(@ $(#[$doc])* $name, $apply ($($arg: $in),+) ($($arg: &Lanes<$in>),+) $out, { $($rows)* });
@@ -54,31 +58,38 @@ fn s16(bits: u32) -> i32 {
     bits as u16 as i16 as i32
 }
 
+/// Clamps a value to [0, 1]. NaN becomes 0.
 #[inline(always)]
 fn sat(value: f32) -> f32 {
-    // NaN becomes 0.
     if value > 0.0 { if value < 1.0 { value } else { 1.0 } } else { 0.0 }
 }
 
-/// A function of f32 on f16 bits; right when 24 bits hold twice the precision and two more (sum, product, quotient, root).
+/// Applies a function of f32 to f16 bits. Two roundings of a sum, product or quotient are right,
+/// because f32 has twice the bits of f16 and two more. The same holds for bf16.
 #[inline(always)]
-fn half(bits: [u32; 2], with: impl Fn(f32, f32) -> f32) -> u32 {
+fn in_f16(bits: [u32; 2], with: impl Fn(f32, f32) -> f32) -> u32 {
     f32_to_f16(with(f16_to_f32(bits[0] & 0xffff), f16_to_f32(bits[1] & 0xffff)))
 }
 
-/// The same on bf16 bits.
+/// Applies a function of f32 to bf16 bits.
 #[inline(always)]
-fn brain(bits: [u32; 2], with: impl Fn(f32, f32) -> f32) -> u32 {
+fn in_bf16(bits: [u32; 2], with: impl Fn(f32, f32) -> f32) -> u32 {
     f32_to_bf16(with(bf16_to_f32(bits[0] & 0xffff), bf16_to_f32(bits[1] & 0xffff)))
 }
 
-/// A function of halves on both halves of packed operands.
+/// Applies a function of 16-bit values to both halves of packed operands.
 #[inline(always)]
 fn both(a: u32, b: u32, with: impl Fn(u32, u32) -> u32) -> u32 {
     with(a & 0xffff, b & 0xffff) | with(a >> 16, b >> 16) << 16
 }
 
-/// `prmt` in its default mode: each nibble of the selector picks one of eight bytes, or spreads its sign.
+/// `prmt` in its default mode. Each nibble of the selector picks one of eight bytes for a byte of
+/// the result. With its high bit it spreads the sign of that byte in its place:
+///
+/// ```text
+/// bytes        7 6 5 4 (b)   3 2 1 0 (a)
+/// selector     nibble i names the byte that goes to byte i of the result
+/// ```
 #[inline(always)]
 fn permute(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (b as u64) << 32 | a as u64;
@@ -92,7 +103,7 @@ fn permute(a: u32, b: u32, selector: u32) -> u32 {
     out
 }
 
-/// The six forms of `prmt` that read bytes 0 to 3 in an order given by the low two bits of the selector.
+/// The other six modes of `prmt`. The low two bits of the selector give the order of bytes.
 fn permute_mode(mode: Prmt, a: u32, b: u32, selector: u32) -> u32 {
     let s = selector & 3;
     let order: [u32; 4] = match mode {
@@ -107,7 +118,7 @@ fn permute_mode(mode: Prmt, a: u32, b: u32, selector: u32) -> u32 {
     permute(a, b, order[0] | order[1] << 4 | order[2] << 8 | order[3] << 12)
 }
 
-/// Modes of `prmt` beside the default.
+/// The modes of `prmt` beside the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Prmt {
     F4e,
@@ -118,7 +129,8 @@ pub(crate) enum Prmt {
     Rc16,
 }
 
-/// Bits `[position, position + length)` of a value of `width` bits, sign-extended from the last one of them inside the value.
+/// `bfe`: the bits `[position, position + length)` of a value of `width` bits. If `signed` is set,
+/// they are extended by the last of them that lies inside the value.
 #[inline(always)]
 fn extract(value: u64, position: u32, length: u32, width: u32, signed: bool) -> u64 {
     let (position, length) = (position & 0xff, length & 0xff);
@@ -135,7 +147,7 @@ fn extract(value: u64, position: u32, length: u32, width: u32, signed: bool) -> 
     if count >= 64 { field } else { field | sign << count }
 }
 
-/// `base` with `length` bits of `value` at `position`.
+/// `bfi`: `base` with the low `length` bits of `value` at `position`.
 #[inline(always)]
 fn insert(value: u64, base: u64, position: u32, length: u32, width: u32) -> u64 {
     let (position, length) = (position & 0xff, length & 0xff);
@@ -147,14 +159,14 @@ fn insert(value: u64, base: u64, position: u32, length: u32, width: u32) -> u64 
     base & !mask | value << position & mask
 }
 
-/// Highest bit that differs from the sign, or -1.
+/// The number of the highest bit that is set, or -1.
 #[inline(always)]
 fn top_bit(value: u32) -> u32 {
     31u32.wrapping_sub(value.leading_zeros())
 }
 
 table! {
-    /// 32-bit register to 32-bit register.
+    /// From one 32-bit register to another.
     Unary32, unary32(a: u32) -> u32 {
         Mov => a,
         Zext8 => a & 0xff,
@@ -195,14 +207,14 @@ table! {
         AbsX2 => a & 0x7fff_7fff,
         ReluF16 => if a & 0x8000 != 0 && a & 0x7fff <= 0x7c00 { 0 } else { a },
         ReluBf16 => if a & 0x8000 != 0 && a & 0x7fff <= 0x7f80 { 0 } else { a },
-        Ex2F16 => half([a, 0], |a, _| float::exp2(a)),
-        Ex2Bf16 => brain([a, 0], |a, _| float::exp2(a)),
-        Ex2F16x2 => both(a, 0, |a, _| half([a, 0], |a, _| float::exp2(a))),
-        Ex2Bf16x2 => both(a, 0, |a, _| brain([a, 0], |a, _| float::exp2(a))),
-        TanhF16 => half([a, 0], |a, _| a.tanh()),
-        TanhBf16 => brain([a, 0], |a, _| a.tanh()),
-        TanhF16x2 => both(a, 0, |a, _| half([a, 0], |a, _| a.tanh())),
-        TanhBf16x2 => both(a, 0, |a, _| brain([a, 0], |a, _| a.tanh())),
+        Ex2F16 => in_f16([a, 0], |a, _| float::exp2(a)),
+        Ex2Bf16 => in_bf16([a, 0], |a, _| float::exp2(a)),
+        Ex2F16x2 => both(a, 0, |a, _| in_f16([a, 0], |a, _| float::exp2(a))),
+        Ex2Bf16x2 => both(a, 0, |a, _| in_bf16([a, 0], |a, _| float::exp2(a))),
+        TanhF16 => in_f16([a, 0], |a, _| a.tanh()),
+        TanhBf16 => in_bf16([a, 0], |a, _| a.tanh()),
+        TanhF16x2 => both(a, 0, |a, _| in_f16([a, 0], |a, _| a.tanh())),
+        TanhBf16x2 => both(a, 0, |a, _| in_bf16([a, 0], |a, _| a.tanh())),
         RoundF32 => f(a).round_ties_even().to_bits(),
         TruncF32 => f(a).trunc().to_bits(),
         FloorF32 => f(a).floor().to_bits(),
@@ -224,7 +236,7 @@ table! {
 }
 
 table! {
-    /// Two 32-bit registers to one.
+    /// From two 32-bit registers to one.
     Binary32, binary32(a: u32, b: u32) -> u32 {
         Add => a.wrapping_add(b),
         Add16 => a.wrapping_add(b) & 0xffff,
@@ -275,34 +287,34 @@ table! {
         MaxNanF32 => or_nan(f(a), f(b), float::max(f(a), f(b))).to_bits(),
         // PTX: the sign of a on the magnitude of b.
         CopysignF32 => a & 0x8000_0000 | b & 0x7fff_ffff,
-        AddF16 => half([a, b], |a, b| a + b),
-        SubF16 => half([a, b], |a, b| a - b),
-        MulF16 => half([a, b], |a, b| a * b),
-        MinF16 => half([a, b], float::min),
-        MaxF16 => half([a, b], float::max),
-        MinNanF16 => half([a, b], |a, b| or_nan(a, b, float::min(a, b))),
-        MaxNanF16 => half([a, b], |a, b| or_nan(a, b, float::max(a, b))),
-        AddBf16 => brain([a, b], |a, b| a + b),
-        SubBf16 => brain([a, b], |a, b| a - b),
-        MulBf16 => brain([a, b], |a, b| a * b),
-        MinBf16 => brain([a, b], float::min),
-        MaxBf16 => brain([a, b], float::max),
-        MinNanBf16 => brain([a, b], |a, b| or_nan(a, b, float::min(a, b))),
-        MaxNanBf16 => brain([a, b], |a, b| or_nan(a, b, float::max(a, b))),
-        AddF16x2 => both(a, b, |a, b| half([a, b], |a, b| a + b)),
-        SubF16x2 => both(a, b, |a, b| half([a, b], |a, b| a - b)),
-        MulF16x2 => both(a, b, |a, b| half([a, b], |a, b| a * b)),
-        MinF16x2 => both(a, b, |a, b| half([a, b], float::min)),
-        MaxF16x2 => both(a, b, |a, b| half([a, b], float::max)),
-        MinNanF16x2 => both(a, b, |a, b| half([a, b], |a, b| or_nan(a, b, float::min(a, b)))),
-        MaxNanF16x2 => both(a, b, |a, b| half([a, b], |a, b| or_nan(a, b, float::max(a, b)))),
-        AddBf16x2 => both(a, b, |a, b| brain([a, b], |a, b| a + b)),
-        SubBf16x2 => both(a, b, |a, b| brain([a, b], |a, b| a - b)),
-        MulBf16x2 => both(a, b, |a, b| brain([a, b], |a, b| a * b)),
-        MinBf16x2 => both(a, b, |a, b| brain([a, b], float::min)),
-        MaxBf16x2 => both(a, b, |a, b| brain([a, b], float::max)),
-        MinNanBf16x2 => both(a, b, |a, b| brain([a, b], |a, b| or_nan(a, b, float::min(a, b)))),
-        MaxNanBf16x2 => both(a, b, |a, b| brain([a, b], |a, b| or_nan(a, b, float::max(a, b)))),
+        AddF16 => in_f16([a, b], |a, b| a + b),
+        SubF16 => in_f16([a, b], |a, b| a - b),
+        MulF16 => in_f16([a, b], |a, b| a * b),
+        MinF16 => in_f16([a, b], float::min),
+        MaxF16 => in_f16([a, b], float::max),
+        MinNanF16 => in_f16([a, b], |a, b| or_nan(a, b, float::min(a, b))),
+        MaxNanF16 => in_f16([a, b], |a, b| or_nan(a, b, float::max(a, b))),
+        AddBf16 => in_bf16([a, b], |a, b| a + b),
+        SubBf16 => in_bf16([a, b], |a, b| a - b),
+        MulBf16 => in_bf16([a, b], |a, b| a * b),
+        MinBf16 => in_bf16([a, b], float::min),
+        MaxBf16 => in_bf16([a, b], float::max),
+        MinNanBf16 => in_bf16([a, b], |a, b| or_nan(a, b, float::min(a, b))),
+        MaxNanBf16 => in_bf16([a, b], |a, b| or_nan(a, b, float::max(a, b))),
+        AddF16x2 => both(a, b, |a, b| in_f16([a, b], |a, b| a + b)),
+        SubF16x2 => both(a, b, |a, b| in_f16([a, b], |a, b| a - b)),
+        MulF16x2 => both(a, b, |a, b| in_f16([a, b], |a, b| a * b)),
+        MinF16x2 => both(a, b, |a, b| in_f16([a, b], float::min)),
+        MaxF16x2 => both(a, b, |a, b| in_f16([a, b], float::max)),
+        MinNanF16x2 => both(a, b, |a, b| in_f16([a, b], |a, b| or_nan(a, b, float::min(a, b)))),
+        MaxNanF16x2 => both(a, b, |a, b| in_f16([a, b], |a, b| or_nan(a, b, float::max(a, b)))),
+        AddBf16x2 => both(a, b, |a, b| in_bf16([a, b], |a, b| a + b)),
+        SubBf16x2 => both(a, b, |a, b| in_bf16([a, b], |a, b| a - b)),
+        MulBf16x2 => both(a, b, |a, b| in_bf16([a, b], |a, b| a * b)),
+        MinBf16x2 => both(a, b, |a, b| in_bf16([a, b], float::min)),
+        MaxBf16x2 => both(a, b, |a, b| in_bf16([a, b], float::max)),
+        MinNanBf16x2 => both(a, b, |a, b| in_bf16([a, b], |a, b| or_nan(a, b, float::min(a, b)))),
+        MaxNanBf16x2 => both(a, b, |a, b| in_bf16([a, b], |a, b| or_nan(a, b, float::max(a, b)))),
         Pack16 => a & 0xffff | b << 16,
         // The first source of a packing conversion goes to the upper half.
         F32ToF16x2 => f32_to_f16(f(a)) << 16 | f32_to_f16(f(b)),
@@ -313,7 +325,7 @@ table! {
 }
 
 table! {
-    /// Three 32-bit registers to one.
+    /// From three 32-bit registers to one.
     Ternary32, ternary32(a: u32, b: u32, c: u32) -> u32 {
         Mad => a.wrapping_mul(b).wrapping_add(c),
         Mad16 => a.wrapping_mul(b).wrapping_add(c) & 0xffff,
@@ -355,7 +367,7 @@ table! {
 }
 
 table! {
-    /// 64-bit register to 64-bit register.
+    /// From one 64-bit register to another.
     Unary64, unary64(a: u64) -> u64 {
         Mov => a,
         Sext8 => a as u8 as i8 as i64 as u64,
@@ -386,7 +398,7 @@ table! {
 }
 
 table! {
-    /// Two 64-bit registers to one.
+    /// From two 64-bit registers to one.
     Binary64, binary64(a: u64, b: u64) -> u64 {
         Add => a.wrapping_add(b),
         Sub => a.wrapping_sub(b),
@@ -415,7 +427,7 @@ table! {
 }
 
 table! {
-    /// Three 64-bit registers to one.
+    /// From three 64-bit registers to one.
     Ternary64, ternary64(a: u64, b: u64, c: u64) -> u64 {
         Mad => a.wrapping_mul(b).wrapping_add(c),
         MadHiU => (((a as u128 * b as u128) >> 64) as u64).wrapping_add(c),
@@ -425,7 +437,7 @@ table! {
 }
 
 table! {
-    /// 32-bit register to 64-bit register.
+    /// From a 32-bit register to a 64-bit one.
     Widen, widen(a: u32) -> u64 {
         Zext => a as u64,
         Sext => a as i32 as i64 as u64,
@@ -436,7 +448,7 @@ table! {
 }
 
 table! {
-    /// 64-bit register to 32-bit register.
+    /// From a 64-bit register to a 32-bit one.
     Narrow, narrow(a: u64) -> u32 {
         Low => a as u32,
         High => (a >> 32) as u32,
@@ -466,7 +478,7 @@ table! {
 }
 
 table! {
-    /// Two 32-bit registers to a 64-bit one.
+    /// From two 32-bit registers to a 64-bit one.
     WideMul, wide_mul(a: u32, b: u32) -> u64 {
         MulU => a as u64 * b as u64,
         MulS => (a as i32 as i64 * b as i32 as i64) as u64,
@@ -475,18 +487,18 @@ table! {
 }
 
 table! {
-    /// Two 32-bit registers and a 64-bit one to a 64-bit one.
+    /// From two 32-bit registers and a 64-bit one to a 64-bit one.
     WideMad, wide_mad(a: u32, b: u32, c: u64) -> u64 {
         MadU => (a as u64 * b as u64).wrapping_add(c),
         MadS => ((a as i32 as i64 * b as i32 as i64) as u64).wrapping_add(c),
-        // Position a, length b.
+        // Extracts from c: a is the position, and b the length.
         BfeU => extract(c, a, b, 64, false),
         BfeS => extract(c, a, b, 64, true),
     }
 }
 
 table! {
-    /// A 64-bit register shifted by a 32-bit one.
+    /// Shifts of a 64-bit register by a 32-bit one.
     Shift64, shift64(a: u64, b: u32) -> u64 {
         Shl => if b > 63 { 0 } else { a << b },
         ShrU => if b > 63 { 0 } else { a >> b },
@@ -494,7 +506,7 @@ table! {
     }
 }
 
-/// `lop3` with a truth table: bit `4a + 2b + c` of it.
+/// `lop3`: each bit of the result is bit `4a + 2b + c` of a truth table.
 #[inline(always)]
 pub(crate) fn lop3(a: u32, b: u32, c: u32, table: u8) -> u32 {
     let mut out = 0;
@@ -519,13 +531,14 @@ pub(crate) fn insert64(value: u64, base: u64, position: u32, length: u32) -> u64
     insert(value, base, position, length, 64)
 }
 
+/// Makes the enum and the function of a table of comparisons.
 macro_rules! compare_table {
     ($(#[$doc:meta])* $name:ident, $apply:ident($a:ident, $b:ident: $in:ty) { $($row:ident => $value:expr,)+ }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum $name { $($row),+ }
 
-        /// One bit per lane.
+        /// The result has one bit for each lane.
         #[inline(always)]
         pub(crate) fn $apply(row: $name, $a: &Lanes<$in>, $b: &Lanes<$in>) -> u32 {
             match row {
@@ -543,7 +556,8 @@ macro_rules! compare_table {
 }
 
 compare_table! {
-    /// Comparisons of 32-bit registers. Those on f32 with a trailing `U` also hold when an operand is NaN.
+    /// Comparisons of 32-bit registers. Those of f32 that end in `U` also hold when an operand is
+    /// NaN.
     Compare32, compare32(a, b: u32) {
         Eq => a == b,
         Ne => a != b,
@@ -606,7 +620,7 @@ compare_table! {
     }
 }
 
-/// Slow arithmetic on f32: directed rounding, any mixture of modifiers.
+/// Slow arithmetic on f32, with any rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Directed {
     Add,
@@ -620,7 +634,7 @@ pub(crate) enum Directed {
     FromU32,
 }
 
-/// One [`Directed`] operation, rounded once.
+/// Applies a [`Directed`] operation, which is rounded once.
 pub(crate) fn directed(kind: Directed, round: Round, a: u32, b: u32, c: u32) -> u32 {
     let [x, y, z] = [a, b, c].map(|bits| f(bits) as f64);
     let exact = match kind {
@@ -634,7 +648,7 @@ pub(crate) fn directed(kind: Directed, round: Round, a: u32, b: u32, c: u32) -> 
         Directed::FromS32 => a as i32 as f64,
         Directed::FromU32 => a as f64,
     };
-    // An exact zero sum of opposite terms is -0 only when rounding down.
+    // A sum that is exactly zero, of terms that are not, is -0 only when it is rounded down.
     let opposite = matches!(kind, Directed::Add | Directed::Sub | Directed::Fma) && exact == 0.0;
     let exact = if opposite && round == Round::Down && !(x == 0.0 && y == 0.0) { -0.0 } else { exact };
     (quantise(exact, F32, round, false) as f32).to_bits()

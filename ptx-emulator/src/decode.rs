@@ -1,21 +1,28 @@
-//! Statements to operations: what each opcode and modifier means. Anything unknown is an error that names it.
+//! From statements to operations: what each opcode and modifier means. Whatever is unknown is an
+//! error that names it.
+//!
+//! This file has the registers, the operands and the table of opcodes. The modules below have the
+//! instructions by subject. Those of tensor cores are in [`crate::tensor_core`], one module a
+//! family.
 
 use crate::alu::*;
 use crate::fault::{Error, shorten};
 use crate::float::Round;
 use crate::isa::*;
 use crate::parse::{Class, Entry, Operand, Reg, Statement, VariableSpace};
+use crate::tensor_core::wgmma;
 use std::collections::HashMap;
 
-/// A symbol's place in the address space of its kind.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Symbol {
-    pub address: u64,
-}
+mod arithmetic;
+mod barriers;
+mod convert;
+mod copies;
+mod lanes;
+mod memory;
 
-/// Fundamental types.
+/// The fundamental types of PTX; untyped bits and integers with their width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ty {
+pub(crate) enum Ty {
     Pred,
     B(u32),
     U(u32),
@@ -73,17 +80,23 @@ impl Ty {
     }
 }
 
-/// What a decoder step returns: a message without its place, which [`Decoder::statement`] adds.
-type Decode<T = ()> = Result<T, String>;
+/// What a step of the decoder returns. An error has no line yet: [`Decoder::statement`] adds it.
+pub(crate) type Decode<T = ()> = Result<T, String>;
 
-/// The parts of an opcode behind its root, taken one by one; what is left over is unknown.
-struct Mods<'a> {
-    parts: Vec<&'a str>,
+/// The modifiers of an opcode: its parts behind the first. They are taken one by one, and what is
+/// left in the end is unknown.
+pub(crate) struct Mods<'a> {
+    pub parts: Vec<&'a str>,
 }
 
 impl<'a> Mods<'a> {
-    /// Takes a modifier wherever it stands.
-    fn take(&mut self, name: &str) -> bool {
+    /// Takes the first modifier. It is empty if there is none.
+    pub fn first(&mut self) -> &'a str {
+        if self.parts.is_empty() { "" } else { self.parts.remove(0) }
+    }
+
+    /// Takes a modifier wherever it stands. Tells whether it was there.
+    pub fn take(&mut self, name: &str) -> bool {
         match self.parts.iter().position(|part| *part == name) {
             Some(at) => {
                 self.parts.remove(at);
@@ -94,13 +107,13 @@ impl<'a> Mods<'a> {
     }
 
     /// Takes the first modifier for which `find` knows a meaning.
-    fn find<T>(&mut self, find: impl Fn(&str) -> Option<T>) -> Option<T> {
+    pub fn find<T>(&mut self, find: impl Fn(&str) -> Option<T>) -> Option<T> {
         let (at, found) = self.parts.iter().enumerate().find_map(|(at, part)| find(part).map(|found| (at, found)))?;
         self.parts.remove(at);
         Some(found)
     }
 
-    fn ty(&mut self) -> Decode<Ty> {
+    pub fn ty(&mut self) -> Decode<Ty> {
         self.find(Ty::parse).ok_or_else(|| "the instruction has no type".to_string())
     }
 
@@ -114,8 +127,8 @@ impl<'a> Mods<'a> {
         })
     }
 
-    /// Takes memory-model words and cache hints, which change nothing where every access is in order; tells whether the access is
-    /// strong.
+    /// Takes the words of the memory model and cache hints, and tells whether the access is strong.
+    /// They change nothing else, because every access takes effect in order.
     fn memory_words(&mut self) -> bool {
         const STRONG: [&str; 6] = ["relaxed", "acquire", "release", "acq_rel", "volatile", "mmio"];
         const KNOWN: [&str; 21] = [
@@ -149,7 +162,8 @@ impl<'a> Mods<'a> {
         strong
     }
 
-    fn space(&mut self) -> Decode<Space> {
+    /// Takes the state space; without one, the address is generic.
+    pub fn space(&mut self) -> Decode<Space> {
         let found = self.find(|part| {
             Some(match part {
                 "global" | "const" => Space::Global,
@@ -162,15 +176,15 @@ impl<'a> Mods<'a> {
         Ok(found.unwrap_or(Space::Generic))
     }
 
-    /// Elements of a vector access: `.v2`, `.v4`, `.v8`, or 1.
+    /// Takes the number of elements of a vector access: `.v2`, `.v4`, `.v8`, or 1 without any.
     fn vector(&mut self) -> usize {
-        let lanes = |part: &str| match part {
+        let count = |part: &str| match part {
             "v2" => Some(2),
             "v4" => Some(4),
             "v8" => Some(8),
             _ => None,
         };
-        self.find(lanes).unwrap_or(1)
+        self.find(count).unwrap_or(1)
     }
 
     fn done(self) -> Decode {
@@ -181,35 +195,36 @@ impl<'a> Mods<'a> {
     }
 }
 
-mod arithmetic;
-mod convert;
-mod machine;
-
-struct Decoder<'a> {
+/// The state while one entry is decoded.
+pub(crate) struct Decoder<'a> {
     module: &'a str,
     entry: &'a Entry,
-    symbols: HashMap<&'a str, Symbol>,
+    /// The address of each symbol, in the space of its kind.
+    symbols: HashMap<&'a str, u64>,
     code: Vec<Inst>,
+    /// How many registers each file has so far.
     registers: [u32; 3],
+    /// Registers that hold a constant or a special register, by what they hold.
     constants32: HashMap<u32, R>,
     constants64: HashMap<u64, R>,
     specials: HashMap<Special, R>,
     true_predicate: R,
-    /// Predicates written so far by the current statement, to keep its guard alive.
+    /// The condition code of `add.cc` and its kin, once a statement has used it.
     carry: Option<R>,
-    has_wgmma: bool,
+    pub has_wgmma: bool,
 }
 
-/// Decodes one entry. `symbols` are those of the module: global data by address, static shared memory by its address.
+/// Decodes one entry. `symbols` has the addresses of the module's variables. `shared_used` is where
+/// the shared memory of these ends and that of the entry begins.
 pub(crate) fn decode(
     module: &str,
     entry: &Entry,
-    symbols: &HashMap<String, Symbol>,
+    symbols: &HashMap<String, u64>,
     shared_used: u32,
 ) -> Result<Kernel, Error> {
-    let mut symbols: HashMap<&str, Symbol> = symbols.iter().map(|(name, symbol)| (name.as_str(), *symbol)).collect();
+    let mut symbols: HashMap<&str, u64> = symbols.iter().map(|(name, address)| (name.as_str(), *address)).collect();
     for (param, offset) in &entry.params {
-        symbols.insert(&param.name, Symbol { address: *offset });
+        symbols.insert(&param.name, *offset);
     }
     let (mut shared, mut local, mut dynamic_align) = (shared_used, 0u64, 16);
     let mut dynamic = Vec::new();
@@ -233,10 +248,10 @@ pub(crate) fn decode(
             }
             _ => return Err(Error::at(module, 0, format!("variable `{}` cannot stand in a body", variable.name))),
         };
-        symbols.insert(&variable.name, Symbol { address });
+        symbols.insert(&variable.name, address);
     }
     for name in dynamic {
-        symbols.insert(name, Symbol { address: (shared as u64).next_multiple_of(dynamic_align as u64) });
+        symbols.insert(name, (shared as u64).next_multiple_of(dynamic_align as u64));
     }
     let mut decoder = Decoder {
         module,
@@ -257,7 +272,7 @@ pub(crate) fn decode(
         starts.push(decoder.code.len() as u32);
         decoder.statement(index as u32, statement)?;
     }
-    // Falling off the end of a body returns.
+    // A kernel that runs to the end of its body returns.
     starts.push(decoder.code.len() as u32);
     let last = entry.statements.len().saturating_sub(1) as u32;
     decoder.code.push(Inst { op: Op::Exit, guard: NO_GUARD, statement: last, first: false, fragment: NO_FRAGMENT });
@@ -271,7 +286,7 @@ pub(crate) fn decode(
     let mut fragment_uses = Vec::new();
     if decoder.has_wgmma {
         let constants: Vec<R> = decoder.constants32.values().chain(decoder.specials.values()).copied().collect();
-        fragment_uses = mark_fragments(&mut decoder.code, decoder.registers[Class::R32 as usize] as usize, &constants);
+        fragment_uses = wgmma::mark(&mut decoder.code, decoder.registers[Class::R32 as usize] as usize, &constants);
     }
     let lines = entry
         .statements
@@ -304,61 +319,17 @@ pub(crate) fn decode(
     })
 }
 
-/// Marks the operations that touch registers of a `wgmma`, or registers that a `mov` joins with them: ptxas makes one of the two.
-/// Constants do not join what they are moved to.
-fn mark_fragments(code: &mut [Inst], registers: usize, constants: &[R]) -> Vec<FragmentUse> {
-    let mut constant = vec![false; registers];
-    constants.iter().for_each(|r| constant[*r as usize] = true);
-    let mut fragment = vec![false; registers];
-    for inst in code.iter() {
-        if let Op::Wgmma(wgmma) = &inst.op {
-            wgmma.d.iter().for_each(|r| fragment[*r as usize] = true);
-            if let OperandA::Registers(a) = wgmma.a {
-                a.into_iter().for_each(|r| fragment[r as usize] = true);
-            }
-        }
-    }
-    loop {
-        let mut grown = false;
-        for inst in code.iter() {
-            if let Op::Unary32(Unary32::Mov, d, a) = inst.op
-                && fragment[a as usize] != fragment[d as usize]
-                && !constant[a as usize]
-            {
-                (fragment[a as usize], fragment[d as usize]) = (true, true);
-                grown = true;
-            }
-        }
-        if !grown {
-            break;
-        }
-    }
-    let mut uses = Vec::new();
-    for inst in code {
-        let mut found =
-            FragmentUse { copy: matches!(inst.op, Op::Unary32(Unary32::Mov, ..)), ..FragmentUse::default() };
-        inst.op.visit32(&mut |r, how| match how {
-            // A copy needs its source even if that is a constant.
-            Use::Read if fragment[r as usize] || found.copy => found.reads.push(r),
-            Use::Write if fragment[r as usize] => found.writes.push(r),
-            _ => {}
-        });
-        if (found.copy && found.writes.is_empty()) || (found.reads.is_empty() && found.writes.is_empty()) {
-            continue;
-        }
-        inst.fragment = uses.len() as u32;
-        uses.push(found);
-    }
-    uses
-}
-
 impl<'a> Decoder<'a> {
+    // Registers and code.
+
+    /// A new register.
     fn temp(&mut self, class: Class) -> R {
         let file = &mut self.registers[class as usize];
         *file += 1;
         *file - 1
     }
 
+    /// A register that holds a constant.
     fn const32(&mut self, value: u32) -> R {
         if let Some(r) = self.constants32.get(&value) {
             return *r;
@@ -386,10 +357,12 @@ impl<'a> Decoder<'a> {
         r
     }
 
-    fn push(&mut self, op: Op) {
+    /// Adds an operation; [`Decoder::statement`] fills in the rest.
+    pub fn push(&mut self, op: Op) {
         self.code.push(Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: NO_FRAGMENT });
     }
 
+    /// Decodes a statement, and gives its operations their guard and their place in the text.
     fn statement(&mut self, index: u32, statement: &Statement) -> Result<(), Error> {
         let first = self.code.len();
         let fail =
@@ -400,7 +373,7 @@ impl<'a> Decoder<'a> {
         }
         let mut guard = statement.guard.map_or(NO_GUARD, |(p, negated)| p << 1 | negated as u32);
         if guard != NO_GUARD && self.code.len() > first + 1 {
-            // The guard is read once, before any of the operations may overwrite it.
+            // The guard is copied first, because one of the operations may overwrite it.
             let copy = self.temp(Class::Pred);
             let op = Op::Pred(PredOp::Mov, copy, guard >> 1, guard >> 1);
             self.code.insert(first, Inst { op, guard: NO_GUARD, statement: 0, first: false, fragment: NO_FRAGMENT });
@@ -417,11 +390,11 @@ impl<'a> Decoder<'a> {
 
     // Operands.
 
-    fn operand<'s>(&self, s: &'s Statement, i: usize) -> Decode<&'s Operand> {
+    pub fn operand<'s>(&self, s: &'s Statement, i: usize) -> Decode<&'s Operand> {
         s.operands.get(i).ok_or_else(|| format!("operand {} is missing", i + 1))
     }
 
-    fn reg(&self, operand: &Operand, class: Class) -> Decode<Reg> {
+    pub fn reg(&self, operand: &Operand, class: Class) -> Decode<Reg> {
         match operand {
             Operand::Reg(reg) if reg.class == class => Ok(*reg),
             Operand::Reg(reg) => Err(format!("a register of {} bits stands where {class:?} is needed", reg.bits)),
@@ -429,7 +402,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// Destination register; a sink gives a scratch register.
+    /// The destination register. A sink (`_`) gets a new register that nobody reads.
     fn dst(&mut self, s: &Statement, i: usize, class: Class) -> Decode<R> {
         match self.operand(s, i)? {
             Operand::Sink => Ok(self.temp(class)),
@@ -447,12 +420,12 @@ impl<'a> Decoder<'a> {
 
     fn symbol(&mut self, name: &str, offset: i64) -> Decode<u64> {
         match self.symbols.get(name) {
-            Some(symbol) => Ok(symbol.address.wrapping_add(offset as u64)),
+            Some(address) => Ok(address.wrapping_add(offset as u64)),
             None => Err(format!("`{name}` is not declared")),
         }
     }
 
-    /// A source of up to 32 bits, as a register.
+    /// A register that holds a source of up to 32 bits.
     fn read32(&mut self, operand: &Operand, ty: Ty) -> Decode<R> {
         Ok(match operand {
             Operand::Reg(_) => self.reg(operand, Class::R32)?.index,
@@ -471,6 +444,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
+    /// A register that holds a source of 64 bits.
     fn read64(&mut self, operand: &Operand, ty: Ty) -> Decode<R> {
         Ok(match operand {
             Operand::Reg(_) => self.reg(operand, Class::R64)?.index,
@@ -490,7 +464,7 @@ impl<'a> Decoder<'a> {
         self.read32(&operand, ty)
     }
 
-    fn a64(&mut self, s: &Statement, i: usize, ty: Ty) -> Decode<R> {
+    pub fn a64(&mut self, s: &Statement, i: usize, ty: Ty) -> Decode<R> {
         let operand = self.operand(s, i)?.clone();
         self.read64(&operand, ty)
     }
@@ -499,8 +473,8 @@ impl<'a> Decoder<'a> {
         self.a32(s, i, Ty::U(32))
     }
 
-    /// Predicate source and whether it is negated; immediates are allowed.
-    fn predicate(&mut self, operand: &Operand) -> Decode<(R, bool)> {
+    /// A predicate, and whether it is negated. Immediates are allowed.
+    pub fn predicate(&mut self, operand: &Operand) -> Decode<(R, bool)> {
         match operand {
             Operand::Reg(_) => Ok((self.reg(operand, Class::Pred)?.index, false)),
             Operand::Not(inner) => {
@@ -512,7 +486,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// Predicate source as a register that holds its value.
+    /// A register that holds a predicate's value, negation included.
     fn plain_predicate(&mut self, operand: &Operand) -> Decode<R> {
         let (p, negated) = self.predicate(operand)?;
         if !negated {
@@ -523,14 +497,14 @@ impl<'a> Decoder<'a> {
         Ok(inverse)
     }
 
-    fn immediate(&self, s: &Statement, i: usize) -> Decode<i64> {
+    pub fn immediate(&self, s: &Statement, i: usize) -> Decode<i64> {
         match self.operand(s, i)? {
             Operand::Int(value) => Ok(*value),
             other => Err(format!("operand {} must be an immediate, found {other:?}", i + 1)),
         }
     }
 
-    fn address(&mut self, s: &Statement, i: usize, space: Space) -> Decode<Address> {
+    pub fn address(&mut self, s: &Statement, i: usize, space: Space) -> Decode<Address> {
         let operand = self.operand(s, i)?.clone();
         self.address_of(&operand, space)
     }
@@ -555,14 +529,15 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// Elements of a vector operand, or the operand itself.
-    fn elements(operand: &Operand) -> Vec<Operand> {
+    /// The elements of a vector operand; another operand is its own only element.
+    pub fn elements(operand: &Operand) -> Vec<Operand> {
         match operand {
             Operand::Vector(elements) => elements.clone(),
             other => vec![other.clone()],
         }
     }
 
+    /// A register of a load (with `store`, of a store).
     fn slot(&mut self, operand: &Operand, ty: Ty, store: bool) -> Decode<Slot> {
         Ok(match operand {
             Operand::Reg(Reg { class: Class::R32, index, bits }) if *bits as u32 >= ty.bits().min(64) => {
@@ -601,7 +576,7 @@ impl<'a> Decoder<'a> {
                 let space = m.space()?;
                 self.push(Op::IsSpace(p, a, space));
             }
-            // A cluster of one block: an address maps to itself.
+            // A cluster has one block here, so that an address maps to itself.
             "mapa" => {
                 m.space()?;
                 match m.ty()?.bits() {
@@ -674,24 +649,12 @@ impl<'a> Decoder<'a> {
             }
             "match" => self.match_sync(s, &mut m)?,
             "redux" => self.redux(s, &mut m)?,
-            "elect" => {
-                if !m.take("sync") {
-                    return Err("`elect` without `.sync` is unknown".into());
-                }
-                let (d, p) = self.pair(s, 0)?;
-                let d = match d {
-                    Operand::Sink => None,
-                    d => Some(self.reg(&d, Class::R32)?.index),
-                };
-                let p = self.reg(&p.ok_or("the predicate is missing")?, Class::Pred)?.index;
-                let mask = self.u32_at(s, 1)?;
-                self.push(Op::Elect { d, p, mask });
-            }
+            "elect" => self.elect(s, &mut m)?,
             "bar" | "barrier" => self.barrier(root == "bar", s, &mut m)?,
             "mbarrier" => self.mbarrier(s, &mut m)?,
             "cp" => self.copy(s, &mut m)?,
             "wgmma" => self.wgmma(s, &mut m)?,
-            "ldmatrix" | "stmatrix" => self.matrix(root == "stmatrix", s, &mut m)?,
+            "ldmatrix" | "stmatrix" => self.matrix_move(root == "stmatrix", s, &mut m)?,
             "setmaxnreg" => {
                 let increase = match m.find(|part| match part {
                     "inc" => Some(true),
@@ -712,7 +675,7 @@ impl<'a> Decoder<'a> {
         m.done()
     }
 
-    /// `a|b` or a single operand.
+    /// The two parts of an operand `a|b`, or a single operand.
     fn pair(&self, s: &Statement, i: usize) -> Decode<(Operand, Option<Operand>)> {
         Ok(match self.operand(s, i)? {
             Operand::Pair(a, b) => ((**a).clone(), Some((**b).clone())),
@@ -720,6 +683,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
+    /// The statement that a label stands before.
     fn target(&self, s: &Statement, i: usize) -> Decode<u32> {
         match self.operand(s, i)? {
             Operand::Name(name, 0) => {
@@ -730,7 +694,7 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Special registers that are set when a warp starts.
+/// The special register of a name, among those that are set when a warp starts.
 fn special(name: &str) -> Option<Special> {
     let axis = |axis: &str| match axis {
         "x" => Some(0),

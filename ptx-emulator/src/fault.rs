@@ -1,17 +1,18 @@
-//! What can go wrong: [`Error`] in a module's text, [`Fault`] in a launch.
+//! What can go wrong: an [`Error`] in the text of a module, or a [`Fault`] in a launch.
 
 use crate::race::By;
 use std::fmt;
 
-/// A module that cannot be run: something in its text is unknown or malformed.
+/// A module that cannot run, because something in its text is unknown or malformed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{module}:{line}: {what}")]
+#[non_exhaustive]
 pub struct Error {
-    /// Name given to [`crate::Module::parse`].
+    /// The name that was given to [`Module::parse`](crate::Module::parse).
     pub module: String,
-    /// Line of the PTX text, from 1.
+    /// The line of the PTX text, from 1; 0 when no line is meant.
     pub line: u32,
-    /// What was found, and what is known.
+    /// What was found, and what is allowed in its place.
     pub what: String,
 }
 
@@ -25,56 +26,61 @@ impl Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FaultKind {
-    /// The launch itself: unknown entry, sizes that do not fit.
+    /// The launch itself is wrong: its entry is unknown, or its sizes do not fit.
     Launch,
-    /// An address outside every allocation of its space.
+    /// An address lies outside every allocation of its space.
     OutOfBounds,
-    /// An address that is not a multiple of the size accessed.
+    /// An address is not a multiple of the size of the access.
     Misaligned,
-    /// Shared memory read before anything was written to it.
+    /// Shared memory was read before anything was written to it.
     Uninitialised,
-    /// Memory touched while an asynchronous copy or matrix product still uses it, or with no order to another warp's access.
+    /// Shared memory was accessed while a copy or matrix product still uses it. Or no barrier
+    /// orders the access after that of another warp or lane.
     Race,
-    /// A register touched while a `wgmma` may still read or write it.
+    /// A register was used while a `wgmma` may still read or write it.
     Fragment,
     /// A fence that the PTX memory model asks for is missing.
     MissingFence,
-    /// A bulk copy with a bad size, alignment or barrier.
+    /// A bulk copy has a bad size, or its mbarrier expects another number of bytes.
     BulkCopy,
-    /// An mbarrier or named barrier used against its rules.
+    /// An mbarrier or named barrier was used against its rules.
     Barrier,
-    /// Lanes of a warp that had to execute an instruction together did not.
+    /// Lanes of a warp, or warps of a warpgroup, had to execute an instruction together and did
+    /// not.
     Divergence,
-    /// An operand value that the instruction does not allow.
+    /// An operand has a value that the instruction does not allow.
     Operand,
     /// No warp can ever go on.
     Deadlock,
-    /// Warps run, but nothing has happened for too long, or more than the limit was executed.
+    /// Warps run, but nothing has happened for too long, or they executed more than the limit. See
+    /// [`Options`](crate::Options).
     Livelock,
-    /// A `trap` instruction.
+    /// The kernel executed a `trap`.
     Trap,
 }
 
 /// A mistake of a running kernel, with the place where it was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Fault {
-    /// What kind of mistake.
+    /// The kind of the mistake.
     pub kind: FaultKind,
-    /// Entry that was launched.
+    /// The entry that was launched.
     pub kernel: String,
-    /// Block index.
+    /// The index of the block.
     pub block: [u32; 3],
-    /// Order in which the warps of the block ran: [`crate::Options::seed`] of the launch.
+    /// The order in which the warps of the block ran: the launch's
+    /// [`Options::seed`](crate::Options::seed).
     pub seed: u64,
-    /// Warp of the block; `None` when the whole block or launch is meant.
+    /// The warp of the block; `None` when the whole block or launch is meant.
     pub warp: Option<u32>,
-    /// Lane of the warp, when one lane is at fault.
+    /// The lane of the warp, when one lane is at fault.
     pub lane: Option<u32>,
-    /// Line of the PTX text, from 1; 0 when no instruction is meant.
+    /// The line of the PTX text, from 1; 0 when no instruction is meant.
     pub line: u32,
-    /// Text of the instruction.
+    /// The text of the instruction.
     pub instruction: String,
-    /// What was wrong.
+    /// What was found, and what is allowed or missing.
     pub what: String,
 }
 
@@ -101,7 +107,7 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// An instruction's text, cut where an operand list grows long.
+/// The text of an instruction; a long one is cut in its middle.
 pub(crate) fn shorten(text: &str) -> String {
     const LIMIT: usize = 160;
     if text.len() <= LIMIT {
@@ -112,14 +118,15 @@ pub(crate) fn shorten(text: &str) -> String {
     format!("{head} ... {tail}")
 }
 
-/// A fault before its place is known: made deep in an instruction, placed by the warp that runs it.
+/// A fault whose place in the text is not known yet. An instruction makes it, and
+/// [`crate::schedule`] adds the place.
 #[derive(Debug)]
 pub(crate) struct Trouble {
     pub kind: FaultKind,
     pub lane: Option<u32>,
-    /// Who it is, when it is not the running instruction that is at fault.
-    pub place: Option<By>,
-    /// Somebody else, with whom `what` ends.
+    /// Who is at fault, when it is not the running instruction.
+    pub culprit: Option<By>,
+    /// Who else is part of it. The message is completed with this warp and statement.
     pub other: Option<By>,
     pub what: String,
 }
@@ -127,29 +134,31 @@ pub(crate) struct Trouble {
 impl Trouble {
     #[cold]
     pub fn new(kind: FaultKind, what: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lane: None, place: None, other: None, what: what.into() })
+        Box::new(Trouble { kind, lane: None, culprit: None, other: None, what: what.into() })
     }
 
     #[cold]
     pub fn lane(kind: FaultKind, lane: usize, what: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lane: Some(lane as u32), place: None, other: None, what: what.into() })
+        Box::new(Trouble { kind, lane: Some(lane as u32), culprit: None, other: None, what: what.into() })
     }
 
     #[cold]
     pub fn by(kind: FaultKind, by: By, what: impl Into<String>) -> Box<Trouble> {
-        Box::new(Trouble { kind, lane: by.lane.map(|lane| lane as u32), place: None, other: None, what: what.into() })
+        Box::new(Trouble { kind, lane: by.lane.map(|lane| lane as u32), culprit: None, other: None, what: what.into() })
     }
 
+    /// Says that another than the running instruction is at fault.
     pub fn at(mut self: Box<Trouble>, by: By) -> Box<Trouble> {
-        self.place = Some(by);
+        self.culprit = Some(by);
         self
     }
 
+    /// Adds who else is part of it.
     pub fn other(mut self: Box<Trouble>, by: By) -> Box<Trouble> {
         self.other = Some(by);
         self
     }
 }
 
-/// Result of an instruction's step.
+/// What a step of an instruction returns.
 pub(crate) type Step<T = ()> = Result<T, Box<Trouble>>;

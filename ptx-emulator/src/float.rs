@@ -1,30 +1,44 @@
 //! Number formats and roundings that Rust does not have: f16, bf16, fp8, directed rounding, `ex2`.
 //!
-//! The functions that kernels call a million times (`f16_to_f32`, `f32_to_f16`, `f32_to_bf16`, `exp2`) have no branches, so that
-//! a loop over 32 lanes becomes vector code. The others compute in f64, rounding to odd where a sum is not exact: with at least
-//! two more bits than the target, a second rounding of an odd value is right in every mode (Boldo and Melquiond, 2008).
+//! ```text
+//!         sign  exponent  fraction            sign  exponent  fraction
+//! f32       1       8        23       f16       1       5        10
+//! tf32      1       8        10       e5m2      1       5         2
+//! bf16      1       8         7       e4m3      1       4         3
+//! ```
+//!
+//! Kernels call some functions a million times: `f16_to_f32`, `f32_to_f16`, `f32_to_bf16`, `exp2`.
+//! These have no branches, so that a loop over 32 lanes becomes vector code.
+//!
+//! The others compute in f64. Where the result is not exact, they round it to odd: the last bit is
+//! set if something was cut off. A second rounding is then right in every mode, when f64 has at
+//! least two bits more than the target (Boldo and Melquiond 2008).
 
-/// Rounding modes of floating-point results.
+/// How a result is rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Round {
-    /// To nearest, ties to even: `.rn`.
+    /// `.rn`: to nearest, and ties to even.
     Nearest,
-    /// To nearest, ties away from zero: `.rna`.
+    /// `.rna`: to nearest, and ties away from zero.
     NearestAway,
-    /// Towards zero: `.rz`.
+    /// `.rz`: towards zero.
     Zero,
-    /// Towards minus infinity: `.rm`.
+    /// `.rm`: towards minus infinity.
     Down,
-    /// Towards plus infinity: `.rp`.
+    /// `.rp`: towards plus infinity.
     Up,
 }
 
-/// A binary format: `precision` bits with the hidden one, smallest normal exponent, largest finite value, and infinity or not.
+/// A binary format.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Format {
+    /// The bits of a mantissa, with the hidden one.
     precision: i32,
+    /// The exponent of the smallest normal number.
     min_exponent: i32,
+    /// The largest finite value.
     max: f64,
+    /// Whether there are infinities.
     infinite: bool,
 }
 
@@ -37,7 +51,7 @@ pub(crate) const BF16: Format =
 pub(crate) const E4M3: Format = Format { precision: 4, min_exponent: -6, max: 448.0, infinite: false };
 pub(crate) const E5M2: Format = Format { precision: 3, min_exponent: -14, max: 57344.0, infinite: true };
 
-/// `value` rounded to an integer.
+/// Rounds a value to an integer.
 pub(crate) fn round_integer(value: f64, round: Round) -> f64 {
     match round {
         Round::Nearest => value.round_ties_even(),
@@ -48,8 +62,10 @@ pub(crate) fn round_integer(value: f64, round: Round) -> f64 {
     }
 }
 
-/// `value` rounded to the format. Overflow gives infinity, or the largest finite value where the mode points inwards, the format
-/// has no infinity, or `saturate` is set.
+/// Rounds a value to a format.
+///
+/// A value beyond the range becomes infinity. It becomes the largest finite value where the mode
+/// points towards zero, the format has no infinity, or `saturate` is set.
 pub(crate) fn quantise(value: f64, format: Format, round: Round, saturate: bool) -> f64 {
     if value == 0.0 || value.is_nan() {
         return value;
@@ -73,7 +89,7 @@ pub(crate) fn quantise(value: f64, format: Format, round: Round, saturate: bool)
     if clamp || inwards { format.max.copysign(value) } else { f64::INFINITY.copysign(value) }
 }
 
-/// A rounded result and the sign of what was cut off, made odd.
+/// Rounds to odd: `value` is rounded to nearest, and `error` has the sign of what that left out.
 fn to_odd(value: f64, error: f64) -> f64 {
     if error == 0.0 || error.is_nan() || !value.is_finite() || value.to_bits() & 1 == 1 {
         return value;
@@ -84,42 +100,43 @@ fn to_odd(value: f64, error: f64) -> f64 {
     f64::from_bits(if (error > 0.0) == (value > 0.0) { value.to_bits() + 1 } else { value.to_bits() - 1 })
 }
 
-/// `a + b` rounded to odd.
+/// The sum `a + b`, rounded to odd.
 pub(crate) fn sum_to_odd(a: f64, b: f64) -> f64 {
     let sum = a + b;
     let b_part = sum - a;
     to_odd(sum, (a - (sum - b_part)) + (b - b_part))
 }
 
-/// `a / b` rounded to odd, for values of at most 24 bits.
+/// The quotient `a / b` of values of at most 24 bits, rounded to odd.
 pub(crate) fn quotient_to_odd(a: f64, b: f64) -> f64 {
     let quotient = a / b;
     let remainder = (-quotient).mul_add(b, a);
     to_odd(quotient, if b < 0.0 { -remainder } else { remainder })
 }
 
-/// Square root rounded to odd, for values of at most 24 bits.
+/// The square root of a value of at most 24 bits, rounded to odd.
 pub(crate) fn root_to_odd(a: f64) -> f64 {
     let root = a.sqrt();
     to_odd(root, (-root).mul_add(root, a))
 }
 
-/// Value of an f16 in the low half.
+/// The value of an f16, whose bits are the low 16 of `half`. The others must be zero.
 #[inline(always)]
 pub(crate) fn f16_to_f32(half: u32) -> f32 {
     let magnitude = half & 0x7fff;
-    // The exponent moves from bias 15 to bias 127 by a product, which normalises subnormals too.
+    // A product moves the exponent from bias 15 to bias 127. It makes subnormals normal too.
     let finite = (f32::from_bits(magnitude << 13) * f32::from_bits(0x7780_0000)).to_bits();
     let special = 0x7f80_0000 | magnitude << 13;
     f32::from_bits((half & 0x8000) << 16 | if magnitude >= 0x7c00 { special } else { finite })
 }
 
-/// Nearest f16, ties to even; NaN becomes 0x7fff.
+/// The bits of the nearest f16, with ties to even. NaN becomes 0x7fff.
 #[inline(always)]
 pub(crate) fn f32_to_f16(value: f32) -> u32 {
     let bits = value.to_bits();
     let magnitude = bits & 0x7fff_ffff;
-    // 0.5 has the ulp of the smallest f16: adding it rounds a subnormal result in place.
+    // The last bit of 0.5 is worth the smallest f16. So adding 0.5 rounds a subnormal result in
+    // place.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let normal = magnitude.wrapping_add(0xc800_0fff).wrapping_add(magnitude >> 13 & 1) >> 13;
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
@@ -128,13 +145,13 @@ pub(crate) fn f32_to_f16(value: f32) -> u32 {
     sign | if magnitude >= 143 << 23 { special } else { finite }
 }
 
-/// Value of a bf16 in the low half.
+/// The value of a bf16, whose bits are the low 16 of `half`.
 #[inline(always)]
 pub(crate) fn bf16_to_f32(half: u32) -> f32 {
     f32::from_bits(half << 16)
 }
 
-/// Nearest bf16, ties to even; NaN becomes 0x7fff.
+/// The bits of the nearest bf16, with ties to even. NaN becomes 0x7fff.
 #[inline(always)]
 pub(crate) fn f32_to_bf16(value: f32) -> u32 {
     let bits = value.to_bits();
@@ -142,57 +159,57 @@ pub(crate) fn f32_to_bf16(value: f32) -> u32 {
     if bits & 0x7fff_ffff > 0x7f80_0000 { 0x7fff } else { rounded }
 }
 
-/// f16 of a value in f64.
+/// The bits of a value as f16.
 pub(crate) fn f64_to_f16(value: f64, round: Round, saturate: bool) -> u32 {
     f32_to_f16(quantise(value, F16, round, saturate) as f32)
 }
 
-/// bf16 of a value in f64.
+/// The bits of a value as bf16.
 pub(crate) fn f64_to_bf16(value: f64, round: Round, saturate: bool) -> u32 {
     f32_to_bf16(quantise(value, BF16, round, saturate) as f32)
 }
 
-/// f16 bits of the fused `a b + c`.
+/// The bits of `a b + c` of f16, rounded once.
 pub(crate) fn fma_f16(a: u32, b: u32, c: u32) -> u32 {
     let [a, b, c] = [a, b, c].map(|half| f16_to_f32(half & 0xffff) as f64);
     f64_to_f16(sum_to_odd(a * b, c), Round::Nearest, false)
 }
 
-/// bf16 bits of the fused `a b + c`.
+/// The bits of `a b + c` of bf16, rounded once.
 pub(crate) fn fma_bf16(a: u32, b: u32, c: u32) -> u32 {
     let [a, b, c] = [a, b, c].map(|half| bf16_to_f32(half & 0xffff) as f64);
     f64_to_bf16(sum_to_odd(a * b, c), Round::Nearest, false)
 }
 
-/// Subnormals become zeros of their sign.
+/// Makes a subnormal value a zero of its sign.
 #[inline(always)]
 pub(crate) fn flush(value: f32) -> f32 {
     let bits = value.to_bits();
     f32::from_bits(if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { bits })
 }
 
-/// 2^x within one and a half ulp; subnormal results are kept.
+/// 2^x, within one and a half units of the last bit. Subnormal results are kept.
 #[inline(always)]
 pub(crate) fn exp2(x: f32) -> f32 {
-    // Beyond these the result is 0 or infinity. A NaN passes both comparisons by.
+    // Beyond these values the result is 0 or infinity. A NaN stays, as both comparisons fail.
     let clamped = if x < -152.0 { -152.0 } else { x };
     let clamped = if clamped > 130.0 { 130.0 } else { clamped };
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    // The sum with 1.5 * 2^23 has the nearest integer in its low bits.
     let shifted = clamped + 12_582_912.0;
     let fraction = clamped - (shifted - 12_582_912.0);
-    // Taylor series of exp(f ln 2), |f| <= 1/2: the first term left out is below 2^-27.
+    // This is the Taylor series of exp(f ln 2), |f| <= 1/2. The first term left out is below 2^-27.
     let mut power = 1.525_273_4e-5f32;
     for term in [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0] {
         power = power.mul_add(fraction, term);
     }
-    // Two factors, because 2^n itself may be subnormal or too large.
+    // There are two factors, because 2^n itself may be subnormal or too large.
     let n = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
     let low = n >> 1;
     let scale = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
     power * scale(low) * scale(n.wrapping_sub(low))
 }
 
-/// Lesser of two, PTX rules: a NaN loses, -0 is less than +0.
+/// The lesser of two by the rules of PTX: the other one if one is a NaN, and -0 is less than +0.
 #[inline(always)]
 pub(crate) fn min(a: f32, b: f32) -> f32 {
     let lesser = if a < b || (a == b && a.is_sign_negative()) { a } else { b };
@@ -200,7 +217,7 @@ pub(crate) fn min(a: f32, b: f32) -> f32 {
     if b.is_nan() { a } else { known }
 }
 
-/// Greater of two, PTX rules.
+/// The greater of two by the rules of PTX: the other one if one is a NaN, and +0 is more than -0.
 #[inline(always)]
 pub(crate) fn max(a: f32, b: f32) -> f32 {
     let greater = if a > b || (a == b && a.is_sign_positive()) { a } else { b };
@@ -208,13 +225,13 @@ pub(crate) fn max(a: f32, b: f32) -> f32 {
     if b.is_nan() { a } else { known }
 }
 
-/// `result`, or a NaN if one of the operands is: `min.NaN`, `max.NaN`.
+/// `min.NaN` and `max.NaN`: the result, or a NaN if one of the operands is.
 #[inline(always)]
 pub(crate) fn or_nan(a: f32, b: f32, result: f32) -> f32 {
     if a.is_nan() | b.is_nan() { f32::from_bits(0x7fff_ffff) } else { result }
 }
 
-/// Value of an e4m3 byte.
+/// The value of an e4m3 byte.
 pub(crate) fn e4m3_to_f32(byte: u32) -> f32 {
     let (exponent, mantissa) = ((byte >> 3 & 15) as i32, (byte & 7) as f32);
     let magnitude = match (exponent, byte & 7) {
@@ -225,18 +242,18 @@ pub(crate) fn e4m3_to_f32(byte: u32) -> f32 {
     if byte & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
-/// Nearest e4m3 byte, saturated to the largest finite value.
+/// The nearest e4m3 byte, saturated to the largest finite value.
 pub(crate) fn f32_to_e4m3(value: f32) -> u32 {
     if value.is_nan() {
         return 0x7f;
     }
     let magnitude = quantise(value as f64, E4M3, Round::Nearest, true).abs();
-    // Non-negative values order as their bytes do, and the value is exact: halve the interval.
+    // Values that are not negative ascend with their bytes, and the magnitude is one of them.
     let byte = (0..0x7f).collect::<Vec<u32>>().partition_point(|&byte| (e4m3_to_f32(byte) as f64) < magnitude) as u32;
     byte | if value.is_sign_negative() { 0x80 } else { 0 }
 }
 
-/// Nearest e5m2 byte, saturated to the largest finite value: the upper half of an f16.
+/// The nearest e5m2 byte, saturated to the largest finite value. It is the upper half of an f16.
 pub(crate) fn f32_to_e5m2(value: f32) -> u32 {
     if value.is_nan() {
         return 0x7f;

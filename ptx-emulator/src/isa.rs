@@ -1,24 +1,28 @@
 //! The decoded form of a kernel: compact operations on register indices.
 //!
-//! Immediates, symbol addresses and constant special registers are registers too, set once when a warp starts, so that every
-//! operand is an index. A PTX instruction becomes one or a few operations.
+//! A PTX instruction becomes one or a few operations. Every operand is the index of a register:
+//! immediates, addresses of symbols and special registers are set once, when a warp starts.
 
 use crate::alu::*;
 use crate::float::Round;
+use crate::tensor_core::ldmatrix::MatrixMove;
+use crate::tensor_core::wgmma::{self, FragmentUse};
 
-/// Index of a register in the file that the operation implies.
+/// The index of a register in its file: predicates, 32 bits or 64 bits, as the operation implies.
 pub(crate) type R = u32;
 
-/// Where dynamic and static shared memory start in the shared window: the first KiB belongs to the system on Hopper, so that
+/// Where a block's shared memory starts. On Hopper the first KiB belongs to the system, so that
 /// address 0 is never valid.
 pub(crate) const SHARED_BASE: u32 = 1024;
-/// Generic addresses of the shared, local and parameter windows; 4 GiB each. Everything else is global.
+/// Where the shared, local and parameter windows start in the generic space. Each has 4 GiB. All
+/// other generic addresses are global.
 pub(crate) const SHARED_WINDOW: u64 = 0x7f10_0000_0000;
 pub(crate) const LOCAL_WINDOW: u64 = 0x7f20_0000_0000;
 pub(crate) const PARAM_WINDOW: u64 = 0x7f30_0000_0000;
-/// Where the module's own global and constant data lie.
+/// Where the global and constant variables of a module start.
 pub(crate) const MODULE_BASE: u64 = 0x7f40_0000_0000;
 
+/// A state space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
     Generic,
@@ -40,7 +44,7 @@ impl Space {
     }
 }
 
-/// Register part of an address.
+/// The register of an address.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Base {
     None,
@@ -48,32 +52,36 @@ pub(crate) enum Base {
     R64(R),
 }
 
+/// An address: the value of a register, if there is one, plus an offset in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Address {
     pub base: Base,
     pub offset: i64,
 }
 
-/// A register of a load or store, with its declared width.
+/// A register of a load or store.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Slot {
+    /// A register of at most 32 bits, with its declared width.
     R32(R, u8),
     R64(R),
+    /// The value is dropped.
     Sink,
 }
 
 /// A load or store of `slots.len()` elements of `width` bytes at consecutive addresses.
 #[derive(Clone, Debug)]
-pub(crate) struct Access {
+pub(crate) struct LoadStore {
     pub space: Space,
     pub address: Address,
     pub width: usize,
     pub signed: bool,
-    /// Volatile, relaxed, acquire or release.
+    /// Whether the access is volatile, relaxed, acquire or release.
     pub strong: bool,
     pub slots: Vec<Slot>,
 }
 
+/// What an atomic operation does to the old value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AtomicOp {
     Add,
@@ -88,6 +96,7 @@ pub(crate) enum AtomicOp {
     CompareSwap,
 }
 
+/// The type of an atomic operation's elements; integers and bits of any width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AtomicType {
     Unsigned,
@@ -100,7 +109,7 @@ pub(crate) enum AtomicType {
     Bf16x2,
 }
 
-/// `atom` and `red`, of one or several consecutive elements.
+/// An `atom` or `red` on one or several consecutive elements.
 #[derive(Clone, Debug)]
 pub(crate) struct Atomic {
     pub space: Space,
@@ -109,10 +118,10 @@ pub(crate) struct Atomic {
     pub kind: AtomicType,
     /// Bytes of an element: 2, 4 or 8.
     pub width: usize,
-    /// Old values, absent for `red`.
+    /// The registers for old values; `red` has none.
     pub old: Vec<Slot>,
     pub b: Vec<Slot>,
-    /// New value of a compare-and-swap.
+    /// The new value of a compare-and-swap, whose `b` is what it compares with.
     pub c: Option<Slot>,
 }
 
@@ -124,11 +133,12 @@ pub(crate) enum ShuffleMode {
     Index,
 }
 
+/// A `shfl`.
 #[derive(Clone, Debug)]
 pub(crate) struct Shuffle {
     pub mode: ShuffleMode,
     pub d: R,
-    /// Predicate: whether the source lane lay in range.
+    /// The predicate that tells whether the source lane lay in range.
     pub p: Option<R>,
     pub a: R,
     pub b: R,
@@ -142,6 +152,31 @@ pub(crate) enum VoteMode {
     Any,
     Uniform,
     Ballot,
+}
+
+/// A `vote` on predicate `p`, which may be negated.
+#[derive(Clone, Debug)]
+pub(crate) struct Vote {
+    pub mode: VoteMode,
+    /// A 32-bit register for a ballot, else a predicate.
+    pub d: R,
+    pub p: R,
+    pub negated: bool,
+    pub mask: R,
+}
+
+/// A `match`: which lanes hold the same value.
+#[derive(Clone, Debug)]
+pub(crate) struct Match {
+    /// `match.all`, in place of `match.any`.
+    pub all: bool,
+    /// Whether the values have 64 bits.
+    pub wide: bool,
+    pub d: R,
+    /// The predicate that tells whether all lanes hold the same value.
+    pub p: Option<R>,
+    pub a: R,
+    pub mask: R,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,21 +195,21 @@ pub(crate) enum ReduxOp {
 pub(crate) enum BarrierKind {
     Sync,
     Arrive,
-    /// Threads whose predicate holds, in a 32-bit register.
+    /// Counts the threads whose predicate holds, in a 32-bit register.
     Popc,
     And,
     Or,
 }
 
-/// `bar` and `barrier`.
+/// A `bar` or `barrier`.
 #[derive(Clone, Debug)]
 pub(crate) struct NamedBarrier {
     pub kind: BarrierKind,
     pub aligned: bool,
     pub id: R,
-    /// Threads that take part; all of the block when absent.
+    /// How many threads take part. Without it, the whole block does.
     pub count: Option<R>,
-    /// Result and predicate of a reduction.
+    /// The result of a reduction, and the predicate that it reduces.
     pub d: R,
     pub p: R,
     pub p_negated: bool,
@@ -190,31 +225,34 @@ pub(crate) enum MbarrierKind {
     Test { p: R, phase: Phase, blocking: bool },
 }
 
-/// How a wait names the phase: by the state an arrival returned (64-bit register) or by parity (32-bit register).
+/// How a wait names a phase.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Phase {
+    /// By the state that an arrival returned, in a 64-bit register.
     State(R),
+    /// By its parity, in a 32-bit register.
     Parity(R),
 }
 
+/// An instruction on an mbarrier.
 #[derive(Clone, Debug)]
-pub(crate) struct Mbarrier {
+pub(crate) struct MbarrierUse {
     pub kind: MbarrierKind,
     pub space: Space,
     pub address: Address,
 }
 
-/// `cp.async.bulk` between global and shared memory.
+/// A `cp.async.bulk` between global and shared memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Bulk {
     pub shared: Address,
     pub global: Address,
     pub bytes: R,
-    /// The mbarrier of a copy to shared memory; `None` for a copy from it.
+    /// The mbarrier that a copy to shared memory counts in. A copy from shared memory has none.
     pub barrier: Option<Address>,
 }
 
-/// `cp.async`: a thread's copy of 4, 8 or 16 bytes from global to shared memory.
+/// A `cp.async`: a thread copies 4, 8 or 16 bytes from global to shared memory.
 #[derive(Clone, Debug)]
 pub(crate) struct AsyncCopy {
     pub shared: Address,
@@ -222,48 +260,7 @@ pub(crate) struct AsyncCopy {
     pub bytes: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Half {
-    Bf16,
-    F16,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum OperandA {
-    /// 64-bit register with a descriptor.
-    Descriptor(R),
-    Registers([R; 4]),
-}
-
-/// `wgmma.mma_async.m64nNk16.f32`.
-#[derive(Clone, Debug)]
-pub(crate) struct Wgmma {
-    pub half: Half,
-    pub n: usize,
-    /// N / 2 accumulators.
-    pub d: Vec<R>,
-    pub a: OperandA,
-    pub b: R,
-    /// Predicate and whether it is negated: the product is added to the accumulators when it holds.
-    pub scale_d: (R, bool),
-    pub negate_a: bool,
-    pub negate_b: bool,
-    /// Operand stored with M (A) or N (B) contiguous.
-    pub transpose_a: bool,
-    pub transpose_b: bool,
-}
-
-/// `ldmatrix` and `stmatrix` of 8 x 8 matrices of 16-bit elements.
-#[derive(Clone, Debug)]
-pub(crate) struct Matrix {
-    pub space: Space,
-    pub address: Address,
-    pub registers: Vec<R>,
-    pub transpose: bool,
-    pub store: bool,
-}
-
-/// What differs between warps or moves with time, read by `mov`.
+/// A special register that `mov` reads, and that is set when a warp starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Special {
     Tid(usize),
@@ -295,7 +292,7 @@ pub(crate) enum PredOp {
     Xor,
 }
 
-/// One operation. Field order: destination, sources.
+/// One operation. Its destination stands first, then its sources.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Nop,
@@ -311,7 +308,7 @@ pub(crate) enum Op {
     WideMad(WideMad, R, R, R, R),
     Shift64(Shift64, R, R, R),
     Lop3(u8, R, [R; 3]),
-    /// Value, base, position, length.
+    /// Destination; value, base, position and length.
     Insert32(R, [R; 4]),
     Insert64(R, [R; 4]),
     Directed(Directed, Round, R, [R; 3]),
@@ -319,7 +316,8 @@ pub(crate) enum Op {
     Compare64(Compare64, R, R, R),
     Select32(R, R, R, R),
     Select64(R, R, R, R),
-    /// Destination, a, b and carry predicate; `in`, `out`: whether the carry is read and written.
+    /// A sum or difference with a carry. `read` and `write` tell what is done with the predicate
+    /// `carry`.
     Carry {
         wide: bool,
         subtract: bool,
@@ -331,35 +329,26 @@ pub(crate) enum Op {
         write: bool,
     },
     Pred(PredOp, R, R, R),
-    /// A counter that moves with every instruction.
+    /// Reads a counter that moves with every instruction.
     Clock(R),
     Branch(u32),
     BranchIndexed(R, Box<[u32]>),
     Exit,
     Trap,
-    /// Lets other warps run.
+    /// Lets other warps run first.
     Yield,
-    Load(Box<Access>),
-    Store(Box<Access>),
+    Load(Box<LoadStore>),
+    Store(Box<LoadStore>),
     Atomic(Box<Atomic>),
-    /// Predicate, 64-bit address, space.
+    /// Destination predicate, 64-bit address, space.
     IsSpace(R, R, Space),
-    /// Address that must be valid if it is global, without effect.
+    /// Has no effect, but a global address must be valid.
     Prefetch(Address),
     Shuffle(Box<Shuffle>),
-    /// Mode, result (32-bit register for a ballot, else predicate), predicate, negated, mask.
-    Vote(VoteMode, R, R, bool, R),
-    /// All, 64 bits wide, result, predicate, value, mask.
-    Match {
-        all: bool,
-        wide: bool,
-        d: R,
-        p: Option<R>,
-        a: R,
-        mask: R,
-    },
+    Vote(Box<Vote>),
+    Match(Box<Match>),
     Redux(ReduxOp, R, R, R),
-    /// Leader's lane (32-bit register) and the predicate of being it.
+    /// `d` gets the leader's lane, and `p` tells whether a lane is the leader.
     Elect {
         d: Option<R>,
         p: R,
@@ -368,7 +357,7 @@ pub(crate) enum Op {
     ActiveMask(R),
     WarpSync(R),
     NamedBarrier(Box<NamedBarrier>),
-    Mbarrier(Box<Mbarrier>),
+    Mbarrier(Box<MbarrierUse>),
     Bulk(Box<Bulk>),
     BulkCommit,
     BulkWait {
@@ -381,45 +370,34 @@ pub(crate) enum Op {
     },
     ProxyFence,
     MbarrierInitFence,
-    WgmmaFence,
-    WgmmaCommit,
-    WgmmaWait(u32),
-    Wgmma(Box<Wgmma>),
-    Matrix(Box<Matrix>),
-    /// New count per thread, and whether it is an increase.
+    Wgmma(wgmma::Instruction),
+    MatrixMove(Box<MatrixMove>),
+    /// The new number of registers of a thread, and whether it is an increase.
     SetMaxRegisters(u32, bool),
 }
 
-/// No guard on an instruction.
+/// The guard of an instruction that has none.
 pub(crate) const NO_GUARD: u32 = u32::MAX;
 
+/// An operation in a kernel's code.
 #[derive(Clone, Debug)]
 pub(crate) struct Inst {
     pub op: Op,
-    /// Predicate index times two plus one if negated, or [`NO_GUARD`].
+    /// The guard: twice its predicate, plus one if it is negated; or [`NO_GUARD`].
     pub guard: u32,
-    /// The PTX statement, an index into [`Kernel::lines`].
+    /// The index of its statement in [`Kernel::lines`].
     pub statement: u32,
-    /// First operation of its statement: the one that statistics count.
+    /// Whether it is the first operation of its statement, which statistics count.
     pub first: bool,
-    /// Index into [`Kernel::fragment_uses`] when registers that a `wgmma` uses, or copies of them, are operands; else
+    /// The index in [`Kernel::fragment_uses`] of the watched registers among its operands; or
     /// [`NO_FRAGMENT`].
     pub fragment: u32,
 }
 
-/// No fragment register among the operands.
+/// What [`Inst::fragment`] is when no operand is a watched register of a `wgmma`.
 pub(crate) const NO_FRAGMENT: u32 = u32::MAX;
 
-/// The fragment registers that an operation touches.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct FragmentUse {
-    pub reads: Vec<R>,
-    pub writes: Vec<R>,
-    /// A `mov` from the one read to the one written.
-    pub copy: bool,
-}
-
-/// A statement's place in the text.
+/// A statement as it stands in the text.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
     pub line: u32,
@@ -427,26 +405,32 @@ pub(crate) struct Line {
     pub opcode: String,
 }
 
+/// A decoded entry.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     pub name: String,
     pub code: Vec<Inst>,
     pub lines: Vec<Line>,
-    /// Registers of each file: predicates, 32-bit, 64-bit.
+    /// How many registers each file has: predicates, 32-bit, 64-bit.
     pub registers: [usize; 3],
+    /// Registers that hold a constant or a special register.
     pub constants32: Vec<(R, u32)>,
     pub constants64: Vec<(R, u64)>,
-    /// Predicates that are always true.
+    /// A predicate that is always true.
     pub true_predicate: R,
     pub specials: Vec<(R, Special)>,
     pub param_bytes: u64,
-    /// Bytes of static shared memory; dynamic shared memory starts behind it, aligned for its symbol.
+    /// Bytes of static shared memory. Dynamic shared memory starts behind it, at a multiple of
+    /// `dynamic_align`.
     pub static_shared: u32,
     pub dynamic_align: u32,
-    /// Bytes of local memory of a thread.
+    /// Bytes of local memory that a thread has.
     pub local_bytes: u32,
+    /// The most threads of a block, from `.maxntid` or `.reqntid`.
     pub max_threads: Option<u32>,
+    /// The block of `.reqntid`.
     pub required_block: Option<[u32; 3]>,
+    /// The blocks of `.minnctapersm`; 1 without it.
     pub min_blocks: u32,
     pub has_wgmma: bool,
     pub fragment_uses: Vec<FragmentUse>,
@@ -468,7 +452,8 @@ impl Slot {
 }
 
 impl Op {
-    /// The 32-bit registers that an operation other than `wgmma` reads and writes.
+    /// Tells `see` of each 32-bit register that the operation reads or writes, if it is not a
+    /// `wgmma`.
     pub fn visit32(&self, see: &mut dyn FnMut(R, Use)) {
         use Use::{Read, Write};
         let address = |a: &Address, see: &mut dyn FnMut(R, Use)| {
@@ -537,18 +522,18 @@ impl Op {
                 [s.a, s.b, s.c, s.mask].into_iter().for_each(|r| see(r, Read));
                 see(s.d, Write);
             }
-            Op::Vote(mode, d, _, _, mask) => {
-                see(*mask, Read);
-                if *mode == VoteMode::Ballot {
-                    see(*d, Write);
+            Op::Vote(vote) => {
+                see(vote.mask, Read);
+                if vote.mode == VoteMode::Ballot {
+                    see(vote.d, Write);
                 }
             }
-            Op::Match { wide, d, a, mask, .. } => {
-                see(*mask, Read);
-                if !wide {
-                    see(*a, Read);
+            Op::Match(op) => {
+                see(op.mask, Read);
+                if !op.wide {
+                    see(op.a, Read);
                 }
-                see(*d, Write);
+                see(op.d, Write);
             }
             Op::Redux(_, d, a, mask) => {
                 see(*a, Read);
@@ -590,7 +575,7 @@ impl Op {
                 address(&copy.shared, see);
                 address(&copy.global, see);
             }
-            Op::Matrix(m) => {
+            Op::MatrixMove(m) => {
                 address(&m.address, see);
                 m.registers.iter().for_each(|r| see(*r, if m.store { Read } else { Write }));
             }
@@ -614,9 +599,6 @@ impl Op {
             | Op::AsyncWait { .. }
             | Op::ProxyFence
             | Op::MbarrierInitFence
-            | Op::WgmmaFence
-            | Op::WgmmaCommit
-            | Op::WgmmaWait(_)
             | Op::Wgmma(_)
             | Op::SetMaxRegisters(..) => {}
         }

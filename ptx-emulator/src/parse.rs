@@ -1,7 +1,9 @@
-//! PTX text to statements: tokens, declarations, scopes, labels. Knows the grammar, nothing of what an instruction means.
+//! From PTX text to statements: tokens, declarations, scopes and labels. This module knows the
+//! grammar, and nothing of what an instruction means.
 //!
-//! Registers are resolved here, because PTX declares them before use and inline assembly shadows names in nested scopes; labels
-//! are resolved by [`Entry::label`], because a branch may come before its target.
+//! Registers are resolved here, because PTX declares them before their use. Names of nested scopes,
+//! as inline assembly has them, hide those outside. Labels are resolved by [`Entry::label`],
+//! because a branch may come before its target.
 
 use crate::fault::Error;
 use std::collections::HashMap;
@@ -14,18 +16,23 @@ struct Token<'a> {
     start: usize,
 }
 
+/// What a token is.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind<'a> {
-    /// A directive, opcode, register, symbol: letters, digits, `_ $ % .` and `::`.
+    /// A directive, opcode, register or symbol: letters, digits, `_`, `$`, `%`, `.` and `::`.
     Word(&'a str),
-    /// Starts with a digit.
+    /// A word that starts with a digit.
     Number(&'a str),
+    /// A string in quotation marks.
     Text,
+    /// A punctuation character.
     Mark(u8),
+    /// The end of the text.
     End,
 }
 
-/// Which of a warp's three files a register lies in. Narrower registers are kept zero-extended in a 32-bit one.
+/// In which of a warp's three files a register lies. Registers of 8 and 16 bits are 32-bit ones
+/// with zeros above their value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Class {
     Pred,
@@ -37,23 +44,27 @@ pub(crate) enum Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Reg {
     pub class: Class,
-    /// Index in its file.
+    /// The index in its file.
     pub index: u32,
-    /// Declared width: 1, 8, 16, 32 or 64.
+    /// The width that was declared: 1, 8, 16, 32 or 64.
     pub bits: u8,
 }
 
+/// An operand as written. Floats hold their bits.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Operand {
     Reg(Reg),
     Int(i64),
     F32(u32),
-    /// `0d...` or a decimal fraction.
+    /// A number `0d...`, or a decimal fraction.
     F64(u64),
     /// A symbol with a byte offset, a label, or a special register.
     Name(String, i64),
+    /// `{a, b}`
     Vector(Vec<Operand>),
+    /// `[a+16]`: the base, and an offset in bytes.
     Address(Box<Operand>, i64),
+    /// `!a`
     Not(Box<Operand>),
     /// `a|b`
     Pair(Box<Operand>, Box<Operand>),
@@ -61,19 +72,20 @@ pub(crate) enum Operand {
     Sink,
 }
 
-/// One instruction as written.
+/// An instruction as written.
 #[derive(Clone, Debug)]
 pub(crate) struct Statement {
     pub line: u32,
-    /// The source text, white space collapsed.
+    /// The text, with one space in place of any white space.
     pub text: String,
     pub opcode: String,
-    /// Guard predicate, and whether it is negated.
+    /// The guard's predicate, and whether it is negated.
     pub guard: Option<(u32, bool)>,
     pub operands: Vec<Operand>,
     scope: usize,
 }
 
+/// The state space of a variable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VariableSpace {
     Global,
@@ -83,57 +95,63 @@ pub(crate) enum VariableSpace {
     Param,
 }
 
-/// One piece of an initialiser.
+/// A piece of a variable's initial value.
 #[derive(Clone, Debug)]
 pub(crate) enum Init {
     Bytes(Vec<u8>),
-    /// Address of a symbol plus an offset, in so many bytes.
+    /// The address of a symbol plus an offset, in so many bytes.
     Address(String, i64, usize),
 }
 
+/// A declared variable or parameter.
 #[derive(Clone, Debug)]
 pub(crate) struct Variable {
     pub name: String,
     pub space: VariableSpace,
     pub align: u64,
-    /// `None` for an `extern` array without a size: dynamic shared memory.
+    /// Dynamic shared memory is an `extern` array without a size, and has `None`.
     pub bytes: Option<u64>,
     pub init: Vec<Init>,
 }
 
-/// Most bytes of an array, registers of a declaration, and bytes of parameters (PTX ISA 8.1 and later: 32764).
+/// The most bytes of an array, and the most registers of a file. Damaged text must not fill memory.
 const MAX_ARRAY: i64 = 1 << 30;
 const MAX_REGISTERS: i64 = 1 << 20;
+/// The most bytes of parameters, in PTX ISA 8.1 and later.
 const MAX_PARAM_BYTES: u64 = 32764;
-/// Deepest nesting of braces in an operand or initial value: two levels are ever used.
+/// The deepest nesting of braces in an operand or initial value. PTX uses two levels at most.
 const MAX_DEPTH: usize = 8;
 
-/// Target statement of each label, by the scope that declares it.
+/// The statement behind each label, by the scope that declares it.
 type Labels = HashMap<(usize, String), usize>;
 
+/// An entry as written.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub name: String,
-    /// Parameters with their offsets in the parameter block, in `Variable` order.
+    /// The parameters in order, each with its offset in the parameter block.
     pub params: Vec<(Variable, u64)>,
     pub param_bytes: u64,
-    /// Most threads of a block, from `.maxntid` or `.reqntid`.
+    /// The most threads of a block, from `.maxntid` or `.reqntid`.
     pub max_threads: Option<u32>,
-    /// `.reqntid`, when given.
+    /// The block of `.reqntid`.
     pub required_block: Option<[u32; 3]>,
+    /// The blocks of `.minnctapersm`; 1 without it.
     pub min_blocks: u32,
-    /// Declared registers by class: predicates, 32-bit, 64-bit.
+    /// How many registers of each class are declared: predicates, 32-bit, 64-bit.
     pub registers: [u32; 3],
-    /// `.shared` and `.local` variables of the body.
+    /// The `.shared` and `.local` variables of the body.
     pub variables: Vec<Variable>,
     pub statements: Vec<Statement>,
     labels: Labels,
-    /// Labels of `.branchtargets` lists.
+    /// The lists of `.branchtargets`, by scope and name.
     branch_targets: HashMap<(usize, String), Vec<String>>,
+    /// The scope around each scope.
     parents: Vec<usize>,
 }
 
 impl Entry {
+    /// What the innermost scope has for which `find` finds something.
     fn in_scopes<T>(&self, mut scope: usize, find: impl Fn(usize) -> Option<T>) -> Option<T> {
         loop {
             if let Some(found) = find(scope) {
@@ -146,24 +164,25 @@ impl Entry {
         }
     }
 
-    /// Index of the statement behind a label, as seen from `from`.
+    /// The index of the statement behind a label, as a statement sees it.
     pub fn label(&self, from: &Statement, name: &str) -> Option<usize> {
         self.in_scopes(from.scope, |scope| self.labels.get(&(scope, name.to_string())).copied())
     }
 
-    /// The labels of a `.branchtargets` list.
+    /// The labels of a `.branchtargets` list, as a statement sees it.
     pub fn targets(&self, from: &Statement, name: &str) -> Option<&[String]> {
         self.in_scopes(from.scope, |scope| self.branch_targets.get(&(scope, name.to_string())).map(Vec::as_slice))
     }
 }
 
+/// A module as written.
 #[derive(Debug, Default)]
 pub(crate) struct Unit {
     pub variables: Vec<Variable>,
     pub entries: Vec<Entry>,
 }
 
-/// Bits of a fundamental type such as `b32`; 1 for a predicate.
+/// How many bits a fundamental type such as `b32` has; a predicate has 1.
 fn type_bits(name: &str) -> Option<u32> {
     Some(match name {
         "pred" => 1,
@@ -175,11 +194,13 @@ fn type_bits(name: &str) -> Option<u32> {
     })
 }
 
+/// Parses the text of a module, whose name stands in errors.
 pub(crate) fn parse(module: &str, text: &str) -> Result<Unit, Error> {
     let tokens = tokens(module, text)?;
     Parser { module, text, tokens, at: 0 }.unit()
 }
 
+/// Splits a text into tokens.
 fn tokens<'a>(module: &str, text: &'a str) -> Result<Vec<Token<'a>>, Error> {
     let bytes = text.as_bytes();
     let is_word = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'$' | b'%' | b'.');
@@ -250,7 +271,8 @@ fn tokens<'a>(module: &str, text: &'a str) -> Result<Vec<Token<'a>>, Error> {
     Ok(out)
 }
 
-/// A number as PTX writes it: decimal, octal, hexadecimal, binary, `0f`, `0d`, decimal fraction.
+/// A number as PTX writes it: decimal, octal, hexadecimal, binary, `0f`, `0d` or a decimal
+/// fraction.
 fn number(text: &str) -> Option<Operand> {
     let lower = text.to_ascii_lowercase();
     if let Some(hex) = lower.strip_prefix("0f").filter(|h| h.len() == 8) {
@@ -274,11 +296,13 @@ fn number(text: &str) -> Option<Operand> {
     }
 }
 
-/// Names of one scope: single registers, and ranges `%r<9>` by prefix with (first, count).
+/// The registers that one scope declares.
 #[derive(Default)]
 struct Scope {
     id: usize,
+    /// Single registers by name.
     names: HashMap<String, Reg>,
+    /// Ranges such as `%r<9>` by their prefix, with the first register and how many there are.
     ranges: HashMap<String, (Reg, u32)>,
 }
 
@@ -358,7 +382,7 @@ impl<'a> Parser<'a> {
         self.fail(format!("expected an integer, found {}", self.describe()))
     }
 
-    /// An integer from `low` to `high`; `what` names it in the error.
+    /// An integer from `low` to `high`. In an error it is called `what`.
     fn bounded(&mut self, what: &str, low: i64, high: i64) -> Result<u64, Error> {
         let line = self.line();
         let value = self.int()?;
@@ -379,7 +403,7 @@ impl<'a> Parser<'a> {
         Ok(align)
     }
 
-    /// Tokens up to the end of the current line: for directives without a terminator.
+    /// Skips the rest of the line, for directives without a terminator.
     fn skip_line(&mut self) {
         let line = self.line();
         while self.line() == line && self.peek() != Kind::End {
@@ -387,7 +411,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// A `{ ... }` block of no interest, from its opening brace.
+    /// Skips a block `{ ... }`.
     fn skip_block(&mut self) -> Result<(), Error> {
         self.expect(b'{')?;
         let mut depth = 1;
@@ -420,7 +444,7 @@ impl<'a> Parser<'a> {
                     let entry = self.entry()?;
                     unit.entries.push(entry);
                 }
-                // Only calls could reach a function, and a call is an error.
+                // Functions are skipped: only calls reach one, and a call is an error.
                 ".func" => {
                     while !matches!(self.peek(), Kind::Mark(b'{' | b';') | Kind::End) {
                         self.next();
@@ -445,7 +469,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `.space [.align n] .type name[n] = {...}, name ...;`
+    /// Variables of one declaration: `.space [.align n] .type name[n] = {...}, name ...;`
     fn variables(&mut self) -> Result<Vec<Variable>, Error> {
         let space = match self.word()? {
             ".global" => VariableSpace::Global,
@@ -469,7 +493,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `[.align n] .type`; alignment in bytes, element size in bits.
+    /// `[.align n] .type`: the alignment in bytes, and the size of an element in bits.
     fn alignment_and_type(&mut self) -> Result<(Option<u64>, u32), Error> {
         let mut align = None;
         loop {
@@ -584,7 +608,7 @@ impl<'a> Parser<'a> {
         Ok(entry)
     }
 
-    /// Threads in x, y, z; their product is at most 1024.
+    /// Threads in x, y and z. Their product is at most 1024.
     fn extent(&mut self) -> Result<[u32; 3], Error> {
         let mut extent = [self.bounded("a block size", 1, 1024)? as u32, 1, 1];
         for size in &mut extent[1..] {
@@ -612,7 +636,7 @@ impl<'a> Parser<'a> {
                 }
                 ".ptr" | ".global" | ".shared" | ".const" | ".local" => {
                     self.next();
-                    // The alignment that follows `.ptr` is the pointee's.
+                    // The alignment behind `.ptr` is that of what the pointer points to.
                     if self.peek() == Kind::Word(".align") {
                         self.next();
                         self.int()?;
@@ -734,7 +758,8 @@ impl<'a> Parser<'a> {
             if let Some(reg) = scope.names.get(name) {
                 return Some(*reg);
             }
-            // `%r12` may be 12 of `%r<..>`; a prefix may itself end in digits (`%r1<9>`), so every split is tried.
+            // `%r12` may be number 12 of `%r<99>`. It may be number 2 of `%r1<9>` too, as a prefix
+            // may end in digits. So every split is tried.
             (name.len() - digits..name.len()).find_map(|split| {
                 let (first, count) = scope.ranges.get(&name[..split])?;
                 let number: u32 = name[split..].parse().ok()?;
@@ -775,7 +800,7 @@ impl<'a> Parser<'a> {
             return self.fail("an operand is nested too deeply");
         }
         let operand = match self.peek() {
-            // Parentheses hold the lists of a call.
+            // The lists of a call stand in parentheses.
             Kind::Mark(open @ (b'{' | b'(')) => {
                 self.next();
                 let close = if open == b'{' { b'}' } else { b')' };

@@ -1,34 +1,53 @@
-//! Happens-before in a block: who knows of which access to shared memory.
+//! Happens-before in a block: which accesses to shared memory are ordered before which.
 //!
-//! Each warp has a vector clock (Lamport, Mattern), and each access carries the warp's own time, as in FastTrack (Flanagan and Freund
-//! 2009). An access is ordered before another when the clock of the other's warp has come to its time. Clocks travel as barriers
-//! let them: an arrival leaves the clock of its warp, whoever waits takes all that arrivals left.
+//! Each warp has a time of its own, and a vector clock (Lamport, Mattern): up to which time it
+//! knows what each other warp did. Each access remembers its warp and that warp's time, as in
+//! FastTrack (Flanagan and Freund 2009). It is ordered before what another warp does when that
+//! warp's clock has come to this time.
 //!
-//! Two more kinds of time are kept in the same clocks. That of an mbarrier are its phases: a bulk copy is ordered before those who know
-//! that the phase it counts in is over. That of a warp's proxy fences: an ordinary store is visible to the asynchronous proxy for
-//! those who know a fence after it.
+//! Clocks travel as barriers let them. An arrival leaves the clock of its warp at the barrier, and
+//! whoever waits takes all that arrivals left:
+//!
+//! ```text
+//! warp 0   time 3: store    time 4: arrive
+//!                                  \   leaves "warp 0 up to 4"
+//! warp 1                            wait    knows warp 0 up to 4: its load is ordered after the store
+//! ```
+//!
+//! The same clocks keep two more kinds of time:
+//!
+//! * The time of an mbarrier is its phase. A bulk copy is ordered before what those do who know
+//!   that the phase is complete in which it counts.
+//! * Each warp has a time up to which its stores are fenced. The asynchronous proxy may read a
+//!   store for those who know a proxy fence after it.
 
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::shared;
 use std::collections::HashMap;
 
-/// What is known.
+/// What is known of all warps and mbarriers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
-    /// Times by index: of each warp the time up to which it is known, the time up to which its stores are fenced, and the time up to
-    /// which some lanes are known; then the phases of mbarriers.
+    /// Times by index. W is the number of warps:
+    ///
+    /// ```text
+    /// 0 to W-1      up to when each warp is known, with all its lanes
+    /// W to 2W-1     up to when the stores of each warp are fenced
+    /// 2W to 3W-1    up to when the lanes in `lanes` of each warp are known
+    /// from 3W on    the phases of mbarriers
+    /// ```
     times: Vec<u32>,
-    /// Those lanes, by warp.
+    /// By warp: the lanes that the third kind of time is about.
     lanes: Vec<u32>,
 }
 
 impl Clock {
-    /// That of `warps` warps and no mbarrier, which knows nothing.
+    /// A clock that knows nothing, of `warps` warps and no mbarrier.
     fn new(warps: usize) -> Clock {
         Clock { times: vec![0; 3 * warps], lanes: vec![0; warps] }
     }
 
-    /// Knows what another does, too.
+    /// Learns all that another clock knows.
     fn join(&mut self, other: &Clock) {
         self.times.resize(self.times.len().max(other.times.len()), 0);
         self.lanes.resize(self.lanes.len().max(other.lanes.len()), 0);
@@ -36,7 +55,7 @@ impl Clock {
         self.lanes.iter_mut().zip(&other.lanes).for_each(|(lanes, other)| *lanes |= other);
     }
 
-    /// Knows an mbarrier's phases, too.
+    /// Learns the phase of an mbarrier.
     pub fn set_phases(&mut self, whose: usize, time: u32) {
         self.times.resize(self.times.len().max(whose + 1), 0);
         self.times[whose] = time;
@@ -48,7 +67,7 @@ impl Clock {
     }
 }
 
-/// Who does something, and where; no lane where the whole warp does.
+/// Who does something, and by which statement. There is no lane where the whole warp does it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct By {
     pub warp: usize,
@@ -64,12 +83,14 @@ struct Known {
 
 /// The clocks of a block's warps.
 pub(crate) struct Clocks {
-    /// Own time of each warp, one for all lanes, and when they last met.
+    /// The time of each warp, which is the same for all its lanes, and the time when they last met.
     now: Vec<u32>,
     met: Vec<u32>,
-    /// What the lanes of each warp know of others: of one mind, until some wait for a barrier without the rest.
+    /// What the lanes of each warp know of others. All lanes know the same, until some wait for a
+    /// barrier without the rest.
     known: Vec<Vec<Known>>,
-    /// Index of each mbarrier that ever was, by offset, and phases completed before it was last initialised.
+    /// By offset: the index of each mbarrier that ever was, and its time when it was last
+    /// initialised.
     mbarriers: HashMap<usize, (usize, u32)>,
 }
 
@@ -79,11 +100,11 @@ impl Clocks {
         Clocks { now: vec![0; warps], met: vec![0; warps], known, mbarriers: HashMap::new() }
     }
 
-    /// As new, for the next block.
+    /// Makes all as new for the next block.
     pub fn reset(&mut self) {
         let warps = self.now.len();
         self.mbarriers.clear();
-        // Time 0 is before everything.
+        // Everything is later than time 0.
         self.now.fill(1);
         self.met.fill(0);
         for known in &mut self.known {
@@ -92,6 +113,7 @@ impl Clocks {
         }
     }
 
+    /// The clock of a lane, or of lane 0 where the whole warp acts.
     #[inline]
     fn clock(&self, by: By) -> &Clock {
         match &self.known[by.warp][..] {
@@ -103,7 +125,8 @@ impl Clocks {
         }
     }
 
-    /// Whether what a warp did at a time is ordered before what `by` does now, whichever of its lanes did it.
+    /// Whether what a warp did at a time is ordered before what `by` does now. Its lanes are not
+    /// told apart.
     #[inline]
     pub fn knows(&self, by: By, warp: usize, time: u32) -> bool {
         let times = &self.clock(by).times;
@@ -117,12 +140,13 @@ impl Clocks {
         clock.times[whose] >= access.time || whose < self.now.len() && self.knows_lane(by, access, clock)
     }
 
-    /// [`Clocks::knows_access`] of one that not all lanes of its warp have met after, as far as `by` knows.
+    /// Does what [`Clocks::knows_access`] does, for an access of a warp. As far as `by` knows, the
+    /// lanes of that warp have not met since.
     #[inline]
     fn knows_lane(&self, by: By, access: &Access, clock: &Clock) -> bool {
         let warp = access.whose as usize;
         let one = access.lane == SEVERAL_LANES || clock.lanes[warp] >> access.lane & 1 == 1;
-        // Lanes that do the same together do not race: one of them is the last.
+        // Lanes that execute the same statement together do not race: one of them is the last.
         warp == by.warp
             && (access.time <= self.met[warp]
                 || access.lane == SEVERAL_LANES
@@ -131,13 +155,13 @@ impl Clocks {
             || clock.times[2 * self.now.len() + warp] >= access.time && one
     }
 
-    /// Own time of a warp.
+    /// The time of a warp.
     #[inline]
     pub fn now(&self, warp: usize) -> u32 {
         self.now[warp]
     }
 
-    /// Leaves all that `by` knows; what its warp does next is later.
+    /// Leaves at a barrier what `by` knows and has done. What its warp does next is later.
     pub fn release(&mut self, by: By, to: &mut Clock) {
         let (warp, warps) = (by.warp, self.now.len());
         to.join(self.clock(by));
@@ -147,12 +171,12 @@ impl Clocks {
         self.now[warp] += 1;
     }
 
-    /// Leaves what `by` knows of others.
+    /// Leaves at a barrier what `by` knows of others, but not what it has done.
     pub fn tell(&self, by: By, to: &mut Clock) {
         to.join(self.clock(by));
     }
 
-    /// Tells some lanes of a warp what a barrier has gathered.
+    /// Some lanes of a warp learn what was left at a barrier.
     pub fn acquire(&mut self, warp: usize, lanes: u32, from: &Clock) {
         let known = &mut self.known[warp];
         for i in 0..known.len() {
@@ -169,7 +193,7 @@ impl Clocks {
         }
     }
 
-    /// Lanes of a warp meet: each then knows what any has done and knows.
+    /// Lanes of a warp meet. Each then knows what any of them has done and knows.
     #[inline]
     pub fn meet(&mut self, warp: usize, lanes: u32) {
         self.met[warp] = self.now[warp];
@@ -179,6 +203,7 @@ impl Clocks {
         }
     }
 
+    /// The lanes that met become of one mind.
     #[cold]
     fn gather(&mut self, warp: usize, lanes: u32) {
         let mut all = Known { lanes, clock: Clock::new(self.now.len()) };
@@ -192,7 +217,8 @@ impl Clocks {
         self.known[warp].push(all);
     }
 
-    /// A proxy fence: stores that the lanes know are visible to the asynchronous proxy for those who come to know the fence.
+    /// Lanes of a warp execute a proxy fence. It fences all stores that they know. The asynchronous
+    /// proxy sees those for whoever knows the fence.
     pub fn fence(&mut self, warp: usize, lanes: u32) {
         let warps = self.now.len();
         for known in self.known[warp].iter_mut().filter(|known| known.lanes & lanes != 0) {
@@ -205,13 +231,13 @@ impl Clocks {
         self.now[warp] += 1;
     }
 
-    /// Whether a store of a warp is fenced, as far as `by` knows; copies need no fence.
+    /// Whether a store is fenced, as far as `by` knows. Copies of an mbarrier need no fence.
     #[inline]
     fn fenced(&self, by: By, whose: usize, time: u32) -> bool {
         whose >= self.now.len() || self.clock(by).times[self.now.len() + whose] >= time
     }
 
-    /// Index and first time of an mbarrier that is initialised at an offset.
+    /// The index and the first time of an mbarrier that is initialised at an offset.
     pub fn mbarrier(&mut self, offset: usize) -> (usize, u32) {
         let next = 3 * self.now.len() + self.mbarriers.len();
         let found = *self.mbarriers.entry(offset).or_insert((next, 0));
@@ -221,7 +247,7 @@ impl Clocks {
         found
     }
 
-    /// The mbarrier at an offset ends at a time.
+    /// The mbarrier at an offset is invalidated at a time. The next one there starts at this time.
     pub fn mbarrier_ends(&mut self, offset: usize, time: u32) {
         if let Some((_, first)) = self.mbarriers.get_mut(&offset) {
             *first = time;
@@ -229,11 +255,12 @@ impl Clocks {
     }
 }
 
-/// When each warp last did something to a barrier, and where.
+/// When each warp last did something to a barrier, and by which statement.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Marks(Vec<(u32, u32)>);
 
 impl Marks {
+    /// Remembers that `by` does it now.
     pub fn set(&mut self, clocks: &Clocks, by: By) {
         if self.0.len() <= by.warp {
             self.0.resize(by.warp + 1, (0, 0));
@@ -241,27 +268,29 @@ impl Marks {
         self.0[by.warp] = (clocks.now(by.warp), by.statement);
     }
 
-    /// One that `by` does not know.
+    /// Someone who did it, of which `by` does not know.
     pub fn unknown(&self, clocks: &Clocks, by: By) -> Option<By> {
         let warp = (0..self.0.len()).find(|warp| !clocks.knows(by, *warp, self.0[*warp].0))?;
         Some(By { warp, lane: None, statement: self.0[warp].1 })
     }
 }
 
-/// What is remembered of a read or write of some bytes of 16.
+/// What is remembered of a read or write, within a chunk of 16 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Access {
-    /// Index in clocks: a warp, or an mbarrier for the copies that count in it.
+    /// The index in clocks: of the warp, or of the mbarrier that a bulk copy counts in.
     whose: u16,
-    /// Bytes; none: nothing is remembered.
+    /// The bytes, one bit for each. Without any, nothing is remembered.
     mask: u16,
+    /// The time of `whose`.
     time: u32,
     statement: u32,
     warp: u8,
+    /// The lane, or [`SEVERAL_LANES`].
     lane: u8,
 }
 
-/// The lane of an access by more than one.
+/// What [`Access::lane`] is when more than one lane made the access, or the warp as a whole.
 const SEVERAL_LANES: u8 = 32;
 
 impl Access {
@@ -270,11 +299,13 @@ impl Access {
         Access { whose: whose as u16, mask: 0, time, statement: by.statement, warp: by.warp as u8, lane }
     }
 
+    /// Whether both are the same access, to whatever bytes.
     fn same(&self, other: &Access) -> bool {
         (self.whose, self.time, self.statement) == (other.whose, other.time, other.statement)
     }
 
-    /// Becomes that of another's bytes too, if the two differ in nothing else, or (unless `by_lane`) in their lanes.
+    /// Takes over the bytes of another, if both are the same access. With `by_lane`, they must have
+    /// the same lane too. Tells whether it did.
     fn takes(&mut self, other: &Access, by_lane: bool) -> bool {
         let takes = self.same(other) && (self.lane == other.lane || !by_lane);
         if takes {
@@ -286,16 +317,18 @@ impl Access {
         takes
     }
 
+    /// Who made it.
     fn by(&self) -> By {
         By { warp: self.warp as usize, lane: None, statement: self.statement }
     }
 }
 
-/// The last accesses of a kind to each 16 bytes: N at hand, in the first places, and as many more as differ.
+/// The last accesses of a kind to each chunk of 16 bytes. N of them are at hand, in the first
+/// places of an array. More are rare, and lie in a map.
 struct Track<const N: usize> {
     last: Vec<[Access; N]>,
     more: HashMap<usize, Vec<Access>>,
-    /// Whether accesses of several lanes are told apart.
+    /// Whether accesses by different lanes are told apart.
     by_lane: bool,
 }
 
@@ -309,7 +342,7 @@ impl<const N: usize> Track<N> {
         self.more.clear();
     }
 
-    /// The first access to some of the bytes that `find` is true of.
+    /// The first access to some of the bytes for which `find` holds.
     #[inline]
     fn find(&self, chunk: usize, mask: u16, mut find: impl FnMut(&Access) -> bool) -> Option<Access> {
         let last = &self.last[chunk];
@@ -321,7 +354,8 @@ impl<const N: usize> Track<N> {
         self.more.get(&chunk)?.iter().find(&mut found).copied()
     }
 
-    /// Changes every access to a chunk, drops those without bytes, and adds one if it has bytes.
+    /// Changes every access to a chunk, drops those without bytes, and adds a new one if it has
+    /// bytes.
     #[inline]
     fn update(&mut self, chunk: usize, change: impl Fn(&mut Access), new: Access) {
         let last = &mut self.last[chunk];
@@ -345,6 +379,7 @@ impl<const N: usize> Track<N> {
         }
     }
 
+    /// Does what [`Track::update`] does, where more than N accesses may be.
     #[cold]
     fn update_many(&mut self, chunk: usize, change: impl Fn(&mut Access), new: Access) {
         let mut all = self.last[chunk].to_vec();
@@ -360,7 +395,7 @@ impl<const N: usize> Track<N> {
         }
     }
 
-    /// Sets the only access to all bytes of a chunk, or none.
+    /// Forgets all accesses to a chunk, and remembers one if it has bytes.
     #[inline]
     fn set(&mut self, chunk: usize, access: Access) {
         if self.last[chunk][N - 1].mask != 0 {
@@ -371,7 +406,7 @@ impl<const N: usize> Track<N> {
     }
 }
 
-/// Chunks of 16 bytes that a range meets, each with a mask of the bytes in it.
+/// The chunks of 16 bytes in which a range has bytes, each with a mask of these bytes.
 #[inline]
 fn chunks(offset: usize, bytes: usize) -> impl Iterator<Item = (usize, u16)> {
     let end = offset + bytes;
@@ -410,12 +445,12 @@ impl Accesses {
         Ok(())
     }
 
-    /// Remembers a read at the present time of its warp.
+    /// Remembers a read, at the time of its warp.
     #[inline]
     pub fn note_read(&mut self, clocks: &Clocks, offset: usize, bytes: usize, by: By) {
         let mut access = Access::new(by.warp, clocks.now(by.warp), by);
         for (chunk, mask) in chunks(offset, bytes) {
-            // Whoever is ordered after this read is ordered after those that it knows.
+            // Whoever is ordered after this read is ordered after earlier reads that it knows.
             let superseded = |old: &mut Access| {
                 if old.mask & !mask == 0 && clocks.knows_access(by, old) {
                     old.mask = 0;
@@ -426,7 +461,7 @@ impl Accesses {
         }
     }
 
-    /// Checks a write by a warp against all that it must know.
+    /// Checks a write by a warp against the writes and reads that it must know.
     #[inline]
     pub fn check_write(&self, clocks: &Clocks, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         for (chunk, mask) in chunks(offset, bytes) {
@@ -441,13 +476,13 @@ impl Accesses {
         Ok(())
     }
 
-    /// Remembers a write at the present time of its warp.
+    /// Remembers a write, at the time of its warp.
     #[inline]
     pub fn write(&mut self, clocks: &Clocks, offset: usize, bytes: usize, by: By) {
         self.put(by.warp, clocks.now(by.warp), offset, bytes, by);
     }
 
-    /// Remembers a write at a time: of a warp, or of the mbarrier that a copy counts in.
+    /// Remembers a write, at a time of a warp or of the mbarrier that a bulk copy counts in.
     #[inline]
     pub fn put(&mut self, whose: usize, time: u32, offset: usize, bytes: usize, by: By) {
         let mut access = Access::new(whose, time, by);
@@ -463,7 +498,7 @@ impl Accesses {
         }
     }
 
-    /// The different writes that a range holds, added to `to`.
+    /// Adds the different writes that a range holds to `to`.
     pub fn writers(&self, offset: usize, bytes: usize, to: &mut Vec<Access>) {
         for (chunk, mask) in chunks(offset, bytes) {
             self.writes.find(chunk, mask, |write| {
@@ -476,7 +511,7 @@ impl Accesses {
     }
 }
 
-/// Checks that what a warp starts in the asynchronous proxy may read what `writers` wrote.
+/// Checks that a warp may start what reads in the asynchronous proxy, after what `writers` wrote.
 pub(crate) fn check_proxy_read(clocks: &Clocks, writers: &[Access], by: By, doing: impl Fn() -> String) -> Step {
     for write in writers {
         if !clocks.knows_access(by, write) {
@@ -491,6 +526,7 @@ pub(crate) fn check_proxy_read(clocks: &Clocks, writers: &[Access], by: By, doin
     Ok(())
 }
 
+/// The fault that an access is not ordered after an earlier one.
 #[cold]
 fn unordered(old: Access, was: &str, offset: usize, bytes: usize, by: By, doing: &str) -> Box<Trouble> {
     let what = format!(

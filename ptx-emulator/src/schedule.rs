@@ -1,47 +1,54 @@
-//! Blocks over the CPU's threads, and the warps of a block in turn.
+//! Runs the blocks of a launch on the threads of the CPU, and the warps of a block in turn.
 //!
-//! The order follows from the launch's seed and the block's number, and is the same whenever they are. That of seed 0 is unkind: a
-//! warp runs until it must wait, a completed barrier hands over to those who waited for it at once (so that a stage released too
-//! early is overwritten while it is still read), and bulk copies land only when no warp can go on without them. Other seeds draw
-//! each of these habits anew for each block.
+//! The order of a block follows from the seed of the launch and the number of the block. The order
+//! of seed 0 is unkind:
+//!
+//! * A warp runs until it must wait.
+//! * A barrier that completes hands over at once to a warp that waits for it. So a stage that is
+//!   released too early is overwritten while it is still read.
+//! * Bulk copies land only when no warp can go on without them.
+//!
+//! Other seeds draw each of these habits anew for each block.
 
 use crate::block::{Block, Counters};
 use crate::fault::{Fault, FaultKind, Trouble};
+use crate::global::Global;
 use crate::isa::{Kernel, SHARED_BASE};
-use crate::memory::Global;
 use crate::shared;
 use crate::warp::{Group, Start, Stop, Wait, Warp};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Most operations that a warp executes before another has its turn.
+/// How many operations a warp executes at most before another has its turn.
 const SLICE: u64 = 20_000;
-/// Operations without progress after which copies land for warps that poll instead of waiting.
+/// After so many operations without progress a copy lands, for warps that poll instead of waiting.
 const POLLING: u64 = 100_000;
-/// Rounds in which every blocked test gives up, without progress, before the block is declared dead.
+/// So often every blocked test gives up, without progress, before the block is declared dead.
 const TIMEOUTS: u32 = 16;
-/// Multiprocessors that `%nsmid` tells of (H100 SXM).
+/// How many multiprocessors `%nsmid` tells of: those of an H100 SXM.
 const MULTIPROCESSORS: u32 = 132;
 
-/// Sizes of a launch. See [`crate::Module::launch`].
+/// The sizes of a launch, for [`Module::launch`](crate::Module::launch).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
-    /// Blocks in x, y, z.
+    /// Blocks in x, y and z.
     pub grid: [u32; 3],
-    /// Threads of a block in x, y, z.
+    /// Threads of a block in x, y and z.
     pub block: [u32; 3],
-    /// Bytes of dynamic shared memory of each block.
+    /// Bytes of dynamic shared memory that each block has.
     pub shared_bytes: u32,
 }
 
-/// In which order to run a kernel's warps, and when to give up on it.
+/// In which order the warps of a launch run, and when it is given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Which order: what a launch does in the order of a seed, it does whenever it is run with this seed. A fault tells its seed.
+    /// Which order it is. A launch does the same whenever it runs with the same seed, and a fault
+    /// tells its seed.
     pub seed: u64,
-    /// Warp instructions that a block may execute without any store, barrier, copy or product before that is called a livelock.
+    /// How many warp instructions a block may execute without any store, barrier, copy or product.
+    /// More are a livelock.
     pub idle_instructions: u64,
-    /// Warp instructions that a block may execute at all.
+    /// How many warp instructions a block may execute at all. More are a livelock.
     pub instructions: u64,
 }
 
@@ -51,33 +58,34 @@ impl Default for Options {
     }
 }
 
-/// Who of several warps that can run has the next turn.
+/// Which of several warps that can run has the next turn.
 #[derive(Debug)]
 enum Turns {
-    /// Each after the one before it.
+    /// The one after that which ran last.
     Around,
-    /// Any.
+    /// Any of them.
     Any,
-    /// The one with the highest priority; now and then one becomes the last.
+    /// The one with the highest priority. Now and then a random warp gets the lowest.
     Priority(Vec<u32>),
 }
 
-/// How long turns are.
+/// How many operations a turn has.
 #[derive(Clone, Copy, Debug)]
 enum Slices {
+    /// Each has [`SLICE`].
     Longest,
-    /// Up to 2 to the given power, drawn anew each time; small powers of two are as likely as large ones.
+    /// Each has up to a power of two, drawn anew each time. All exponents up to this are as likely.
     UpTo(u32),
 }
 
 /// When bulk copies land.
 #[derive(Clone, Copy, Debug)]
 enum Landing {
-    /// When nobody can go on without them.
+    /// They land when nobody can go on without them.
     Late,
-    /// After the turn that started them.
+    /// One lands after each turn, the oldest first.
     Early,
-    /// Each turn with a chance of one in four.
+    /// One lands after a turn, any of them, with a chance of one in four.
     Any,
 }
 
@@ -95,7 +103,7 @@ impl Order {
     fn new(seed: u64, block: u64, warps: usize) -> Order {
         let mut random = Random(seed.wrapping_add(block.wrapping_mul(0xd6e8_feb8_6659_fd93)));
         let unkind = Turns::Around;
-        // One block of eight has the order of seed 0.
+        // One of eight blocks has the order of seed 0.
         if seed == 0 || random.below(8) == 0 {
             return Order { random, turns: unkind, slices: Slices::Longest, landing: Landing::Late, hands_over: true };
         }
@@ -114,7 +122,8 @@ impl Order {
         Order { random, turns, slices, landing, hands_over }
     }
 
-    /// The warp whose turn it is, if any can run; `next` is the one after the last.
+    /// The warp that has the next turn, if any can run. `next` is the one after that which ran
+    /// last.
     fn choose(&mut self, next: usize, count: usize, runnable: impl Fn(usize) -> bool) -> Option<usize> {
         let from = |start: usize| (0..count).map(|i| (start + i) % count).find(|warp| runnable(*warp));
         match &mut self.turns {
@@ -129,7 +138,7 @@ impl Order {
         }
     }
 
-    /// A warp has used its turns for nothing: others go first.
+    /// A warp has made no progress in its turns. Others go first.
     fn defer(&mut self, warp: usize) {
         if let Turns::Priority(priorities) = &mut self.turns {
             priorities.iter_mut().for_each(|priority| *priority += 1);
@@ -137,6 +146,7 @@ impl Order {
         }
     }
 
+    /// How many operations the next turn has.
     fn slice(&mut self) -> u64 {
         match self.slices {
             Slices::Longest => SLICE,
@@ -147,7 +157,7 @@ impl Order {
         }
     }
 
-    /// Which of the copies in flight, counted from the oldest, lands after a turn.
+    /// Which of the copies in flight lands after a turn, counted from the oldest.
     fn lands(&mut self, in_flight: usize) -> Option<usize> {
         let now = match self.landing {
             _ if in_flight == 0 => false,
@@ -158,7 +168,7 @@ impl Order {
         now.then(|| self.which(in_flight))
     }
 
-    /// Which of the copies in flight lands when one must.
+    /// Which of the copies in flight lands, when one must.
     fn which(&mut self, in_flight: usize) -> usize {
         match self.landing {
             Landing::Any => self.random.below(in_flight as u64) as usize,
@@ -167,12 +177,12 @@ impl Order {
     }
 }
 
-/// splitmix64 (Steele, Lea, Flood 2014).
+/// The generator splitmix64 (Steele, Lea and Flood 2014).
 #[derive(Debug)]
 struct Random(u64);
 
 impl Random {
-    /// Uniform below a bound that is small beside 2^64.
+    /// A uniform number below a bound, which is small beside 2^64.
     fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
@@ -182,7 +192,7 @@ impl Random {
     }
 }
 
-/// A checked launch.
+/// A launch whose sizes were found right.
 pub(crate) struct Job<'a> {
     pub kernel: &'a Kernel,
     pub global: Global<'a>,
@@ -192,7 +202,7 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs all blocks; of several faults the one of the lowest block is returned.
+    /// Runs all blocks. Of several faults it returns that of the lowest block.
     pub fn run(&self) -> Result<Counters, Fault> {
         let blocks: u64 = self.launch.grid.iter().map(|size| *size as u64).product();
         let next = AtomicU64::new(0);
@@ -202,7 +212,8 @@ impl Job<'_> {
         let work = || {
             let mut runner = Runner::new(self);
             loop {
-                // Numbers are handed out in order, so every block below a faulty one is run to its end.
+                // Numbers are given in order, so that every block below a faulty one runs to its
+                // end.
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= stop_at.load(Ordering::Relaxed) {
                     break;
@@ -236,7 +247,8 @@ impl Job<'_> {
         }
     }
 
-    /// Bytes of shared memory of a block: static, and dynamic at its alignment.
+    /// How many bytes of shared memory a block has: the static ones, and dynamic ones at their
+    /// alignment.
     pub fn shared_bytes(kernel: &Kernel, dynamic: u32) -> u32 {
         let end = SHARED_BASE + kernel.static_shared;
         if dynamic == 0 {
@@ -246,11 +258,12 @@ impl Job<'_> {
     }
 }
 
-/// Runs blocks one after the other, reusing their state.
+/// Runs one block after the other, and uses their memory again.
 struct Runner<'a> {
     job: &'a Job<'a>,
     block: Block<'a>,
     warps: Vec<Warp>,
+    /// The index of the block that runs.
     index: [u32; 3],
 }
 
@@ -263,6 +276,7 @@ impl<'a> Runner<'a> {
         Runner { job, block, warps, index: [0; 3] }
     }
 
+    /// Runs the block of a number to its end.
     fn run(&mut self, index: u64) -> Result<(), Fault> {
         let [x, y, _] = self.job.launch.grid.map(u64::from);
         self.index = [(index % x) as u32, (index / x % y) as u32, (index / x / y) as u32];
@@ -286,11 +300,12 @@ impl<'a> Runner<'a> {
         self.block.check_end().map_err(|trouble| self.fault(None, None, trouble))
     }
 
+    /// Gives turns to the warps of the block until all have exited.
     fn schedule(&mut self, mut order: Order) -> Result<(), Fault> {
         let count = self.warps.len();
         let (mut next, mut overtake, mut timeouts) = (0, false, 0);
         let mut woken = None;
-        // Progress and clock when something last happened.
+        // The block's progress, and its clock when that last grew.
         let mut last = (self.block.progress, self.block.clock);
         loop {
             let chosen = match woken.take() {
@@ -303,7 +318,6 @@ impl<'a> Runner<'a> {
                 let stop = stop.map_err(|(pc, trouble)| self.fault(Some(warp), Some(pc), trouble))?;
                 let paused = stop == Stop::Paused;
                 overtake = false;
-                // A warp that is done or blocked is passed over; one that paused had its turn.
                 next = (warp + 1) % count;
                 if self.block.preempt {
                     let waiting = |warp: &Warp| {
@@ -312,7 +326,7 @@ impl<'a> Runner<'a> {
                         warp.groups.iter().any(at_barrier) && warp.runnable(&self.block, false)
                     };
                     woken = (0..count).map(|i| (warp + 1 + i) % count).find(|i| waiting(&self.warps[*i]));
-                    // Without anyone to wake, the warp goes on where it was.
+                    // If there is nobody to wake, the warp goes on.
                     woken = woken.or(paused.then_some(warp));
                 }
                 if let Some(copy) = order.lands(self.block.incoming.len()) {
@@ -320,7 +334,11 @@ impl<'a> Runner<'a> {
                 }
                 if self.block.clock > self.job.options.instructions {
                     let what = format!("{} warp instructions executed:{}", self.block.clock, self.describe_warps());
-                    return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Livelock, what)));
+                    return Err(self.fault(
+                        Some(warp),
+                        self.program_counter(warp),
+                        Trouble::new(FaultKind::Livelock, what),
+                    ));
                 }
                 if self.block.progress != last.0 {
                     last = (self.block.progress, self.block.clock);
@@ -339,7 +357,11 @@ impl<'a> Runner<'a> {
                         "{idle} warp instructions without a store, barrier, copy or product:{}",
                         self.describe_warps()
                     );
-                    return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Livelock, what)));
+                    return Err(self.fault(
+                        Some(warp),
+                        self.program_counter(warp),
+                        Trouble::new(FaultKind::Livelock, what),
+                    ));
                 }
                 continue;
             }
@@ -354,7 +376,7 @@ impl<'a> Runner<'a> {
                 overtake = true;
                 continue;
             }
-            // `try_wait` may give up after a while; a kernel may do something else then.
+            // A `try_wait` may give up after a while, and a kernel may do something else then.
             let mut groups = self.warps.iter_mut().flat_map(|warp| &mut warp.groups);
             if timeouts < TIMEOUTS
                 && groups.by_ref().fold(false, |any, group| {
@@ -368,22 +390,26 @@ impl<'a> Runner<'a> {
             }
             let what = format!("no warp can ever go on:{}", self.describe_warps());
             let warp = self.warps.iter().position(|warp| !warp.groups.is_empty()).unwrap_or(0);
-            return Err(self.fault(Some(warp), self.place(warp), Trouble::new(FaultKind::Deadlock, what)));
+            return Err(self.fault(Some(warp), self.program_counter(warp), Trouble::new(FaultKind::Deadlock, what)));
         }
     }
 
+    /// Lands a copy, counted from the oldest.
     fn land(&mut self, copy: usize) -> Result<(), Fault> {
         self.block.land(copy).map_err(|trouble| self.fault(None, None, trouble))
     }
 
-    fn place(&self, warp: usize) -> Option<usize> {
+    /// Where the first group of a warp stands.
+    fn program_counter(&self, warp: usize) -> Option<usize> {
         self.warps[warp].groups.first().map(|group| group.pc)
     }
 
+    /// Makes a fault of a trouble, with its place in the text. `warp` was running, at operation
+    /// `pc`.
     fn fault(&self, warp: Option<usize>, pc: Option<usize>, trouble: impl Into<Box<Trouble>>) -> Fault {
         let trouble = *trouble.into();
         let kernel = self.job.kernel;
-        let (warp, statement) = match trouble.place {
+        let (warp, statement) = match trouble.culprit {
             Some(by) => (Some(by.warp as u32), Some(by.statement)),
             None => (warp.map(|warp| warp as u32), pc.map(|pc| kernel.code[pc].statement)),
         };
@@ -405,7 +431,7 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Where each warp stands and what it waits for, one line each.
+    /// Where each warp stands and what it waits for, in one line for each group of lanes.
     fn describe_warps(&self) -> String {
         let mut out = String::new();
         for warp in &self.warps {

@@ -1,37 +1,38 @@
-//! Shared memory of a block, with a shadow that knows what was written, who touched it last, and what an asynchronous copy holds.
+//! The shared memory of a block, and its shadow. The shadow knows of each byte whether it was
+//! written, who accessed it last, and whether an asynchronous copy holds it.
 
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::SHARED_BASE;
 use crate::race::{Access, Accesses, By, Clock, Clocks, check_proxy_read};
 use std::collections::HashMap;
 
-/// Shadow flags of a byte; 0 is a byte that was written and that nothing holds.
+/// What the shadow marks a byte with. A byte without marks was written, and nothing holds it.
 mod flag {
-    /// Never written.
+    /// Nobody has written the byte.
     pub const BLANK: u8 = 1;
     /// An asynchronous copy to it has not completed.
     pub const INCOMING: u8 = 2;
-    /// Part of an mbarrier.
+    /// It is part of an mbarrier.
     pub const BARRIER: u8 = 4;
     /// A bulk copy from it has not completed.
     pub const OUTGOING: u8 = 8;
 }
 pub(crate) use flag::{BARRIER, INCOMING, OUTGOING};
 
-/// Flags that forbid a read.
+/// The flags that forbid a read.
 const UNREADABLE: u8 = flag::BLANK | flag::INCOMING | flag::BARRIER;
-/// Flags that forbid a write.
+/// The flags that forbid a write.
 const UNWRITABLE: u8 = flag::INCOMING | flag::BARRIER | flag::OUTGOING;
 
-/// Shared memory and its shadow. Addresses count from the start of the shared window; the first [`SHARED_BASE`] are invalid.
+/// Shared memory and its shadow. Addresses start at [`SHARED_BASE`], and offsets at zero.
 pub(crate) struct Shared {
     words: Vec<u32>,
     flags: Vec<u8>,
     accesses: Accesses,
     pub clocks: Clocks,
-    /// What those knew who made strong accesses to a word.
+    /// By word: what those knew who made strong accesses to it.
     strong: HashMap<usize, Clock>,
-    /// Changes of each KiB.
+    /// How often each KiB has changed.
     versions: Vec<u32>,
     bytes: u32,
 }
@@ -50,7 +51,7 @@ impl Shared {
         }
     }
 
-    /// As new, for the next block.
+    /// Makes all as new for the next block.
     pub fn reset(&mut self) {
         self.flags.fill(flag::BLANK);
         self.accesses.reset();
@@ -59,7 +60,7 @@ impl Shared {
         self.versions.iter_mut().for_each(|version| *version = version.wrapping_add(1));
     }
 
-    /// Offset of an access that is inside and aligned.
+    /// The offset of an access. A fault if it is not inside and aligned.
     #[inline]
     pub fn offset(&self, address: u64, bytes: usize, align: usize, lane: usize) -> Step<usize> {
         let offset = address.wrapping_sub(SHARED_BASE as u64);
@@ -79,9 +80,9 @@ impl Shared {
         Ok(offset as usize)
     }
 
+    /// Whether a byte of a range has one of the flags of `mask`.
     #[inline]
     fn flagged(&self, offset: usize, bytes: usize, mask: u8) -> bool {
-        // Aligned power-of-two sizes, and whole 16-byte chunks.
         let flags = &self.flags[offset..offset + bytes];
         match bytes {
             4 => u32::from_le_bytes(flags.try_into().unwrap()) & (0x0101_0101 * mask as u32) != 0,
@@ -90,7 +91,7 @@ impl Shared {
         }
     }
 
-    /// Why a range may not be read or written; called when some flag of `mask` is set in it.
+    /// Why a range may not be read or written, in which some flag of `mask` is set.
     #[cold]
     fn refuse(&self, offset: usize, bytes: usize, mask: u8, lane: Option<usize>, doing: &str) -> Box<Trouble> {
         let at = (offset..offset + bytes).find(|at| self.flags[*at] & mask != 0).unwrap_or(offset);
@@ -111,8 +112,10 @@ impl Shared {
         }
     }
 
-    /// Before a strong access (volatile, relaxed, acquire, release, atomic) by some lanes: they come to know what those knew who made
-    /// one to the same word. That is more than relaxed ones promise without fences, so that nothing in order is taken for a race.
+    /// Some lanes are about to make a strong access: volatile, relaxed, acquire, release or atomic.
+    /// They learn what those knew who made one to the same word.
+    ///
+    /// A relaxed access promises less without fences. Nothing that is in order is taken for a race.
     pub fn before_strong(&mut self, offset: usize, bytes: usize, by: By, lanes: u32) {
         for word in offset / 4..(offset + bytes).div_ceil(4) {
             if let Some(clock) = self.strong.get(&word) {
@@ -121,7 +124,8 @@ impl Shared {
         }
     }
 
-    /// After a strong access: the next to the same word will know it.
+    /// A strong access was made. Whoever makes the next one to the same word learns what `by`
+    /// knows.
     pub fn after_strong(&mut self, offset: usize, bytes: usize, by: By) {
         for word in offset / 4..(offset + bytes).div_ceil(4) {
             self.clocks.release(by, self.strong.entry(word).or_default());
@@ -135,12 +139,12 @@ impl Shared {
         self.accesses.read(&self.clocks, offset, bytes, by, doing)
     }
 
-    /// Remembers a read of bytes that nobody could write meanwhile: by a copy that has been waited for.
+    /// Remembers a read by a copy that has been waited for. Nobody could write the bytes meanwhile.
     pub fn was_read(&mut self, offset: usize, bytes: usize, by: By) {
         self.accesses.note_read(&self.clocks, offset, bytes, by);
     }
 
-    /// Checks that bytes hold something that may be read.
+    /// Checks that the flags of bytes allow a read.
     #[inline]
     fn readable(&self, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         if self.flagged(offset, bytes, UNREADABLE) {
@@ -149,7 +153,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Checks that bytes may be written.
+    /// Checks that flags and earlier accesses allow a write.
     #[inline]
     pub fn writable(&self, offset: usize, bytes: usize, by: By, doing: &str) -> Step {
         if self.flagged(offset, bytes, UNWRITABLE) {
@@ -158,7 +162,8 @@ impl Shared {
         self.accesses.check_write(&self.clocks, offset, bytes, by, doing)
     }
 
-    /// Checks that the asynchronous proxy may read a range, and adds who wrote it to `writers`.
+    /// Checks that the asynchronous proxy may read a range, and adds those who wrote it to
+    /// `writers`.
     pub fn readable_by_proxy(
         &self,
         offset: usize,
@@ -175,6 +180,7 @@ impl Shared {
         })
     }
 
+    /// The word that holds an offset.
     #[inline]
     pub fn word(&self, offset: usize) -> u32 {
         self.words[offset / 4]
@@ -187,7 +193,7 @@ impl Shared {
         [words[0], words[1], words[2], words[3]]
     }
 
-    /// An ordinary store of `bytes` (1, 2, or a multiple of 4) that was found writable.
+    /// Stores the first `bytes` of `words`: 1, 2, or a multiple of 4. They were found writable.
     #[inline]
     pub fn store(&mut self, offset: usize, bytes: usize, words: &[u32; 8], by: By) {
         if bytes < 4 {
@@ -202,14 +208,14 @@ impl Shared {
         self.versions[offset / 1024] = self.versions[offset / 1024].wrapping_add(1);
     }
 
-    /// Marks a range as the target of a bulk copy, whose bytes are there for those who know `time` of the mbarrier that is `whose`
-    /// in clocks.
+    /// Marks a range as the target of a bulk copy. Its bytes are there for those who know the time
+    /// `time` of the mbarrier with the index `whose` in clocks.
     pub fn expect(&mut self, offset: usize, bytes: usize, whose: usize, time: u32, by: By) {
         self.accesses.put(whose, time, offset, bytes, by);
         self.mark(offset, bytes, INCOMING);
     }
 
-    /// Writes what a bulk copy brought: no longer incoming.
+    /// Writes what a bulk copy brought, and clears all flags.
     pub fn land(&mut self, offset: usize, words: impl Iterator<Item = u32>, bytes: usize) {
         for (to, from) in self.words[offset / 4..(offset + bytes) / 4].iter_mut().zip(words) {
             *to = from;
@@ -229,13 +235,14 @@ impl Shared {
         self.flags[offset..offset + bytes].iter_mut().for_each(|flags| *flags &= !flag);
     }
 
-    /// Forgets what a range held: its next read must be preceded by a write.
+    /// Forgets what a range held. It must be written before it is read again.
     pub fn blank(&mut self, offset: usize, bytes: usize, by: By) {
         self.accesses.write(&self.clocks, offset, bytes, by);
         self.flags[offset..offset + bytes].fill(flag::BLANK);
         self.changed(offset, bytes);
     }
 
+    /// Counts a change of a range.
     fn changed(&mut self, offset: usize, bytes: usize) {
         if bytes > 0 {
             let range = offset / 1024..(offset + bytes - 1) / 1024 + 1;
@@ -243,13 +250,13 @@ impl Shared {
         }
     }
 
-    /// A number that changes whenever something in the range does.
+    /// A number that changes when a byte of the range does, or of the KiB that it lies in.
     pub fn version(&self, offset: usize, bytes: usize) -> u64 {
         self.versions[offset / 1024..(offset + bytes).div_ceil(1024)].iter().map(|version| *version as u64).sum()
     }
 }
 
-/// Shared address of an offset.
+/// The shared address of an offset.
 pub(crate) fn address(offset: usize) -> usize {
     offset + SHARED_BASE as usize
 }

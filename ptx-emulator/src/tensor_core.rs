@@ -1,324 +1,59 @@
-//! Arithmetic of Hopper's tensor cores: f32 accumulators, products of bf16 or f16.
+//! Tensor cores: matrix products of a warp or of a warpgroup. Each family of instructions has one
+//! module.
 //!
-//! One instruction adds 16 products to an accumulator at once. Each of the 17 terms is aligned to the largest exponent among them
-//! and cut there, towards zero, [`KEPT`] bits below that exponent; the cut terms are added exactly, and the sum is cut to f32.
-//! So a sum in one accumulator is biased towards zero, by at most [`LARGEST_CUT`] at each instruction, and by half of that in the
-//! mean where the bits cut off are random.
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`wgmma`] | the family of Hopper (sm_90a): asynchronous products of a warpgroup |
+//! | [`ldmatrix`] | `ldmatrix` and `stmatrix`, which move matrices between memory and fragments |
+//! | [`fragment`] | which row and column each value in a lane's registers is |
+//! | [`sums`] | how products are aligned, cut and added: the bits of a result |
 //!
-//! The exponent of a product is the sum of its factors' exponents, whatever its mantissa, which lies in [1, 4). Subnormal factors
-//! have the exponent of the smallest normal, and a product with a zero has none. A subnormal accumulator has the exponent -126,
-//! and one of zero -128: so products below 2^-128 are aligned to 2^-128 and not to each other.
+//! A new family (`mma.sync`, say) gets a module here with all that is its own:
 //!
-//! `tests/data/wgmma-h200.bin` holds what an NVIDIA H200 computed (driver 580.159.04, CUDA 13.0) for the cases of
-//! `tests/common/tensor_core.rs`; `tests/tensor_core.rs` compares every bit. The example `wgmma_probe gpu FILE` writes another.
+//! * the type of its instructions,
+//! * how they are decoded from statements (`impl Decoder`),
+//! * how a warp executes them (`impl Warp`).
+//!
+//! Three other files name it:
+//!
+//! * `isa`: a variant of `Op` holds its instructions,
+//! * `decode`: the table of opcodes has its opcode,
+//! * `warp`: the execution of operations has the variant.
+//!
+//! The formulas of this room come from the PTX ISA and from results of GPUs. They share no code
+//! with `framestride-shapes`, from which the kernels take theirs. The emulator judges the kernels,
+//! and it would not see a mistake that it shares with them.
 
-use crate::alu::Lanes;
-use crate::isa::{Half, R};
+pub(crate) mod fragment;
+pub(crate) mod ldmatrix;
+pub(crate) mod sums;
+pub(crate) mod wgmma;
 
-/// Elements of k of one instruction.
-pub(crate) const K: usize = 16;
+use crate::float::{bf16_to_f32, f16_to_f32};
 
-/// Bits kept below the largest exponent.
-pub(crate) const KEPT: i32 = 25;
-
-/// Most that the cuts of one `wgmma` instruction of 16 products take from a sum in f32, relative to the largest of its terms and the
-/// sum: the 16 terms beside the largest are cut, and then the sum. A subnormal factor counts as the smallest normal number.
-pub const LARGEST_CUT: f64 = K as f64 / (1u64 << KEPT) as f64 + 1.0 / (1u64 << 23) as f64;
-
-/// Bits of an operand's fraction in [`significand`]: those of f16, the longer.
-const FRACTION: i32 = 10;
-
-/// Exponent of zero: a product with any finite number stays below every product of others.
-const NONE: i16 = -1000;
-/// Exponent of infinities and NaN: a product with anything stays above every product of others.
-const SPECIAL: i16 = 3000;
-
-/// Values with their exponents.
-#[derive(Clone)]
-pub(crate) struct Operands<const N: usize, const M: usize> {
-    values: [[f32; N]; M],
-    exponents: [[i16; N]; M],
+/// The type of a product's factors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum ElementType {
+    Bf16,
+    F16,
 }
 
-/// 16 rows of matrix A.
-pub(crate) type Rows = Operands<K, 16>;
-
-/// Eight columns of matrix B: 16 of k, each with columns 0, 2, 4, 6, 1, 3, 5, 7, the order in which the accumulators of four
-/// lanes hold a row.
-pub(crate) type Columns = Operands<8, K>;
-
-impl<const N: usize, const M: usize> Operands<N, M> {
-    pub const ZERO: Self = Operands { values: [[0.0; N]; M], exponents: [[NONE; N]; M] };
-
+impl ElementType {
+    /// The value of an element, whose bits are the low 16 of `bits`.
     #[inline(always)]
-    pub fn set(&mut self, i: usize, j: usize, value: f32, half: Half) {
-        let smallest = match half {
-            Half::Bf16 => -126,
-            Half::F16 => -14,
-        };
-        let magnitude = value.to_bits() & 0x7fff_ffff;
-        let exponent = ((magnitude >> 23) as i16 - 127).max(smallest);
-        let finite = if magnitude == 0 { NONE } else { exponent };
-        self.values[i][j] = value;
-        self.exponents[i][j] = if magnitude >= 0x7f80_0000 { SPECIAL } else { finite };
-    }
-
-    /// The same with all signs changed.
-    pub fn negated(&self) -> Self {
-        Operands { values: self.values.map(|row| row.map(|value| -value)), exponents: self.exponents }
-    }
-}
-
-/// Exponent of a finite accumulator.
-fn exponent_of_sum(bits: u32) -> i32 {
-    if bits << 1 == 0 { -128 } else { (bits >> 23 & 0xff).max(1) as i32 - 127 }
-}
-
-/// 2^n of a normal f64.
-fn power(n: i32) -> f64 {
-    f64::from_bits(((1023 + n) as u64) << 52)
-}
-
-/// Factor of a product as an integer, with [`FRACTION`] bits below its exponent.
-fn significand(value: f32, exponent: i16) -> i64 {
-    (value as f64 * power(FRACTION - exponent as i32)) as i64
-}
-
-/// `value`, whose last bit lies `fraction` bits below its exponent, with its last bit [`KEPT`] bits below the largest exponent,
-/// which is greater by `below`. What falls off is cut.
-fn align(value: i64, fraction: i32, below: i32) -> i64 {
-    let magnitude = (value.unsigned_abs() << (KEPT - fraction) >> below.min(63)) as i64;
-    if value < 0 { -magnitude } else { magnitude }
-}
-
-/// Bits of `sum * 2^exponent` cut to f32; infinity beyond its range.
-fn cut(sum: i64, exponent: i32) -> u32 {
-    let magnitude = sum.unsigned_abs();
-    if magnitude == 0 {
-        return 0;
-    }
-    let sign = if sum < 0 { 1 << 31 } else { 0 };
-    // Exponent of the last bit of the result.
-    let last = (magnitude.ilog2() as i32 + exponent - 23).max(-149);
-    if last > 127 - 23 {
-        return sign | 0x7f80_0000;
-    }
-    let down = last - exponent;
-    let significand = if down < 0 { magnitude << -down } else { magnitude >> down.min(63) };
-    // The hidden bit of a normal number adds one to the exponent field.
-    sign | ((((last + 149) as u32) << 23) + significand as u32)
-}
-
-/// The accumulator after one instruction, for every input: the definition of the arithmetic, term by term.
-fn accumulate(sum: u32, factors: [[(f32, i16); 2]; K]) -> u32 {
-    let value = f32::from_bits(sum);
-    if !value.is_finite() || factors.iter().flatten().any(|(factor, _)| !factor.is_finite()) {
-        let infinite = |[(a, _), (b, _)]: [(f32, i16); 2]| if (a * 0.0 + b * 0.0).is_nan() { a * b } else { 0.0 };
-        let total = factors.map(infinite).iter().sum::<f32>() + if value.is_finite() { 0.0 } else { value };
-        return if total.is_nan() { 0x7fff_ffff } else { total.to_bits() };
-    }
-    let exponent = exponent_of_sum(sum);
-    let largest = factors.iter().map(|[(_, a), (_, b)]| (a + b) as i32).fold(exponent, i32::max);
-    let products = factors.iter().map(|[(a, x), (b, y)]| {
-        align(significand(*a, *x) * significand(*b, *y), 2 * FRACTION, largest - (x + y) as i32)
-    });
-    let accumulator = (value as f64 * power(23 - exponent)) as i64;
-    cut(align(accumulator, 23, largest - exponent) + products.sum::<i64>(), largest - KEPT)
-}
-
-/// [`accumulate`] for eight accumulators of a row.
-#[cold]
-fn accumulate_row(sums: [u32; 8], a: (&[f32; K], &[i16; K]), b: &Columns) -> [u32; 8] {
-    std::array::from_fn(|i| {
-        let factors = |k: usize| [(a.0[k], a.1[k]), (b.values[k][i], b.exponents[k][i])];
-        accumulate(sums[i], std::array::from_fn(factors))
-    })
-}
-
-/// `d += a b` with one of the functions for rows: rows 0 to 7, then 8 to 15, each as columns 0, 2, 4, 6 and 1, 3, 5, 7.
-#[inline(always)]
-fn multiply_with(
-    registers: &mut [Lanes<u32>],
-    d: &[R],
-    a: &Rows,
-    b: &[Columns],
-    accumulate_row: impl Fn([u32; 8], (&[f32; K], &[i16; K]), &Columns) -> [u32; 8],
-) {
-    for (columns, d) in b.iter().zip(d.as_chunks::<4>().0) {
-        for row in 0..16 {
-            let (half, lane) = (row / 8, row % 8 * 4);
-            let pair = [d[2 * half] as usize, d[2 * half + 1] as usize];
-            let sums = std::array::from_fn(|i| registers[pair[i / 4]][lane + i % 4]);
-            let sums = accumulate_row(sums, (&a.values[row], &a.exponents[row]), columns);
-            registers[pair[0]][lane..lane + 4].copy_from_slice(&sums[..4]);
-            registers[pair[1]][lane..lane + 4].copy_from_slice(&sums[4..]);
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::*;
-    use std::arch::x86_64::*;
-
-    /// Exponents between which f32 holds every product exactly, or as less than what is cut off, and no sum overflows.
-    const ORDINARY: [i32; 2] = [-100, 120];
-
-    /// [`super::accumulate_row`] in f32 and i32 where all exponents are ordinary.
-    #[target_feature(enable = "avx2")]
-    pub fn accumulate_row(sums: [u32; 8], a: (&[f32; K], &[i16; K]), b: &Columns) -> [u32; 8] {
-        let mut products = _mm_set1_epi16(2 * NONE);
-        for (a, b) in a.1.iter().zip(&b.exponents) {
-            // SAFETY: the array has eight i16.
-            let b = unsafe { _mm_loadu_si128(b.as_ptr().cast()) };
-            products = _mm_max_epi16(products, _mm_add_epi16(_mm_set1_epi16(*a), b));
-        }
-        let products = _mm256_cvtepi16_epi32(products);
-        // SAFETY: the array has eight u32.
-        let old = unsafe { _mm256_loadu_si256(sums.as_ptr().cast()) };
-        // Exponents below -126 count as -126, which is not an ordinary one either.
-        let field = _mm256_and_si256(_mm256_srli_epi32::<23>(old), _mm256_set1_epi32(0xff));
-        let exponent = _mm256_sub_epi32(_mm256_max_epi32(field, _mm256_set1_epi32(1)), _mm256_set1_epi32(127));
-        let largest = _mm256_max_epi32(products, exponent);
-
-        // Accumulators whose products are all zero stay what they are, however small.
-        let unchanged = _mm256_cmpgt_epi32(_mm256_set1_epi32(NONE as i32 / 2), products);
-        let [low, high] = ORDINARY.map(|exponent| _mm256_set1_epi32(exponent));
-        let too_small = _mm256_andnot_si256(unchanged, _mm256_cmpgt_epi32(low, largest));
-        let too_large = _mm256_cmpgt_epi32(largest, high);
-        if _mm256_testz_si256(_mm256_or_si256(too_small, too_large), _mm256_set1_epi32(-1)) == 0 {
-            return super::accumulate_row(sums, a, b);
-        }
-
-        // Exponent of the last bit kept, and the factor that makes it 1.
-        let last = _mm256_sub_epi32(_mm256_max_epi32(largest, low), _mm256_set1_epi32(KEPT));
-        let scale = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_sub_epi32(_mm256_set1_epi32(127), last)));
-        // At most 16 (2 - 2^-10)^2 2^25 in magnitude, which an i32 holds; the accumulator is added later.
-        let mut total = _mm256_setzero_si256();
-        for (a, b) in a.0.iter().zip(&b.values) {
-            // SAFETY: the array has eight f32.
-            let product = _mm256_mul_ps(_mm256_set1_ps(*a), unsafe { _mm256_loadu_ps(b.as_ptr()) });
-            total = _mm256_add_epi32(total, _mm256_cvttps_epi32(_mm256_mul_ps(product, scale)));
-        }
-        let value = _mm256_castsi256_ps(old);
-        let accumulator = _mm256_cvttps_epi32(_mm256_mul_ps(value, scale));
-        let cut = |total, accumulator, last| {
-            // Of an f64's fraction, the last 29 bits are cut; what remains is an f32, normal or zero.
-            let exact = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtepi32_pd(total), _mm256_cvtepi32_pd(accumulator)));
-            let cut = _mm256_castsi256_pd(_mm256_slli_epi64::<29>(_mm256_srli_epi64::<29>(exact)));
-            let field = _mm256_add_epi64(_mm256_cvtepi32_epi64(last), _mm256_set1_epi64x(1023));
-            _mm256_cvtpd_ps(_mm256_mul_pd(cut, _mm256_castsi256_pd(_mm256_slli_epi64::<52>(field))))
-        };
-        let halves =
-            [total, accumulator, last].map(|all| [_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all)]);
-        let [lower, upper] = [0, 1].map(|half| cut(halves[0][half], halves[1][half], halves[2][half]));
-        // Adding zero makes -0 of an unchanged accumulator +0.
-        let kept = _mm256_add_ps(value, _mm256_setzero_ps());
-        let new = _mm256_blendv_ps(_mm256_set_m128(upper, lower), kept, _mm256_castsi256_ps(unchanged));
-        let mut sums = [0; 8];
-        // SAFETY: the array has eight u32.
-        unsafe { _mm256_storeu_ps(sums.as_mut_ptr().cast(), new) };
-        sums
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub fn multiply(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns]) {
-        multiply_with(registers, d, a, b, |sums, a, b| accumulate_row(sums, a, b));
-    }
-}
-
-/// `d += a b` in the registers of one warp: 16 rows, as many groups of 8 columns as `b` has, four registers each. A CPU without
-/// AVX2 runs the definition, which takes about twenty times as long.
-pub(crate) fn multiply(registers: &mut [Lanes<u32>], d: &[R], a: &Rows, b: &[Columns]) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU was just found to have the feature that the function is compiled for.
-        return unsafe { avx2::multiply(registers, d, a, b) };
-    }
-    multiply_with(registers, d, a, b, accumulate_row);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// splitmix64 (Steele, Lea, Flood 2014).
-    fn random(state: &mut u64) -> u64 {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = *state;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// A value of a format, with an exponent at most `spread` below 2^`top`; now and then a zero, and if asked, anything.
-    fn value(state: &mut u64, half: Half, top: i32, spread: u64, anything: bool) -> f32 {
-        let bits = random(state) as u32;
-        if anything && bits.is_multiple_of(16) {
-            let bits = bits >> 16;
-            return if half == Half::F16 { crate::float::f16_to_f32(bits) } else { f32::from_bits(bits << 16) };
-        }
-        let fraction = if half == Half::F16 { 10 } else { 7 };
-        let mantissa = 1.0 + (bits >> (32 - fraction)) as f32 / (1u32 << fraction) as f32;
-        let exponent = top - (random(state) % (spread + 1)) as i32;
-        let value = if bits.is_multiple_of(13) { 0.0 } else { mantissa * 2f32.powi(exponent) };
-        if bits & 1 << 10 != 0 { -value } else { value }
-    }
-
-    #[test]
-    #[cfg(target_arch = "x86_64")]
-    fn vectors_are_what_single_accumulators_are() {
-        if !is_x86_feature_detected!("avx2") {
-            return;
-        }
-        let mut state = 1;
-        for round in 0..20_000 {
-            let half = if round % 2 == 0 { Half::Bf16 } else { Half::F16 };
-            let anything = round % 5 == 0;
-            let tops: [i32; 3] = match half {
-                Half::F16 => [(random(&mut state) % 22) as i32 - 8, (random(&mut state) % 22) as i32 - 8, 0],
-                Half::Bf16 => [(random(&mut state) % 160) as i32 - 80, (random(&mut state) % 120) as i32 - 60, 0],
-            };
-            let spread = [0, 3, 6][round / 2 % 3];
-            let (mut a, mut b) = (Rows::ZERO, Columns::ZERO);
-            for k in 0..K {
-                a.set(0, k, value(&mut state, half, tops[0], spread, anything), half);
-                for i in 0..8 {
-                    b.set(k, i, value(&mut state, half, tops[1], spread, anything), half);
-                }
-            }
-            let sums: [u32; 8] = std::array::from_fn(|i| match i {
-                0 => 0,
-                1 if anything => random(&mut state) as u32,
-                _ => {
-                    let exponent = (tops[0] + tops[1] + 30 - (random(&mut state) % 60) as i32).clamp(-126, 127);
-                    (random(&mut state) as u32 & 0x807f_ffff) | ((exponent + 127) as u32) << 23
-                }
-            });
-            let row = (&a.values[0], &a.exponents[0]);
-            // SAFETY: the CPU has the feature, or the test has returned.
-            let found = unsafe { avx2::accumulate_row(sums, row, &b) };
-            assert_eq!(found, accumulate_row(sums, row, &b), "round {round}: {sums:08x?}");
+    fn value(self, bits: u32) -> f32 {
+        match self {
+            ElementType::Bf16 => bf16_to_f32(bits & 0xffff),
+            ElementType::F16 => f16_to_f32(bits & 0xffff),
         }
     }
 
-    #[test]
-    fn cut_is_towards_zero_in_every_range() {
-        for (sum, exponent, expected) in [
-            (1, 0, 1.0f32),
-            (-3, -1, -1.5),
-            ((1 << 24) + 1, 0, 16_777_216.0),
-            ((1 << 25) + 3, 0, 33_554_432.0),
-            (-(1 << 25) - 3, 0, -33_554_432.0),
-            ((1 << 24) - 1, 104, f32::MAX),
-            ((1 << 25) - 1, 103, f32::MAX),
-            (1 << 24, 104, f32::INFINITY),
-            (7, -151, f32::from_bits(1)),
-            (-3, -151, -0.0),
-            (0, 0, 0.0),
-            ((1 << 24) - 1, -150, f32::from_bits((1 << 23) - 1)),
-        ] {
-            assert_eq!(cut(sum, exponent), expected.to_bits(), "{sum} * 2^{exponent}");
+    /// The exponent of the smallest normal number, which is the exponent of subnormal ones too.
+    #[inline(always)]
+    fn smallest_exponent(self) -> i16 {
+        match self {
+            ElementType::Bf16 => -126,
+            ElementType::F16 => -14,
         }
     }
 }

@@ -1,32 +1,43 @@
 //! A warp: its registers, its groups of lanes, and the loop that executes operations.
 //!
-//! Lanes that go the same way form a group with one program counter. The group with the lowest one runs first, so that groups
-//! meet again where their ways join; an instruction that needs lanes of other groups makes its group wait for them. A waiting
-//! group never holds another up for ever: when nothing else in the block can run, the other groups may overtake it.
+//! Lanes that go the same way form a group with one program counter. The group with the lowest one
+//! runs first, so that groups meet again where their ways join:
+//!
+//! ```text
+//! pc 1   @p bra 4     lanes 0 to 31 part here
+//! pc 2   ...          lanes 16 to 31 run first
+//! pc 3   ...
+//! pc 4   ...          lanes 0 to 15 wait here until the others come, then all go on as one group
+//! ```
+//!
+//! An instruction that needs lanes of other groups makes its group wait for them. A waiting group
+//! does not hold others up for ever: they may overtake it when nothing else in the block can run.
 
 use crate::alu::*;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::*;
-use crate::wgmma;
+use crate::tensor_core::wgmma;
 
+mod barriers;
+mod copies;
+mod lanes;
 mod memory;
-mod sync;
 
 /// What a group waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
-    /// Nothing: it can run.
+    /// It waits for nothing, and can run.
     Ready,
-    /// Other lanes, to execute an instruction together.
+    /// It waits for other lanes, to execute an instruction together.
     Lanes,
-    /// A phase of the mbarrier at an offset to complete: by parity, or by number.
+    /// It waits for a phase of the mbarrier at an offset, named by its parity or else its number.
     Mbarrier { offset: usize, parity: Option<u32>, phase: u64 },
-    /// A round of a named barrier.
+    /// It waits for a round of a named barrier.
     Named { id: u32, round: u64 },
-    /// The other warps of the warpgroup to issue so many products.
+    /// It waits until all warps of its warpgroup have issued so many products.
     Products(u64),
-    /// Registers that other warps give back, so many per thread.
+    /// It waits for so many more registers a thread, which other warps give back.
     Registers(u32),
 }
 
@@ -38,76 +49,51 @@ pub(crate) struct Group {
     pub wait: Wait,
     /// The named barrier and round at which the group has arrived already.
     arrived: Option<(u32, u64)>,
-    /// The next blocking test gives up instead of waiting.
+    /// The next blocking test of an mbarrier gives up instead of waiting.
     pub timeout: bool,
-}
-
-/// How a register stands to the products in flight.
-#[derive(Clone, Copy, Default)]
-struct Fragment {
-    /// Products that must be complete before it may be touched.
-    until: u64,
-    role: Role,
-    /// Columns of the product it accumulates.
-    n: usize,
-    /// `wgmma.fence`s executed when an ordinary instruction last touched it, plus one; [`ALWAYS`] for a constant.
-    touched: u64,
-}
-
-/// A constant moved to a register of a product is a write at the time of the move.
-const ALWAYS: u64 = u64::MAX;
-
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Role {
-    #[default]
-    Accumulator,
-    MatrixA,
-    /// Copied by `mov` from an accumulator in flight: ptxas joins the two.
-    Copy,
 }
 
 /// A warp of a block.
 pub(crate) struct Warp {
+    /// Its number in the block.
     pub index: usize,
+    /// The three register files. A predicate has one bit for each lane.
     pub predicates: Vec<u32>,
     pub r32: Vec<Lanes<u32>>,
     pub r64: Vec<Lanes<u64>>,
     pub groups: Vec<Group>,
-    /// Lanes that exist and have not exited.
+    /// The lanes that exist and have not exited.
     pub live: u32,
-    /// Which of several ready groups runs: rotates when one takes too long.
+    /// Which of several ready groups runs. It moves on when one takes too long.
     turn: usize,
-    /// Operations of the turns that ended while lanes went different ways.
+    /// How many operations the turns had that ended while lanes went different ways.
     apart: u64,
-    /// Local memory, lane after lane.
+    /// Local memory, that of one lane after that of the other.
     local: Vec<u32>,
-    fragments: Vec<Fragment>,
-    /// `wgmma.fence`s executed.
-    fences: u64,
-    /// Products issued when each wgmma group was committed.
-    commits: Vec<u64>,
-    /// Products known complete.
-    complete: u64,
-    /// Registers of each thread, when they are counted.
+    /// What the warp knows of its products in flight.
+    pub products: wgmma::Registers,
+    /// How many registers a thread has, when they are counted.
     pub registers: u32,
 }
 
-/// Where a warp starts.
+/// What a warp needs to know when it starts.
 pub(crate) struct Start<'a> {
     pub kernel: &'a Kernel,
+    /// Blocks of the grid, threads of a block, and the index of this block.
     pub grid: [u32; 3],
     pub block: [u32; 3],
     pub index: [u32; 3],
+    /// Bytes of dynamic shared memory, and of all shared memory.
     pub dynamic_shared: u32,
     pub shared_bytes: u32,
-    /// Multiprocessor the block runs on, and their number.
+    /// The multiprocessor that the block runs on, and how many there are.
     pub multiprocessor: (u32, u32),
 }
 
-/// Operations for which a group of lanes may hold up the others.
+/// For so many operations a group of lanes may hold up the others.
 const PATIENCE: u64 = 20_000;
 
-/// What an undefined register holds, a NaN in every format.
+/// What a register holds that nobody wrote. It is a NaN in every format.
 const POISON: u32 = 0xffff_ffff;
 
 /// Why a warp stopped running.
@@ -117,16 +103,17 @@ pub(crate) enum Stop {
     Done,
     /// Every group waits.
     Blocked,
-    /// It can go on, but others should run first.
+    /// It can go on, but other warps should run first.
     Paused,
 }
 
-/// What an operation tells the loop.
-enum Flow {
+/// What an operation tells the loop to do.
+pub(crate) enum Flow {
+    /// Go on with the next operation.
     Next,
-    /// Wait, then execute the operation again.
+    /// Wait, then execute the same operation again.
     Again(Wait),
-    /// Go on, after other warps had a turn.
+    /// Go on when other warps had a turn.
     Pause,
 }
 
@@ -142,30 +129,23 @@ impl Warp {
             turn: 0,
             apart: 0,
             local: vec![POISON; kernel.local_bytes.div_ceil(4) as usize * 32],
-            fragments: vec![Fragment::default(); if kernel.has_wgmma { kernel.registers[1] } else { 0 }],
-            fences: 0,
-            commits: Vec::new(),
-            complete: 0,
+            products: wgmma::Registers::new(kernel),
             registers: 0,
         }
     }
 
-    /// Registers, constants and special registers at entry.
+    /// Makes everything as at the entry of a kernel.
     pub fn start(&mut self, start: &Start) {
         let kernel = start.kernel;
         self.predicates.fill(0);
         self.r32.fill([POISON; 32]);
         self.r64.fill([u64::MAX; 32]);
         self.local.fill(POISON);
-        self.fragments.fill(Fragment::default());
-        (self.fences, self.complete, self.turn, self.apart) = (0, 0, 0, 0);
-        self.commits.clear();
+        self.products.reset(kernel);
+        (self.turn, self.apart) = (0, 0);
         self.predicates[kernel.true_predicate as usize] = u32::MAX;
         for (r, value) in &kernel.constants32 {
             self.r32[*r as usize] = [*value; 32];
-            if kernel.has_wgmma {
-                self.fragments[*r as usize].touched = ALWAYS;
-            }
         }
         for (r, value) in &kernel.constants64 {
             self.r64[*r as usize] = [*value; 32];
@@ -206,7 +186,7 @@ impl Warp {
         self.groups.push(Group { pc: 0, mask: self.live, wait: Wait::Ready, arrived: None, timeout: false });
     }
 
-    /// Whether some group can run. With `overtake`, groups behind one that waits may.
+    /// Whether some group can run. With `overtake`, groups may run that are behind one that waits.
     pub fn runnable(&self, block: &Block, overtake: bool) -> bool {
         self.select(block, overtake).is_some()
     }
@@ -229,7 +209,7 @@ impl Warp {
         }
     }
 
-    /// The group to run: the lowest program counter, or another's turn.
+    /// The group to run: that with the lowest program counter, or another whose turn it is.
     fn select(&self, block: &Block, overtake: bool) -> Option<usize> {
         if let [group] = self.groups[..] {
             return self.ready(&group, block).then_some(0);
@@ -242,14 +222,14 @@ impl Warp {
             if self.ready(group, block) {
                 ready.push(i);
             } else if matches!(group.wait, Wait::Mbarrier { .. }) && !overtake && ready.is_empty() {
-                // The others wait where the ways join.
+                // A group waits at an mbarrier, and the others wait where their ways join.
                 return None;
             }
         }
         (!ready.is_empty()).then(|| ready[self.turn % ready.len()])
     }
 
-    /// Runs until the warp blocks, ends, yields, or has executed about `budget` operations.
+    /// Runs until the warp blocks, ends or pauses, or has executed about `budget` operations.
     pub fn run(&mut self, block: &mut Block, budget: u64, overtake: bool) -> Result<Stop, (usize, Box<Trouble>)> {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2")
@@ -259,7 +239,8 @@ impl Warp {
             && is_x86_feature_detected!("popcnt")
             && is_x86_feature_detected!("lzcnt")
         {
-            // SAFETY: the CPU was just found to have the features that the function is compiled for.
+            // SAFETY: the CPU was just found to have the features that the function is compiled
+            // for.
             return unsafe { self.run_avx2(block, budget, overtake) };
         }
         self.interpret(block, budget, overtake)
@@ -283,8 +264,10 @@ impl Warp {
             let Some(mut chosen) = self.select(block, overtake) else { return Ok(Stop::Blocked) };
             let mut pc = self.groups[chosen].pc;
             if self.groups.len() > 1 {
-                // Groups that stand at the same place and wait for nothing else become one. Those that wait for an mbarrier there ask
-                // again together: else one might go on, come round, and complete the phase after, which the others take for none.
+                // Groups at the same place become one. Those that wait for an mbarrier there ask
+                // again together. Else one might go on alone, come round a ring, and complete the
+                // next phase too. By the parity the others would not see that, and would wait for
+                // ever.
                 let mut joined = self.groups[chosen];
                 let mut i = 0;
                 self.groups.retain(|group| {
@@ -331,10 +314,12 @@ impl Warp {
                     mask & if inst.guard & 1 == 0 { p } else { !p }
                 };
                 if inst.fragment != NO_FRAGMENT && active != 0 {
-                    self.fragments_touch(&kernel.fragment_uses[inst.fragment as usize])
+                    self.products
+                        .touch(&kernel.fragment_uses[inst.fragment as usize])
                         .map_err(|trouble| (pc, trouble))?;
                 }
-                // Operations on registers; the arms that fall out of the match go to the next operation.
+                // Operations on registers are executed here. Arms that end go on to the next
+                // operation.
                 match &inst.op {
                     Op::Nop => {}
                     Op::Unary32(op, d, a) => {
@@ -512,7 +497,7 @@ impl Warp {
         }
     }
 
-    /// Whether the running group, now at `pc`, meets another or should let one behind it catch up.
+    /// Whether the running group, now at `pc`, meets another, or should let one behind it catch up.
     fn meets(&self, running: usize, pc: usize) -> bool {
         self.groups.iter().enumerate().any(|(i, group)| {
             i != running
@@ -524,6 +509,7 @@ impl Warp {
         })
     }
 
+    /// `brx.idx`: each lane goes to the target that its index names.
     fn branch_indexed(&mut self, chosen: usize, pc: usize, active: u32, index: R, targets: &[u32]) -> Step {
         let group = self.groups.swap_remove(chosen);
         if group.mask & !active != 0 {
@@ -543,7 +529,7 @@ impl Warp {
         Ok(())
     }
 
-    /// Everything that is more than arithmetic on registers.
+    /// Executes what is more than arithmetic on registers.
     #[inline(never)]
     fn slow(
         &mut self,
@@ -586,77 +572,29 @@ impl Warp {
                 }
                 self.shuffle(shuffle, active)?;
             }
-            Op::Vote(mode, d, p, negated, mask) => {
-                if let Some(wait) = self.meet(block, *mask, active)? {
+            Op::Vote(vote) => {
+                if let Some(wait) = self.meet(block, vote.mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
-                let p = self.predicates[*p as usize] ^ if *negated { u32::MAX } else { 0 };
-                for (group, mask) in by_mask(&self.r32[*mask as usize], active) {
-                    let (yes, group) = (p & mask, group & active);
-                    let all = |holds: bool| if holds { u32::MAX } else { 0 };
-                    let out = match mode {
-                        VoteMode::Ballot => {
-                            put(&mut self.r32[*d as usize], &[yes; 32], group);
-                            continue;
-                        }
-                        VoteMode::All => all(yes == mask),
-                        VoteMode::Any => all(yes != 0),
-                        VoteMode::Uniform => all(yes == 0 || yes == mask),
-                    };
-                    put_predicate(&mut self.predicates[*d as usize], out, group);
-                }
+                self.vote(vote, active);
             }
-            Op::Match { all, wide, d, p, a, mask } => {
-                if let Some(wait) = self.meet(block, *mask, active)? {
+            Op::Match(op) => {
+                if let Some(wait) = self.meet(block, op.mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
-                let value = |lane: usize| match wide {
-                    true => self.r64[*a as usize][lane],
-                    false => self.r32[*a as usize][lane] as u64,
-                };
-                let mut out = [0; 32];
-                let mut holds = 0;
-                for lane in lanes(active) {
-                    let mask = self.r32[*mask as usize][lane];
-                    let same = lanes(mask).filter(|other| value(*other) == value(lane)).fold(0, |m, l| m | 1 << l);
-                    out[lane] = if !all || same == mask { same } else { 0 };
-                    holds |= u32::from(same == mask) << lane;
-                }
-                put(&mut self.r32[*d as usize], &out, active);
-                if let Some(p) = p {
-                    put_predicate(&mut self.predicates[*p as usize], holds, active);
-                }
+                self.match_lanes(op, active);
             }
             Op::Redux(op, d, a, mask) => {
                 if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
-                for (group, mask) in by_mask(&self.r32[*mask as usize], active) {
-                    let values = lanes(mask).map(|lane| self.r32[*a as usize][lane]);
-                    let out = values.reduce(|x, y| match op {
-                        ReduxOp::Add => x.wrapping_add(y),
-                        ReduxOp::MinU => x.min(y),
-                        ReduxOp::MinS => (x as i32).min(y as i32) as u32,
-                        ReduxOp::MaxU => x.max(y),
-                        ReduxOp::MaxS => (x as i32).max(y as i32) as u32,
-                        ReduxOp::And => x & y,
-                        ReduxOp::Or => x | y,
-                        ReduxOp::Xor => x ^ y,
-                    });
-                    put(&mut self.r32[*d as usize], &[out.unwrap_or(0); 32], group);
-                }
+                self.reduce(*op, *d, *a, *mask, active);
             }
             Op::Elect { d, p, mask } => {
                 if let Some(wait) = self.meet(block, *mask, active)? {
                     return Ok(Flow::Again(wait));
                 }
-                for (group, mask) in by_mask(&self.r32[*mask as usize], active) {
-                    let leader = first(mask);
-                    if let Some(d) = d {
-                        put(&mut self.r32[*d as usize], &[leader as u32; 32], group);
-                    }
-                    put_predicate(&mut self.predicates[*p as usize], 1 << leader, group);
-                }
+                self.elect(*d, *p, *mask, active);
             }
             Op::ActiveMask(d) => put(&mut self.r32[*d as usize], &[active; 32], active),
             Op::WarpSync(mask) => {
@@ -667,57 +605,26 @@ impl Warp {
             Op::NamedBarrier(barrier) => return self.named_barrier(block, barrier, statement, chosen, active),
             Op::Mbarrier(mbarrier) => return self.mbarrier(block, mbarrier, statement, chosen, active),
             Op::Bulk(bulk) => self.bulk(block, bulk, statement, active)?,
-            Op::BulkCommit => lanes(active).for_each(|lane| block.commit_copies(self.index, lane)),
+            Op::BulkCommit => lanes(active).for_each(|lane| block.commit_bulk(self.index, lane)),
             Op::BulkWait { pending } => {
-                lanes(active).for_each(|lane| block.wait_copies(self.index, lane, *pending));
+                lanes(active).for_each(|lane| block.wait_bulk(self.index, lane, *pending));
             }
             Op::AsyncCopy(copy) => self.async_copy(block, copy, statement, active)?,
-            Op::AsyncCommit => lanes(active).for_each(|lane| block.async_copies(self.index, lane).commit()),
+            Op::AsyncCommit => lanes(active).for_each(|lane| block.thread_copies(self.index, lane).commit()),
             Op::AsyncWait { pending } => {
-                lanes(active).for_each(|lane| block.wait_async_copies(self.index, lane, *pending));
+                lanes(active).for_each(|lane| block.wait_thread_copies(self.index, lane, *pending));
             }
             Op::ProxyFence => {
                 block.shared.clocks.fence(self.index, active);
                 block.fence_mbarriers(self.index);
             }
             Op::MbarrierInitFence => block.fence_mbarriers(self.index),
-            Op::WgmmaFence => {
+            Op::Wgmma(instruction) => return self.wgmma(block, instruction, pc, statement, active),
+            Op::MatrixMove(matrix) => {
                 if let Some(wait) = self.whole(block, active)? {
                     return Ok(Flow::Again(wait));
                 }
-                self.fences += 1;
-            }
-            Op::WgmmaCommit => {
-                if let Some(wait) = self.whole(block, active)? {
-                    return Ok(Flow::Again(wait));
-                }
-                self.commits.push(self.issued(block));
-            }
-            Op::WgmmaWait(pending) => {
-                if let Some(wait) = self.whole(block, active)? {
-                    return Ok(Flow::Again(wait));
-                }
-                let groups = self.commits.len().saturating_sub(*pending as usize);
-                let products = if groups == 0 { 0 } else { self.commits[groups - 1] };
-                let warpgroup = &mut block.warpgroups[self.index / 4];
-                if !warpgroup.reached(products) {
-                    return Ok(Flow::Again(Wait::Products(products)));
-                }
-                warpgroup.release(self.index, products, block.shared.clocks.now(self.index));
-                self.complete = self.complete.max(products);
-                block.progress += 1;
-            }
-            Op::Wgmma(product) => {
-                if let Some(wait) = self.whole(block, active)? {
-                    return Ok(Flow::Again(wait));
-                }
-                wgmma::issue(block, self, product, pc, statement)?;
-            }
-            Op::Matrix(matrix) => {
-                if let Some(wait) = self.whole(block, active)? {
-                    return Ok(Flow::Again(wait));
-                }
-                self.matrix(block, matrix, statement)?;
+                self.matrix_move(block, matrix, statement)?;
             }
             Op::SetMaxRegisters(count, increase) => {
                 if let Some(wait) = self.whole(block, active)? {
@@ -730,78 +637,7 @@ impl Warp {
         Ok(Flow::Next)
     }
 
-    fn issued(&self, block: &Block) -> u64 {
-        block.warpgroups[self.index / 4].issued[self.index % 4]
-    }
-
-    /// An ordinary operation touches registers that products use, or copies of them.
-    fn fragments_touch(&mut self, uses: &FragmentUse) -> Step {
-        let (complete, now) = (self.complete, self.fences + 1);
-        let fragments = &mut self.fragments;
-        if let (true, [a], [d]) = (uses.copy, &uses.reads[..], &uses.writes[..]) {
-            let (source, target) = (fragments[*a as usize], fragments[*d as usize]);
-            if target.until > complete && target.role != Role::Copy {
-                return Err(in_flight(target, "written"));
-            }
-            // ptxas joins both ends of a copy, so what holds for the source holds for the copy.
-            let until = if source.role == Role::MatrixA { 0 } else { source.until };
-            let touched = if source.touched == ALWAYS { now } else { source.touched };
-            fragments[*d as usize] = Fragment { until, role: Role::Copy, touched, ..source };
-            return Ok(());
-        }
-        for r in &uses.reads {
-            let fragment = &mut fragments[*r as usize];
-            if fragment.until > complete {
-                return Err(in_flight(*fragment, "read"));
-            }
-            fragment.touched = now;
-        }
-        for r in &uses.writes {
-            let fragment = &mut fragments[*r as usize];
-            if fragment.until > complete && fragment.role != Role::Copy {
-                return Err(in_flight(*fragment, "written"));
-            }
-            (fragment.until, fragment.touched) = (0, now);
-        }
-        Ok(())
-    }
-
-    /// Checks and marks the registers of a product, number `until` counted from 1.
-    pub fn fragments_issue(&mut self, op: &Wgmma, until: u64) -> Step {
-        if self.fences == 0 {
-            let what = "no wgmma.fence was executed before the first wgmma.mma_async";
-            return Err(Trouble::new(FaultKind::MissingFence, what));
-        }
-        let (complete, now) = (self.complete, self.fences + 1);
-        let unfenced = |name: &str| {
-            let what = format!("{name} was touched after the last wgmma.fence");
-            Err(Trouble::new(FaultKind::MissingFence, what))
-        };
-        if let OperandA::Registers(registers) = op.a {
-            for (i, r) in registers.iter().enumerate() {
-                let fragment = &mut self.fragments[*r as usize];
-                if fragment.touched == now {
-                    return unfenced(&format!("register {i} of matrix A"));
-                }
-                if fragment.until > complete && fragment.role != Role::MatrixA {
-                    return Err(in_flight(*fragment, "used as matrix A"));
-                }
-                *fragment = Fragment { until, role: Role::MatrixA, ..*fragment };
-            }
-        }
-        for (i, r) in op.d.iter().enumerate() {
-            let fragment = &mut self.fragments[*r as usize];
-            if fragment.touched == now {
-                return unfenced(&format!("accumulator {i}"));
-            }
-            if fragment.until > complete && (fragment.role == Role::MatrixA || fragment.n != op.n) {
-                return Err(in_flight(*fragment, "used as an accumulator of another shape"));
-            }
-            *fragment = Fragment { until, role: Role::Accumulator, n: op.n, ..*fragment };
-        }
-        Ok(())
-    }
-
+    /// `add.cc` and its kin: a sum or difference that reads and writes a carry.
     fn carry(
         &mut self,
         wide: bool,
@@ -834,20 +670,7 @@ impl Warp {
     }
 }
 
-#[cold]
-fn in_flight(fragment: Fragment, doing: &str) -> Box<Trouble> {
-    let what = match fragment.role {
-        Role::MatrixA => "a register of matrix A",
-        Role::Accumulator => "an accumulator",
-        Role::Copy => "a copy of an accumulator",
-    };
-    Trouble::new(
-        FaultKind::Fragment,
-        format!("{what} of a wgmma in flight is {doing}: no wgmma.wait_group released it yet"),
-    )
-}
-
-/// Lanes of a mask, from the lowest.
+/// The lanes of a mask, from the lowest.
 #[inline(always)]
 fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
@@ -860,23 +683,12 @@ fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
+/// The lowest lane of a mask.
 fn first(mask: u32) -> usize {
     mask.trailing_zeros() as usize & 31
 }
 
-/// Active lanes by the member mask they name: (lanes, mask).
-fn by_mask(masks: &Lanes<u32>, active: u32) -> Vec<(u32, u32)> {
-    let mut out: Vec<(u32, u32)> = Vec::new();
-    for lane in lanes(active) {
-        match out.iter_mut().find(|(_, mask)| *mask == masks[lane]) {
-            Some((group, _)) => *group |= 1 << lane,
-            None => out.push((1 << lane, masks[lane])),
-        }
-    }
-    out
-}
-
-/// Writes the active lanes.
+/// Writes the active lanes of a register.
 #[inline(always)]
 fn put<T: Copy>(to: &mut Lanes<T>, from: &Lanes<T>, active: u32) {
     if active == u32::MAX {
@@ -888,12 +700,13 @@ fn put<T: Copy>(to: &mut Lanes<T>, from: &Lanes<T>, active: u32) {
     }
 }
 
+/// Writes the active lanes of a predicate.
 #[inline(always)]
 fn put_predicate(to: &mut u32, from: u32, active: u32) {
     *to = *to & !active | from & active;
 }
 
-/// Space and address in it of a generic address.
+/// The space that a generic address lies in, and the address in that space.
 #[inline(always)]
 pub(crate) fn space_of(address: u64) -> (Space, u64) {
     const SIZE: u64 = 1 << 32;
@@ -908,7 +721,8 @@ pub(crate) fn space_of(address: u64) -> (Space, u64) {
     }
 }
 
-/// Sum or difference with a carry, and the carry out; a subtraction carries its borrow.
+/// A sum or difference of `bits` bits with a carry, and the carry out. That of a difference is its
+/// borrow.
 fn add_carry(a: u128, b: u128, carry: bool, subtract: bool, bits: u32) -> (u128, bool) {
     let mask = (1u128 << bits) - 1;
     if subtract {

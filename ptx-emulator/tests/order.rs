@@ -437,6 +437,41 @@ fn producer_and_consumers_give_the_same_bytes_in_every_order() {
     seen(&early, 96, &[FaultKind::Race], &["at shared 0x"]);
 }
 
+#[test]
+fn one_lane_fills_a_ring_for_which_its_whole_warp_waits() {
+    // A ring of two stages, 16 rounds. All lanes of the first warp wait for a free stage; only lane 0 fills it. The code that
+    // fills stands behind the loop, as compilers place it, so the other lanes come round to the next wait before lane 0.
+    // Mbarriers: 0 and 8 say that a stage is full, 16 and 24 that it is free.
+    let body = "@!%p21 bra READY; mbarrier.init.shared.b64 [%r2], 1; mbarrier.init.shared.b64 [%r2+8], 1;
+        mbarrier.init.shared.b64 [%r2+16], 2; mbarrier.init.shared.b64 [%r2+24], 2;
+        fence.mbarrier_init.release.cluster; READY: bar.sync 0;
+        mov.u32 %r20, 0; mov.u32 %r21, 0; setp.eq.u32 %p1, %r11, 0; @%p1 bra PRODUCE;
+        CONSUME: and.b32 %r3, %r20, 1; shr.u32 %r4, %r20, 1; and.b32 %r4, %r4, 1; mad.lo.u32 %r5, %r3, 8, %r2;
+        FULL: mbarrier.try_wait.parity.shared.b64 %p3, [%r5], %r4; @!%p3 bra FULL;
+        mad.lo.u32 %r6, %r3, 256, %r2; add.u32 %r7, %r1, -32; mad.lo.u32 %r6, %r7, 4, %r6; ld.shared.u32 %r8, [%r6+1024];
+        mad.lo.u32 %r21, %r21, 31, %r8; bar.warp.sync -1; @%p20 mbarrier.arrive.shared.b64 _, [%r5+16];
+        add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 16; @%p2 bra CONSUME;
+        mad.wide.u32 %rd3, %r7, 4, %rd1; st.global.u32 [%rd3], %r21; bra END;
+        PRODUCE: and.b32 %r3, %r20, 1; shr.u32 %r4, %r20, 1; and.b32 %r4, %r4, 1; xor.b32 %r4, %r4, 1;
+        mad.lo.u32 %r5, %r3, 8, %r2;
+        FREE: mbarrier.try_wait.parity.shared.b64 %p3, [%r5+16], %r4; @!%p3 bra FREE;
+        @%p20 bra FILL;
+        NEXT: add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 16; @%p2 bra PRODUCE; bra END;
+        FILL: mbarrier.arrive.expect_tx.shared.b64 _, [%r5], 256; mad.lo.u32 %r6, %r3, 256, %r2; add.u32 %r6, %r6, 1024;
+        mad.wide.u32 %rd3, %r20, 256, %rd2;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r6], [%rd3], 256, [%r5]; bra NEXT;
+        END:";
+    let module = block(body);
+    let words = u32s(&input());
+    let expected: Vec<u32> = (0..64)
+        .map(|i| (0..16).fold(0u32, |sum, round| sum.wrapping_mul(31).wrapping_add(words[64 * round + i])))
+        .collect();
+    for seed in 0..200 {
+        let out = run(&module, 96, seed).unwrap_or_else(|fault| panic!("{fault}"));
+        assert_eq!(u32s(&out)[..64], expected, "seed {seed}");
+    }
+}
+
 /// Tickets that four warps draw, 24 each.
 fn tickets(seed: u64) -> Vec<u8> {
     let body = "@!%p20 bra END; mov.u32 %r20, 0; L: atom.global.add.u32 %r3, [%rd1], 1; mad.lo.u32 %r4, %r11, 24, %r20;

@@ -61,7 +61,7 @@ impl Decoder<'_> {
         }
     }
 
-    /// `mov.b64 d, {a, b}`: elements from the lowest.
+    /// `mov.b64 d, {a, b}`: the first element goes to the lowest bits.
     fn pack(&mut self, ty: Ty, d: &Operand, parts: &[Operand]) -> Decode {
         match (ty.bits(), parts.len()) {
             (32, 2) => {
@@ -88,7 +88,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// `mov.b64 {a, b}, c`. Written to scratch first: an element may be the source.
+    /// `mov.b64 {a, b}, c`. The words are read first, because an element may be the source itself.
     fn unpack(&mut self, ty: Ty, parts: &[Operand], a: &Operand) -> Decode {
         let mut words = Vec::new();
         match (ty.bits(), parts.len()) {
@@ -119,7 +119,8 @@ impl Decoder<'_> {
                 moves.push(Op::Unary32(Unary32::Zext16, d, words[i / 2]));
             }
         }
-        // The source word of a 32-bit unpack is read by two operations; 16-bit destinations cannot be it.
+        // Two moves read the source of a 32-bit unpack. Both write registers of 16 bits, so neither
+        // overwrites it.
         moves.into_iter().for_each(|op| self.push(op));
         Ok(())
     }
@@ -148,13 +149,15 @@ impl Decoder<'_> {
         Ok(())
     }
 
+    /// A register with the value of another, whose subnormals are flushed to zero.
     fn flushed(&mut self, r: R) -> R {
         let out = self.temp(Class::R32);
         self.push(Op::Unary32(Unary32::FlushF32, out, r));
         out
     }
 
-    /// f32 arithmetic whose rounding is not to nearest, with flushing of operands and result if asked for.
+    /// Arithmetic on f32 with another rounding than to nearest. With `ftz`, operands and result are
+    /// flushed.
     pub(super) fn directed(
         &mut self,
         kind: Directed,
@@ -455,6 +458,7 @@ impl Decoder<'_> {
         self.no_modifiers(false, saturate && !matches!(ty, Ty::F32 | Ty::S(32)), false)
     }
 
+    /// Fails if a modifier was taken that the instruction does not have.
     fn no_modifiers(&self, ftz: bool, saturate: bool, nan: bool) -> Decode {
         if ftz || saturate || nan {
             return Err("`.ftz`, `.sat` or `.NaN` is unknown for this type".into());
@@ -462,7 +466,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// `.sat` of f32: the result clamped to [0, 1].
+    /// `.sat` of f32: clamps the result to [0, 1].
     pub(super) fn saturate(&mut self, s: &Statement, saturate: bool) -> Decode {
         if saturate {
             let d = self.d32(s)?;
@@ -496,7 +500,7 @@ impl Decoder<'_> {
         let (wide, hi, _low) = (m.take("wide"), m.take("hi"), m.take("lo"));
         let ty = m.ty()?;
         if root == "dp4a" {
-            // Both types are the same in everything that is emitted.
+            // The operations do not tell the two types apart.
             m.ty()?;
         }
         let signed = ty.signed();
@@ -759,7 +763,7 @@ impl Decoder<'_> {
         }
     }
 
-    /// The comparison's predicate in a fresh register.
+    /// A new predicate that holds the result of a comparison.
     fn comparison(&mut self, name: &str, ty: Ty, ftz: bool, a: &Operand, b: &Operand) -> Decode<R> {
         let p = self.temp(Class::Pred);
         let float = matches!(ty, Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::F64);
@@ -849,7 +853,7 @@ impl Decoder<'_> {
 
     pub(super) fn compare(&mut self, root: &str, s: &Statement, m: &mut Mods) -> Decode {
         let ftz = m.take("ftz");
-        let name = if m.parts.is_empty() { "" } else { m.parts.remove(0) };
+        let name = m.first();
         let combine = m.find(|part| match part {
             "and" => Some(PredOp::And),
             "or" => Some(PredOp::Or),
@@ -884,7 +888,7 @@ impl Decoder<'_> {
             return Ok(());
         }
         let (first, second) = self.pair(s, 0)?;
-        // Without a combination the comparison itself writes the destination.
+        // Where nothing is combined, the comparison itself writes the destination.
         if let (None, None, Operand::Reg(d)) = (&combine, &second, &first) {
             let d = self.reg(&Operand::Reg(*d), Class::Pred)?.index;
             match &mut self.code.last_mut().expect("the comparison was pushed").op {
@@ -897,7 +901,8 @@ impl Decoder<'_> {
         self.push(Op::Pred(PredOp::Not, inverse, p, p));
         if first != Operand::Sink {
             let d = self.reg(&first, Class::Pred)?.index;
-            // The combining predicate may be the destination: the second result is made first.
+            // The second result is made first, because the first may overwrite the combining
+            // predicate.
             let q = self.temp(Class::Pred);
             combined(self, inverse, q);
             combined(self, p, d);
@@ -913,7 +918,7 @@ impl Decoder<'_> {
     }
 
     pub(super) fn testp(&mut self, s: &Statement, m: &mut Mods) -> Decode {
-        let name = if m.parts.is_empty() { "" } else { m.parts.remove(0) };
+        let name = m.first();
         if m.ty()? != Ty::F32 {
             return Err("testp is known for f32 only".into());
         }

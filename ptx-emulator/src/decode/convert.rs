@@ -1,4 +1,4 @@
-//! `cvt`.
+//! Conversions: `cvt`.
 
 use super::{Decode, Decoder, Mods, Ty};
 use crate::alu::*;
@@ -7,7 +7,7 @@ use crate::isa::*;
 use crate::parse::{Class, Operand, Reg, Statement};
 
 impl Decoder<'_> {
-    /// `cvt.d.s`: the source normalised to 32 or 64 bits, converted, cut to the destination.
+    /// `cvt.d.s`: extends the source to 32 or 64 bits, converts it, and cuts it to the destination.
     pub(super) fn convert(&mut self, s: &Statement, m: &mut Mods) -> Decode {
         let (ftz, saturate, satfinite, relu) = (m.take("ftz"), m.take("sat"), m.take("satfinite"), m.take("relu"));
         let integer_round = m.find(|part| {
@@ -62,7 +62,7 @@ impl Decoder<'_> {
             let round = integer_round.or(round).unwrap_or(Round::Zero);
             return self.convert_to_integer(s, to, from, round, ftz);
         }
-        // Between floating-point types.
+        // What follows is between floating-point types.
         if let Some(round) = integer_round {
             let (narrow, wide) = match round {
                 Round::Nearest | Round::NearestAway => (Unary32::RoundF32, Unary64::RoundF64),
@@ -131,17 +131,17 @@ impl Decoder<'_> {
             }
             (Ty::F16 | Ty::Bf16, Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::F64) => {
                 let d = self.d32(s)?;
-                let brain = to == Ty::Bf16;
+                let bf16 = to == Ty::Bf16;
                 if from == Ty::F64 {
                     let a = self.a64(s, 1, from)?;
-                    self.push(Op::Narrow(half_rounding(brain, round, satfinite), d, a));
+                    self.push(Op::Narrow(half_rounding(bf16, round, satfinite), d, a));
                 } else {
                     let a = self.a32(s, 1, from)?;
                     let a = self.as_f32(a, from, ftz);
-                    self.narrow_half(d, a, brain, round, satfinite);
+                    self.narrow_half(d, a, bf16, round, satfinite);
                 }
                 if relu {
-                    self.push(Op::Unary32(if brain { Unary32::ReluBf16 } else { Unary32::ReluF16 }, d, d));
+                    self.push(Op::Unary32(if bf16 { Unary32::ReluBf16 } else { Unary32::ReluF16 }, d, d));
                 }
                 if saturate {
                     return Err("`.sat` to a 16-bit float is unknown".into());
@@ -152,35 +152,36 @@ impl Decoder<'_> {
         }
     }
 
-    /// f32 to f16 or bf16.
-    fn narrow_half(&mut self, d: R, a: R, brain: bool, round: Round, satfinite: bool) {
+    /// Converts f32 to f16, or to bf16 if `bf16` is set.
+    fn narrow_half(&mut self, d: R, a: R, bf16: bool, round: Round, satfinite: bool) {
         if round == Round::Nearest && !satfinite {
-            self.push(Op::Unary32(if brain { Unary32::F32ToBf16 } else { Unary32::F32ToF16 }, d, a));
+            self.push(Op::Unary32(if bf16 { Unary32::F32ToBf16 } else { Unary32::F32ToF16 }, d, a));
         } else {
             let wide = self.temp(Class::R64);
             self.push(Op::Widen(Widen::F32ToF64, wide, a));
-            self.push(Op::Narrow(half_rounding(brain, round, satfinite), d, wide));
+            self.push(Op::Narrow(half_rounding(bf16, round, satfinite), d, wide));
         }
     }
 
     fn convert_pair(&mut self, s: &Statement, to: Ty, round: Option<Round>, relu: bool, satfinite: bool) -> Decode {
-        let brain = to == Ty::Bf16x2;
+        let bf16 = to == Ty::Bf16x2;
         let round = round.unwrap_or(Round::Nearest);
         if round == Round::Nearest && !relu && !satfinite {
-            return self.bin32(if brain { Binary32::F32ToBf16x2 } else { Binary32::F32ToF16x2 }, s, Ty::F32);
+            return self.bin32(if bf16 { Binary32::F32ToBf16x2 } else { Binary32::F32ToF16x2 }, s, Ty::F32);
         }
         let (d, a, b) = (self.d32(s)?, self.a32(s, 1, Ty::F32)?, self.a32(s, 2, Ty::F32)?);
         let halves = [self.temp(Class::R32), self.temp(Class::R32)];
         for (half, source) in halves.into_iter().zip([b, a]) {
-            self.narrow_half(half, source, brain, round, satfinite);
+            self.narrow_half(half, source, bf16, round, satfinite);
             if relu {
-                self.push(Op::Unary32(if brain { Unary32::ReluBf16 } else { Unary32::ReluF16 }, half, half));
+                self.push(Op::Unary32(if bf16 { Unary32::ReluBf16 } else { Unary32::ReluF16 }, half, half));
             }
         }
         self.push(Op::Binary32(Binary32::Pack16, d, halves[0], halves[1]));
         Ok(())
     }
 
+    /// A register with the value of an f32, f16 or bf16 as f32.
     fn as_f32(&mut self, a: R, from: Ty, ftz: bool) -> R {
         let op = match from {
             Ty::F16 => Unary32::F16ToF32,
@@ -193,7 +194,7 @@ impl Decoder<'_> {
         out
     }
 
-    /// Source 1 of an integer conversion, sign- or zero-extended to 64 bits from its type's width.
+    /// The source of a conversion from an integer, extended to 64 bits by the sign of its type.
     fn integer64(&mut self, s: &Statement, from: Ty) -> Decode<R> {
         let operand = self.operand(s, 1)?.clone();
         let out = self.temp(Class::R64);
@@ -219,7 +220,8 @@ impl Decoder<'_> {
         Ok(out)
     }
 
-    /// Source 1 of at most 32 bits, sign- or zero-extended to 32 bits.
+    /// The source of a conversion from an integer, extended or cut to 32 bits by the sign of its
+    /// type.
     fn integer32(&mut self, s: &Statement, from: Ty) -> Decode<R> {
         let operand = self.operand(s, 1)?.clone();
         let a = match operand {
@@ -242,11 +244,12 @@ impl Decoder<'_> {
         Ok(out)
     }
 
-    /// Writes a 32-bit integer, already right in its low bits, to the destination of an integer conversion.
+    /// Writes an integer to the destination of a conversion. As many low bits as its type has are
+    /// right.
     fn put_integer(&mut self, s: &Statement, to: Ty, value: R) -> Decode {
         match self.operand(s, 0)?.clone() {
             Operand::Reg(Reg { class: Class::R64, index, .. }) => {
-                // A destination wider than its type is extended by the type's sign.
+                // The destination is wider than its type, and is extended by the type's sign.
                 self.push(Op::Widen(if to.signed() { Widen::Sext } else { Widen::Zext }, index, value));
             }
             operand => {
@@ -269,7 +272,8 @@ impl Decoder<'_> {
         if saturate {
             let mut value = self.integer64(s, from)?;
             let (low, high) = integer_range(to);
-            // In signed 64-bit arithmetic; an unsigned 64-bit source above its range is large already.
+            // Signed arithmetic would take large u64 for negative, so an unsigned minimum cuts
+            // those.
             if from == Ty::U(64) {
                 let (top, out) = (self.const64(high as u64), self.temp(Class::R64));
                 self.push(Op::Binary64(Binary64::MinU, out, value, top));
@@ -296,7 +300,8 @@ impl Decoder<'_> {
             self.push(Op::Unary64(Unary64::Mov, d, a));
             return Ok(());
         }
-        // Sign extension of the source matters only for wider destinations; the low bits are the same.
+        // The sign of the source matters only where the destination is wider: the low bits are the
+        // same.
         let a = if from.bits() == 64 {
             let wide = self.integer64(s, from)?;
             let low = self.temp(Class::R32);
@@ -340,7 +345,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// Rounded to an integer, then saturated to the destination's range.
+    /// Rounds the source to an integer, and saturates that to the range of the destination.
     fn convert_to_integer(&mut self, s: &Statement, to: Ty, from: Ty, round: Round, ftz: bool) -> Decode {
         let signed = to.signed();
         if from == Ty::F64 {
@@ -397,8 +402,8 @@ impl Decoder<'_> {
     }
 }
 
-fn half_rounding(brain: bool, round: Round, satfinite: bool) -> Narrow {
-    match (brain, round, satfinite) {
+fn half_rounding(bf16: bool, round: Round, satfinite: bool) -> Narrow {
+    match (bf16, round, satfinite) {
         (false, _, true) => Narrow::F64ToF16Sat,
         (true, _, true) => Narrow::F64ToBf16Sat,
         (false, Round::Nearest | Round::NearestAway, _) => Narrow::F64ToF16,
@@ -412,7 +417,7 @@ fn half_rounding(brain: bool, round: Round, satfinite: bool) -> Narrow {
     }
 }
 
-/// Least and greatest value of an integer type, as far as 63 bits go.
+/// The least and the greatest value of an integer type; of u64, the greatest value of i64.
 fn integer_range(ty: Ty) -> (i64, i64) {
     let bits = ty.bits();
     if ty.signed() {

@@ -1,16 +1,17 @@
-//! Loads, stores, atomics and matrix moves of a warp, lane by lane.
+//! Loads, stores and atomics of a warp, lane by lane.
 
 use super::{Warp, lanes, space_of};
 use crate::alu::*;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
+use crate::global::{Span, store_part};
 use crate::isa::*;
-use crate::memory::{Span, store_part};
 use crate::race::By;
 use crate::shared::misaligned;
 use std::sync::atomic::Ordering::Relaxed;
 
 impl Warp {
+    /// The address of a lane, in the state space of the instruction.
     #[inline(always)]
     pub(super) fn address(&self, address: &Address, lane: usize) -> u64 {
         let base = match address.base {
@@ -22,13 +23,15 @@ impl Warp {
         if let Base::R32(_) = address.base { sum & 0xffff_ffff } else { sum }
     }
 
-    /// Space and address in it.
+    /// The address of a lane, and its space. A generic address becomes one in the space of its
+    /// window.
     #[inline(always)]
-    pub(super) fn place(&self, space: Space, address: &Address, lane: usize) -> (Space, u64) {
+    pub(crate) fn resolve(&self, space: Space, address: &Address, lane: usize) -> (Space, u64) {
         let address = self.address(address, lane);
         if space == Space::Generic { space_of(address) } else { (space, address) }
     }
 
+    /// The allocation that holds all bytes of an access, which must be aligned.
     #[inline]
     pub(super) fn global<'a>(
         &self,
@@ -49,6 +52,7 @@ impl Warp {
         Ok(span)
     }
 
+    /// The byte of an access in [`Warp::local`].
     fn local_offset(&self, address: u64, bytes: usize, lane: usize) -> Step<usize> {
         let size = self.local.len() as u64 / 32 * 4;
         if address > size || bytes as u64 > size - address {
@@ -62,10 +66,10 @@ impl Warp {
     }
 
     #[inline(always)]
-    pub(super) fn load(&mut self, block: &mut Block, access: &Access, statement: u32, active: u32) -> Step {
+    pub(super) fn load(&mut self, block: &mut Block, access: &LoadStore, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
         for lane in lanes(active) {
-            let (space, address) = self.place(access.space, &access.address, lane);
+            let (space, address) = self.resolve(access.space, &access.address, lane);
             let mut words = [0u32; 8];
             let part = (address % 4) as usize;
             match space {
@@ -128,7 +132,8 @@ impl Warp {
         Ok(())
     }
 
-    /// Writes a loaded value, sign- or zero-extended to 64 bits, to a register.
+    /// Writes a loaded value to a register. The value is extended to 64 bits by the sign of its
+    /// type.
     #[inline]
     fn put_slot(&mut self, slot: Slot, lane: usize, value: u64) {
         match slot {
@@ -149,10 +154,10 @@ impl Warp {
     }
 
     #[inline(always)]
-    pub(super) fn store(&mut self, block: &mut Block, access: &Access, statement: u32, active: u32) -> Step {
+    pub(super) fn store(&mut self, block: &mut Block, access: &LoadStore, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
         for lane in lanes(active) {
-            let (space, address) = self.place(access.space, &access.address, lane);
+            let (space, address) = self.resolve(access.space, &access.address, lane);
             let mut words = [0u32; 8];
             if bytes < 4 {
                 for (i, slot) in access.slots.iter().enumerate() {
@@ -185,9 +190,9 @@ impl Warp {
         Ok(())
     }
 
-    /// Stores `bytes` (1, 2, or whole words) of one lane.
+    /// Stores the first `bytes` of `words`, for one lane. They are 1, 2, or whole words.
     #[inline]
-    pub(super) fn store_words(
+    pub(crate) fn store_words(
         &mut self,
         block: &mut Block,
         space: Space,
@@ -235,7 +240,7 @@ impl Warp {
         let width = atomic.width;
         let total = width * atomic.b.len();
         for lane in lanes(active) {
-            let (space, base) = self.place(atomic.space, &atomic.address, lane);
+            let (space, base) = self.resolve(atomic.space, &atomic.address, lane);
             if base & (total as u64 - 1) != 0 {
                 return Err(misaligned(base, total, lane, space.name()));
             }
@@ -305,58 +310,9 @@ impl Warp {
         block.progress += 1;
         Ok(())
     }
-
-    /// `ldmatrix` and `stmatrix`: lanes 8i to 8i + 7 give the row addresses of matrix i.
-    pub(super) fn matrix(&mut self, block: &mut Block, matrix: &Matrix, statement: u32) -> Step {
-        let mut rows = [[0u32; 4]; 32];
-        if matrix.store {
-            for (i, r) in matrix.registers.iter().enumerate() {
-                let values = self.r32[*r as usize];
-                for (lane, value) in values.iter().enumerate() {
-                    for half in 0..2 {
-                        let (row, column) = (lane / 4, 2 * (lane % 4) + half);
-                        let (row, column) = if matrix.transpose { (column, row) } else { (row, column) };
-                        rows[8 * i + row][column / 2] |= (value >> (16 * half) & 0xffff) << (16 * (column % 2));
-                    }
-                }
-            }
-        }
-        for (lane, row) in rows.iter_mut().enumerate().take(8 * matrix.registers.len()) {
-            let (space, address) = self.place(matrix.space, &matrix.address, lane);
-            if space != Space::Shared {
-                let what = format!("a matrix row at {address:#x}, which is not in shared memory");
-                return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
-            }
-            let offset = block.shared.offset(address, 16, 16, lane)?;
-            let by = By { warp: self.index, lane: Some(lane), statement };
-            if matrix.store {
-                let words = [row[0], row[1], row[2], row[3], 0, 0, 0, 0];
-                self.store_words(block, Space::Shared, address, 16, &words, by)?;
-            } else {
-                block.shared.read(offset, 16, by, "matrix read")?;
-                *row = block.shared.chunk(offset);
-            }
-        }
-        if matrix.store {
-            block.progress += 1;
-            return Ok(());
-        }
-        for (i, r) in matrix.registers.iter().enumerate() {
-            let values = &mut self.r32[*r as usize];
-            for (lane, value) in values.iter_mut().enumerate() {
-                *value = 0;
-                for half in 0..2 {
-                    let (row, column) = (lane / 4, 2 * (lane % 4) + half);
-                    let (row, column) = if matrix.transpose { (column, row) } else { (row, column) };
-                    *value |= (rows[8 * i + row][column / 2] >> (16 * (column % 2)) & 0xffff) << (16 * half);
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Element `i` of loaded words, extended to 64 bits.
+/// Element `i` of loaded words, extended to 64 bits by its sign if `signed` is set.
 #[inline]
 fn element(words: &[u32; 8], i: usize, width: usize, signed: bool) -> u64 {
     match width {
@@ -374,7 +330,7 @@ fn element(words: &[u32; 8], i: usize, width: usize, signed: bool) -> u64 {
     }
 }
 
-/// New value of an atomic operation.
+/// The new value of an atomic operation.
 fn combine(op: AtomicOp, kind: AtomicType, width: usize, old: u64, b: u64, c: u64) -> u64 {
     use AtomicOp::*;
     match op {

@@ -1,16 +1,17 @@
 //! Global memory: allocations that all blocks of a launch share.
 //!
-//! Words are relaxed atomics, so that blocks on several CPU threads may race as they may on a GPU, without undefined behaviour.
-//! Narrower stores update their word atomically; 64-bit accesses are two words, and 64-bit atomics exclude each other by a lock.
+//! Words are relaxed atomics. So blocks on several CPU threads may race as they may on a GPU,
+//! without undefined behaviour. Narrower stores update their word atomically. A 64-bit access is
+//! two words, and a lock keeps 64-bit atomics apart.
 
 use crate::isa::MODULE_BASE;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-/// First address handed out.
+/// The first address that is given.
 const FIRST: u64 = 0x10_0000_0000;
-/// Bytes left free between allocations, so that running over an end hits nothing.
+/// So many bytes between allocations stay free, so that an access beyond an end hits nothing.
 const GAP: u64 = 64 * 1024;
 
 /// A request that [`Memory`] cannot serve.
@@ -20,47 +21,53 @@ pub enum MemoryError {
     /// The alignment is not a power of two of at most 1 MiB.
     #[error("alignment {0} is not a power of two up to 1048576")]
     Alignment(u64),
-    /// More than the machine can give.
-    #[error("{0} bytes are more than the emulator's memory can hold")]
+    /// The allocation is larger than 1 TiB, or than what the system can give.
+    #[error("{0} bytes are more than the emulator's memory can hold: at most 1 TiB, if the system has it")]
     Size(u64),
     /// The range does not lie in one allocation.
     #[error("[{address:#x}, {address:#x} + {bytes}) does not lie in one allocation{hint}")]
     Range {
-        /// First address asked for.
+        /// The first address that was asked for.
         address: u64,
-        /// Bytes asked for.
+        /// How many bytes were asked for.
         bytes: u64,
-        /// The nearest allocation below, if any.
+        /// What the message says of the nearest allocation below, if there is one.
         hint: String,
     },
     /// No allocation starts at this address.
-    #[error("no allocation starts at {0:#x}")]
+    #[error("no allocation starts at {0:#x}: `free` takes an address that `alloc` gave")]
     NotAllocated(u64),
 }
 
+/// An allocation of `bytes` bytes, in whole words.
 #[derive(Debug)]
 struct Allocation {
     bytes: u64,
     words: Box<[AtomicU32]>,
 }
 
-/// Device global memory. Fresh allocations hold 0xff bytes (NaN in every float format), so that reading what nobody wrote shows.
+/// The global memory of the emulated GPU.
+///
+/// A new allocation holds bytes of 0xff, which are NaN in every float format: so it shows when a
+/// kernel reads what nobody wrote.
 #[derive(Debug, Default)]
 pub struct Memory {
     allocations: BTreeMap<u64, Allocation>,
+    /// Where the next allocation may start.
     end: u64,
 }
 
 impl Memory {
-    /// Empty memory.
+    /// A memory without allocations.
     pub fn new() -> Memory {
         Memory::default()
     }
 
-    /// Reserves `bytes` at a multiple of `alignment` (a power of two; at least 256 is given) and returns the address.
+    /// Reserves `bytes` bytes and returns their address, a multiple of `alignment` and of 256.
     ///
     /// # Errors
-    /// A bad alignment, or a size beyond 1 TiB or what the system gives.
+    /// The alignment is not a power of two up to 1 MiB, or the size is beyond 1 TiB or what the
+    /// system gives.
     pub fn alloc(&mut self, bytes: u64, alignment: u64) -> Result<u64, MemoryError> {
         if !alignment.is_power_of_two() || alignment > 1 << 20 {
             return Err(MemoryError::Alignment(alignment));
@@ -77,12 +84,12 @@ impl Memory {
         Ok(address)
     }
 
-    /// Leaves so many addresses to nobody: what is reserved next lies beyond them.
+    /// Leaves `bytes` addresses unused. What is reserved next lies beyond them.
     pub fn skip(&mut self, bytes: u64) {
         self.end = self.end.max(FIRST) + bytes;
     }
 
-    /// Gives back the allocation that starts at `address`.
+    /// Frees the allocation that starts at `address`.
     ///
     /// # Errors
     /// No allocation starts there.
@@ -113,7 +120,7 @@ impl Memory {
         Ok(())
     }
 
-    /// The `bytes` at `address`.
+    /// Returns the `bytes` bytes at `address`.
     ///
     /// # Errors
     /// The range does not lie in one allocation.
@@ -128,7 +135,7 @@ impl Memory {
         Ok(out)
     }
 
-    /// Sets every byte of a range.
+    /// Sets `bytes` bytes at `address` to `byte`.
     ///
     /// # Errors
     /// The range does not lie in one allocation.
@@ -139,6 +146,7 @@ impl Memory {
     }
 }
 
+/// Writes bytes at an offset of an allocation.
 fn write_bytes(words: &[AtomicU32], offset: usize, data: &[u8]) {
     let mut at = 0;
     while at < data.len() {
@@ -153,7 +161,8 @@ fn write_bytes(words: &[AtomicU32], offset: usize, data: &[u8]) {
     }
 }
 
-/// Stores the low `bytes` (1 or 2) of `value` at byte `at` of a word, leaving its other bytes to whoever writes them.
+/// Stores the low `bytes` bytes of `value`, 1 or 2, at byte `at` of a word. Others may write the
+/// other bytes at the same time.
 #[inline]
 pub(crate) fn store_part(word: &AtomicU32, at: usize, bytes: usize, value: u32) {
     let mask = if bytes == 1 { 0xff } else { 0xffff } << (8 * at);
@@ -161,14 +170,14 @@ pub(crate) fn store_part(word: &AtomicU32, at: usize, bytes: usize, value: u32) 
     let _ = word.fetch_update(Relaxed, Relaxed, |old| Some(old & !mask | value));
 }
 
-/// The module's own global and constant variables.
+/// The global and constant variables of a module.
 #[derive(Debug, Default)]
 pub(crate) struct ModuleData {
     spans: Vec<(u64, Allocation)>,
 }
 
 impl ModuleData {
-    /// Reserves zeroed bytes; addresses grow from [`MODULE_BASE`].
+    /// Reserves bytes of zero. Addresses grow from [`MODULE_BASE`].
     pub fn alloc(&mut self, bytes: u64, align: u64) -> u64 {
         let end = self.spans.last().map_or(MODULE_BASE, |(base, allocation)| base + allocation.bytes + 256);
         let address = end.next_multiple_of(align.max(16));
@@ -177,13 +186,14 @@ impl ModuleData {
         address
     }
 
+    /// Writes the initial value of the variable at an address.
     pub fn write(&self, address: u64, data: &[u8]) {
         let (base, allocation) = self.spans.iter().find(|(base, _)| *base == address).expect("an address it gave");
         write_bytes(&allocation.words, (address - base) as usize, data);
     }
 }
 
-/// One allocation as kernels see it.
+/// An allocation as kernels see it.
 #[derive(Clone, Copy)]
 pub(crate) struct Span<'a> {
     pub base: u64,
@@ -199,6 +209,7 @@ impl<'a> Span<'a> {
         offset <= self.bytes && bytes <= self.bytes - offset
     }
 
+    /// The word that holds an address.
     #[inline]
     pub fn word(&self, address: u64) -> &'a AtomicU32 {
         &self.words[((address - self.base) / 4) as usize]
@@ -208,7 +219,7 @@ impl<'a> Span<'a> {
 /// Everything a launch can address in the global space.
 pub(crate) struct Global<'a> {
     spans: Vec<Span<'a>>,
-    /// Held during a 64-bit atomic.
+    /// Whoever executes a 64-bit atomic holds this lock.
     pub wide: Mutex<()>,
 }
 
@@ -216,11 +227,12 @@ impl<'a> Global<'a> {
     pub fn new(memory: &'a Memory, data: &'a ModuleData) -> Global<'a> {
         let span = |(base, a): (&u64, &'a Allocation)| Span { base: *base, bytes: a.bytes, words: &a.words };
         let spans = memory.allocations.iter().chain(data.spans.iter().map(|(base, a)| (base, a))).map(span);
-        // Ascending: module data lie above every address that `Memory` gives.
+        // The order is ascending, because the module's data lie above every address that `Memory`
+        // gives.
         Global { spans: spans.collect(), wide: Mutex::new(()) }
     }
 
-    /// Index of the span that holds a range; `hint` is tried first.
+    /// The span that holds a range, and its index. The span with the index `hint` is tried first.
     #[inline]
     pub fn find(&self, address: u64, bytes: u64, hint: usize) -> Option<(usize, Span<'a>)> {
         if let Some(span) = self.spans.get(hint)
@@ -232,7 +244,7 @@ impl<'a> Global<'a> {
         self.spans[at].holds(address, bytes).then(|| (at, self.spans[at]))
     }
 
-    /// Where an address lies relative to the nearest allocations, for messages.
+    /// Where an address lies beside the nearest allocation below, for messages.
     pub fn describe(&self, address: u64) -> String {
         let at = self.spans.partition_point(|span| span.base <= address);
         let below = at.checked_sub(1).map(|at| self.spans[at]);

@@ -1,107 +1,12 @@
-//! What lanes and warps do together: shuffles, named barriers, mbarriers, asynchronous copies, registers handed around.
+//! Named barriers, mbarriers, and registers that warps hand to each other.
 
 use super::{Flow, Wait, Warp, first, lanes, put, put_predicate};
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::*;
 use crate::race::By;
-use crate::shared::misaligned;
 
 impl Warp {
-    /// An aligned instruction: lanes that meet it without the others of the warp wait for them.
-    pub(super) fn whole(&self, block: &mut Block, active: u32) -> Step<Option<Wait>> {
-        if active == u32::MAX {
-            block.shared.clocks.meet(self.index, active);
-            return Ok(None);
-        }
-        if self.live != u32::MAX || self.groups.len() == 1 {
-            return Err(self.missing(u32::MAX, active));
-        }
-        Ok(Some(Wait::Lanes))
-    }
-
-    #[cold]
-    fn missing(&self, needed: u32, active: u32) -> Box<Trouble> {
-        let missing = needed & !active;
-        let lane = first(missing);
-        let what = format!(
-            "lanes {needed:#x} must execute it together, but only {active:#x} do; {missing:#x} {}",
-            if missing & self.live == 0 { "have exited" } else { "go another way or are predicated off" }
-        );
-        Trouble::lane(FaultKind::Divergence, lane, what)
-    }
-
-    /// Checks that all lanes named in the active lanes' masks are here; tells to wait if they may still come.
-    fn gather(&self, mask: R, active: u32) -> Step<Option<Wait>> {
-        let masks = &self.r32[mask as usize];
-        // The usual case: a full warp, every lane with the same full mask.
-        if active == u32::MAX && masks.iter().fold(u32::MAX, |all, mask| all & mask) == u32::MAX {
-            return Ok(None);
-        }
-        for lane in lanes(active) {
-            let mask = masks[lane];
-            if mask >> lane & 1 == 0 {
-                let what = format!("the mask {mask:#x} does not name the lane that executes it");
-                return Err(Trouble::lane(FaultKind::Divergence, lane, what));
-            }
-            if mask & !active != 0 {
-                if mask & !self.live != 0 || self.groups.len() == 1 {
-                    return Err(self.missing(mask, active));
-                }
-                return Ok(Some(Wait::Lanes));
-            }
-            if let Some(other) = lanes(mask).find(|other| masks[*other] != mask) {
-                let what = format!("the mask is {mask:#x} here and {:#x} in lane {other}", masks[other]);
-                return Err(Trouble::lane(FaultKind::Divergence, lane, what));
-            }
-        }
-        Ok(None)
-    }
-
-    /// [`Warp::gather`], after which each lane knows what the others do.
-    pub(super) fn meet(&self, block: &mut Block, mask: R, active: u32) -> Step<Option<Wait>> {
-        let wait = self.gather(mask, active)?;
-        if wait.is_none() {
-            block.shared.clocks.meet(self.index, active);
-        }
-        Ok(wait)
-    }
-
-    pub(super) fn shuffle(&mut self, shuffle: &Shuffle, active: u32) -> Step {
-        let a = self.r32[shuffle.a as usize];
-        let (b, c) = (&self.r32[shuffle.b as usize], &self.r32[shuffle.c as usize]);
-        let masks = &self.r32[shuffle.mask as usize];
-        let mut out = a;
-        let mut in_range = 0;
-        for lane in lanes(active) {
-            let (by, segment, clamp) = ((b[lane] & 31) as i32, c[lane] >> 8 & 31, c[lane] & 31);
-            let here = lane as i32;
-            let low = (lane as u32 & segment) as i32;
-            let limit = low | (clamp & !segment) as i32;
-            let (source, inside) = match shuffle.mode {
-                ShuffleMode::Up => (here - by, here - by >= limit),
-                ShuffleMode::Down => (here + by, here + by <= limit),
-                ShuffleMode::Butterfly => (here ^ by, here ^ by <= limit),
-                ShuffleMode::Index => {
-                    let source = low | (by as u32 & !segment) as i32;
-                    (source, source <= limit)
-                }
-            };
-            let source = if inside { source as usize } else { lane };
-            if masks[lane] >> source & 1 == 0 {
-                let what = format!("it reads lane {source}, which the mask {:#x} does not name", masks[lane]);
-                return Err(Trouble::lane(FaultKind::Divergence, lane, what));
-            }
-            out[lane] = a[source];
-            in_range |= u32::from(inside) << lane;
-        }
-        put(&mut self.r32[shuffle.d as usize], &out, active);
-        if let Some(p) = shuffle.p {
-            put_predicate(&mut self.predicates[p as usize], in_range, active);
-        }
-        Ok(())
-    }
-
     pub(super) fn named_barrier(
         &mut self,
         block: &mut Block,
@@ -111,7 +16,7 @@ impl Warp {
         active: u32,
     ) -> Step<Flow> {
         if let Some((id, round)) = self.groups[chosen].arrived {
-            // Woken: the round is complete.
+            // The group has arrived before, and was woken to look whether the round is complete.
             if block.named[id as usize].round <= round {
                 return Ok(Flow::Again(Wait::Named { id, round }));
             }
@@ -147,7 +52,7 @@ impl Warp {
         }
         let p = self.predicates[barrier.p as usize] ^ if barrier.p_negated { u32::MAX } else { 0 };
         let arriving = if barrier.aligned { 32 } else { active.count_ones() };
-        // Lanes that do not exist do not vote; an `and` must not fail for them.
+        // Lanes that do not exist do not vote. An `and` must not fail because of them.
         let absent = if barrier.aligned { 32 - active.count_ones() } else { 0 };
         let votes = (p & active).count_ones() + if barrier.kind == BarrierKind::And { absent } else { 0 };
         block.shared.clocks.meet(self.index, active);
@@ -161,9 +66,9 @@ impl Warp {
         Ok(Flow::Again(Wait::Named { id, round }))
     }
 
-    /// Offset of an mbarrier object.
-    fn mbarrier_offset(&self, block: &Block, space: Space, address: &Address, lane: usize) -> Step<usize> {
-        let (found, address) = self.place(space, address, lane);
+    /// The offset of an mbarrier in shared memory.
+    pub(super) fn mbarrier_offset(&self, block: &Block, space: Space, address: &Address, lane: usize) -> Step<usize> {
+        let (found, address) = self.resolve(space, address, lane);
         if found != Space::Shared {
             let what = format!("an mbarrier at {address:#x}, which is not in shared memory");
             return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
@@ -174,7 +79,7 @@ impl Warp {
     pub(super) fn mbarrier(
         &mut self,
         block: &mut Block,
-        mbarrier: &Mbarrier,
+        mbarrier: &MbarrierUse,
         statement: u32,
         chosen: usize,
         active: u32,
@@ -204,11 +109,13 @@ impl Warp {
         Ok(Flow::Next)
     }
 
+    /// `test_wait` and `try_wait`. A `blocking` one waits until the phases of all lanes are
+    /// complete.
     #[allow(clippy::too_many_arguments)]
     fn mbarrier_test(
         &mut self,
         block: &mut Block,
-        mbarrier: &Mbarrier,
+        mbarrier: &MbarrierUse,
         statement: u32,
         p: R,
         phase: Phase,
@@ -218,7 +125,7 @@ impl Warp {
     ) -> Step<Flow> {
         let mut complete = 0;
         let mut wait = None;
-        // Barriers, and the lanes that see their phase over.
+        // Each mbarrier with the lanes that see its phase complete.
         let mut passed: Vec<(usize, u32)> = Vec::new();
         for lane in lanes(active) {
             let offset = self.mbarrier_offset(block, mbarrier.space, &mbarrier.address, lane)?;
@@ -257,58 +164,12 @@ impl Warp {
         }
         passed.iter().for_each(|(offset, lanes)| block.pass(*offset, self.index, *lanes));
         put_predicate(&mut self.predicates[p as usize], complete, active);
-        // A loop around a test that fails must not keep the others from running.
+        // Other warps run first, because a loop around a test that fails would keep them from
+        // running.
         Ok(if wait.is_some() { Flow::Pause } else { Flow::Next })
     }
 
-    pub(super) fn bulk(&mut self, block: &mut Block, bulk: &Bulk, statement: u32, active: u32) -> Step {
-        for lane in lanes(active) {
-            let bytes = self.r32[bulk.bytes as usize][lane] as usize;
-            let (_, shared) = self.place(Space::Shared, &bulk.shared, lane);
-            let global = self.address(&bulk.global, lane);
-            if !bytes.is_multiple_of(16) {
-                let what = format!("a bulk copy of {bytes} bytes: it must be a multiple of 16");
-                return Err(Trouble::lane(FaultKind::BulkCopy, lane, what));
-            }
-            let offset = block.shared.offset(shared, bytes, 16, lane)?;
-            let Some((hint, _)) = block.global.find(global, bytes as u64, block.hint) else {
-                let what =
-                    format!("bulk copy of {bytes} bytes at global {global:#x}: {}", block.global.describe(global));
-                return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
-            };
-            block.hint = hint;
-            let by = By { warp: self.index, lane: Some(lane), statement };
-            if !global.is_multiple_of(16) {
-                return Err(misaligned(global, 16, lane, "global"));
-            }
-            match &bulk.barrier {
-                Some(barrier) => {
-                    let barrier = self.mbarrier_offset(block, Space::Shared, barrier, lane)?;
-                    block.copy_in(offset, global, bytes, barrier, by)?;
-                }
-                None => block.copy_out(offset, global, bytes, by)?,
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn async_copy(&mut self, block: &mut Block, copy: &AsyncCopy, statement: u32, active: u32) -> Step {
-        for lane in lanes(active) {
-            let (_, shared) = self.place(Space::Shared, &copy.shared, lane);
-            let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
-            let global = self.address(&copy.global, lane);
-            self.global(block, global, copy.bytes, lane, "asynchronous copy")?;
-            block.start_async_copy(
-                offset,
-                global,
-                copy.bytes,
-                By { warp: self.index, lane: Some(lane), statement },
-                lane,
-            )?;
-        }
-        Ok(())
-    }
-
+    /// `setmaxnreg`: gives registers back, or waits until there are enough.
     pub(super) fn set_max_registers(&mut self, block: &mut Block, count: u32, increase: bool) -> Step<Flow> {
         let Some(free) = block.free_registers else {
             let what = "setmaxnreg in a kernel without .maxntid or .reqntid: ptxas drops it (C7508)";

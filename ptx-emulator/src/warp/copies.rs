@@ -1,0 +1,58 @@
+//! How lanes start asynchronous copies.
+
+use super::{Warp, lanes};
+use crate::block::Block;
+use crate::fault::{FaultKind, Step, Trouble};
+use crate::isa::*;
+use crate::race::By;
+use crate::shared::misaligned;
+
+impl Warp {
+    pub(super) fn bulk(&mut self, block: &mut Block, bulk: &Bulk, statement: u32, active: u32) -> Step {
+        for lane in lanes(active) {
+            let bytes = self.r32[bulk.bytes as usize][lane] as usize;
+            let (_, shared) = self.resolve(Space::Shared, &bulk.shared, lane);
+            let global = self.address(&bulk.global, lane);
+            if !bytes.is_multiple_of(16) {
+                let what = format!("a bulk copy of {bytes} bytes: it must be a multiple of 16");
+                return Err(Trouble::lane(FaultKind::BulkCopy, lane, what));
+            }
+            let offset = block.shared.offset(shared, bytes, 16, lane)?;
+            let Some((hint, _)) = block.global.find(global, bytes as u64, block.hint) else {
+                let what =
+                    format!("bulk copy of {bytes} bytes at global {global:#x}: {}", block.global.describe(global));
+                return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+            };
+            block.hint = hint;
+            let by = By { warp: self.index, lane: Some(lane), statement };
+            if !global.is_multiple_of(16) {
+                return Err(misaligned(global, 16, lane, "global"));
+            }
+            match &bulk.barrier {
+                Some(barrier) => {
+                    let barrier = self.mbarrier_offset(block, Space::Shared, barrier, lane)?;
+                    block.copy_in(offset, global, bytes, barrier, by)?;
+                }
+                None => block.copy_out(offset, global, bytes, by)?,
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn async_copy(&mut self, block: &mut Block, copy: &AsyncCopy, statement: u32, active: u32) -> Step {
+        for lane in lanes(active) {
+            let (_, shared) = self.resolve(Space::Shared, &copy.shared, lane);
+            let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
+            let global = self.address(&copy.global, lane);
+            self.global(block, global, copy.bytes, lane, "asynchronous copy")?;
+            block.start_thread_copy(
+                offset,
+                global,
+                copy.bytes,
+                By { warp: self.index, lane: Some(lane), statement },
+                lane,
+            )?;
+        }
+        Ok(())
+    }
+}
