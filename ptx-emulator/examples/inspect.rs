@@ -1,4 +1,5 @@
-//! Parses PTX files with the emulator and prints their entries: a quick check that everything in them is known.
+//! Parses PTX files with the emulator and prints their entries: a quick check that everything in
+//! them is known.
 
 fn main() {
     let mut failed = false;

@@ -1,4 +1,4 @@
-//! Measures the emulator on one core: arithmetic in a loop, and matrix products.
+//! Measures how fast the emulator is on one core: arithmetic in a loop, and matrix products.
 
 use ptx_emulator::{Launch, Memory, Module};
 use std::time::Instant;

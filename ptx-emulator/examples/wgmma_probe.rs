@@ -1,8 +1,14 @@
-//! Runs dot products that tell one arithmetic of `wgmma` from another on a GPU, and compares the emulator with what it found.
+//! Runs dot products that tell one arithmetic of `wgmma` from another on a GPU, and compares the
+//! emulator with what the GPU computed.
 //!
-//! `wgmma_probe gpu FILE` runs them and writes the results; `wgmma_probe compare FILE` counts, case by case, the accumulators in
-//! which the emulator differs, and shows the first; `wgmma_probe dump FILE PART` writes operands and results of the cases whose
-//! name has PART as text, to fit another arithmetic to; `wgmma_probe ptx` writes the program.
+//! | command | what it does |
+//! | --- | --- |
+//! | `wgmma_probe gpu FILE` | runs them on the first GPU, and writes the results |
+//! | `wgmma_probe compare FILE` | counts for each case in how many accumulators the emulator differs |
+//! | `wgmma_probe dump FILE PART` | writes operands and results of cases whose name has PART as text |
+//! | `wgmma_probe ptx` | writes the program |
+//!
+//! `dump` helps to fit another arithmetic to the results of another GPU.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -16,7 +22,7 @@ use std::ffi::{CString, c_void};
 use std::process::ExitCode;
 use tensor_core::{Case, Format, Kept, Results, cases, program};
 
-/// The program on the first GPU.
+/// The first GPU, with the program loaded.
 struct Gpu {
     device: String,
     module: sys::CUmodule,
@@ -25,7 +31,7 @@ struct Gpu {
 
 impl Gpu {
     fn new() -> Result<Gpu, Box<dyn Error>> {
-        // SAFETY: probing for the library opens and closes it.
+        // SAFETY: the call opens the driver's library and closes it again, and keeps nothing of it.
         if !unsafe { sys::is_culib_present() } {
             return Err("the CUDA driver (libcuda) is not installed: `gpu` needs an NVIDIA Hopper GPU".into());
         }
@@ -56,7 +62,8 @@ impl Gpu {
     fn run(&self, case: &Case) -> Result<Vec<u32>, Box<dyn Error>> {
         let c = case.image_of_c();
         let mut out = vec![0u8; c.len()];
-        // SAFETY: every buffer is as large as the program reads or writes for this case, and lives until it has ended.
+        // SAFETY: every buffer is as large as the program reads or writes for this case, and lives
+        // until it has ended.
         unsafe {
             let function = result::module::get_function(self.module, CString::new(case.entry())?)?;
             let images = [out.clone(), case.image_of_a(), case.image_of_b(), c];
@@ -81,6 +88,7 @@ impl Gpu {
     }
 }
 
+/// Runs all cases on the GPU and writes their results.
 fn gpu(path: &str) -> Result<(), Box<dyn Error>> {
     let gpu = Gpu::new()?;
     let mut results = Results::new(gpu.device.clone());
@@ -97,7 +105,7 @@ fn gpu(path: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Whether the emulator agrees everywhere.
+/// Compares the emulator with a file of results. Tells whether it agrees everywhere.
 fn compare(path: &str) -> Result<bool, Box<dyn Error>> {
     let results = Results::from_bytes(&std::fs::read(path)?)?;
     println!("{}", results.device);
@@ -127,7 +135,8 @@ fn compare(path: &str) -> Result<bool, Box<dyn Error>> {
     Ok(agrees)
 }
 
-/// One line an accumulator of the cases of one step: case, result, C, then A and B, all in hexadecimal.
+/// Writes a line for each accumulator of the cases of one step: the case, the result, C, A and B,
+/// in hexadecimal.
 fn dump(path: &str, part: &str) -> Result<(), Box<dyn Error>> {
     let results = Results::from_bytes(&std::fs::read(path)?)?;
     let words = |bits: Vec<u32>| bits.iter().map(|x| format!("{x:x}")).collect::<Vec<_>>().join(",");

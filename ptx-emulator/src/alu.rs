@@ -285,7 +285,7 @@ table! {
         MaxF32 => float::max(f(a), f(b)).to_bits(),
         MinNanF32 => or_nan(f(a), f(b), float::min(f(a), f(b))).to_bits(),
         MaxNanF32 => or_nan(f(a), f(b), float::max(f(a), f(b))).to_bits(),
-        // PTX: the sign of a on the magnitude of b.
+        // PTX puts the sign of a on the magnitude of b.
         CopysignF32 => a & 0x8000_0000 | b & 0x7fff_ffff,
         AddF16 => in_f16([a, b], |a, b| a + b),
         SubF16 => in_f16([a, b], |a, b| a - b),

@@ -49,7 +49,7 @@ pub(crate) struct Block<'a> {
     pub warpgroups: Vec<Warpgroup>,
     pub tiles: Tiles,
     /// Registers that no warp holds, counted for each thread of a warp. `None` when the kernel has
-    /// no launch bounds: `setmaxnreg` has no effect then.
+    /// no launch bounds, without which `setmaxnreg` is a fault.
     pub free_registers: Option<u32>,
     /// Whether a barrier that completes hands over to a warp that waits for it.
     pub hands_over: bool,
@@ -114,8 +114,8 @@ impl<'a> Block<'a> {
         self.clock = 0;
     }
 
-    /// The registers of a thread at entry. So many ptxas gives a kernel with launch bounds that
-    /// uses `setmaxnreg`.
+    /// How many registers ptxas gives a thread at entry, if the kernel has launch bounds and uses
+    /// `setmaxnreg`.
     pub fn entry_registers(&self) -> Option<u32> {
         let threads = self.kernel.max_threads?.next_multiple_of(32);
         Some((65536 / (threads * self.kernel.min_blocks) / 8 * 8).clamp(24, 256))

@@ -320,8 +320,6 @@ pub(crate) fn decode(
 }
 
 impl<'a> Decoder<'a> {
-    // Registers and code.
-
     /// A new register.
     fn temp(&mut self, class: Class) -> R {
         let file = &mut self.registers[class as usize];
@@ -387,8 +385,6 @@ impl<'a> Decoder<'a> {
         }
         Ok(())
     }
-
-    // Operands.
 
     pub fn operand<'s>(&self, s: &'s Statement, i: usize) -> Decode<&'s Operand> {
         s.operands.get(i).ok_or_else(|| format!("operand {} is missing", i + 1))
@@ -550,8 +546,6 @@ impl<'a> Decoder<'a> {
             other => return Err(format!("{other:?} cannot be loaded to")),
         })
     }
-
-    // Instructions.
 
     fn instruction(&mut self, s: &Statement) -> Decode {
         let mut parts = s.opcode.split('.');

@@ -59,6 +59,7 @@ pub struct Memory {
 
 impl Memory {
     /// A memory without allocations.
+    #[must_use]
     pub fn new() -> Memory {
         Memory::default()
     }

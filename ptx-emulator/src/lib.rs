@@ -6,7 +6,7 @@
 //! ```
 //! use ptx_emulator::{FaultKind, Launch, Memory, Module};
 //!
-//! // Each of 32 threads reads a number and stores its double in reverse order, by way of shared memory.
+//! // Each of 32 threads doubles a number, and stores it in reverse order by way of shared memory.
 //! let ptx = "
 //! .version 8.3
 //! .target sm_90a
@@ -31,20 +31,22 @@
 //!     st.global.u32 [%rd3], %r2;
 //!     ret;
 //! }";
+//! let numbers = |f: fn(u32) -> u32| (0..32).flat_map(|i| f(i).to_le_bytes()).collect::<Vec<u8>>();
 //! let mut memory = Memory::new();
 //! let data = memory.alloc(128, 4)?;
-//! memory.write(data, &[3, 0, 0, 0].repeat(32))?;
+//! memory.write(data, &numbers(|i| i))?;
 //! let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
 //! let module = Module::parse("reverse.ptx", ptx)?;
 //! let stats = module.launch(&memory, "reverse", launch, &data.to_le_bytes())?;
-//! assert_eq!(memory.read(data, 128)?, [6, 0, 0, 0].repeat(32));
+//! assert_eq!(memory.read(data, 128)?, numbers(|i| 2 * (31 - i)));
 //! assert_eq!(stats.count("ld.shared"), 1);
 //!
-//! // Without the barrier a GPU may give the right numbers for years. The emulator tells who races with whom.
+//! // Without the barrier a GPU may give the right numbers for years. The emulator says who races.
 //! let module = Module::parse("reverse.ptx", &ptx.replace("bar.sync 0;", ""))?;
 //! let fault = module.launch(&memory, "reverse", launch, &data.to_le_bytes()).unwrap_err();
 //! assert_eq!(fault.kind, FaultKind::Race);
-//! assert!(fault.to_string().contains("no barrier orders it after some of them were written by warp 0"));
+//! let race = "no barrier orders it after some of them were written by warp 0";
+//! assert!(fault.to_string().contains(race));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -82,9 +84,10 @@
 //!   barrier is ordered after all arrivals of the phase before, where it might else have counted.
 //!
 //! **Lanes** of a warp meet at `bar.warp.sync`, a shuffle, vote, match or reduction, a barrier, or
-//! another aligned instruction; some may be missing. Until they meet, what one lane did is not
-//! ordered before what another does, and what one lane waited for the others do not know. Stores of
-//! several lanes by one instruction to the same bytes are no race.
+//! another aligned instruction. Some may go another way, where the instruction allows it. Until
+//! lanes meet, what one lane did is not ordered before what another does, and what one lane waited
+//! for the others do not know. Stores of several lanes by one instruction to the same bytes are no
+//! race.
 //!
 //! **Registers** of a `wgmma` are not touched between the last `wgmma.fence` and the `wgmma`, nor
 //! from then on before its wait.

@@ -183,7 +183,11 @@ fn place_variables(name: &str, variables: &[Variable]) -> Result<Variables, Erro
             }
             (_, Some(bytes)) => data.alloc(bytes, align),
             (_, None) => {
-                return Err(Error::at(name, 0, format!("`{}` has no size and is not shared", variable.name)));
+                return Err(Error::at(
+                    name,
+                    0,
+                    format!("`{}` has no size, which only `.extern .shared` arrays may leave out", variable.name),
+                ));
             }
         };
         symbols.insert(variable.name.clone(), address);

@@ -203,7 +203,7 @@ impl Clocks {
         }
     }
 
-    /// The lanes that met become of one mind.
+    /// Lanes of a warp share one clock from now on.
     #[cold]
     fn gather(&mut self, warp: usize, lanes: u32) {
         let mut all = Known { lanes, clock: Clock::new(self.now.len()) };

@@ -74,7 +74,7 @@ enum Turns {
 enum Slices {
     /// Each has [`SLICE`].
     Longest,
-    /// Each has up to a power of two, drawn anew each time. All exponents up to this are as likely.
+    /// Each has up to 2^n, and n is drawn for each turn from 1 to this number.
     UpTo(u32),
 }
 

@@ -115,7 +115,8 @@ impl Shared {
     /// Some lanes are about to make a strong access: volatile, relaxed, acquire, release or atomic.
     /// They learn what those knew who made one to the same word.
     ///
-    /// A relaxed access promises less without fences. Nothing that is in order is taken for a race.
+    /// A relaxed access promises less without fences. More is assumed here, so that no program in
+    /// order is taken for a race.
     pub fn before_strong(&mut self, offset: usize, bytes: usize, by: By, lanes: u32) {
         for word in offset / 4..(offset + bytes).div_ceil(4) {
             if let Some(clock) = self.strong.get(&word) {

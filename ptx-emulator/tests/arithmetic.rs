@@ -1,11 +1,12 @@
-//! Instructions on registers, each on 32 lanes of edge cases and random operands, against the PTX ISA written out in Rust.
+//! Instructions on registers, against the PTX ISA written out in Rust. Each runs on 32 lanes of
+//! edge cases and random operands.
 
 mod common;
 
 use common::{HEADER, Random, module, u64s};
 use ptx_emulator::{Launch, Memory};
 
-/// What an operand is: its width in bits, and whether its interesting values are those of a float.
+/// What an operand is: how many bits it has, and which of its values are interesting.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     I16,
@@ -13,13 +14,13 @@ enum Kind {
     I64,
     F32,
     F64,
-    /// Two or one 16-bit floats, in 32 bits or 16.
+    /// Two 16-bit floats in 32 bits, or one in 16.
     F16,
     Bf16,
     F16x2,
     Bf16x2,
     Pred,
-    /// A small number, for shifts and positions.
+    /// A small number, such as a shift or a position.
     Small,
 }
 
@@ -35,7 +36,7 @@ impl Kind {
         }
     }
 
-    /// 32 values: special ones first.
+    /// 32 values, of which the first are special.
     fn values(self, random: &mut Random) -> Vec<u64> {
         let special: Vec<u64> = match self {
             I16 | I32 | I64 => {
@@ -126,7 +127,7 @@ impl Kind {
                 }
             })
             .collect();
-        // Equal operands happen.
+        // Some operands must be equal.
         out[31] = out[30];
         out
     }
@@ -143,13 +144,13 @@ impl Kind {
     }
 }
 
-/// `op $d, $a, $b, $c` with operand kinds, and the result by the ISA.
+/// An instruction with the kinds of its operands, and its result by the ISA.
 struct Case {
     text: &'static str,
     d: Kind,
     operands: &'static [Kind],
     expected: Box<dyn Fn(u64, u64, u64) -> u64>,
-    /// Relative error allowed in a float result; 0 asks for the bits (any NaN equals any NaN).
+    /// The relative error that a float result may have. Zero asks for equal bits, or for any NaN.
     tolerance: f64,
 }
 
@@ -172,7 +173,7 @@ fn near(
     Case { text, d: F32, operands, expected: Box::new(expected), tolerance }
 }
 
-/// Runs all cases as one kernel and compares every lane.
+/// Runs all cases as one kernel, and compares every lane.
 fn check(cases: &[Case], seed: u64) {
     let mut random = Random(seed);
     let (mut body, mut inputs) = (String::new(), Vec::new());
@@ -270,7 +271,7 @@ fn b(value: bool) -> u64 {
     value as u64
 }
 
-/// Value of f16 bits, by its definition.
+/// The value of f16 bits, by the definition of the format.
 fn h(bits: u64) -> f32 {
     let (exponent, mantissa) = ((bits >> 10 & 31) as i32, (bits & 0x3ff) as f32);
     let magnitude = match exponent {
@@ -282,14 +283,15 @@ fn h(bits: u64) -> f32 {
     if bits & 0x8000 != 0 { -magnitude } else { magnitude }
 }
 
-/// Nearest 16-bit float, ties to even, by search over all of them: `value_of` gives their values.
+/// The nearest 16-bit float, with ties to even, by a search over all. `value_of` gives their
+/// values.
 fn nearest(value: f64, value_of: impl Fn(u64) -> f64, infinity: u64) -> u64 {
     if value.is_nan() {
         return 0x7fff;
     }
     let sign = if value.is_sign_negative() { 0x8000 } else { 0 };
     let magnitude = value.abs();
-    // Finite magnitudes ascend with their bits; one step beyond the largest stands for infinity.
+    // Finite magnitudes ascend with their bits. One step beyond the largest stands for infinity.
     let step = value_of(infinity - 1) - value_of(infinity - 2);
     let at = |bits: u64| if bits == infinity { value_of(infinity - 1) + step } else { value_of(bits) };
     let (mut low, mut high) = (0, infinity);
@@ -442,7 +444,7 @@ fn integers_of_64_and_16_bits() {
 
 #[test]
 fn bits_and_bytes() {
-    // A field of `len` bits at `pos`, written bit by bit as the ISA's pseudo-code is.
+    // This takes a field of `len` bits at `pos`, bit by bit as the pseudo-code of the ISA does.
     let field = |a: u64, pos: u64, len: u64, width: u64, signed: bool| {
         let (pos, len) = (pos & 0xff, len & 0xff);
         let sign = if !signed || len == 0 { 0 } else { a >> (pos + len - 1).min(width - 1) & 1 };
@@ -570,7 +572,7 @@ fn comparisons_and_selections() {
             case("setp.lt.and.s32 $d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) < s32(y)) & p),
             case("setp.lt.or.s32 $d, $a, $b, !$c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) < s32(y)) | !p & 1),
             case("setp.lt.xor.u32 $d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(x < y) ^ p),
-            // The second result is the negated comparison, combined likewise.
+            // The second result combines the negated comparison in the same way.
             case("setp.lt.and.s32 %p20|$d, $a, $b, $c", Pred, &[I32, I32, Pred], |x, y, p| b(s32(x) >= s32(y)) & p),
             case("setp.lt.u32 $d|%p20, $a, $b", Pred, &[I32, I32], |x, y, _| b(x < y)),
             case(
@@ -600,7 +602,7 @@ fn comparisons_and_selections() {
 
 #[test]
 fn floats_of_32_and_64_bits() {
-    // Flushing of subnormals, as `.ftz` does to operands and results.
+    // This flushes subnormals, as `.ftz` does to operands and results.
     let z = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
     let sat = |x: f32| if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) + 0.0 };
     let least = |x: f32, y: f32| match (x.is_nan(), y.is_nan()) {
@@ -645,7 +647,8 @@ fn floats_of_32_and_64_bits() {
             case("copysign.f32 $d, $a, $b", F32, &[F32, F32], |x, y, _| x & 0x8000_0000 | y & 0x7fff_ffff),
             case("sqrt.rn.f32 $d, $a", F32, &[F32], |x, _, _| bits(f(x).sqrt())),
             case("rcp.rn.f32 $d, $a", F32, &[F32], |x, _, _| bits(1.0 / f(x))),
-            // PTX ISA: maximum relative errors 2^-23 (rcp), 2^-22.9 (rsqrt), 2^-22.5 (ex2), 2^-22.6 absolute near 1 (lg2).
+            // The PTX ISA allows these relative errors: 2^-23 (rcp), 2^-22.9 (rsqrt) and 2^-22.5
+            // (ex2). For lg2 near 1 it allows an absolute error of 2^-22.6.
             near("rcp.approx.f32 $d, $a", &[F32], 2e-7, |x| 1.0 / x),
             near("rsqrt.approx.f32 $d, $a", &[F32], 2e-7, |x| 1.0 / x.sqrt()),
             near("sqrt.approx.f32 $d, $a", &[F32], 2e-7, |x| x.sqrt()),
@@ -680,7 +683,8 @@ fn floats_of_32_and_64_bits() {
 
 #[test]
 fn exp2_over_its_whole_range() {
-    // Every integer power is exact; between them the error stays within the ISA's 2^-22.5, subnormal results included.
+    // Every integer power is exact. Between them the relative error is at most 2^-22.5, as the ISA
+    // asks. That includes subnormal results.
     let points: Vec<f32> =
         (-155 * 8..=130 * 8).map(|i| i as f32 / 8.0 + if i % 3 == 0 { 0.0 } else { 0.001 }).collect();
     for chunk in points.chunks(32) {
@@ -709,8 +713,8 @@ fn exp2_over_its_whole_range() {
 
 #[test]
 fn directed_rounding_brackets_the_exact_result() {
-    // Exact sums and products of f32 are not always f64 values, but the rounded results must bracket the f64 one, and equal it
-    // when it is an f32.
+    // The result in f64 must lie between those that are rounded down and up, which must be equal or
+    // neighbours.
     let mut random = Random(7);
     let (a, b): (Vec<f32>, Vec<f32>) = (0..32).map(|_| (random.unit() * 100.0, random.unit())).unzip();
     let input = common::bytes32(a.iter().chain(&b).map(|x| x.to_bits()));
@@ -752,7 +756,7 @@ fn halves() {
             case("add.f16 $d, $a, $b", F16, &[F16, F16], |x, y, _| to_h(h(x) as f64 + h(y) as f64)),
             case("sub.f16 $d, $a, $b", F16, &[F16, F16], |x, y, _| to_h(h(x) as f64 - h(y) as f64)),
             case("mul.f16 $d, $a, $b", F16, &[F16, F16], |x, y, _| to_h(h(x) as f64 * h(y) as f64)),
-            // Products have 22 bits: f64 holds the sum of moderate values exactly.
+            // A product has 22 bits, so that f64 holds the sum of moderate values exactly.
             case("fma.rn.f16 $d, $a, $b, $c", F16, &[F16, F16, F16], |x, y, w| {
                 to_h((h(x) as f64).mul_add(h(y) as f64, h(w) as f64))
             }),
@@ -809,7 +813,7 @@ fn conversions() {
             case("cvt.rn.f32.s32 $d, $a", F32, &[I32], |x, _, _| bits(s32(x) as f32)),
             case("cvt.rn.f32.u32 $d, $a", F32, &[I32], |x, _, _| bits(x as f32)),
             case("cvt.rz.f32.u32 $d, $a", F32, &[I32], |x, _, _| {
-                // The highest 24 bits.
+                // These are the highest 24 bits.
                 let cut = 40u32.saturating_sub(x.leading_zeros());
                 bits((x >> cut << cut) as f32)
             }),
@@ -881,7 +885,8 @@ fn conversions() {
             }),
             case("cvt.rni.f16.f16 $d, $a", F16, &[F16], |x, _, _| to_h(h(x).round_ties_even() as f64)),
             case("cvt.rna.tf32.f32 $d, $a", I32, &[F32], |x, _, _| {
-                // Ties away from zero: half of the last bit kept is added to the magnitude.
+                // Half of the last bit that is kept is added to the magnitude, so that ties go away
+                // from zero.
                 if f(x).is_finite() { (x + 0x1000) & 0xffff_e000 } else { x }
             }),
         ]
@@ -890,7 +895,8 @@ fn conversions() {
 
 #[test]
 fn fp8_conversions() {
-    // e4m3: 1.0 = 0x38, 448 = 0x7e, 2^-9 = 0x01; e5m2: 1.0 = 0x3c, 57344 = 0x7b. Beyond the range both saturate.
+    // In e4m3, 1.0 is 0x38, 448 is 0x7e and 2^-9 is 0x01. In e5m2, 1.0 is 0x3c and 57344 is 0x7b.
+    // Beyond their range both saturate.
     let values = [1.0f32, -1.0, 448.0, 1000.0, 2f32.powi(-9), 0.0, 1.0625, 1.1875, -0.3, f32::NAN];
     let e4m3 = [0x38u32, 0xb8, 0x7e, 0x7e, 0x01, 0x00, 0x38, 0x3a, 0xaa, 0x7f];
     let e5m2 = [0x3c, 0xbc, 0x5f, 0x64, 0x18, 0x00, 0x3c, 0x3d, 0xb5, 0x7f];

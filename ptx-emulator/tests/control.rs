@@ -1,4 +1,5 @@
-//! Branches, divergence, scopes, special registers, parameters, statistics; and what the parser refuses.
+//! Branches, divergence, scopes, special registers, parameters and statistics; and what the parser
+//! refuses.
 
 mod common;
 
@@ -7,7 +8,8 @@ use ptx_emulator::{FaultKind, Launch, Memory, Module};
 
 #[test]
 fn lanes_leave_a_loop_at_different_times() {
-    // Collatz steps of lane + 1: every lane loops another number of times, and both arms of a branch diverge inside.
+    // Each lane counts the Collatz steps of its number plus one. Lanes loop different numbers of
+    // times, and take different arms of a branch inside.
     let body = format!(
         "add.u32 %r2, %r1, 1; mov.u32 %r3, 0;
          LOOP: setp.eq.u32 %p1, %r2, 1; @%p1 bra DONE;
@@ -27,13 +29,14 @@ fn lanes_leave_a_loop_at_different_times() {
         }
         steps
     };
-    // The ballot behind the loop needs all lanes: it would fault if they had not met again.
+    // The ballot behind the loop needs all lanes, and would fault if they had not met again.
     assert_eq!(warp(&body, &[]), (1..=32).map(steps).collect::<Vec<u32>>());
 }
 
 #[test]
 fn lanes_meet_again_behind_blocks_placed_out_of_order() {
-    // The `else` arm stands behind the common tail, so the lowest program counter alone does not bring lanes together.
+    // The `else` arm stands behind the common tail. So it is not enough to run the lowest program
+    // counter.
     let body = format!(
         "setp.lt.u32 %p1, %r1, 16; @%p1 bra LOW; bra HIGH;
          LOW: mov.u32 %r2, 100;
@@ -63,7 +66,7 @@ fn predicated_instructions_and_negated_guards() {
 
 #[test]
 fn scopes_shadow_registers_and_labels() {
-    // As inline assembly has it: the same names again and again.
+    // Inline assembly has the same names again and again.
     let block = "{ .reg .pred p; .reg .b32 %r2; setp.lt.u32 p, %r1, 4; mov.u32 %r2, 5; @p bra SKIP; add.u32 %r3, %r3, %r2; SKIP: }";
     let body = format!("mov.u32 %r2, 1; mov.u32 %r3, 0; {block} {block} add.u32 %r3, %r3, %r2; {}", store("%r3"));
     let expected: Vec<u32> = (0..32).map(|lane| if lane < 4 { 1 } else { 11 }).collect();
@@ -106,7 +109,7 @@ fn special_registers_of_a_three_dimensional_launch() {
         "%dynamic_smem_size",
         "%cluster_nctarank",
     ];
-    // Thread and block numbers by hand, so that they check themselves.
+    // The output's address is computed from these registers by hand.
     let mut body = String::from(
         "mov.u32 %r10, %ntid.x; mov.u32 %r11, %ntid.y; mov.u32 %r12, %tid.z; mov.u32 %r13, %tid.y;
          mad.lo.u32 %r14, %r12, %r11, %r13; mad.lo.u32 %r14, %r14, %r10, %r1;
@@ -176,7 +179,7 @@ fn parameters_by_value_and_by_address() {
     let module = Module::parse("params", &ptx).unwrap();
     let mut memory = Memory::new();
     let out = memory.alloc(32, 16).unwrap();
-    // The block starts at offset 8, its alignment.
+    // The parameter `block` starts at offset 8, because of its alignment.
     let mut params = vec![0u8; 48];
     params[0..4].copy_from_slice(&5u32.to_le_bytes());
     params[16..20].copy_from_slice(&6u32.to_le_bytes());
@@ -193,7 +196,8 @@ fn statistics_count_warp_instructions() {
     let body = "setp.lt.u32 %p1, %r1, 8; @%p1 bra SKIP; add.u32 %r2, %r1, 1; add.u32 %r2, %r2, 1; SKIP: mul.lo.u32 %r3, %r1, 2;
                 setp.lt.and.u32 %p2|%p3, %r1, 3, %p1;";
     let (_, stats) = launch(&kernel_with("", "", body), one_block(64, 0), &[], 8).unwrap();
-    // Warp 1 does not take the branch; both execute the rest once.
+    // Eight lanes of warp 0 take the branch, and none of warp 1. Each warp executes every
+    // instruction once.
     assert_eq!(stats.count("add.u32"), 4);
     assert_eq!(stats.count("mul"), 2);
     assert_eq!(stats.count("setp"), 4);
@@ -280,7 +284,7 @@ fn functions_and_debug_sections_are_passed_over() {
 
 #[test]
 fn a_spinning_group_of_lanes_does_not_starve_the_others() {
-    // Lane 0 spins at the lower address until lane 1, of the same warp, has written.
+    // Lane 0 spins at the lower address until other lanes of its warp have written.
     let body = format!(
         "setp.ne.u32 %p1, %r1, 0; @%p1 bra WRITER;
          SPIN: ld.volatile.global.u32 %r2, [%rd1+256]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN; bra END;

@@ -1,4 +1,5 @@
-//! mbarriers and asynchronous copies: phases, transactions, groups, pipelines of producers and consumers.
+//! Mbarriers and asynchronous copies: phases, byte counts, groups, pipelines of producers and
+//! consumers.
 
 mod common;
 
@@ -8,7 +9,8 @@ const BUFFER: &str = ".extern .shared .align 1024 .b8 smem[];";
 
 #[test]
 fn phases_by_parity_and_by_state() {
-    // One warp: 32 arrivals a phase. The state of an arrival names the phase that it belongs to.
+    // One warp makes the 32 arrivals of a phase. The state of an arrival names the phase it belongs
+    // to.
     let body = format!(
         "mov.u32 %r2, smem; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r2], 32; bar.sync 0; mov.u32 %r3, 0;
          mbarrier.test_wait.parity.shared::cta.b64 %p2, [%r2], 1; selp.u32 %r4, 1, 0, %p2; add.u32 %r3, %r3, %r4;
@@ -44,7 +46,8 @@ fn barriers_through_generic_addresses_drop_and_reuse() {
     assert_eq!(u32s(&out), [77; 32], "after 32 drops one arrival is a phase; memory is free after inval");
 }
 
-/// A pipeline of `stages` buffers of 2 KiB: warp 0 copies 16 chunks in, warps 1 and 2 sum each word of them.
+/// A pipeline of `stages` buffers of 2 KiB. Warp 0 copies 16 chunks in, and warps 1 and 2 sum words
+/// of each.
 fn pipeline(stages: u32, producer_first: &str) -> String {
     let body = format!(
         "mov.u32 %r2, smem; setp.ne.u32 %p1, %r1, 0; @%p1 bra READY; mov.u32 %r3, 0;
@@ -97,7 +100,8 @@ fn pipelines_of_any_depth() {
 
 #[test]
 fn copies_to_global_memory() {
-    // Each warp writes its part, fences, and one lane sends it; the second group may still be in flight after the first wait.
+    // Each warp writes its part and fences, and one thread copies all in two groups. The second
+    // group may still be in flight after the first wait.
     let body = "
         mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; add.u32 %r4, %r1, 1; add.u32 %r5, %r1, 2;
         st.shared.v4.u32 [%r3], {%r1, %r4, %r5, %r1}; fence.proxy.async.shared::cta; bar.sync 0;
@@ -116,7 +120,8 @@ fn copies_to_global_memory() {
 
 #[test]
 fn copies_of_single_threads_in_groups() {
-    // Each thread brings 16 and 8 bytes in one group and 4 in another, and waits for one after the other; then 16 uncommitted.
+    // Each thread copies 16 and 8 bytes in one group and 4 in another, and waits for one after the
+    // other. Then it copies 16 bytes that it does not commit.
     let body = "
         mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 48, %r2; mad.wide.u32 %rd3, %r1, 48, %rd2; mad.wide.u32 %rd4, %r1, 48, %rd1;
         cp.async.cg.shared.global.L2::128B [%r3], [%rd3], 16; cp.async.ca.shared::cta.global [%r3+16], [%rd3+16], 8;
@@ -165,7 +170,7 @@ fn copies_land_for_a_warp_that_polls() {
 
 #[test]
 fn a_wait_may_time_out_and_the_kernel_do_something_else() {
-    // try_wait gives up when nothing else can happen; the kernel then completes the phase itself.
+    // try_wait gives up when nothing else can happen. The kernel then completes the phase itself.
     let body = format!(
         "mov.u32 %r2, smem; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r2], 1; bar.sync 0;
          mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @%p2 trap; bar.warp.sync -1;

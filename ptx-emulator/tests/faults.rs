@@ -1,4 +1,4 @@
-//! Everything that the emulator must refuse, each with the words of its message.
+//! Everything that the emulator must refuse, with words of each message.
 
 mod common;
 
@@ -7,13 +7,16 @@ use ptx_emulator::{FaultKind, Launch, Memory, Options};
 
 const BUFFER: &str = ".extern .shared .align 1024 .b8 smem[];";
 
-/// One warp, 4 KiB of dynamic shared memory, `%r2` its start.
+/// Runs one warp with 4 KiB of dynamic shared memory, which starts at `%r2`. It must fault.
 fn one_warp(body: &str, kind: FaultKind, words: &[&str]) {
     fault(BUFFER, "", &format!("mov.u32 %r2, smem;\n{body}"), one_block(32, 4096), kind, words);
 }
 
-/// One warpgroup with launch bounds, the first 4 of 8 KiB of shared memory written and fenced; `%rd10` describes 64 rows there,
-/// without swizzle: 8 rows of 16 bytes are 128 bytes, the second half of k is 1024 bytes further on.
+/// Runs one warpgroup with launch bounds and 8 KiB of shared memory, of which it has written and
+/// fenced the first 4. It must fault.
+///
+/// `%rd10` describes 64 rows there, without swizzle. Groups of 8 rows lie 128 bytes apart, and the
+/// halves of k 1024 bytes.
 fn warpgroup(body: &str, kind: FaultKind, words: &[&str]) {
     let prepare = "mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 32, %r2; mov.u32 %r4, 0;
         st.shared.v4.u32 [%r3], {%r4, %r4, %r4, %r4}; st.shared.v4.u32 [%r3+16], {%r4, %r4, %r4, %r4};
@@ -103,7 +106,7 @@ fn misaligned() {
 fn uninitialised_shared_memory() {
     use FaultKind::Uninitialised as Kind;
     one_warp("ld.shared.u32 %r3, [%r2];", Kind, &["read of 4 bytes at shared 0x400: byte 0x400 was never written"]);
-    // 16 of 32 lanes have written; the seventeenth is the first to read what nobody wrote.
+    // 32 lanes write two bytes each. Lane 16 is the first that reads what nobody wrote.
     one_warp(
         "mad.lo.u32 %r3, %r1, 2, %r2; mov.b16 %h1, 3; st.shared.b16 [%r3], %h1; bar.warp.sync -1; mad.lo.u32 %r3, %r1, 4, %r2; ld.shared.u32 %r4, [%r3];",
         Kind,
@@ -118,7 +121,7 @@ fn uninitialised_shared_memory() {
     );
     let product = format!("mov.b64 %rd10, 0x0000000800400140; {FENCE} {PRODUCT}");
     warpgroup(&product, Kind, &["wgmma read of matrix B", "never written"]);
-    // What one block wrote, the next one on the same processor may not read.
+    // The next block on the same multiprocessor must not read what a block wrote.
     let body = "mov.u32 %r2, smem; mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; @%p1 st.shared.u32 [%r2], 1; ld.shared.u32 %r4, [%r2];";
     let grid = Launch { grid: [8, 1, 1], block: [1, 1, 1], shared_bytes: 16 };
     let found = fault(BUFFER, "", body, grid, Kind, &[]);
@@ -149,7 +152,7 @@ fn deadlocks_say_where_each_warp_stands() {
             "warp 2: exited",
         ],
     );
-    // A block barrier that a thread never reaches.
+    // Some threads never reach the barrier of the block.
     fault(
         "",
         "",
@@ -158,7 +161,7 @@ fn deadlocks_say_where_each_warp_stands() {
         FaultKind::Deadlock,
         &["waits at named barrier 0, where 32 of 64 threads are"],
     );
-    // Registers that nobody gives back.
+    // Nobody gives the registers back that a warp waits for.
     let body = "setmaxnreg.inc.sync.aligned.u32 240;";
     fault(
         "",
@@ -168,13 +171,13 @@ fn deadlocks_say_where_each_warp_stands() {
         FaultKind::Deadlock,
         &["waits for 72 more registers a thread; 0 are free"],
     );
-    // Lanes that need each other at different instructions.
+    // Lanes wait for each other at different instructions.
     one_warp(
         "setp.lt.u32 %p1, %r1, 16; @%p1 bra A; bar.warp.sync -1; ret; A: bar.warp.sync -1;",
         FaultKind::Deadlock,
         &["waits for other lanes of 0xffff0000", "waits for other lanes of 0x0000ffff"],
     );
-    // A product that one warp does not issue.
+    // One warp does not issue the product.
     warpgroup(
         &format!("setp.ge.u32 %p2, %r1, 96; @%p2 bra END; {FENCE} {PRODUCT} {COMMIT} {WAIT} END:"),
         FaultKind::Deadlock,
@@ -241,7 +244,7 @@ fn fragments_in_flight() {
     );
     warpgroup(&format!("{start} mov.f32 %f3, %f9; {WAIT}"), Kind, &["an accumulator of a wgmma in flight is written"]);
     warpgroup(&format!("{start} st.global.f32 [%rd1], %f4; {WAIT}"), Kind, &["is read"]);
-    // A copy stands for the same register; it may be made, but not used.
+    // A copy may be made, but not used, because ptxas may keep it in the same register.
     warpgroup(
         &format!("{start} mov.f32 %f9, %f1; mul.f32 %f10, %f9, %f9; {WAIT}"),
         Kind,
@@ -253,7 +256,7 @@ fn fragments_in_flight() {
         Kind,
         &["a register of matrix A of a wgmma in flight is written"],
     );
-    // Waiting for all but the last group releases only the earlier ones.
+    // A wait for all groups but the last releases only the earlier ones.
     let second =
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f5, %f6, %f7, %f8}, %rd10, %rd10, %p1, 1, 1, 0, 0;";
     let both = format!("{FENCE} {PRODUCT} {COMMIT} {second} {COMMIT} wgmma.wait_group.sync.aligned 1;");
@@ -266,7 +269,8 @@ fn fragments_in_flight() {
 
 #[test]
 fn fragments_used_as_they_should_be() {
-    // Copies before the wait, the same accumulators again without a wait, and the results after it.
+    // A copy is made before the wait, and a second product uses the same accumulators. Their
+    // results are used after the wait.
     let body = format!(
         "mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; mov.b32 %r4, 0x3f803f80; st.shared.v4.u32 [%r3], {{%r4, %r4, %r4, %r4}};
          fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd10, 0x0000000800080040; setp.ne.u32 %p1, %r1, %r1;
@@ -274,7 +278,7 @@ fn fragments_used_as_they_should_be() {
          mad.wide.u32 %rd3, %r1, 4, %rd1; st.global.f32 [%rd3], %f9;"
     );
     let (out, _) = launch(&kernel_with(BUFFER, "", &body), one_block(128, 2048), &[], 512).unwrap();
-    // Two products of ones over 16 of k: 32 in every element.
+    // Two products of ones over 16 of k give 32 in every element.
     assert!(out.chunks(4).all(|word| word == 64f32.to_le_bytes()));
 }
 
@@ -297,7 +301,7 @@ fn missing_fences() {
         Kind,
         &["accumulator 0 was touched"],
     );
-    // Ordinary stores that a product or a copy reads.
+    // A product and a copy read ordinary stores.
     warpgroup(
         &format!("st.shared.u32 [%r3], %r1; bar.sync 0; {FENCE} {PRODUCT}"),
         Kind,
@@ -308,7 +312,7 @@ fn missing_fences() {
         Kind,
         &["bulk copy of 128 bytes at shared 0x400, with no fence.proxy.async after the ordinary store by warp 0"],
     );
-    // A barrier that the copy engine may not have seen.
+    // The copy engine may not have seen the initialisation of the mbarrier.
     one_warp(
         "setp.ne.u32 %p1, %r1, 0; @%p1 ret; mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 16;
          add.u32 %r3, %r2, 64; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%rd2], 16, [%r2];",
@@ -317,7 +321,8 @@ fn missing_fences() {
     );
 }
 
-/// One lane with an initialised, fenced barrier of one arrival at `%r2`, a target at `%r3`.
+/// Runs a body in one lane, which must fault. It has a fenced mbarrier of one arrival at `%r2`, and
+/// a target of copies at `%r3`.
 fn copying(body: &str, kind: FaultKind, words: &[&str]) {
     let prepare =
         "setp.ne.u32 %p1, %r1, 0; @%p1 ret; mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster;
@@ -343,7 +348,7 @@ fn bulk_copies() {
     copying(&COPY.replace("[%rd2]", "[%rd2+4064]"), OutOfBounds, &["bulk copy of 64 bytes at global"]);
     copying(&COPY.replace("[%r2]", "[%r2+8]"), FaultKind::Barrier, &["no mbarrier was initialised at shared 0x408"]);
     copying(&COPY.replace("[%r3]", "[%r2]"), FaultKind::Barrier, &["belongs to an mbarrier"]);
-    // Byte counts: too many expected, too few, none.
+    // The mbarrier expects too many bytes, too few, or none.
     copying(&format!("{} {COPY} {WAIT_COPY}", expect(80)), Deadlock, &["0 of 1 arrivals and 16 bytes missing"]);
     copying(&format!("{} {COPY} {WAIT_COPY}", expect(48)), BulkCopy, &["copies brought 16 bytes more than it expects"]);
     let half = COPY.replace("64", "32");
@@ -358,7 +363,7 @@ fn bulk_copies() {
         BulkCopy,
         &["64 bytes to it are in flight"],
     );
-    // Reading before waiting, writing under a copy, leaving without waiting.
+    // The lane reads before it has waited, writes under a copy, or exits without a wait.
     let started = format!("{} {COPY}", expect(64));
     copying(
         &format!("{started} ld.shared.u32 %r4, [%r3+16];"),
@@ -376,10 +381,10 @@ fn bulk_copies() {
         Race,
         &["the block ended while this bulk copy to shared memory was in flight", "cp.async.bulk.shared"],
     );
-    // A wait on the parity that is already over sees nothing.
+    // A wait for the parity that is over already tells nothing.
     let wrong = "V: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 1; @!%p2 bra V; ld.shared.u32 %r4, [%r3];";
     copying(&format!("{started} {wrong}"), Race, &["target of an asynchronous copy"]);
-    // Copies out.
+    // These are copies from shared memory.
     let out = "st.shared.v2.u64 [%r3], {%rd1, %rd1}; fence.proxy.async; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r3], 16;";
     copying(
         &format!("{out} cp.async.bulk.commit_group; st.shared.u32 [%r3], %r1;"),
@@ -400,22 +405,24 @@ fn copies_of_single_threads() {
     one_warp(&copy.replace("[%r3]", "[%r3+16384]"), OutOfBounds, &["16 bytes at shared address"]);
     one_warp(&copy.replace("[%rd3]", "[%rd3+4096]"), OutOfBounds, &["asynchronous copy of 16 bytes at global"]);
     let target = "is the target of an asynchronous copy that no wait has seen";
-    // Reading before waiting: without any wait, with one for an older group only, or for none that was committed.
+    // Lanes read with no wait, with one for older groups only, or with one for copies not yet
+    // committed.
     copying("ld.shared.u32 %r4, [%r3];", Race, &["lane 0", "byte 0x400", target]);
     copying("cp.async.commit_group; cp.async.wait_group 1; ld.shared.u32 %r4, [%r3];", Race, &[target]);
     copying("cp.async.wait_group 0; ld.shared.u32 %r4, [%r3];", Race, &[target]);
-    // Writing under a copy, another copy to the same place, leaving without waiting.
+    // Lanes write under a copy, start another copy to the same place, or exit without a wait.
     copying("st.shared.u32 [%r3], %r1;", Race, &["store of 4 bytes", target]);
     copying(&format!("cp.async.commit_group; {copy}"), Race, &["asynchronous copy of 16 bytes", target]);
     copying("cp.async.commit_group;", Race, &["the block ended while this asynchronous copy was in flight"]);
-    // A wait is for the copies of its own thread.
+    // A thread waits for its own copies only.
     copying(
         "setp.eq.u32 %p1, %r1, 0; @%p1 cp.async.wait_all; @%p1 ld.shared.u32 %r4, [%r3]; @%p1 ld.shared.u32 %r4, [%r3+16];",
         Race,
         &["lane 0", "byte 0x410", target],
     );
     copying("cp.async.wait_all; ld.shared.u32 %r4, [%r3+512];", Uninitialised, &["was never written"]);
-    // What has landed is like a thread's own store: bulk copies read it after a proxy fence only.
+    // What has landed counts as a store of the thread. A bulk copy reads it after a proxy fence
+    // only.
     copying(
         "cp.async.wait_all; cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 16;",
         MissingFence,
@@ -461,7 +468,8 @@ fn named_barriers() {
 fn products_and_stages() {
     use FaultKind::{Operand, OutOfBounds, Race};
     let start = format!("{FENCE} {PRODUCT} {COMMIT}");
-    // A stage released too early: overwritten by a store, or by a copy, while a product may still read it.
+    // A store or a copy overwrites a stage that was released too early, as a product may still read
+    // it.
     warpgroup(
         &format!("{start} st.shared.u32 [%r2], %r1; {WAIT}"),
         Race,
@@ -488,8 +496,9 @@ fn products_and_stages() {
 
 #[test]
 fn a_stage_released_before_the_wait_is_seen() {
-    // The consumers tell the producer that the stage is free before their products are waited for. The producer's next copy into
-    // it is refused, because whoever waits for a barrier runs as soon as it completes.
+    // The consumers tell the producer that the stage is free before they have waited for their
+    // products. The producer waits for that, runs as soon as it is told, and its next copy is
+    // refused.
     let body = format!(
         "mov.u32 %r2, smem; setp.ne.u32 %p2, %r1, 0; @%p2 bra READY; mbarrier.init.shared.b64 [%r2], 1;
          mbarrier.init.shared.b64 [%r2+8], 4; fence.mbarrier_init.release.cluster; READY: bar.sync 0; add.u32 %r3, %r2, 1024;

@@ -1,4 +1,4 @@
-//! Loads, stores and atomics in every space, module data, and the host's side of memory.
+//! Loads, stores and atomics in every space, variables of a module, and the host's side of memory.
 
 mod common;
 
@@ -27,7 +27,8 @@ fn host_memory() {
 
 #[test]
 fn every_width_through_every_space() {
-    // Each lane writes 32 bytes of a pattern and reads them back as other widths; signs extend on the way.
+    // Each lane writes a pattern of 32 bytes, and reads them back in other widths, with and without
+    // signs.
     for (space, address, outside) in [
         ("global", "mad.wide.u32 %rd3, %r1, 32, %rd1; add.s64 %rd3, %rd3, 8192;", ""),
         (
@@ -127,7 +128,7 @@ fn dynamic_shared_memory_lies_behind_static_and_is_aligned() {
 
 #[test]
 fn atomics_of_every_kind() {
-    // Lane i applies the operation with i + 1; the order of lanes does not matter for the result.
+    // Lane i applies the operation with i + 1. The order of lanes does not matter for the result.
     let start = 7u32;
     for space in ["global", "shared"] {
         for (op, operand, expected) in [
@@ -139,7 +140,7 @@ fn atomics_of_every_kind() {
             ("xor.b32", "%r2", (1..=32).fold(start, |x, i| x ^ i)),
             ("inc.u32", "100", 39),
             ("inc.u32", "9", (start + 32) % 10),
-            // 7 is above 3: the first step goes to 3.
+            // The first step goes to 3, because 7 is above that.
             ("dec.u32", "3", 3 - 31 % 4),
         ] {
             let body = format!(
@@ -191,7 +192,7 @@ fn blocks_run_in_parallel_on_the_same_memory() {
     let (out, _) = launch(&kernel_with("", "", body), grid, &[], 1024).unwrap();
     assert_eq!(u32s(&out)[0], 16000);
     assert_eq!(u64s(&out)[1], 16000 << 32 | 48000);
-    // Neighbouring halves of one word, written by different blocks.
+    // Different blocks write neighbouring halves of a word.
     let halves: Vec<u16> = out[16..1016].chunks(2).map(|half| u16::from_le_bytes([half[0], half[1]])).collect();
     assert_eq!(halves, (0..500).collect::<Vec<u16>>());
 }
@@ -227,7 +228,8 @@ fn hints_and_prefetches_change_nothing() {
 
 #[test]
 fn matrices_in_fragments() {
-    // Row r of the 8 x 8 matrix holds 16-bit elements 8 r + c; a lane gets two neighbours of row lane / 4.
+    // Element (r, c) of the 8 x 8 matrix has the value 8 r + c. A lane gets two neighbours of row
+    // lane / 4.
     let body = |trans: &str| {
         format!(
             "mov.u32 %r2, tile; mad.lo.u32 %r3, %r1, 4, %r2; shl.b32 %r4, %r1, 1; add.u32 %r5, %r4, 1; shl.b32 %r5, %r5, 16;

@@ -1,5 +1,5 @@
-//! Orders of warps, and what must be ordered: each mistake is a fault in every order, each right program is silent in all of them
-//! and gives the same bytes.
+//! Orders of warps, and what barriers must order. Each mistake is a fault in every order. Each
+//! right program runs in all orders without a fault, and gives the same bytes.
 
 mod common;
 
@@ -10,8 +10,9 @@ use std::collections::BTreeSet;
 const SEEDS: u64 = 100;
 const BUFFER: &str = ".extern .shared .align 1024 .b8 smem[];";
 
-/// `%r2` the start of shared memory, `%r10` the lane, `%r11` the warp, `%p20` whether the lane is its warp's first, `%p21` whether the
-/// thread is the block's first; then a body for 8 KiB of dynamic shared memory.
+/// A module around a body for 8 KiB of dynamic shared memory. `%r2` is where that starts, `%r10`
+/// the lane and `%r11` the warp. `%p20` holds for the first lane of each warp, and `%p21` for that
+/// of the block.
 fn block(body: &str) -> Module {
     let prepare = "mov.u32 %r2, smem; and.b32 %r10, %r1, 31; shr.u32 %r11, %r1, 5; setp.eq.u32 %p20, %r10, 0;
         setp.eq.u32 %p21, %r1, 0;\n";
@@ -22,7 +23,7 @@ fn input() -> Vec<u8> {
     bytes32((0..1024u32).map(|i| i.wrapping_mul(0x9e37_79b1)))
 }
 
-/// Runs in the order of a seed, with [`input`]; gives 4 KiB of output.
+/// Runs in the order of a seed, with [`input`]. Gives 4 KiB of output.
 fn run(module: &Module, threads: u32, seed: u64) -> Result<Vec<u8>, Fault> {
     let mut memory = Memory::new();
     let (out, source) = (memory.alloc(4096, 1024).unwrap(), memory.alloc(4096, 1024).unwrap());
@@ -34,7 +35,7 @@ fn run(module: &Module, threads: u32, seed: u64) -> Result<Vec<u8>, Fault> {
     Ok(memory.read(out, 4096).unwrap())
 }
 
-/// The output, the same in all orders.
+/// The output of a body, which must be the same in all orders.
 #[track_caller]
 fn silent(body: &str, threads: u32) -> Vec<u8> {
     let module = block(body);
@@ -46,7 +47,8 @@ fn silent(body: &str, threads: u32) -> Vec<u8> {
     first
 }
 
-/// A body that faults in every order, with one of some kinds; those of the first kind have all words.
+/// Runs a body that must fault in every order, with one of some kinds. The messages of faults of
+/// the first kind must have all words.
 #[track_caller]
 fn seen(body: &str, threads: u32, kinds: &[FaultKind], words: &[&str]) {
     let module = block(body);
@@ -104,7 +106,8 @@ fn a_barrier_between_load_and_store() {
 
 #[test]
 fn bytes_of_one_chunk_are_told_apart() {
-    // Four warps write and read 4, 2, 1 and 1 bytes of the same 16, in turn with the block's barriers for other bytes only.
+    // Four warps write and read 4, 2, 1 and 1 bytes of the same 16. No barrier orders these
+    // accesses.
     let body = |offset: u32| {
         format!(
             "mov.u32 %r4, 0; st.shared.u32 [%r2+16], %r4; mov.b16 %h1, 7; bar.sync 0; @!%p20 bra END;
@@ -149,7 +152,7 @@ fn mbarriers_order_what_is_before_arrivals_and_behind_waits() {
     };
     assert_eq!(u32s(&silent(&body("early", 0), 64))[..32], (0..32).collect::<Vec<u32>>());
     seen(&body("late", 0), 64, &[FaultKind::Race], &[UNORDERED]);
-    // The parity of a phase that is over before any arrival.
+    // A wait for the other parity is over before any arrival.
     seen(&body("early", 1), 64, &[FaultKind::Race, FaultKind::Deadlock], &[UNORDERED]);
 }
 
@@ -167,7 +170,8 @@ fn an_mbarrier_is_invalidated_behind_its_uses() {
 
 #[test]
 fn arrivals_of_one_phase_do_not_count_in_another() {
-    // Two of three warps complete each phase: which arrival of the third counts where is a matter of luck.
+    // Two of three warps complete a phase. In which phase the third one's arrival counts is a
+    // matter of luck.
     let body = |count: u32| {
         format!(
             "@%p21 mbarrier.init.shared.b64 [%r2], {count}; bar.sync 0; @%p20 mbarrier.arrive.shared.b64 _, [%r2];
@@ -192,8 +196,9 @@ fn votes_of_two_warpgroups_need_two_barriers() {
     seen(&body(1), 256, &[FaultKind::Barrier], &["named barrier 1", "could have come in the round before", "by warp "]);
 }
 
-/// A producer warp copies `rounds` stages of 2 KiB, over each other, which a warpgroup multiplies. `early` and `late` stand before and
-/// after the wait for the product.
+/// A producer warp copies 2 KiB to the same stage three times, which a warpgroup multiplies.
+/// `early` and `late` stand before and after the wait for the product. `free_count` arrivals free
+/// the stage, and the warpgroup waits for the phases from `parity` on.
 fn multiplied(early: &str, late: &str, free_count: u32, parity: u32) -> String {
     let rounds = 3;
     let mut body = format!(
@@ -230,10 +235,10 @@ const FREE: &str = "@%p20 mbarrier.arrive.shared.b64 _, [%r2+8];";
 fn a_stage_is_free_when_all_four_warps_have_waited() {
     silent(&multiplied("", FREE, 4, 0), 160);
     seen(&multiplied(FREE, "", 4, 0), 160, &[FaultKind::Race], &["bulk copy of 2048 bytes", "which a product"]);
-    // Three of four warps suffice; the fourth may still need the stage.
+    // Three of four warps free the stage, which the fourth may still need.
     seen(&multiplied("", FREE, 3, 0), 160, &[FaultKind::Race, FaultKind::Barrier], &["which a product"]);
     seen(&multiplied("", FREE, 5, 0), 160, &[FaultKind::Deadlock], &["1 of 5 arrivals"]);
-    // The parity of the round before is over at once.
+    // A wait for the parity of the round before is over at once.
     seen(
         &multiplied("", FREE, 4, 1),
         160,
@@ -244,7 +249,8 @@ fn a_stage_is_free_when_all_four_warps_have_waited() {
 
 #[test]
 fn one_warp_waits_for_itself_alone() {
-    // The first warp stores to an operand behind its own wait; the others wait before or behind the barrier.
+    // The first warp stores to an operand after its own wait. The others wait before the barrier or
+    // after.
     let body = |barrier: &str| {
         format!(
             "mad.lo.u32 %r3, %r1, 16, %r2; mov.u32 %r4, 0; st.shared.v4.u32 [%r3], {{%r4, %r4, %r4, %r4}}; fence.proxy.async;
@@ -267,7 +273,8 @@ fn one_warp_waits_for_itself_alone() {
 
 #[test]
 fn warpgroups_that_merge() {
-    // The second warpgroup puts its results where the first one's operands were; the first reads them.
+    // The second warpgroup stores its results where the operands of the first were. The first reads
+    // them.
     let body = |before: &str, after: &str| {
         format!(
             "mad.lo.u32 %r3, %r1, 16, %r2; mov.u32 %r4, 0; st.shared.v4.u32 [%r3], {{%r4, %r4, %r4, %r4}}; fence.proxy.async;
@@ -315,7 +322,7 @@ fn a_fence_is_before_the_arrival_that_tells_of_it() {
 
 #[test]
 fn a_copy_is_for_those_who_waited() {
-    // Lane 0 waits; the others come to know of the copy by a barrier of the warp.
+    // Lane 0 waits. The other lanes know of the copy by a barrier of the warp.
     let body = |sync: &str| {
         format!(
             "@!%p21 bra READY; mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; READY: bar.sync 0;
@@ -331,7 +338,7 @@ fn a_copy_is_for_those_who_waited() {
         assert_eq!(silent(&body(sync), 64)[..128], input()[..128]);
     }
     seen(&body(""), 64, &[FaultKind::Race], &["warp 1", "lane 1", UNORDERED, "by warp 0"]);
-    // A third warp that waits for nothing.
+    // A third warp reads without waiting for anything.
     let idle = body("bar.warp.sync -1;")
         .replace("CONSUME:", "CONSUME: ")
         .replace("setp.eq.u32 %p1, %r11, 1;", "setp.eq.u32 %p1, %r11, 2; @%p1 bra JOIN; setp.eq.u32 %p1, %r11, 1;");
@@ -354,7 +361,7 @@ fn lanes_meet_before_one_reads_what_another_wrote() {
         seen(&body(""), 32, &[FaultKind::Race], &["lane 0", UNORDERED, "written by warp 0"]);
         // A lane's own bytes need no barrier.
         silent(&body("mov.u32 %r5, %r3;"), 32);
-        // One lane's arrival tells of its own stores, and of the others' when they have met.
+        // The arrival of a lane tells of its own stores, and of those of lanes that it has met.
         let body = |sync: &str| {
             format!(
                 "@%p21 mbarrier.init.shared.b64 [%r2], 1; mad.lo.u32 %r3, %r10, {stride}, %r2; mov.u32 %r4, 0;
@@ -399,7 +406,7 @@ fn strong_accesses_tell_what_their_threads_know() {
         .replace("[%r2], 1;", "[%r2], %r9;")
         .replace("setp.eq.u32 %p1, %r11, 1;", "mov.u32 %r9, 1; setp.eq.u32 %p1, %r11, 1;");
     silent(&body, 64);
-    // Atomics of all threads to one word, read behind a barrier.
+    // All threads add to one word, which they read after a barrier.
     let body = "@%p21 st.shared.u32 [%r2], %r10; bar.sync 0; red.shared.add.u32 [%r2], 1; bar.sync 0;
         ld.shared.u32 %r4, [%r2]; mad.wide.u32 %rd3, %r1, 4, %rd1; st.global.u32 [%rd3], %r4;";
     assert_eq!(u32s(&silent(body, 128))[..128], [128; 128]);
@@ -408,7 +415,8 @@ fn strong_accesses_tell_what_their_threads_know() {
 
 #[test]
 fn producer_and_consumers_give_the_same_bytes_in_every_order() {
-    // A ring of two stages of 256 bytes, 16 rounds; two consumer warps each sum their half of every stage.
+    // A ring of two stages of 256 bytes goes 16 rounds. Two consumer warps each sum their half of a
+    // stage.
     let body = "@!%p21 bra READY; mbarrier.init.shared.b64 [%r2], 1; mbarrier.init.shared.b64 [%r2+8], 1;
         mbarrier.init.shared.b64 [%r2+16], 2; mbarrier.init.shared.b64 [%r2+24], 2;
         fence.mbarrier_init.release.cluster; READY: bar.sync 0;
@@ -430,7 +438,7 @@ fn producer_and_consumers_give_the_same_bytes_in_every_order() {
         .map(|i| (0..16).fold(0u32, |sum, round| sum.wrapping_mul(31).wrapping_add(words[64 * round + i])))
         .collect();
     assert_eq!(u32s(&silent(body, 96))[..64], expected);
-    // The same with the stage released before it is read, and with a release that one consumer forgets to wait for.
+    // Here consumers release the stage before they read it.
     let early = body.replace("mad.lo.u32 %r6, %r3, 256, %r2; add.u32 %r7", "bar.warp.sync -1; @%p20 mbarrier.arrive.shared.b64 _, [%r5+16]; mad.lo.u32 %r6, %r3, 256, %r2; add.u32 %r7")
         .replace("bar.warp.sync -1; @%p20 mbarrier.arrive.shared.b64 _, [%r5+16];\n        add", "add");
     assert_ne!(early, body);
@@ -439,13 +447,18 @@ fn producer_and_consumers_give_the_same_bytes_in_every_order() {
 
 #[test]
 fn one_lane_fills_a_ring_for_which_its_whole_warp_waits() {
-    // A ring of two stages, 16 rounds. All lanes of the first warp wait for a free stage; only lane 0 fills it. The code that
-    // fills stands behind the loop, as compilers place it, so the other lanes come round to the next wait before lane 0.
-    // Mbarriers: 0 and 8 say that a stage is full, 16 and 24 that it is free.
+    // A ring of two stages goes 16 rounds. All lanes of the first warp wait for a free stage, and
+    // lane 0 alone fills it. The code that fills stands behind the loop, as compilers place it, so
+    // that the other lanes come to the next wait before lane 0. There all must go on together. Else
+    // the turn of lane 0 may end in the work before a later wait. It then runs again before the
+    // others, and they miss two phases.
+    //
+    // The mbarriers at 0 and 8 tell that a stage is full, those at 16 and 24 that it is free.
+    let work = "add.u32 %r22, %r22, 1; ".repeat(64);
     let body = "@!%p21 bra READY; mbarrier.init.shared.b64 [%r2], 1; mbarrier.init.shared.b64 [%r2+8], 1;
         mbarrier.init.shared.b64 [%r2+16], 2; mbarrier.init.shared.b64 [%r2+24], 2;
         fence.mbarrier_init.release.cluster; READY: bar.sync 0;
-        mov.u32 %r20, 0; mov.u32 %r21, 0; setp.eq.u32 %p1, %r11, 0; @%p1 bra PRODUCE;
+        mov.u32 %r20, 0; mov.u32 %r21, 0; mov.u32 %r22, 0; setp.eq.u32 %p1, %r11, 0; @%p1 bra PRODUCE;
         CONSUME: and.b32 %r3, %r20, 1; shr.u32 %r4, %r20, 1; and.b32 %r4, %r4, 1; mad.lo.u32 %r5, %r3, 8, %r2;
         FULL: mbarrier.try_wait.parity.shared.b64 %p3, [%r5], %r4; @!%p3 bra FULL;
         mad.lo.u32 %r6, %r3, 256, %r2; add.u32 %r7, %r1, -32; mad.lo.u32 %r6, %r7, 4, %r6; ld.shared.u32 %r8, [%r6+1024];
@@ -453,7 +466,7 @@ fn one_lane_fills_a_ring_for_which_its_whole_warp_waits() {
         add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 16; @%p2 bra CONSUME;
         mad.wide.u32 %rd3, %r7, 4, %rd1; st.global.u32 [%rd3], %r21; bra END;
         PRODUCE: and.b32 %r3, %r20, 1; shr.u32 %r4, %r20, 1; and.b32 %r4, %r4, 1; xor.b32 %r4, %r4, 1;
-        mad.lo.u32 %r5, %r3, 8, %r2;
+        mad.lo.u32 %r5, %r3, 8, %r2; WORK
         FREE: mbarrier.try_wait.parity.shared.b64 %p3, [%r5+16], %r4; @!%p3 bra FREE;
         @%p20 bra FILL;
         NEXT: add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 16; @%p2 bra PRODUCE; bra END;
@@ -461,7 +474,7 @@ fn one_lane_fills_a_ring_for_which_its_whole_warp_waits() {
         mad.wide.u32 %rd3, %r20, 256, %rd2;
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r6], [%rd3], 256, [%r5]; bra NEXT;
         END:";
-    let module = block(body);
+    let module = block(&body.replace("WORK", &work));
     let words = u32s(&input());
     let expected: Vec<u32> = (0..64)
         .map(|i| (0..16).fold(0u32, |sum, round| sum.wrapping_mul(31).wrapping_add(words[64 * round + i])))
@@ -472,7 +485,7 @@ fn one_lane_fills_a_ring_for_which_its_whole_warp_waits() {
     }
 }
 
-/// Tickets that four warps draw, 24 each.
+/// The tickets that four warps draw, 24 each.
 fn tickets(seed: u64) -> Vec<u8> {
     let body = "@!%p20 bra END; mov.u32 %r20, 0; L: atom.global.add.u32 %r3, [%rd1], 1; mad.lo.u32 %r4, %r11, 24, %r20;
         mad.wide.u32 %rd3, %r4, 4, %rd1; st.global.u32 [%rd3+64], %r3; add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 24;
@@ -484,7 +497,7 @@ fn tickets(seed: u64) -> Vec<u8> {
 fn a_seed_is_an_order() {
     let orders: Vec<Vec<u8>> = (0..SEEDS).map(tickets).collect();
     assert!((0..SEEDS).all(|seed| tickets(seed) == orders[seed as usize]));
-    // The unkind order is drawn again, and others that let each warp run to its end.
+    // Some seeds draw the unkind order, and others also let each warp run to its end.
     let different = orders.iter().collect::<BTreeSet<_>>().len();
     assert!(different > SEEDS as usize / 3, "{different} orders");
     let fault = run(&block("@%p21 trap;"), 64, 17).unwrap_err();

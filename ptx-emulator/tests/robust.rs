@@ -1,12 +1,12 @@
-//! Damaged programs: whatever stands in the text, parsing gives a module or an error, and a launch an end or a fault; no panic,
-//! no endless run, no unbounded memory.
+//! Damaged programs. Whatever stands in a text, parsing gives a module or an error, and a launch
+//! ends or faults. There is no panic, no endless run, and no unbounded memory.
 
 mod common;
 
 use common::{HEADER, Random, one_block};
 use ptx_emulator::{Memory, Module, Options};
 
-/// A program with something of everything: copies, barriers, products, shuffles, atomics, branches, scopes, data.
+/// A program with copies, barriers, products, shuffles, atomics, branches, scopes and data.
 const PROGRAM: &str = "
 .global .align 4 .b8 table[8] = {1, 2, 3, 4, 0x10, 6, 7, 8};
 .extern .shared .align 1024 .b8 smem[];
@@ -43,7 +43,7 @@ END: ret;
 }
 ";
 
-/// Parses and runs a text; true when it ran to its end.
+/// Parses and runs a text. Tells whether it ran to its end.
 fn attempt(text: &str) -> bool {
     let Ok(module) = Module::parse("damaged", text) else { return false };
     let mut memory = Memory::new();
@@ -58,7 +58,7 @@ fn attempt(text: &str) -> bool {
 #[test]
 fn the_program_itself_runs() {
     assert!(attempt(&format!("{HEADER}{PROGRAM}")));
-    // ptxas accepts it too, where there is one.
+    // If there is a ptxas, it must accept the program too.
     common::module(&format!("{HEADER}{PROGRAM}"));
 }
 
@@ -72,7 +72,7 @@ fn damaged_programs_end() {
     for _ in 0..6000 {
         let mut at = |n: usize| (random.bits() % n as u64) as usize;
         let text = match at(6) {
-            // A byte changed, a stretch cut out, the end cut off.
+            // These change a byte, cut a stretch out, and cut the end off.
             0 => {
                 let mut copy = bytes.to_vec();
                 copy[at(bytes.len())] = b" ,;{}[]()!@%0123456789-+.:|abcdefrxp\n\"/*\xc3"[at(40)];
@@ -85,7 +85,7 @@ fn damaged_programs_end() {
                 String::from_utf8_lossy(&copy).into_owned()
             }
             2 => original[..at(original.len())].to_string(),
-            // A word in the place of another, twice, or gone.
+            // These put a word in the place of another, or between two others.
             3 => {
                 let mut copy = words.clone();
                 copy[at(words.len())] = words[at(words.len())];
@@ -118,6 +118,6 @@ fn damaged_programs_end() {
         };
         survived += attempt(&text) as u32;
     }
-    // Some damage is harmless (a comment, an unused operand), most is not.
+    // Some damage is harmless, such as that of an unused operand. Most is not.
     assert!((100..3000).contains(&survived), "{survived} of 6000 ran to their end");
 }

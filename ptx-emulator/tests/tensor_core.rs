@@ -1,7 +1,8 @@
 //! The arithmetic of `wgmma`, as an NVIDIA H200 computed it (driver 580.159.04, CUDA 13.0).
 //!
-//! The example `wgmma_probe gpu FILE` writes another file of results. Those of e4m3 are stored for an emulator that multiplies it;
-//! until then they are checked to be there, and not compared.
+//! The example `wgmma_probe` writes such a file of results on another GPU. The file has results of
+//! e4m3 too, which the emulator does not multiply yet. They are checked to be there, and not
+//! compared.
 
 mod common;
 #[path = "common/tensor_core.rs"]
@@ -14,14 +15,14 @@ use tensor_core::{COLUMNS, Case, Format, Kept, LONG, Results, cases, normal, pro
 
 const FORMATS: [Format; 2] = [Format::Bf16, Format::F16];
 
-/// Every case of every format.
+/// All cases of all formats.
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| Format::ALL.into_iter().flat_map(cases).collect());
 
 fn module() -> Module {
     common::module(&program(&FORMATS))
 }
 
-/// One dot product: each term is a product of two equal factors' magnitudes, `sign * 2^exponent`.
+/// A dot product whose terms are `sign * 2^exponent`. The factors of a term share its exponent.
 fn dot(module: &Module, format: Format, sum: f32, terms: &[(f64, i32)]) -> f32 {
     let factor = |k: usize, other: bool| match terms.get(k) {
         Some((sign, exponent)) if other => sign * 2f64.powi(exponent - exponent / 2),
@@ -39,13 +40,13 @@ fn terms_are_cut_one_by_one() {
     let module = module();
     for format in FORMATS {
         let dot = |sum, terms: &[(f64, i32)]| dot(&module, format, sum, terms);
-        // Sixteen products of 2^-26 beside 1 vanish, together 2^-22; two of 2^-24 count.
+        // Sixteen products of 2^-26, together 2^-22, vanish beside 1. Two of 2^-24 count.
         assert_eq!(dot(1.0, &[(1.0, -26); 16]), 1.0);
         assert_eq!(dot(-1.0, &[(-1.0, -26); 16]), -1.0);
         assert_eq!(dot(1.0, &[(1.0, -24); 2]), 1.0 + f32::EPSILON);
         let beside_a_product: Vec<(f64, i32)> = std::iter::once((1.0, 0)).chain([(1.0, -26); 15]).collect();
         assert_eq!(dot(0.0, &beside_a_product), 1.0);
-        // The result is cut too: 1 + 3 * 2^-25 is 1.
+        // The result is cut too, and 1 + 3 * 2^-25 becomes 1.
         assert_eq!(dot(1.0, &[(1.0, -25); 3]), 1.0);
         assert_eq!(dot(1.0, &[(1.0, -25); 4]), 1.0 + f32::EPSILON);
         assert_eq!(dot(0.0, &[(1.0, 22), (-1.0, 22), (1.0, 0)]), 1.0);
@@ -67,7 +68,7 @@ fn products_below_the_smallest_normal_are_aligned_to_the_accumulator() {
     assert_eq!(dot(smallest, -152), smallest);
 }
 
-/// Value of an operand's bits.
+/// The value of an operand's bits.
 fn value(format: Format, bits: u32) -> f64 {
     match format {
         Format::Bf16 => half::bf16::from_bits(bits as u16).to_f64(),
@@ -80,7 +81,8 @@ fn sums_differ_from_exact_ones_by_what_is_cut() {
     let module = module();
     for format in FORMATS {
         for case in CASES.iter().filter(|case| case.format == format && case.steps == 1 && case.kept == Kept::Bits) {
-            // A subnormal factor has a larger exponent than its value says, and the others lose more beside it.
+            // A subnormal factor has a larger exponent than its value says, so that others lose
+            // more beside it.
             if !case.name.contains("random") || case.name.contains("subnormal") {
                 continue;
             }
@@ -91,7 +93,6 @@ fn sums_differ_from_exact_ones_by_what_is_cut() {
                 let largest = products.clone().fold(c.abs(), |most, product| most.max(product.abs()));
                 let exact = products.sum::<f64>() + c;
                 let found = f32::from_bits(found) as f64;
-                // f64 loses far less.
                 let bound = LARGEST_CUT * exact.abs().max(largest);
                 let (row, column) = (i / COLUMNS, i % COLUMNS);
                 let finite = exact.abs() < f32::MAX as f64;
@@ -153,8 +154,8 @@ fn results_that_do_not_fit_the_cases_are_refused() {
     assert!(Results::from_bytes(&bytes).is_err(), "a file that was cut");
 }
 
-/// How far an accumulator of a chain of one tile, which begins at zero, falls short of its exact sum, and half of the largest cuts
-/// of all steps, both relative to the sum.
+/// How far an accumulator falls short of its exact sum, and half of the largest cuts of all steps.
+/// Both are relative to the sum. The case is a chain of one tile that begins at zero.
 fn shortfall(case: &Case, found: &[u32], accumulator: usize) -> [f64; 2] {
     let (mut sum, mut powers) = (0.0f64, 0.0);
     for step in 0..case.steps {
@@ -173,7 +174,8 @@ fn a_gpu_sums_many_keys_to_less_by_half_of_the_largest_cuts_at_most() {
         let name = format!("{}: {LONG}", format.name());
         let case = CASES.iter().find(|case| case.name == name).expect("the case");
         let found = results.of(case).expect("results");
-        // Column 2 has values near 1 of as many bits as the format has; in column 0 all are 1, and fewer bits are cut off.
+        // Column 2 has values near 1, with all bits of the format. In column 0 all values are 1, so
+        // that fewer bits are cut off.
         for row in 0..2 {
             let [[ones, half], [others, _]] = [0, 2].map(|column| shortfall(case, found, row * COLUMNS + column));
             assert!(2e-4 < ones && ones < others && others < half, "{name}, row {row}: {ones:e}, {others:e}, {half:e}");
@@ -181,8 +183,8 @@ fn a_gpu_sums_many_keys_to_less_by_half_of_the_largest_cuts_at_most() {
     }
 }
 
-/// Attention of 119056 keys in f16: on an H100, cuDNN, FlashAttention-2 and these kernels gave .99951 for values of 1, and 7.9e-4
-/// too little for values of 1 + N(0, 1/64).
+/// Attention of 119056 keys in f16, on an H100, by cuDNN, FlashAttention-2 and these kernels: all
+/// gave .99951 for values of 1. For values of 1 + N(0, 1/64) they gave 7.9e-4 too little.
 #[test]
 fn attention_of_many_keys_falls_short_as_measured() {
     let [mut r, mut s] = [1, 2].map(|i| Random(7000 + i));
@@ -200,7 +202,8 @@ fn attention_of_many_keys_falls_short_as_measured() {
         assert_eq!(half::f16::from_f64(1.0 - ones), half::f16::from_f64(0.99951), "row {row}: {ones:e}");
         let [others, half] = shortfall(&case, &found, row * COLUMNS + 1);
         assert!((7.5e-4..8.1e-4).contains(&others), "row {row}: {others:e}");
-        // Random bits lose half of what 16 products can lose, and 3/8 of an ulp of the sum: .95 of half of the largest cuts.
+        // Random bits lose half of what 16 products can lose, and 3/8 of the last bit of the sum.
+        // That is .95 of half of the largest cuts.
         assert!((0.93..0.97).contains(&(others / half)), "row {row}: {others:e} beside {half:e}");
     }
 }

@@ -1,4 +1,5 @@
-//! What lanes and warps do together: shuffles, votes, elections, named barriers, registers handed around.
+//! What lanes and warps do together: shuffles, votes, elections, named barriers, and registers that
+//! are handed on.
 
 mod common;
 
@@ -7,7 +8,7 @@ use ptx_emulator::Launch;
 
 #[test]
 fn shuffles() {
-    // The ISA's pseudo-code, with value 100 + lane; the predicate in bit 16.
+    // This is the pseudo-code of the ISA, with the value 100 + lane and the predicate in bit 16.
     let expected = |mode: &str, b: i32, c: u32| -> Vec<u32> {
         (0..32u32)
             .map(|lane| {
@@ -106,7 +107,8 @@ fn elected_lane_of_a_part() {
 
 #[test]
 fn named_barriers_order_producers_and_consumers() {
-    // Warp 0 writes and arrives; warps 1 and 2 wait for it, then each tells warp 3 on a barrier of its own.
+    // Warp 0 writes and arrives. Warps 1 and 2 wait for it, and then each tells warp 3 by a barrier
+    // of its own.
     let body = "
         mov.u32 %r2, box; mov.u32 %r3, %warpid; mov.u32 %r4, %laneid;
         setp.eq.u32 %p1, %r3, 3; @%p1 bra LAST; setp.ne.u32 %p1, %r3, 0; @%p1 bra CONSUME;
@@ -139,7 +141,7 @@ fn barrier_reductions() {
 
 #[test]
 fn a_block_wide_barrier_is_used_many_times() {
-    // Each round every thread passes its value to the next thread of the block.
+    // In each round every thread passes its value to the next thread of the block.
     let body = format!(
         "mov.u32 %r2, ring; mad.lo.u32 %r3, %r1, 4, %r2; mov.u32 %r4, %r1; mov.u32 %r5, 0;
          add.u32 %r6, %r1, 1; setp.eq.u32 %p1, %r6, 256; selp.u32 %r6, 0, %r6, %p1; mad.lo.u32 %r6, %r6, 4, %r2;
@@ -154,7 +156,8 @@ fn a_block_wide_barrier_is_used_many_times() {
 
 #[test]
 fn registers_change_hands() {
-    // 168 registers at entry: a consumer warpgroup can grow to 240 only after the producer gave back.
+    // There are 168 registers at entry. A consumer warpgroup can grow to 240 only when the producer
+    // has given registers back.
     let body = "setp.lt.u32 %p1, %r1, 256; @%p1 bra CONSUMER; setmaxnreg.dec.sync.aligned.u32 24; ret;
                 CONSUMER: setmaxnreg.inc.sync.aligned.u32 240;";
     let directives = ".maxntid 384, 1, 1 .minnctapersm 1";

@@ -1,24 +1,25 @@
-//! Matrix products against a plain triple loop, for layouts, shapes and operand forms; every layout is written here from the PTX
-//! ISA's tables of strides and swizzles, independently of the emulator.
+//! Matrix products against a plain triple loop, for layouts, shapes and forms of operands. The
+//! layouts are written here from the tables of the PTX ISA, independently of the emulator.
 
 mod common;
 
-use common::{HEADER, Random, launch, one_block};
+use common::{HEADER, Random, launch, one_block, place_in_a, place_in_d};
 
-/// How a matrix of `rows` (M or N) by `k` lies in shared memory.
+/// How a matrix of M or N rows by k lies in shared memory.
 #[derive(Clone, Copy, Debug)]
 struct Layout {
-    /// Bytes of the swizzle: 0, 32, 64 or 128.
+    /// The bytes of a swizzled row: 32, 64 or 128; 0 without swizzle.
     swizzle: usize,
-    /// M or N contiguous.
+    /// Whether M or N is contiguous, in place of k.
     transpose: bool,
 }
 
 impl Layout {
-    /// Byte of element (row, k) in a tile of `rows` rows, and the descriptor's leading and stride offsets.
+    /// The byte of an element in a tile of `rows` rows by `depth` of k.
     fn place(self, row: usize, k: usize, rows: usize, depth: usize) -> usize {
         let swizzled = |linear: usize| match self.swizzle {
-            // 16-byte chunk index XOR row of the 8-row pattern.
+            // The index of the 16-byte chunk is exclusive-ored with the row of the pattern of 8
+            // rows.
             128 => linear ^ (linear / 128 % 8) << 4,
             64 => linear ^ (linear / 128 % 4) << 4,
             32 => linear ^ (linear / 128 % 2) << 4,
@@ -26,10 +27,10 @@ impl Layout {
         };
         let (leading, stride) = self.offsets(rows, depth);
         match (self.transpose, self.swizzle) {
-            // Core matrices of 8 rows x 16 bytes.
+            // The core matrices have 8 rows of 16 bytes.
             (false, 0) => row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2,
             (true, 0) => row / 8 * stride + k / 8 * leading + k % 8 * 16 + row % 8 * 2,
-            // Rows of one swizzle width; wider tiles are blocks of columns.
+            // Rows are as wide as the swizzle, and wider tiles are blocks of columns.
             (false, width) => {
                 let columns = width / 2;
                 swizzled(k / columns * rows * width + row / 8 * stride + row % 8 * width + k % columns * 2)
@@ -41,7 +42,7 @@ impl Layout {
         }
     }
 
-    /// Leading and stride byte offsets.
+    /// The leading and the stride offset of the descriptor, in bytes.
     fn offsets(self, rows: usize, depth: usize) -> (usize, usize) {
         match (self.transpose, self.swizzle) {
             (false, 0) => (rows / 8 * 128, 128),
@@ -51,13 +52,12 @@ impl Layout {
         }
     }
 
-    /// Bytes from one step of 16 k to the next.
+    /// The bytes from the start of a tile to its step `k` of 16.
     fn step(self, k: usize, rows: usize, depth: usize) -> usize {
-        let unswizzled = Layout { swizzle: self.swizzle, ..self };
         match (self.transpose, self.swizzle) {
             (_, 0) => 2 * self.offsets(rows, depth).0 * k,
             (false, width) => k * 32 / width * rows * width + k * 32 % width,
-            (true, _) => 2 * unswizzled.offsets(rows, depth).1 * k,
+            (true, _) => 2 * self.offsets(rows, depth).1 * k,
         }
     }
 
@@ -68,7 +68,7 @@ impl Layout {
         (rows * depth * 2).next_multiple_of(1024)
     }
 
-    /// Descriptor of a tile at `address`.
+    /// The descriptor of a tile at an address.
     fn descriptor(self, address: usize, rows: usize, depth: usize) -> u64 {
         let (leading, stride) = self.offsets(rows, depth);
         let mode = match self.swizzle {
@@ -81,11 +81,12 @@ impl Layout {
     }
 }
 
+/// A product of 64 x `depth` and `depth` x `n` elements.
 struct Product {
     n: usize,
     depth: usize,
     f16: bool,
-    /// `None`: A in registers.
+    /// `None` if A lies in registers.
     a: Option<Layout>,
     b: Layout,
     negate: (bool, bool),
@@ -93,9 +94,10 @@ struct Product {
     accumulate: bool,
 }
 
+/// The bits of a value in f16 or bf16, and the value that they have.
 fn half(value: f32, f16: bool) -> (u16, f32) {
     if f16 {
-        // Exact for the multiples of 1/16 below 4 that the tests use.
+        // This is exact for the multiples of 1/16 below 4, which the tests use.
         let bits = value.to_bits();
         let half = if value == 0.0 {
             0
@@ -109,7 +111,7 @@ fn half(value: f32, f16: bool) -> (u16, f32) {
     }
 }
 
-/// Runs one product and compares all of D.
+/// Runs a product and compares all of D.
 fn check(product: &Product, seed: u64) {
     let Product { n, depth, f16, .. } = *product;
     let mut random = Random(seed);
@@ -131,15 +133,14 @@ fn check(product: &Product, seed: u64) {
     let b_start = place(&mut image, product.b, &b);
     let a_start = product.a.map(|layout| place(&mut image, layout, &a)).unwrap_or(image.len());
     let shared = image.len();
-    // Fragments of A for registers: thread t of the warpgroup, k step, register.
+    // If A lies in registers, its fragments follow: by step of k, register and thread.
     if product.a.is_none() {
         for step in 0..depth / 16 {
             for register in 0..4 {
                 for thread in 0..128 {
-                    let row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (register % 2);
-                    let k = 16 * step + 2 * (thread % 4) + 8 * (register / 2);
-                    image.extend_from_slice(&a[row][k].0.to_le_bytes());
-                    image.extend_from_slice(&a[row][k + 1].0.to_le_bytes());
+                    let (row, k) = place_in_a(thread, register);
+                    image.extend_from_slice(&a[row][16 * step + k].0.to_le_bytes());
+                    image.extend_from_slice(&a[row][16 * step + k + 1].0.to_le_bytes());
                 }
             }
         }
@@ -198,9 +199,9 @@ fn check(product: &Product, seed: u64) {
     let sign = if product.negate.0 != product.negate.1 { -1.0 } else { 1.0 };
     for register in 0..n / 2 {
         for thread in 0..128 {
-            let row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (register % 4 / 2);
-            let column = 8 * (register / 4) + 2 * (thread % 4) + register % 2;
-            // Multiples of 2^-8 below 2^11: the sum is exact in f32 in any order.
+            let (row, column) = place_in_d(thread, register);
+            // All terms are multiples of 2^-8 below 2^11, so that the sum is exact in f32 in any
+            // order.
             let exact: f32 = (0..depth).map(|k| a[row][k].1 * b[column][k].1).sum();
             let expected = sign * exact + if product.accumulate { register as f32 } else { 0.0 };
             let found = f32::from_le_bytes(out[register * 512 + thread * 4..][..4].try_into().unwrap());
@@ -273,7 +274,8 @@ fn signs() {
 
 #[test]
 fn wide_tiles_and_several_blocks_of_columns() {
-    // MN-major B of 256 columns is four blocks of 64 at the leading offset; K-major of depth 192 three blocks of columns.
+    // An MN-major B of 256 columns is four blocks of 64, which the leading offset parts. K-major
+    // tiles of depth 192 are three blocks of columns.
     check(
         &Product {
             n: 256,

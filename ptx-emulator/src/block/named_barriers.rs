@@ -15,7 +15,7 @@ pub(crate) struct NamedBarrier {
     pub round: u64,
     /// How many threads of the current round have a predicate that holds, of how many that voted.
     votes: (u32, u32),
-    /// The same of the last complete round.
+    /// The votes of the last complete round, in the same form.
     pub last_votes: (u32, u32),
     /// What the arrivals of the current round know.
     arriving: Clock,

@@ -1,16 +1,17 @@
-//! What the tests share: a kernel around a body, random numbers, and ptxas as a second opinion.
+//! What the tests share: a kernel around a body, places in fragments, random numbers, and ptxas.
 //!
-//! With `PTXAS` set to the path of ptxas, every module that a test runs is given to it first, so that the programs are known to
-//! be PTX and not just what the emulator takes for it.
+//! With the path of ptxas in `PTXAS`, ptxas reads every module first that a test runs. So the
+//! programs are known to be PTX, and not only what the emulator takes for it.
 
 #![allow(dead_code)]
 
 use ptx_emulator::{Fault, FaultKind, Launch, Memory, Module, Stats};
 
-/// Version, target, and nothing else.
+/// The head of a module: version, target and address size.
 pub const HEADER: &str = ".version 8.3\n.target sm_90a\n.address_size 64\n";
 
-/// Registers a body may use, and what they hold at its start: `%rd1` the output, `%rd2` the input, `%r1` the thread of the block.
+/// The registers that a body may use. At its start `%rd1` is the output, `%rd2` the input, and
+/// `%r1` the thread of the block.
 const PROLOGUE: &str = "
     .reg .pred %p<32>;
     .reg .b16 %h<32>;
@@ -41,7 +42,8 @@ pub fn module(ptx: &str) -> Module {
     Module::parse("test.ptx", ptx).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A module with one entry `test(out, in)`; `directives` stand between parameters and body, `outside` before the entry.
+/// A module with one entry `test(out, in)`. `directives` stand between parameters and body, and
+/// `outside` before the entry.
 pub fn kernel_with(outside: &str, directives: &str, body: &str) -> String {
     format!(
         "{HEADER}{outside}\n.visible .entry test(.param .u64 out, .param .u64 in)\n{directives}\n{{{PROLOGUE}{body}\nret;\n}}\n"
@@ -53,7 +55,7 @@ pub fn one_block(threads: u32, shared_bytes: u32) -> Launch {
     Launch { grid: [1, 1, 1], block: [threads, 1, 1], shared_bytes }
 }
 
-/// Runs a module's `test` with an input and an output of `bytes` zero bytes.
+/// Runs the entry `test` of a module, with an input and an output of `bytes` bytes of zero.
 pub fn launch(ptx: &str, launch: Launch, input: &[u8], bytes: u64) -> Result<(Vec<u8>, Stats), Fault> {
     let module = module(ptx);
     let mut memory = Memory::new();
@@ -66,13 +68,13 @@ pub fn launch(ptx: &str, launch: Launch, input: &[u8], bytes: u64) -> Result<(Ve
     Ok((memory.read(out, bytes).expect("memory"), stats))
 }
 
-/// Runs a body on one warp; the output is one u32 a lane.
+/// Runs a body on one warp. The output is one u32 for each lane.
 pub fn warp(body: &str, input: &[u8]) -> Vec<u32> {
     let (out, _) = launch(&kernel_with("", "", body), one_block(32, 0), input, 128).unwrap_or_else(|f| panic!("{f}"));
     u32s(&out)
 }
 
-/// A body that must fault; checks its kind and words of its message.
+/// Runs a body that must fault, and checks the fault's kind and words of its message.
 pub fn fault(outside: &str, directives: &str, body: &str, with: Launch, kind: FaultKind, words: &[&str]) -> Fault {
     let found = launch(&kernel_with(outside, directives, body), with, &[0; 4096], 4096);
     let fault = found.expect_err("the kernel must fault");
@@ -84,7 +86,7 @@ pub fn fault(outside: &str, directives: &str, body: &str, with: Launch, kind: Fa
     fault
 }
 
-/// Stores `%r<n>` of each lane.
+/// Code that stores a register of each thread to the output.
 pub fn store(register: &str) -> String {
     format!("\n mad.wide.u32 %rd60, %r1, 4, %rd1;\n st.global.b32 [%rd60], {register};\n")
 }
@@ -101,7 +103,21 @@ pub fn bytes32(words: impl IntoIterator<Item = u32>) -> Vec<u8> {
     words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
-/// splitmix64 (Steele, Lea, Flood 2014).
+/// The row and the k that the low half of a register of matrix A holds. A warpgroup has 128 threads
+/// with four registers each. The high half holds the next k.
+///
+/// This is the formula of the PTX ISA once more: tests take nothing from the emulator's own.
+pub fn place_in_a(thread: usize, register: usize) -> (usize, usize) {
+    (16 * (thread / 32) + thread % 32 / 4 + 8 * (register % 2), 2 * (thread % 4) + 8 * (register / 2))
+}
+
+/// The row and the column of an accumulator of a warpgroup.
+pub fn place_in_d(thread: usize, register: usize) -> (usize, usize) {
+    let row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (register % 4 / 2);
+    (row, 8 * (register / 4) + 2 * (thread % 4) + register % 2)
+}
+
+/// The generator splitmix64 (Steele, Lea and Flood 2014).
 pub struct Random(pub u64);
 
 impl Random {
@@ -113,7 +129,7 @@ impl Random {
         x ^ (x >> 31)
     }
 
-    /// Uniform in [-1, 1).
+    /// A uniform number in [-1, 1).
     pub fn unit(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }

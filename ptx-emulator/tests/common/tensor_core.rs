@@ -1,22 +1,24 @@
-//! Dot products that tell one arithmetic of `wgmma` from another, the program that computes them, and a file of their results.
+//! Dot products that tell one arithmetic of `wgmma` from another, a program that computes them, and
+//! a file of results.
 //!
-//! `examples/wgmma_probe.rs` runs the program on a GPU and writes the file; `tests/tensor_core.rs` runs it in the emulator and
-//! compares. Operands are made from seeds by exact arithmetic, so that the file holds results only.
+//! `examples/wgmma_probe.rs` runs the program on a GPU and writes the file. `tests/tensor_core.rs`
+//! runs it in the emulator and compares. Exact arithmetic makes the operands from seeds, so that
+//! the file has to hold results only.
 
 #![allow(dead_code)]
 
-use crate::common::Random;
+use crate::common::{Random, place_in_a, place_in_d};
 use half::{bf16, f16};
 use ptx_emulator::{Launch, Memory, Module};
 
-/// Rows and columns of a tile of accumulators.
+/// The rows and columns of a tile of accumulators.
 pub const ROWS: usize = 64;
 pub const COLUMNS: usize = 8;
 
-/// Bytes of k that one instruction takes from a row, whatever the format.
+/// The bytes of k that one instruction takes from a row, whatever the format.
 const STEP: usize = 32;
 
-/// Type of both operands.
+/// The type of both operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Bf16,
@@ -40,17 +42,18 @@ impl Format {
         self != Format::E4m3
     }
 
-    /// Elements of k of one instruction.
+    /// How many elements of k one instruction takes.
     fn k(self) -> usize {
         if self == Format::E4m3 { 32 } else { 16 }
     }
 
-    /// Bits below the largest term that an H100 was found to keep: the middle of the sweeps.
+    /// How many bits below the largest term an H100 was found to keep. Sweeps have it in their
+    /// middle.
     pub fn kept(self) -> i32 {
         if self == Format::E4m3 { 13 } else { 25 }
     }
 
-    /// Exponents: smallest normal, largest, and bits of the fraction.
+    /// The smallest normal exponent, the largest exponent, and the bits of the fraction.
     fn range(self) -> (i32, i32, i32) {
         match self {
             Format::Bf16 => (-126, 127, 7),
@@ -59,7 +62,8 @@ impl Format {
         }
     }
 
-    /// Bits of the nearest value, ties to even; beyond the range of e4m3, of its largest.
+    /// The bits of the nearest value, with ties to even. Beyond the range of e4m3 it is the
+    /// largest.
     pub fn bits(self, value: f64) -> u32 {
         match self {
             Format::Bf16 => bf16::from_f64(value).to_bits() as u32,
@@ -79,39 +83,40 @@ fn exp2(n: i32) -> f64 {
     2f64.powi(n)
 }
 
-/// Which results the file keeps of a case.
+/// Which results of a case the file keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// Every accumulator.
+    /// It keeps every accumulator.
     Bits,
-    /// Two words of digest for each so many tiles.
+    /// It keeps a digest of two words for each so many tiles.
     Digests(usize),
 }
 
-/// Tiles of one shape that ask one question.
+/// Tiles of accumulators that ask one question.
 pub struct Case {
     pub name: String,
     pub format: Format,
     pub tiles: usize,
-    /// Instructions chained in each tile.
+    /// How many instructions follow each other in each tile.
     pub steps: usize,
-    /// Steps whose operands are stored: all, or one that every step uses.
+    /// How many steps have operands of their own: all, or one whose operands every step uses.
     stored: usize,
     /// Whether the first step adds to C.
     accumulate: bool,
-    /// Whether A comes from shared memory in place of registers.
+    /// Whether A lies in shared memory, in place of registers.
     shared: bool,
     pub kept: Kept,
-    /// [tile][step][row][byte of k].
+    /// Matrix A as [tile][step][row][byte of k].
     a: Vec<u8>,
-    /// [tile][step][column][byte of k].
+    /// Matrix B as [tile][step][column][byte of k].
     b: Vec<u8>,
-    /// Bits of [tile][row][column].
+    /// The bits of C as [tile][row][column].
     c: Vec<u32>,
 }
 
 impl Case {
-    /// A case whose operands are functions of (tile, step, row or column, k), and C of (tile, row, column), all in bits.
+    /// A case whose operands are functions of tile, step, row or column, and k. C is a function of
+    /// tile, row and column. All give bits.
     pub fn new(
         format: Format,
         name: &str,
@@ -147,7 +152,8 @@ impl Case {
         }
     }
 
-    /// One tile, from values: `a(row, k)`, `b(column, k)`, `c(row, column)`.
+    /// A case of one tile. Functions give its values: `a(row, k)`, `b(column, k)` and
+    /// `c(row, column)`.
     pub fn question(
         format: Format,
         name: &str,
@@ -165,7 +171,7 @@ impl Case {
         )
     }
 
-    /// Entry of the program that runs this case.
+    /// The entry of the program that runs this case.
     pub fn entry(&self) -> String {
         format!("{}_{}", self.format.name(), if self.shared { "shared" } else { "registers" })
     }
@@ -174,12 +180,13 @@ impl Case {
         Launch { grid: [self.tiles as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
     }
 
-    /// The program's numbers: steps, and steps stored, and whether to accumulate.
+    /// The numbers that the program takes: steps, steps stored, and whether to accumulate.
     pub fn numbers(&self) -> [u32; 3] {
         [self.steps as u32, self.stored as u32, self.accumulate as u32]
     }
 
-    /// A as the program reads it: 16 bytes a thread and step, its fragment or its chunk of the tile in shared memory.
+    /// A as the program reads it: 16 bytes for each thread and step. They are the fragment of the
+    /// thread, or its chunk of the tile in shared memory.
     pub fn image_of_a(&self) -> Vec<u8> {
         let mut image = Vec::with_capacity(self.a.len());
         for tile in self.a.chunks(ROWS * STEP) {
@@ -189,21 +196,23 @@ impl Case {
                     continue;
                 }
                 for register in 0..4 {
-                    let row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (register % 2);
-                    image.extend_from_slice(&tile[row * STEP + 4 * (thread % 4) + 16 * (register / 2)..][..4]);
+                    // A register holds 4 bytes of k in every format, so the place in bytes is twice
+                    // that of 16 bits.
+                    let (row, k) = place_in_a(thread, register);
+                    image.extend_from_slice(&tile[row * STEP + 2 * k..][..4]);
                 }
             }
         }
         image
     }
 
-    /// B as the program reads it: 16 chunks of 16 bytes a step, the first half of k first.
+    /// B as the program reads it: 16 chunks of 16 bytes for each step, the first half of k first.
     pub fn image_of_b(&self) -> Vec<u8> {
         let chunk = |tile: &[u8], i: usize| <[u8; 16]>::try_from(&tile[i % 8 * STEP + i / 8 * 16..][..16]).expect("16");
         self.b.chunks(COLUMNS * STEP).flat_map(|tile| (0..16).flat_map(move |i| chunk(tile, i))).collect()
     }
 
-    /// C as the program reads it: four accumulators a thread.
+    /// C as the program reads it: four accumulators for each thread.
     pub fn image_of_c(&self) -> Vec<u8> {
         let tiles = self.c.chunks(ROWS * COLUMNS);
         tiles.flat_map(|tile| (0..ROWS * COLUMNS).flat_map(|i| tile[place(i)].to_le_bytes())).collect()
@@ -225,7 +234,7 @@ impl Case {
         }
     }
 
-    /// Number of words that [`Case::results`] gives.
+    /// How many words [`Case::results`] gives.
     fn words(&self) -> usize {
         match self.kept {
             Kept::Bits => self.c.len(),
@@ -233,14 +242,14 @@ impl Case {
         }
     }
 
-    /// Digest of everything that the results depend on.
+    /// A digest of everything that the results depend on.
     fn digest(&self) -> u64 {
         let numbers = self.numbers().into_iter().chain([self.shared as u32]);
         let c = self.c.iter().copied();
         digest(self.a.iter().chain(&self.b).copied().chain(numbers.chain(c).flat_map(u32::to_le_bytes)))
     }
 
-    /// Results of the emulator.
+    /// The results of the emulator.
     pub fn emulate(&self, module: &Module) -> Vec<u32> {
         let mut memory = Memory::new();
         let mut place = |bytes: &[u8]| {
@@ -258,7 +267,8 @@ impl Case {
         self.results(&memory.read(out, c.len() as u64).expect("memory"))
     }
 
-    /// Bits of A's row and B's column of a step, and of C: what an accumulator was computed from.
+    /// What an accumulator was computed from: the bits of a row of A and a column of B, in a step,
+    /// and of C.
     pub fn operands(&self, accumulator: usize, step: usize) -> (Vec<u32>, Vec<u32>, u32) {
         let (tile, row, column) = (accumulator / COLUMNS / ROWS, accumulator / COLUMNS % ROWS, accumulator % COLUMNS);
         let step = tile * self.stored + step % self.stored;
@@ -271,19 +281,20 @@ impl Case {
     }
 }
 
-/// Place in a tile, row by row, of the accumulator at a place in the program's order: thread, then register.
+/// The index in a tile, row by row, of accumulator `i` in the program's order: by thread, then
+/// register.
 fn place(i: usize) -> usize {
-    let (thread, register) = (i / 4, i % 4);
-    let row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (register / 2);
-    row * COLUMNS + 2 * (thread % 4) + register % 2
+    let (row, column) = place_in_d(i / 4, i % 4);
+    row * COLUMNS + column
 }
 
-/// FNV-1a.
+/// The hash FNV-1a.
 fn digest(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x100_0000_01b3))
 }
 
-/// The program for some formats: entries `FORMAT_registers` and `FORMAT_shared`, by where A comes from.
+/// The program for some formats. Its entries `FORMAT_registers` and `FORMAT_shared` differ in where
+/// A lies.
 pub fn program(formats: &[Format]) -> String {
     let mut text = String::from(".version 8.3\n.target sm_90a\n.address_size 64\n");
     for format in formats {
@@ -311,12 +322,15 @@ pub fn program(formats: &[Format]) -> String {
     ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [a]; ld.param.u64 %rd3, [b]; ld.param.u64 %rd4, [c];
     ld.param.u32 %r1, [steps]; ld.param.u32 %r2, [stored]; ld.param.u32 %r3, [accumulate];
     mov.u32 %r4, %tid.x; mov.u32 %r5, %ctaid.x;
-    // B takes the first 256 bytes of shared memory, A the next 2048: chunks of 16 bytes, one of each thread.
+    // B takes the first 256 bytes of shared memory, and A the next 2048. Each thread stores a chunk
+    // of 16 bytes.
     mov.u32 %r6, tiles; mad.lo.u32 %r7, %r4, 16, %r6; add.u32 %r8, %r7, 0; add.u32 %r7, %r7, 256;
-    // Descriptors: start, bytes between the halves of k, bytes between 8 rows and the next.
+    // A descriptor has the start, the bytes between halves of k, and those between groups of 8
+    // rows.
     cvt.u64.u32 %rd5, %r6; and.b64 %rd5, %rd5, 0x3ffff; shr.u64 %rd5, %rd5, 4;
     add.s64 %rd6, %rd5, 16; or.b64 %rd5, %rd5, 0x1000080000; or.b64 %rd6, %rd6, 0x800400000;
-    // C and the output: 16 bytes a thread. A and B: all stored steps of a tile, then the next tile's.
+    // C and the output have 16 bytes for each thread. A and B have all stored steps of one tile
+    // after those of the other.
     mad.lo.u32 %r9, %r5, 128, %r4; mad.wide.u32 %rd1, %r9, 16, %rd1; mad.wide.u32 %rd4, %r9, 16, %rd4;
     mul.lo.u32 %r9, %r5, %r2; mad.lo.u32 %r10, %r9, 128, %r4; mad.wide.u32 %rd2, %r10, 16, %rd2;
     mad.lo.u32 %r10, %r9, 16, %r4; mad.wide.u32 %rd3, %r10, 16, %rd3;
@@ -345,7 +359,7 @@ STEP:
     text
 }
 
-/// Every case of a format.
+/// All cases of a format.
 pub fn cases(format: Format) -> Vec<Case> {
     let mut cases = questions(format);
     cases.extend(samples(format));
@@ -353,11 +367,12 @@ pub fn cases(format: Format) -> Vec<Case> {
     cases
 }
 
-/// Dot products whose results differ between hypotheses, one tile a question; sweeps run over rows, variants over columns.
+/// Dot products whose results differ between hypotheses, one tile for each question. Sweeps run
+/// over rows, and variants over columns.
 fn questions(format: Format) -> Vec<Case> {
     let (k_count, kept) = (format.k(), format.kept());
     let (smallest, largest, fraction) = format.range();
-    // A product of 2^(2 one) is the largest term; `low` is the exponent in B of products that are smaller.
+    // The largest term is a product of 2^(2 one). Smaller products have the exponent `low` in B.
     let (one, low) = if format == Format::E4m3 { (4, -5) } else { (5, -12) };
     let unit = exp2(2 * one);
     let small = |below: i32| exp2(2 * one - below - low);
@@ -650,23 +665,23 @@ fn questions(format: Format) -> Vec<Case> {
     cases
 }
 
-/// Sum of twelve uniform numbers less six: normal enough, and exact.
+/// The sum of twelve uniform numbers, less six. It is almost normal, and exact.
 pub fn normal(random: &mut Random) -> f64 {
     (0..12).map(|_| (random.bits() >> 40) as f64 * exp2(-24)).sum::<f64>() - 6.0
 }
 
-/// A uniform integer of a range.
+/// A uniform integer from `low` to `high`.
 fn integer(random: &mut Random, low: i32, high: i32) -> i32 {
     low + (random.bits() >> 33) as i32 % (high - low + 1)
 }
 
-/// A sign and a mantissa of 24 bits at an exponent.
+/// A random sign and mantissa of 24 bits, with the exponent given.
 fn scaled(random: &mut Random, exponent: i32) -> f64 {
     let magnitude = 1.0 + (random.bits() >> 41) as f64 * exp2(-23);
     exp2(exponent) * if random.bits() & 1 == 1 { -magnitude } else { magnitude }
 }
 
-/// Random tiles of several distributions: a few with every bit, many by digests.
+/// Random tiles of several distributions. Of a few every bit is kept, of many a digest.
 fn samples(format: Format) -> Vec<Case> {
     let (smallest, largest, fraction) = format.range();
     let kept = format.kept();
@@ -776,7 +791,7 @@ fn samples(format: Format) -> Vec<Case> {
         }
     }
     for (tiles, kept) in [(tiles, Kept::Bits), (256, Kept::Digests(8))] {
-        // Neighbouring products differ in their sign and by an ulp of A at most.
+        // Two neighbouring products differ in their sign, and in the last bit of A at most.
         let [mut r, mut s, mut t] = [1, 2, 3].map(|i| Random(77 * tiles as u64 + i));
         let (mut last_a, mut last_b) = (0, 0);
         let sign = 1 << if format == Format::E4m3 { 7 } else { 15 };
@@ -813,13 +828,13 @@ fn samples(format: Format) -> Vec<Case> {
     cases
 }
 
-/// Keys of the longest clip of the shapes: 31 frames of 3840 tokens.
+/// The keys of the longest clip: 31 frames of 3840 tokens.
 pub const KEYS: usize = 119_040;
 
-/// Name of the chain that multiplies weights by values of mean 1 over [`KEYS`] keys, without its format.
+/// The name, without its format, of the chain that multiplies weights by values over [`KEYS`] keys.
 pub const LONG: &str = "chain, weights times values of mean one over 119040 keys";
 
-/// Many steps into one accumulator.
+/// Cases of many steps into one accumulator.
 fn chains(format: Format) -> Vec<Case> {
     let factor = [1.0, 0.5, 1.5, 0.125, -1.0, 1.25, 1.75, 1.875];
     let start = [0.0, 1.0, 100.0, 16384.0];
@@ -834,7 +849,7 @@ fn chains(format: Format) -> Vec<Case> {
 
     let [mut r, mut s] = [1, 2].map(|i| Random(5000 + i));
     let steps = KEYS / format.k();
-    // Weights between 0 and 1, most of them small, as a softmax leaves them.
+    // The weights lie between 0 and 1, and most are small, as a softmax leaves them.
     let long = Case::new(
         format,
         LONG,
@@ -872,7 +887,7 @@ fn chains(format: Format) -> Vec<Case> {
 
 /// What a GPU computed.
 pub struct Results {
-    /// Name of the GPU and version of its driver.
+    /// The name of the GPU, and the version of its driver.
     pub device: String,
     cases: Vec<(String, u64, Vec<u32>)>,
 }
@@ -888,10 +903,11 @@ impl Results {
         self.cases.push((case.name.clone(), case.digest(), results));
     }
 
-    /// Results of a case.
+    /// The results of a case.
     ///
     /// # Errors
-    /// The file does not have the case, or has it with other operands or another number of results.
+    /// The file does not have the case, or has it with other operands, or another number of
+    /// results.
     pub fn of(&self, case: &Case) -> Result<&[u32], String> {
         let wrong = |what: &str| Err(format!("{:?}: {what}: write the file anew with `wgmma_probe gpu`", case.name));
         match self.cases.iter().find(|(name, ..)| *name == case.name) {
@@ -905,7 +921,7 @@ impl Results {
     /// Checks that there are results of each of the cases, and of no others.
     ///
     /// # Errors
-    /// There are no cases, or the first case that is amiss.
+    /// There are no results, or those of a case are missing, wrong or too many.
     pub fn check(&self, cases: &[Case]) -> Result<(), String> {
         if self.cases.is_empty() {
             return Err("there are no results".into());
@@ -918,7 +934,8 @@ impl Results {
         cases.iter().try_for_each(|case| self.of(case).map(|_| ()))
     }
 
-    /// A line of magic, one of the device, then for each case a line (words, digest, name) and its words, little end first.
+    /// The file: a line of magic, one of the device, and the cases. Each has a line of the number
+    /// of words, digest and name, and then its words in little-endian bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = format!("{MAGIC}\n{}\n", self.device).into_bytes();
         for (name, digest, results) in &self.cases {
@@ -928,10 +945,10 @@ impl Results {
         bytes
     }
 
-    /// Reads what `to_bytes` wrote.
+    /// Reads what [`Results::to_bytes`] wrote.
     ///
     /// # Errors
-    /// What is wrong with the file.
+    /// The file is of another kind, or damaged.
     pub fn from_bytes(mut bytes: &[u8]) -> Result<Results, String> {
         fn line<'a>(bytes: &mut &'a [u8]) -> Result<&'a str, String> {
             let end = bytes.iter().position(|byte| *byte == b'\n').ok_or("the file ends within a line")?;

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 /// A product that not all four warps have waited for.
 pub(crate) struct InFlight {
-    /// Operation and descriptors (A unless in registers, B), which all four warps must agree on.
+    /// The operation, and the descriptors of A (unless in registers) and B. All four warps must agree on them.
     pub(super) operation: usize,
     pub(super) descriptors: (Option<u64>, u64),
     /// The indices in [`Warpgroup::tiles`] of what it reads: B, and A unless in registers.
@@ -81,7 +81,7 @@ impl Warpgroup {
         self.products.front()
     }
 
-    /// The product of a number, if some warp has issued it. It must not be released.
+    /// The product with a number, if some warp has issued it. It must not be released.
     pub(super) fn product(&self, number: u64) -> Option<&InFlight> {
         self.products.get((number - self.released) as usize)
     }

@@ -86,7 +86,7 @@ struct Fragment {
     role: Role,
     /// Columns of the product that it accumulates.
     n: usize,
-    /// The time of the last touch by an ordinary instruction: fences executed before it, plus one.
+    /// When an ordinary instruction last touched it: one more than the fences executed before.
     touched: u64,
 }
 
