@@ -9,7 +9,7 @@ use crate::alu::*;
 use crate::fault::{Error, shorten};
 use crate::float::Round;
 use crate::isa::*;
-use crate::parse::{Class, Entry, Operand, Reg, Statement, VariableSpace};
+use crate::parse::{Class, Entry, Operand, Reg, Statement, Variable, VariableSpace};
 use crate::tensor_core::wgmma;
 use std::collections::HashMap;
 
@@ -214,6 +214,20 @@ pub(crate) struct Decoder<'a> {
     pub has_wgmma: bool,
 }
 
+/// Gives a variable an address in static shared memory. So far that is used up to `end`, which
+/// moves on.
+pub(crate) fn place_shared(module: &str, variable: &Variable, end: &mut u32) -> Result<u64, Error> {
+    let address = (*end as u64).next_multiple_of(variable.align.max(1));
+    let behind = address + variable.bytes.unwrap_or(0);
+    if behind > (SHARED_BASE + MAX_SHARED) as u64 {
+        let bytes = behind - SHARED_BASE as u64;
+        let what = format!("`{}` ends at {bytes} bytes of shared memory: a block has {MAX_SHARED}", variable.name);
+        return Err(Error::at(module, variable.line, what));
+    }
+    *end = behind as u32;
+    Ok(address)
+}
+
 /// Decodes one entry. `symbols` has the addresses of the module's variables. `shared_used` is where
 /// the shared memory of these ends and that of the entry begins.
 pub(crate) fn decode(
@@ -231,14 +245,15 @@ pub(crate) fn decode(
     for variable in &entry.variables {
         let align = variable.align.max(1);
         let address = match (variable.space, variable.bytes) {
-            (VariableSpace::Shared, Some(bytes)) => {
-                let address = (shared as u64).next_multiple_of(align);
-                shared = (address + bytes) as u32;
-                address
-            }
+            (VariableSpace::Shared, Some(_)) => place_shared(module, variable, &mut shared)?,
             (VariableSpace::Local, Some(bytes)) => {
                 let address = local.next_multiple_of(align);
                 local = address + bytes;
+                if local > MAX_LOCAL {
+                    let what =
+                        format!("`{}` ends at {local} bytes of local memory: a thread has {MAX_LOCAL}", variable.name);
+                    return Err(Error::at(module, variable.line, what));
+                }
                 address
             }
             (_, None) => {
@@ -246,7 +261,10 @@ pub(crate) fn decode(
                 dynamic.push(variable.name.as_str());
                 0
             }
-            _ => return Err(Error::at(module, 0, format!("variable `{}` cannot stand in a body", variable.name))),
+            _ => {
+                let what = format!("`{}` cannot stand in a body: only .shared and .local variables can", variable.name);
+                return Err(Error::at(module, variable.line, what));
+            }
         };
         symbols.insert(&variable.name, address);
     }

@@ -10,7 +10,7 @@ use std::fmt;
 pub struct Error {
     /// The name that was given to [`Module::parse`](crate::Module::parse).
     pub module: String,
-    /// The line of the PTX text, from 1; 0 when no line is meant.
+    /// The line of the PTX text, from 1.
     pub line: u32,
     /// What was found, and what is allowed in its place.
     pub what: String,

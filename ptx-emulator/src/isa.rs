@@ -14,6 +14,10 @@ pub(crate) type R = u32;
 /// Where a block's shared memory starts. On Hopper the first KiB belongs to the system, so that
 /// address 0 is never valid.
 pub(crate) const SHARED_BASE: u32 = 1024;
+/// The most shared memory that a block has on Hopper, in bytes.
+pub(crate) const MAX_SHARED: u32 = 227 * 1024;
+/// The most local memory that a thread has, in bytes.
+pub(crate) const MAX_LOCAL: u64 = 512 * 1024;
 /// Where the shared, local and parameter windows start in the generic space. Each has 4 GiB. All
 /// other generic addresses are global.
 pub(crate) const SHARED_WINDOW: u64 = 0x7f10_0000_0000;

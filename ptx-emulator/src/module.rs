@@ -3,13 +3,10 @@
 use crate::decode;
 use crate::fault::{Error, Fault, FaultKind};
 use crate::global::{Global, Memory, ModuleData};
-use crate::isa::{Kernel, SHARED_BASE};
+use crate::isa::{Kernel, MAX_SHARED, SHARED_BASE};
 use crate::parse::{self, Init, Variable, VariableSpace};
 use crate::schedule::{Job, Launch, Options};
 use std::collections::{BTreeMap, HashMap};
-
-/// The most shared memory that a block has on Hopper, in bytes.
-const MAX_SHARED: u32 = 227 * 1024;
 
 /// A PTX module, parsed and decoded, with the values of its global variables.
 #[derive(Debug)]
@@ -172,22 +169,15 @@ fn place_variables(name: &str, variables: &[Variable]) -> Result<Variables, Erro
     for variable in variables {
         let align = variable.align.max(1);
         let address = match (variable.space, variable.bytes) {
-            (VariableSpace::Shared, Some(bytes)) => {
-                let address = shared.next_multiple_of(align as u32);
-                shared = address + bytes as u32;
-                address as u64
-            }
+            (VariableSpace::Shared, Some(_)) => decode::place_shared(name, variable, &mut shared)?,
             (VariableSpace::Shared, None) => {
                 dynamic.push(variable.clone());
                 continue;
             }
             (_, Some(bytes)) => data.alloc(bytes, align),
             (_, None) => {
-                return Err(Error::at(
-                    name,
-                    0,
-                    format!("`{}` has no size, which only `.extern .shared` arrays may leave out", variable.name),
-                ));
+                let what = format!("`{}` has no size: only dynamic shared memory may have none", variable.name);
+                return Err(Error::at(name, variable.line, what));
             }
         };
         symbols.insert(variable.name.clone(), address);
@@ -203,7 +193,7 @@ fn place_variables(name: &str, variables: &[Variable]) -> Result<Variables, Erro
                 Init::Address(symbol, offset, size) => {
                     let Some(found) = symbols.get(symbol) else {
                         let what = format!("`{symbol}`, in the initial value of `{}`, is not declared", variable.name);
-                        return Err(Error::at(name, 0, what));
+                        return Err(Error::at(name, variable.line, what));
                     };
                     let address = found.wrapping_add(*offset as u64).to_le_bytes();
                     bytes.extend_from_slice(&address[..*size]);
@@ -211,7 +201,8 @@ fn place_variables(name: &str, variables: &[Variable]) -> Result<Variables, Erro
             }
         }
         if bytes.len() as u64 > variable.bytes.unwrap_or(0) {
-            return Err(Error::at(name, 0, format!("the initial value of `{}` is longer than it", variable.name)));
+            let what = format!("the initial value of `{}` is longer than the variable", variable.name);
+            return Err(Error::at(name, variable.line, what));
         }
         data.write(symbols[&variable.name], &bytes);
     }

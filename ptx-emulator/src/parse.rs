@@ -106,6 +106,8 @@ pub(crate) enum Init {
 /// A declared variable or parameter.
 #[derive(Clone, Debug)]
 pub(crate) struct Variable {
+    /// The line of the declaration.
+    pub line: u32,
     pub name: String,
     pub space: VariableSpace,
     pub align: u64,
@@ -482,6 +484,10 @@ impl<'a> Parser<'a> {
         let mut out = Vec::new();
         loop {
             let mut variable = self.declarator(space, align, bits)?;
+            if self.peek() == Kind::Mark(b'=') && !matches!(space, VariableSpace::Global | VariableSpace::Const) {
+                let what = format!("`{}` has an initial value: only .global and .const may have one", variable.name);
+                return self.fail(what);
+            }
             if self.accept(b'=') {
                 self.initialiser(bits as usize / 8, &mut variable.init, 0)?;
             }
@@ -508,7 +514,7 @@ impl<'a> Parser<'a> {
     }
 
     fn declarator(&mut self, space: VariableSpace, align: Option<u64>, bits: u32) -> Result<Variable, Error> {
-        let name = self.word()?.to_string();
+        let (line, name) = (self.line(), self.word()?.to_string());
         let mut bytes = Some(bits as u64 / 8);
         while self.accept(b'[') {
             if self.accept(b']') {
@@ -522,7 +528,7 @@ impl<'a> Parser<'a> {
                 self.expect(b']')?;
             }
         }
-        Ok(Variable { name, space, align: align.unwrap_or(bits as u64 / 8), bytes, init: Vec::new() })
+        Ok(Variable { line, name, space, align: align.unwrap_or(bits as u64 / 8), bytes, init: Vec::new() })
     }
 
     fn initialiser(&mut self, element: usize, out: &mut Vec<Init>, depth: usize) -> Result<(), Error> {

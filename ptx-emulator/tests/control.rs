@@ -233,6 +233,14 @@ fn unknown_things_are_named_with_their_line() {
             assert!(error.contains(word), "{text}: {word:?} is not in: {error}");
         }
     }
+    for (body, words) in [
+        (".shared .b8 a[200000]; .shared .b8 b[200000]; ret;", "test:5: `b` ends at 400000 bytes of shared memory"),
+        (".shared .b32 a = 1; ret;", "test:5: `a` has an initial value: only .global and .const may have one"),
+        (".local .b8 a[1000000]; ret;", "test:5: `a` ends at 1000000 bytes of local memory"),
+    ] {
+        let error = Module::parse("test", &format!("{HEADER}.visible .entry e() {{\n{body}\n}}")).expect_err(body);
+        assert!(error.to_string().starts_with(words), "{error}");
+    }
     let error = Module::parse("test", "/* two\nlines */ .wrong").unwrap_err();
     assert_eq!(error.to_string(), "test:2: unknown directive `.wrong`");
     assert!(Module::parse("test", ".version 8.3\n.target sm_90a\n\u{1}").unwrap_err().what.contains("unexpected"));
