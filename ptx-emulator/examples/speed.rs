@@ -1,6 +1,6 @@
 //! Measures how fast the emulator is on one core: arithmetic in a loop, and matrix products.
 
-use ptx_emulator::{Launch, Memory, Module};
+use ptx_emulator::{LaunchConfig, Memory, Module};
 use std::time::Instant;
 
 const ARITHMETIC: &str = "
@@ -36,7 +36,7 @@ LOOP: setp.ne.u32 %p2, %r6, 0;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let memory = Memory::new();
-    let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
+    let launch = LaunchConfig { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
     let module = Module::parse("arithmetic", ARITHMETIC)?;
     let start = Instant::now();
     let stats = module.launch(&memory, "run", launch, &[])?;
@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let accumulators: Vec<String> = (0..88).map(|i| format!("%d{i}")).collect();
     let module = Module::parse("products", &PRODUCTS.replace("ACCUMULATORS", &accumulators.join(", ")))?;
-    let launch = Launch { grid: [1, 1, 1], block: [128, 1, 1], shared_bytes: 32768 };
+    let launch = LaunchConfig { grid: [1, 1, 1], block: [128, 1, 1], shared_bytes: 32768 };
     let start = Instant::now();
     let stats = module.launch(&memory, "run", launch, &[])?;
     let seconds = start.elapsed().as_secs_f64();

@@ -4,7 +4,7 @@
 //! mbarriers, asynchronous copies and `wgmma`. It needs no GPU.
 //!
 //! ```
-//! use ptx_emulator::{FaultKind, Launch, Memory, Module};
+//! use ptx_emulator::{FaultKind, LaunchConfig, Memory, Module};
 //!
 //! // Each of 32 threads doubles a number, and stores it in reverse order by way of shared memory.
 //! let ptx = "
@@ -35,15 +35,15 @@
 //! let mut memory = Memory::new();
 //! let data = memory.alloc(128, 4)?;
 //! memory.write(data, &numbers(|i| i))?;
-//! let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
+//! let config = LaunchConfig { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
 //! let module = Module::parse("reverse.ptx", ptx)?;
-//! let stats = module.launch(&memory, "reverse", launch, &data.to_le_bytes())?;
+//! let stats = module.launch(&memory, "reverse", config, &data.to_le_bytes())?;
 //! assert_eq!(memory.read(data, 128)?, numbers(|i| 2 * (31 - i)));
 //! assert_eq!(stats.count("ld.shared"), 1);
 //!
 //! // Without the barrier a GPU may give the right numbers for years. The emulator says who races.
 //! let module = Module::parse("reverse.ptx", &ptx.replace("bar.sync 0;", ""))?;
-//! let fault = module.launch(&memory, "reverse", launch, &data.to_le_bytes()).unwrap_err();
+//! let fault = module.launch(&memory, "reverse", config, &data.to_le_bytes()).unwrap_err();
 //! assert_eq!(fault.kind, FaultKind::Race);
 //! let race = "no barrier orders it after some of them were written by warp 0";
 //! assert!(fault.to_string().contains(race));
@@ -101,6 +101,7 @@
 //!   Their text is an error.
 //! * Tensor cores other than `wgmma` with f32 accumulators and bf16 or f16 factors. Their text is
 //!   an error.
+//! * Other GPUs than Hopper: the limits of a launch are Hopper's, whatever `.target` a module has.
 //! * Weak memory orders: each access takes effect when it is executed.
 //! * Races in global memory, and a proxy fence between a store and a later copy to the same place.
 //! * Orders within an instruction. Groups of lanes that went different ways take turns by their
@@ -144,5 +145,5 @@ mod warp;
 pub use fault::{Error, Fault, FaultKind};
 pub use global::{Memory, MemoryError};
 pub use module::{Module, Stats};
-pub use schedule::{Launch, Options};
+pub use schedule::{LaunchConfig, Options};
 pub use tensor_core::sums::LARGEST_CUT;

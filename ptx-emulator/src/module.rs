@@ -5,7 +5,7 @@ use crate::fault::{Error, Fault, FaultKind};
 use crate::global::{Global, Memory, ModuleData};
 use crate::isa::{Kernel, MAX_SHARED, SHARED_BASE};
 use crate::parse::{self, Init, Variable, VariableSpace};
-use crate::schedule::{Job, Launch, Options};
+use crate::schedule::{Job, LaunchConfig, Options};
 use std::collections::{BTreeMap, HashMap};
 
 /// A PTX module, parsed and decoded, with the values of its global variables.
@@ -97,8 +97,8 @@ impl Module {
     /// # Errors
     /// The first fault of the lowest block that has one, or what is wrong with the launch itself
     /// ([`FaultKind::Launch`]).
-    pub fn launch(&self, memory: &Memory, entry: &str, launch: Launch, params: &[u8]) -> Result<Stats, Fault> {
-        self.launch_with(memory, entry, launch, params, Options::default())
+    pub fn launch(&self, memory: &Memory, entry: &str, config: LaunchConfig, params: &[u8]) -> Result<Stats, Fault> {
+        self.launch_with(memory, entry, config, params, Options::default())
     }
 
     /// Does what [`Module::launch`] does, in another order or with other limits.
@@ -109,7 +109,7 @@ impl Module {
         &self,
         memory: &Memory,
         entry: &str,
-        launch: Launch,
+        config: LaunchConfig,
         params: &[u8],
         options: Options,
     ) -> Result<Stats, Fault> {
@@ -128,8 +128,8 @@ impl Module {
             let known: Vec<&str> = self.entries().collect();
             return Err(refuse(format!("the module has no entry of this name; it has {}", known.join(", "))));
         };
-        check(kernel, launch, params).map_err(refuse)?;
-        let job = Job { kernel, global: Global::new(memory, &self.data), params, launch, options };
+        check(kernel, config, params).map_err(refuse)?;
+        let job = Job { kernel, global: Global::new(memory, &self.data), params, config, options };
         let counters = job.run()?;
         let mut stats = Stats {
             bulk_bytes_to_shared: counters.bulk_in,
@@ -210,15 +210,15 @@ fn place_variables(name: &str, variables: &[Variable]) -> Result<Variables, Erro
 }
 
 /// Tells what is wrong with the sizes of a launch.
-fn check(kernel: &Kernel, launch: Launch, params: &[u8]) -> Result<(), String> {
+fn check(kernel: &Kernel, config: LaunchConfig, params: &[u8]) -> Result<(), String> {
     if params.len() as u64 != kernel.param_bytes {
         return Err(format!("{} bytes of parameters; the entry takes {}", params.len(), kernel.param_bytes));
     }
-    let [x, y, z] = launch.grid;
+    let [x, y, z] = config.grid;
     if x == 0 || y == 0 || z == 0 || x > i32::MAX as u32 || y > 65535 || z > 65535 {
         return Err(format!("grid {x} x {y} x {z}: 1 to 2147483647 x 65535 x 65535 is allowed"));
     }
-    let [x, y, z] = launch.block;
+    let [x, y, z] = config.block;
     let threads = x as u64 * y as u64 * z as u64;
     if threads == 0 || threads > 1024 || z > 64 {
         return Err(format!("block {x} x {y} x {z}: 1 to 1024 threads, at most 64 in z, are allowed"));
@@ -226,16 +226,16 @@ fn check(kernel: &Kernel, launch: Launch, params: &[u8]) -> Result<(), String> {
     if kernel.max_threads.is_some_and(|most| threads > most as u64) {
         return Err(format!("{threads} threads a block; the entry allows {}", kernel.max_threads.unwrap_or(0)));
     }
-    if kernel.required_block.is_some_and(|required| required != launch.block) {
+    if kernel.required_block.is_some_and(|required| required != config.block) {
         return Err(format!(
             "block {x} x {y} x {z}; the entry requires {:?}",
             kernel.required_block.unwrap_or_default()
         ));
     }
-    if launch.shared_bytes > MAX_SHARED || Job::shared_bytes(kernel, launch.shared_bytes) > MAX_SHARED {
+    if config.shared_bytes > MAX_SHARED || Job::shared_bytes(kernel, config.shared_bytes) > MAX_SHARED {
         return Err(format!(
             "{} bytes of dynamic and {} of static shared memory; a block has {MAX_SHARED}",
-            launch.shared_bytes, kernel.static_shared
+            config.shared_bytes, kernel.static_shared
         ));
     }
     Ok(())

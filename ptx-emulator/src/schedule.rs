@@ -30,7 +30,7 @@ const MULTIPROCESSORS: u32 = 132;
 
 /// The sizes of a launch, for [`Module::launch`](crate::Module::launch).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
+pub struct LaunchConfig {
     /// Blocks in x, y and z.
     pub grid: [u32; 3],
     /// Threads of a block in x, y and z.
@@ -197,14 +197,14 @@ pub(crate) struct Job<'a> {
     pub kernel: &'a Kernel,
     pub global: Global<'a>,
     pub params: &'a [u8],
-    pub launch: Launch,
+    pub config: LaunchConfig,
     pub options: Options,
 }
 
 impl Job<'_> {
     /// Runs all blocks. Of several faults it returns that of the lowest block.
     pub fn run(&self) -> Result<Counters, Fault> {
-        let blocks: u64 = self.launch.grid.iter().map(|size| *size as u64).product();
+        let blocks: u64 = self.config.grid.iter().map(|size| *size as u64).product();
         let next = AtomicU64::new(0);
         let first_fault: Mutex<Option<(u64, Fault)>> = Mutex::new(None);
         let stop_at = AtomicU64::new(blocks);
@@ -269,8 +269,8 @@ struct Runner<'a> {
 
 impl<'a> Runner<'a> {
     fn new(job: &'a Job<'a>) -> Runner<'a> {
-        let threads: u32 = job.launch.block.iter().product();
-        let shared_bytes = Job::shared_bytes(job.kernel, job.launch.shared_bytes);
+        let threads: u32 = job.config.block.iter().product();
+        let shared_bytes = Job::shared_bytes(job.kernel, job.config.shared_bytes);
         let block = Block::new(job.kernel, &job.global, job.params, shared_bytes, threads);
         let warps = (0..threads.div_ceil(32) as usize).map(|index| Warp::new(index, job.kernel)).collect();
         Runner { job, block, warps, index: [0; 3] }
@@ -278,18 +278,18 @@ impl<'a> Runner<'a> {
 
     /// Runs the block of a number to its end.
     fn run(&mut self, index: u64) -> Result<(), Fault> {
-        let [x, y, _] = self.job.launch.grid.map(u64::from);
+        let [x, y, _] = self.job.config.grid.map(u64::from);
         self.index = [(index % x) as u32, (index / x % y) as u32, (index / x / y) as u32];
         self.block.reset();
         let entry_registers = self.block.entry_registers().unwrap_or(0);
         for warp in &mut self.warps {
             warp.start(&Start {
                 kernel: self.job.kernel,
-                grid: self.job.launch.grid,
-                block: self.job.launch.block,
+                grid: self.job.config.grid,
+                block: self.job.config.block,
                 index: self.index,
-                dynamic_shared: self.job.launch.shared_bytes,
-                shared_bytes: Job::shared_bytes(self.job.kernel, self.job.launch.shared_bytes),
+                dynamic_shared: self.job.config.shared_bytes,
+                shared_bytes: Job::shared_bytes(self.job.kernel, self.job.config.shared_bytes),
                 multiprocessor: ((index % MULTIPROCESSORS as u64) as u32, MULTIPROCESSORS),
             });
             warp.registers = entry_registers;

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{HEADER, Random, module, u64s};
-use ptx_emulator::{Launch, Memory};
+use ptx_emulator::{LaunchConfig, Memory};
 
 /// What an operand is: how many bits it has, and which of its values are interesting.
 #[derive(Clone, Copy, PartialEq)]
@@ -215,7 +215,7 @@ fn check(cases: &[Case], seed: u64) {
         (memory.alloc(input.len() as u64, 8).unwrap(), memory.alloc(cases.len() as u64 * 256, 8).unwrap());
     memory.write(source, &input).unwrap();
     memory.fill(out, cases.len() as u64 * 256, 0).unwrap();
-    let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
+    let launch = LaunchConfig { grid: [1, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
     module.launch(&memory, "test", launch, &[out.to_le_bytes(), source.to_le_bytes()].concat()).unwrap();
     let found = u64s(&memory.read(out, cases.len() as u64 * 256).unwrap());
     for (i, case) in cases.iter().enumerate() {

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{HEADER, bytes32, kernel_with, launch, module, one_block, store, u32s, warp};
-use ptx_emulator::{FaultKind, Launch, Memory, Module};
+use ptx_emulator::{FaultKind, LaunchConfig, Memory, Module};
 
 #[test]
 fn lanes_leave_a_loop_at_different_times() {
@@ -120,7 +120,7 @@ fn special_registers_of_a_three_dimensional_launch() {
     for (i, name) in names.iter().enumerate() {
         body += &format!("mov.u32 %r20, {name}; st.global.u32 [%rd3+{}], %r20;", 4 * i);
     }
-    let grid = Launch { grid: [2, 3, 2], block: [5, 4, 3], shared_bytes: 48 };
+    let grid = LaunchConfig { grid: [2, 3, 2], block: [5, 4, 3], shared_bytes: 48 };
     let (out, _) = launch(&kernel_with("", "", &body), grid, &[], 12 * 60 * 84).unwrap();
     for (block, threads) in u32s(&out).chunks(60 * 21).enumerate() {
         for (thread, found) in threads.chunks(21).enumerate() {
@@ -255,7 +255,7 @@ fn launches_that_do_not_fit_are_refused() {
     let module = Module::parse("m", &ptx).unwrap();
     let memory = Memory::new();
     let launch = |entry: &str, grid, block, shared_bytes, params: &[u8]| {
-        let fault = module.launch(&memory, entry, Launch { grid, block, shared_bytes }, params).unwrap_err();
+        let fault = module.launch(&memory, entry, LaunchConfig { grid, block, shared_bytes }, params).unwrap_err();
         assert_eq!(fault.kind, FaultKind::Launch);
         fault.to_string()
     };
@@ -266,7 +266,7 @@ fn launches_that_do_not_fit_are_refused() {
     assert!(launch("e", [1; 3], [64, 64, 1], 0, &[0; 4]).contains("block 64 x 64 x 1"));
     assert!(launch("e", [1; 3], [32, 1, 1], 232_000, &[0; 4]).contains("a block has 232448"));
     assert!(launch("fixed", [1; 3], [64, 1, 1], 0, &[]).contains("requires [32, 2, 1]"));
-    module.launch(&memory, "fixed", Launch { grid: [3, 1, 1], block: [32, 2, 1], shared_bytes: 0 }, &[]).unwrap();
+    module.launch(&memory, "fixed", LaunchConfig { grid: [3, 1, 1], block: [32, 2, 1], shared_bytes: 0 }, &[]).unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{fault, kernel_with, launch, module, one_block};
-use ptx_emulator::{FaultKind, Launch, Memory, Options};
+use ptx_emulator::{FaultKind, LaunchConfig, Memory, Options};
 
 const BUFFER: &str = ".extern .shared .align 1024 .b8 smem[];";
 
@@ -36,7 +36,7 @@ const WAIT: &str = "wgmma.wait_group.sync.aligned 0;";
 #[test]
 fn place_of_a_fault() {
     let body = "setp.ne.u32 %p1, %r1, 37; @%p1 bra END;\n ld.global.u32 %r3, [%rd1+4096]; END:";
-    let grid = Launch { grid: [2, 3, 1], block: [64, 1, 1], shared_bytes: 0 };
+    let grid = LaunchConfig { grid: [2, 3, 1], block: [64, 1, 1], shared_bytes: 0 };
     let found = fault("", "", body, grid, FaultKind::OutOfBounds, &[]);
     assert_eq!((found.block, found.warp, found.lane), ([0, 0, 0], Some(1), Some(5)), "the lowest block's fault");
     assert_eq!((found.kernel.as_str(), found.instruction.as_str()), ("test", "ld.global.u32 %r3, [%rd1+4096]"));
@@ -123,7 +123,7 @@ fn uninitialised_shared_memory() {
     warpgroup(&product, Kind, &["wgmma read of matrix B", "never written"]);
     // The next block on the same multiprocessor must not read what a block wrote.
     let body = "mov.u32 %r2, smem; mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; @%p1 st.shared.u32 [%r2], 1; ld.shared.u32 %r4, [%r2];";
-    let grid = Launch { grid: [8, 1, 1], block: [1, 1, 1], shared_bytes: 16 };
+    let grid = LaunchConfig { grid: [8, 1, 1], block: [1, 1, 1], shared_bytes: 16 };
     let found = fault(BUFFER, "", body, grid, Kind, &[]);
     assert_eq!(found.block, [1, 0, 0]);
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{HEADER, bytes32, kernel_with, launch, module, one_block, store, u32s, u64s, warp};
-use ptx_emulator::{Launch, Memory, MemoryError, Module};
+use ptx_emulator::{LaunchConfig, Memory, MemoryError, Module};
 
 #[test]
 fn host_memory() {
@@ -188,7 +188,7 @@ fn atomics_return_old_values_and_compare() {
 fn blocks_run_in_parallel_on_the_same_memory() {
     let body = "mov.u32 %r2, %ctaid.x; red.global.add.u32 [%rd1], 1; red.global.add.u64 [%rd1+8], 0x100000003;
                 mad.wide.u32 %rd3, %r2, 2, %rd1; cvt.u16.u32 %h1, %r2; st.global.u16 [%rd3+16], %h1;";
-    let grid = Launch { grid: [500, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
+    let grid = LaunchConfig { grid: [500, 1, 1], block: [32, 1, 1], shared_bytes: 0 };
     let (out, _) = launch(&kernel_with("", "", body), grid, &[], 1024).unwrap();
     assert_eq!(u32s(&out)[0], 16000);
     assert_eq!(u64s(&out)[1], 16000 << 32 | 48000);

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{kernel_with, launch, one_block, store, u32s, warp};
-use ptx_emulator::Launch;
+use ptx_emulator::LaunchConfig;
 
 #[test]
 fn shuffles() {
@@ -161,7 +161,7 @@ fn registers_change_hands() {
     let body = "setp.lt.u32 %p1, %r1, 256; @%p1 bra CONSUMER; setmaxnreg.dec.sync.aligned.u32 24; ret;
                 CONSUMER: setmaxnreg.inc.sync.aligned.u32 240;";
     let directives = ".maxntid 384, 1, 1 .minnctapersm 1";
-    let grid = Launch { grid: [2, 1, 1], block: [384, 1, 1], shared_bytes: 0 };
+    let grid = LaunchConfig { grid: [2, 1, 1], block: [384, 1, 1], shared_bytes: 0 };
     let (_, stats) = launch(&kernel_with("", directives, body), grid, &[], 8).unwrap();
     assert_eq!(stats.count("setmaxnreg.inc"), 16);
     assert_eq!(stats.count("setmaxnreg.dec"), 8);

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use framestride_builder::{Arch, Built, Kernels, ptx};
-use ptx_emulator::{Launch, Memory, Module};
+use ptx_emulator::{LaunchConfig, Memory, Module};
 
 use crate::{checkout, entry_text, model, without_comments};
 
@@ -80,7 +80,8 @@ fn an_own_kernel_runs_in_the_emulator() {
         memory.fill(sums, bytes, 0xff).unwrap_or_else(|error| panic!("{error}"));
         let mut params: Vec<u8> = [before, after, sums].iter().flat_map(|address| address.to_le_bytes()).collect();
         params.extend(u32::to_le_bytes(count));
-        let launch = Launch { grid: [blocks, 1, 1], block: [table.threads, 1, 1], shared_bytes: table.shared_bytes };
+        let launch =
+            LaunchConfig { grid: [blocks, 1, 1], block: [table.threads, 1, 1], shared_bytes: table.shared_bytes };
         module.launch(&memory, "change", launch, &params).unwrap_or_else(|fault| panic!("{fault}"));
         let written = memory.read(sums, bytes).unwrap_or_else(|error| panic!("{error}"));
         let parts: Vec<f64> = written

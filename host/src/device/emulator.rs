@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use ptx_emulator::{Memory, Module, Options};
+use ptx_emulator::{LaunchConfig, Memory, Module, Options};
 
 use super::{Buffer, Device, no_room};
 use crate::error::{Error, Result};
@@ -85,14 +85,14 @@ impl Emulator {
     }
 
     pub(super) fn launch(&self, module: &Module, launch: &Launch) -> Result<()> {
-        let shape = ptx_emulator::Launch {
+        let config = LaunchConfig {
             grid: launch.grid,
             block: [launch.threads, 1, 1],
             shared_bytes: launch.shared_bytes,
         };
         let options = Options { seed: self.seed.fetch_add(1, Ordering::Relaxed), ..Default::default() };
         module
-            .launch_with(&self.memory(), launch.kernel.entry(), shape, launch.params.as_bytes(), options)
+            .launch_with(&self.memory(), launch.kernel.entry(), config, launch.params.as_bytes(), options)
             .map_err(emulator_error)?;
         Ok(())
     }

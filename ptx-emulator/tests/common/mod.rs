@@ -5,7 +5,7 @@
 
 #![allow(dead_code)]
 
-use ptx_emulator::{Fault, FaultKind, Launch, Memory, Module, Stats};
+use ptx_emulator::{Fault, FaultKind, LaunchConfig, Memory, Module, Stats};
 
 /// The head of a module: version, target and address size.
 pub const HEADER: &str = ".version 8.3\n.target sm_90a\n.address_size 64\n";
@@ -51,12 +51,12 @@ pub fn kernel_with(outside: &str, directives: &str, body: &str) -> String {
 }
 
 /// A launch of one block.
-pub fn one_block(threads: u32, shared_bytes: u32) -> Launch {
-    Launch { grid: [1, 1, 1], block: [threads, 1, 1], shared_bytes }
+pub fn one_block(threads: u32, shared_bytes: u32) -> LaunchConfig {
+    LaunchConfig { grid: [1, 1, 1], block: [threads, 1, 1], shared_bytes }
 }
 
 /// Runs the entry `test` of a module, with an input and an output of `bytes` bytes of zero.
-pub fn launch(ptx: &str, launch: Launch, input: &[u8], bytes: u64) -> Result<(Vec<u8>, Stats), Fault> {
+pub fn launch(ptx: &str, launch: LaunchConfig, input: &[u8], bytes: u64) -> Result<(Vec<u8>, Stats), Fault> {
     let module = module(ptx);
     let mut memory = Memory::new();
     let out = memory.alloc(bytes, 1024).expect("memory");
@@ -75,7 +75,14 @@ pub fn warp(body: &str, input: &[u8]) -> Vec<u32> {
 }
 
 /// Runs a body that must fault, and checks the fault's kind and words of its message.
-pub fn fault(outside: &str, directives: &str, body: &str, with: Launch, kind: FaultKind, words: &[&str]) -> Fault {
+pub fn fault(
+    outside: &str,
+    directives: &str,
+    body: &str,
+    with: LaunchConfig,
+    kind: FaultKind,
+    words: &[&str],
+) -> Fault {
     let found = launch(&kernel_with(outside, directives, body), with, &[0; 4096], 4096);
     let fault = found.expect_err("the kernel must fault");
     let message = fault.to_string();

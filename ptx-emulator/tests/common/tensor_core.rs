@@ -9,7 +9,7 @@
 
 use crate::common::{Random, place_in_a, place_in_d};
 use half::{bf16, f16};
-use ptx_emulator::{Launch, Memory, Module};
+use ptx_emulator::{LaunchConfig, Memory, Module};
 
 /// The rows and columns of a tile of accumulators.
 pub const ROWS: usize = 64;
@@ -176,8 +176,8 @@ impl Case {
         format!("{}_{}", self.format.name(), if self.shared { "shared" } else { "registers" })
     }
 
-    pub fn launch(&self) -> Launch {
-        Launch { grid: [self.tiles as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
+    pub fn launch(&self) -> LaunchConfig {
+        LaunchConfig { grid: [self.tiles as u32, 1, 1], block: [128, 1, 1], shared_bytes: 0 }
     }
 
     /// The numbers that the program takes: steps, steps stored, and whether to accumulate.

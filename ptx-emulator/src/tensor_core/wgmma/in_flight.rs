@@ -11,7 +11,8 @@ use std::rc::Rc;
 
 /// A product that not all four warps have waited for.
 pub(crate) struct InFlight {
-    /// The operation, and the descriptors of A (unless in registers) and B. All four warps must agree on them.
+    /// The operation, and the descriptors of A (unless in registers) and B. All four warps must
+    /// agree on them.
     pub(super) operation: usize,
     pub(super) descriptors: (Option<u64>, u64),
     /// The indices in [`Warpgroup::tiles`] of what it reads: B, and A unless in registers.
