@@ -4,8 +4,8 @@
 //! | command | what it does |
 //! | --- | --- |
 //! | `wgmma_probe gpu FILE` | runs them on the first GPU, and writes the results |
-//! | `wgmma_probe compare FILE` | counts for each case in how many accumulators the emulator differs |
-//! | `wgmma_probe dump FILE PART` | writes operands and results of cases whose name has PART as text |
+//! | `wgmma_probe compare FILE` | counts in how many accumulators of each case the emulator differs |
+//! | `wgmma_probe dump FILE PART` | writes operands and results of cases with PART in their name |
 //! | `wgmma_probe ptx` | writes the program |
 //!
 //! `dump` helps to fit another arithmetic to the results of another GPU.

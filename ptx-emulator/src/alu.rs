@@ -7,7 +7,7 @@
 
 use crate::float::{self, *};
 
-/// One value for each lane.
+/// An array that holds one value for each lane.
 pub(crate) type Lanes<T> = [T; 32];
 
 /// The loop over lanes for one row of a table.
@@ -166,7 +166,7 @@ fn top_bit(value: u32) -> u32 {
 }
 
 table! {
-    /// From one 32-bit register to another.
+    /// Operations that read one 32-bit register and write another.
     Unary32, unary32(a: u32) -> u32 {
         Mov => a,
         Zext8 => a & 0xff,
@@ -236,7 +236,7 @@ table! {
 }
 
 table! {
-    /// From two 32-bit registers to one.
+    /// Operations that read two 32-bit registers and write one.
     Binary32, binary32(a: u32, b: u32) -> u32 {
         Add => a.wrapping_add(b),
         Add16 => a.wrapping_add(b) & 0xffff,
@@ -325,7 +325,7 @@ table! {
 }
 
 table! {
-    /// From three 32-bit registers to one.
+    /// Operations that read three 32-bit registers and write one.
     Ternary32, ternary32(a: u32, b: u32, c: u32) -> u32 {
         Mad => a.wrapping_mul(b).wrapping_add(c),
         Mad16 => a.wrapping_mul(b).wrapping_add(c) & 0xffff,
@@ -367,7 +367,7 @@ table! {
 }
 
 table! {
-    /// From one 64-bit register to another.
+    /// Operations that read one 64-bit register and write another.
     Unary64, unary64(a: u64) -> u64 {
         Mov => a,
         Sext8 => a as u8 as i8 as i64 as u64,
@@ -398,7 +398,7 @@ table! {
 }
 
 table! {
-    /// From two 64-bit registers to one.
+    /// Operations that read two 64-bit registers and write one.
     Binary64, binary64(a: u64, b: u64) -> u64 {
         Add => a.wrapping_add(b),
         Sub => a.wrapping_sub(b),
@@ -427,7 +427,7 @@ table! {
 }
 
 table! {
-    /// From three 64-bit registers to one.
+    /// Operations that read three 64-bit registers and write one.
     Ternary64, ternary64(a: u64, b: u64, c: u64) -> u64 {
         Mad => a.wrapping_mul(b).wrapping_add(c),
         MadHiU => (((a as u128 * b as u128) >> 64) as u64).wrapping_add(c),
@@ -437,7 +437,7 @@ table! {
 }
 
 table! {
-    /// From a 32-bit register to a 64-bit one.
+    /// Operations that read a 32-bit register and write a 64-bit one.
     Widen, widen(a: u32) -> u64 {
         Zext => a as u64,
         Sext => a as i32 as i64 as u64,
@@ -448,7 +448,7 @@ table! {
 }
 
 table! {
-    /// From a 64-bit register to a 32-bit one.
+    /// Operations that read a 64-bit register and write a 32-bit one.
     Narrow, narrow(a: u64) -> u32 {
         Low => a as u32,
         High => (a >> 32) as u32,
@@ -478,7 +478,7 @@ table! {
 }
 
 table! {
-    /// From two 32-bit registers to a 64-bit one.
+    /// Operations that read two 32-bit registers and write a 64-bit one.
     WideMul, wide_mul(a: u32, b: u32) -> u64 {
         MulU => a as u64 * b as u64,
         MulS => (a as i32 as i64 * b as i32 as i64) as u64,
@@ -487,7 +487,7 @@ table! {
 }
 
 table! {
-    /// From two 32-bit registers and a 64-bit one to a 64-bit one.
+    /// Operations that read two 32-bit registers and a 64-bit one, and write a 64-bit one.
     WideMad, wide_mad(a: u32, b: u32, c: u64) -> u64 {
         MadU => (a as u64 * b as u64).wrapping_add(c),
         MadS => ((a as i32 as i64 * b as i32 as i64) as u64).wrapping_add(c),
@@ -498,7 +498,7 @@ table! {
 }
 
 table! {
-    /// Shifts of a 64-bit register by a 32-bit one.
+    /// Operations that shift a 64-bit register by a 32-bit one.
     Shift64, shift64(a: u64, b: u32) -> u64 {
         Shl => if b > 63 { 0 } else { a << b },
         ShrU => if b > 63 { 0 } else { a >> b },
@@ -519,13 +519,13 @@ pub(crate) fn lop3(a: u32, b: u32, c: u32, table: u8) -> u32 {
     out
 }
 
-/// `bfi` of 32 bits.
+/// `bfi` on values of 32 bits.
 #[inline(always)]
 pub(crate) fn insert32(value: u32, base: u32, position: u32, length: u32) -> u32 {
     insert(value as u64, base as u64, position, length, 32) as u32
 }
 
-/// `bfi` of 64 bits.
+/// `bfi` on values of 64 bits.
 #[inline(always)]
 pub(crate) fn insert64(value: u64, base: u64, position: u32, length: u32) -> u64 {
     insert(value, base, position, length, 64)
@@ -591,7 +591,8 @@ compare_table! {
 }
 
 compare_table! {
-    /// Comparisons of 64-bit registers.
+    /// Comparisons of 64-bit registers. Those of f64 that end in `U` also hold when an operand is
+    /// NaN.
     Compare64, compare64(a, b: u64) {
         Eq => a == b,
         Ne => a != b,

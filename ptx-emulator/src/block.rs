@@ -23,10 +23,10 @@ pub(crate) struct Counters {
     /// Bytes that bulk copies brought to shared and to global memory.
     pub bulk_in: u64,
     pub bulk_out: u64,
-    /// Bytes of ordinary loads and stores.
+    /// Bytes that ordinary loads read, and that ordinary stores wrote.
     pub loaded: u64,
     pub stored: u64,
-    /// Multiply-adds of `wgmma`.
+    /// How many multiply-adds `wgmma` did.
     pub products: u64,
 }
 
@@ -39,8 +39,9 @@ pub(crate) struct Block<'a> {
     /// The mbarrier at each offset in shared memory that has one.
     pub mbarriers: BTreeMap<usize, Mbarrier>,
     pub named: [NamedBarrier; 16],
-    /// Bulk copies in flight, the oldest first.
+    /// The bulk copies to shared memory that are in flight, the oldest first.
     pub incoming: VecDeque<Incoming>,
+    /// The bulk copies from shared memory that are in flight.
     outgoing: Vec<Outgoing>,
     /// How many groups of bulk copies each lane of each warp has committed.
     committed: Vec<[u64; 32]>,

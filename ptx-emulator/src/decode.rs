@@ -338,7 +338,7 @@ pub(crate) fn decode(
 }
 
 impl<'a> Decoder<'a> {
-    /// A new register.
+    /// Adds a register to a file.
     fn temp(&mut self, class: Class) -> R {
         let file = &mut self.registers[class as usize];
         *file += 1;

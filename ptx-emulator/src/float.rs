@@ -29,7 +29,7 @@ pub(crate) enum Round {
     Up,
 }
 
-/// A binary format.
+/// What rounding must know of a binary format.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Format {
     /// The bits of a mantissa, with the hidden one.

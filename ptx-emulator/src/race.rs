@@ -9,9 +9,10 @@
 //! whoever waits takes all that arrivals left:
 //!
 //! ```text
-//! warp 0   time 3: store    time 4: arrive
-//!                                  \   leaves "warp 0 up to 4"
-//! warp 1                            wait    knows warp 0 up to 4: its load is ordered after the store
+//! warp 0   time 3: store   time 4: arrive
+//!                                 \  leaves "warp 0 up to 4"
+//! warp 1                           wait    knows warp 0 up to 4
+//!                                  load    is ordered after the store
 //! ```
 //!
 //! The same clocks keep two more kinds of time:
@@ -25,7 +26,7 @@ use crate::fault::{FaultKind, Step, Trouble};
 use crate::shared;
 use std::collections::HashMap;
 
-/// What is known of all warps and mbarriers.
+/// What someone knows of all warps and mbarriers: up to which time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
     /// Times by index. W is the number of warps:
@@ -282,7 +283,7 @@ pub(crate) struct Access {
     whose: u16,
     /// The bytes, one bit for each. Without any, nothing is remembered.
     mask: u16,
-    /// The time of `whose`.
+    /// When it was made, in the time of `whose`.
     time: u32,
     statement: u32,
     warp: u8,

@@ -31,11 +31,11 @@ const MULTIPROCESSORS: u32 = 132;
 /// The sizes of a launch, for [`Module::launch`](crate::Module::launch).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaunchConfig {
-    /// Blocks in x, y and z.
+    /// How many blocks the grid has in x, y and z.
     pub grid: [u32; 3],
-    /// Threads of a block in x, y and z.
+    /// How many threads a block has in x, y and z.
     pub block: [u32; 3],
-    /// Bytes of dynamic shared memory that each block has.
+    /// How many bytes of dynamic shared memory each block has.
     pub shared_bytes: u32,
 }
 

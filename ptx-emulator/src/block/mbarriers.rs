@@ -18,7 +18,7 @@ use crate::shared::{self, BARRIER};
 /// The most arrivals and the most pending bytes of an mbarrier. The PTX ISA sets both to 2^20 - 1.
 const MBARRIER_LIMIT: i64 = (1 << 20) - 1;
 
-/// An mbarrier object.
+/// The state of an mbarrier, which is kept outside of its bytes in shared memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Mbarrier {
     /// How many arrivals a whole phase has.

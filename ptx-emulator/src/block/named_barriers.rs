@@ -4,7 +4,8 @@ use super::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::race::{By, Clock, Marks};
 
-/// A named barrier.
+/// The state of a named barrier. It is used in rounds: a round is complete when all its threads
+/// came.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NamedBarrier {
     /// How many threads have arrived in the current round.

@@ -39,15 +39,15 @@ use crate::race::{By, check_proxy_read};
 use crate::warp::{Flow, Wait, Warp};
 use in_flight::InFlight;
 
-/// Rows of A and D that a warpgroup multiplies.
+/// How many rows A and D have.
 const M: usize = 64;
 
-/// An instruction of the family.
+/// The instructions of the family.
 #[derive(Clone, Debug)]
 pub(crate) enum Instruction {
     Fence,
     Commit,
-    /// `wgmma.wait_group`: all groups but so many of the latest.
+    /// `wgmma.wait_group`: the warp waits for all groups but so many of the latest.
     Wait(u32),
     Multiply(Box<Product>),
 }
@@ -56,12 +56,12 @@ pub(crate) enum Instruction {
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
     pub element: ElementType,
-    /// Columns of B and D.
+    /// How many columns B and D have.
     pub n: usize,
     /// The N / 2 accumulators of a lane.
     pub d: Vec<R>,
     pub a: OperandA,
-    /// 64-bit register with the descriptor of B.
+    /// The 64-bit register that holds the descriptor of B.
     pub b: R,
     /// A predicate, and whether it is negated. When it does not hold, the accumulators start at
     /// zero.
@@ -75,7 +75,7 @@ pub(crate) struct Product {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum OperandA {
-    /// 64-bit register with the descriptor of a matrix in shared memory.
+    /// The 64-bit register that holds the descriptor of a matrix in shared memory.
     Descriptor(R),
     Registers([R; 4]),
 }
@@ -113,7 +113,7 @@ impl Warp {
     }
 }
 
-/// The value that all lanes hold.
+/// The value that all lanes hold. It is a fault if they differ.
 fn uniform(lanes: &Lanes<u64>, what: &str) -> Step<u64> {
     match lanes.iter().position(|value| *value != lanes[0]) {
         None => Ok(lanes[0]),

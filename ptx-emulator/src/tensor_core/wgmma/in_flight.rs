@@ -24,7 +24,7 @@ pub(crate) struct InFlight {
     pub by: By,
 }
 
-/// The reads of a tile or page by products.
+/// Which products read a tile, or a KiB of shared memory.
 #[derive(Clone, Copy, Default)]
 struct Reads {
     /// How many products in flight read it.

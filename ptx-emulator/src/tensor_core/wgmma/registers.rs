@@ -84,7 +84,7 @@ struct Fragment {
     /// How many products must be complete before it may be touched.
     until: u64,
     role: Role,
-    /// Columns of the product that it accumulates.
+    /// How many columns the product has that it accumulates.
     n: usize,
     /// When an ordinary instruction last touched it: one more than the fences executed before.
     touched: u64,
