@@ -142,6 +142,15 @@ impl CoreLibrary {
     }
 }
 
+/// rustc's options for crates of the device, with a `core` in the cache that is compiled for them: what clippy needs to judge one.
+///
+/// # Errors
+/// [`BuildError::NoCache`] without a folder to keep builds in, and whatever hinders rustc.
+pub fn device_options(toolchain: &Toolchain, arch: Arch) -> Result<Vec<String>, BuildError> {
+    let cache = toolchain::cache_folder().ok_or(BuildError::NoCache)?;
+    Ok(CoreLibrary::make(&cache, toolchain, arch)?.options())
+}
+
 fn options(arch: Arch) -> Vec<String> {
     let cpu = format!("-Ctarget-cpu={}", arch.name);
     OPTIONS.into_iter().map(String::from).chain([cpu]).collect()

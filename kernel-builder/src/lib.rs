@@ -46,6 +46,7 @@ pub mod ptxas;
 mod sources;
 pub mod toolchain;
 
+pub use core_library::device_options;
 use device_crate::DeviceCrate;
 pub use error::BuildError;
 use error::at;

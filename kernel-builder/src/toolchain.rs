@@ -116,7 +116,7 @@ pub fn find() -> Result<Toolchain, ToolchainError> {
 /// costs a few milliseconds and only happens when the first failed.
 fn candidates() -> Vec<(String, PathBuf)> {
     if let Some(rustc) = named("FRAMESTRIDE_RUSTC") {
-        return vec![("FRAMESTRIDE_RUSTC".into(), rustc.into())];
+        return vec![("FRAMESTRIDE_RUSTC".into(), rustc)];
     }
     let mut found = Vec::new();
     if let Some(rustc) = on_path("rustc") {

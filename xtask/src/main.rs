@@ -2,6 +2,7 @@
 
 mod bench;
 mod kernels;
+mod lint;
 mod mutants;
 mod setup;
 
@@ -13,8 +14,9 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
                 pictures go to demo-report/
-  test [ARGS]   set up what is missing, ptxas and disassembler included, run every test, and plant a dozen mutants;
-                or, with ARGS, run what cargo test ARGS runs
+  test [ARGS]   set up what is missing, ptxas and disassembler included, lint, run every test, and plant a dozen
+                mutants; or, with ARGS, run what cargo test ARGS runs
+  lint          format, lints and documentation, of the code for the GPU too, and the promised minimum Rust
   kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
   mutants [NAME ...]
                 plant mistakes in the kernels, all of tests/mutants/mutants.toml or those named, and expect verify
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
     let result = match (command, rest) {
         ("demo", []) => demo(),
         ("test", rest) => test(rest),
+        ("lint", []) => lint::run_all(),
         ("kernels", []) => kernels::make(),
         ("mutants", names) => mutants::plant(mutants::Choice::Named(names)),
         ("bench-build", []) => bench::run(),
@@ -61,7 +64,7 @@ fn demo() -> Result<(), String> {
     Ok(())
 }
 
-/// Runs every test.
+/// Runs every test, and without arguments what a change must pass besides.
 fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;

@@ -1,4 +1,5 @@
-//! Sets up what is missing, and only that: the device compiler, and for the tests ptxas and the disassembler.
+//! Sets up what is missing, and only that: the device compiler, for the tests ptxas and the disassembler, and for lints clippy,
+//! rustfmt and an old Rust.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -40,6 +41,32 @@ pub fn device_compiler() -> Result<Toolchain, String> {
 fn announce(found: Toolchain) -> Toolchain {
     step(&format!("device compiler: Rust {}, LLVM {} ({})", found.rustc_version, found.llvm_version, found.origin));
     found
+}
+
+/// Finds the device compiler's clippy and rustfmt, or installs them: with rustup if the compiler is rustup's, else with Debian's
+/// packages.
+pub fn linters(toolchain: &Toolchain) -> Result<(), String> {
+    let tools = ["cargo-clippy", "cargo-fmt"];
+    if tools.iter().all(|tool| toolchain.cargo.with_file_name(tool).is_file()) {
+        return Ok(());
+    }
+    // Rustup keeps each toolchain in a folder of its name.
+    let of_rustup = toolchain.sysroot.parent().is_some_and(|folder| folder.ends_with("toolchains"));
+    match toolchain.sysroot.file_name().filter(|_| of_rustup) {
+        Some(name) => install(&format!("rustup component add --toolchain {} clippy rustfmt", name.display())),
+        None => install("apt-get install -y --no-install-recommends rust-web-clippy rustfmt-web"),
+    }
+}
+
+/// Rustup's name of the first release of a version, `1.89`, which is installed if it is missing.
+pub fn old_rust(version: &str) -> Result<String, String> {
+    let toolchain = format!("{version}.0");
+    let mut rustc = Command::new("rustup");
+    rustc.args(["run", &toolchain, "rustc", "--version"]).env("RUSTUP_AUTO_INSTALL", "0");
+    if !rustc.output().is_ok_and(|answer| answer.status.success()) {
+        install(&format!("rustup toolchain install {toolchain} --profile minimal --no-self-update"))?;
+    }
+    Ok(toolchain)
 }
 
 /// Finds ptxas and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the cache.

@@ -1,0 +1,96 @@
+//! What a change must pass before any test runs: format, lints, documentation, and the promised minimum Rust.
+//!
+//! The device compiler's own clippy, rustfmt and rustdoc judge, since they know the code of the device too. That code is there
+//! only for `nvptx64-nvidia-cuda`, so its lints and its documentation are runs of their own.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use framestride_builder::toolchain::{Toolchain, on_path};
+use framestride_builder::{Arch, device_options};
+
+use crate::{root, run, setup, step};
+
+/// Crates that are no members of the workspace: a user's device crate, and what the builder is tried on.
+const OUTSIDE: [&str; 4] = [
+    "tests/device",
+    "kernel-builder/tests/fixtures/device",
+    "kernel-builder/tests/fixtures/user",
+    "kernel-builder/tests/fixtures/user/device",
+];
+
+/// Runs every check, whether or not one before it has failed.
+pub fn run_all() -> Result<(), String> {
+    let toolchain = setup::device_compiler()?;
+    setup::linters(&toolchain)?;
+    step("format, lints and documentation");
+    let checks = [format(&toolchain), host(&toolchain), device(&toolchain), minimum_rust()];
+    let failures: Vec<String> = checks.into_iter().filter_map(Result::err).collect();
+    if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+}
+
+fn format(toolchain: &Toolchain) -> Result<(), String> {
+    run(cargo(toolchain).args(["fmt", "--all", "--check"]))?;
+    OUTSIDE.iter().try_for_each(|folder| {
+        let manifest = Path::new(folder).join("Cargo.toml");
+        run(cargo(toolchain).args(["fmt", "--check", "--manifest-path"]).arg(manifest))
+    })
+}
+
+fn host(toolchain: &Toolchain) -> Result<(), String> {
+    let clippy = ["clippy", "--quiet"];
+    run(cargo(toolchain).args(clippy).args(["--workspace", "--all-targets", "--", "-Dwarnings"]))?;
+    // What an engine links that brings kernels of its own.
+    run(cargo(toolchain).args(clippy).args(["-p", "framestride", "--no-default-features", "--", "-Dwarnings"]))?;
+    let mut doc = cargo(toolchain);
+    doc.args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-Dwarnings");
+    // The first has its documentation for the device, the others are for nobody to link.
+    run(doc.args(["--exclude", "framestride-kernels", "--exclude", "framestride-tests", "--exclude", "xtask"]))
+}
+
+/// The kernels, and a user's device crate with everything that `attention_kernels!` writes, compiled for each family of GPUs.
+fn device(toolchain: &Toolchain) -> Result<(), String> {
+    Arch::ALL.into_iter().try_for_each(|arch| {
+        let options = device_options(toolchain, arch).map_err(|error| error.to_string())?;
+        let documentation = options.iter().map(String::as_str).filter(|option| option.starts_with("--sysroot"));
+        let documentation: Vec<&str> = documentation.chain(["-Dwarnings"]).collect();
+        let cargo = |command: &str, manifest: &str| {
+            let mut cargo = cargo(toolchain);
+            cargo.args([command, "--quiet", "--lib", "--target", "nvptx64-nvidia-cuda", "--manifest-path", manifest]);
+            // A folder of its own: build scripts ask for RUSTC_BOOTSTRAP, and would run again for every other build.
+            cargo.env("RUSTC_BOOTSTRAP", "1").args(["--target-dir", "target/device"]);
+            cargo.env("CARGO_ENCODED_RUSTFLAGS", options.join("\x1f"));
+            cargo.env("CARGO_ENCODED_RUSTDOCFLAGS", documentation.join("\x1f"));
+            cargo
+        };
+        run(cargo("clippy", "gpu-kernels/Cargo.toml").args(["--", "-Dwarnings"]))?;
+        run(cargo("clippy", "tests/device/Cargo.toml").args(["--", "-Dwarnings"]))?;
+        run(cargo("doc", "gpu-kernels/Cargo.toml").arg("--no-deps"))
+    })
+}
+
+/// Whether the oldest Rust that Cargo.toml promises compiles what is published. Rustup alone provides an old one.
+fn minimum_rust() -> Result<(), String> {
+    let version = env!("CARGO_PKG_RUST_VERSION");
+    if on_path("rustup").is_none() {
+        step(&format!("NOT CHECKED without rustup: that Rust {version} compiles what is published"));
+        return Ok(());
+    }
+    step(&format!("Rust {version}, the promised minimum"));
+    let mut cargo = Command::new("rustup");
+    cargo.args(["run", &setup::old_rust(version)?, "cargo", "check", "--quiet", "--workspace"]).current_dir(root());
+    run(cargo.args(["--exclude", "framestride-tests", "--exclude", "xtask"]).env_remove("RUSTC").env_remove("CARGO"))
+}
+
+/// The device compiler's cargo, in the workspace's folder, which finds its own tools before those of a rustup proxy.
+fn cargo(toolchain: &Toolchain) -> Command {
+    let mut cargo = Command::new(&toolchain.cargo);
+    let own = toolchain.rustc.parent().map(Path::to_path_buf);
+    let path = env::var_os("PATH").unwrap_or_default();
+    if let Ok(path) = env::join_paths(own.into_iter().chain(env::split_paths(&path))) {
+        cargo.env("PATH", path);
+    }
+    cargo.current_dir(root()).env("RUSTC", &toolchain.rustc).env_remove("RUSTUP_TOOLCHAIN");
+    cargo
+}
