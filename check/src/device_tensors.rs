@@ -1,4 +1,7 @@
-//! Inputs and output of a layer in device memory, in any of the arrangements that engines use.
+//! A layer's tensors in device memory, in any of the arrangements that engines use.
+//!
+//! A tensor is copied to memory that was filled with [`POISON`]. So it is seen afterwards which
+//! bytes a kernel wrote: those of the output, all of them, and nothing beside them.
 
 use std::sync::Arc;
 
@@ -8,47 +11,54 @@ use framestride::shapes::spec::Dtype;
 use framestride::{Device, Error, Layer, Result, Stream};
 use rayon::prelude::*;
 
-use crate::inputs::{Inputs, Norm, Tokens, widen};
+use crate::tensors::{Inputs, Norm, Tokens, widen};
 
 /// How a `[B, S, H, D]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrangement {
-    /// \[B, S, H, D\].
+    /// \[B, S, H, D\] without gaps.
     TokensFirst,
-    /// \[B, H, S, D\] with rows between heads and between batch items that belong to nobody: more of them for K than for Q, and so on.
+    /// \[B, H, S, D\] with a gap of some rows behind each head and each batch item.
     HeadsFirst,
-    /// One third of \[B, S, 3, H, D\], as one projection for Q, K and V leaves them; the middle one of a tensor alone.
+    /// One third of \[B, S, 3, H, D\], as one projection for Q, K and V leaves them. A tensor that
+    /// lies alone is the middle third.
     PackedQkv,
-    /// \[B, S, H, D\] with gaps, wider for K than for Q, and so on. No stride is a multiple of 16 bytes: only of 2.
+    /// \[B, S, H, D\] with gaps. Addresses and strides are multiples of 2 bytes, and not of 16.
     Unaligned,
-    /// In the emulator, each row of \[B, H, S, D\] in memory of its own, 2 bytes behind a multiple of 16, [`APART`] bytes or more from the
-    /// next: offsets of all but the first few rows need more than 32 bits. On a GPU it is not to be had.
+    /// Each row of \[B, H, S, D\] has memory of its own, [`APART`] bytes or more from the next.
+    ///
+    /// A row starts 2 bytes behind a multiple of 16. Offsets of all but the first few rows need
+    /// more than 32 bits. Only the emulator has this arrangement, since a GPU chooses addresses
+    /// itself.
     Scattered,
 }
 
 /// Least distance of scattered rows in bytes.
 pub const APART: u64 = 1 << 28;
 
-/// Every byte that no tensor owns, and every output before it is written: NaN in all the types here.
+/// What memory holds before anything is written to it. Elements of this byte are NaN in all types.
 pub const POISON: u8 = 0xff;
 
-/// Which tensor of a layer: gaps differ, so that strides of one cannot be taken for those of another.
+/// What a tensor is in its layer. Each has gaps of another size, so that no kernel can take the
+/// strides of one for those of another unnoticed.
 #[derive(Clone, Copy)]
-enum Which {
+enum Role {
     Q,
     K,
     V,
     Out,
 }
 
-/// Elements from the start of the memory to the first element, strides, and elements in all.
+/// Where the elements of a tensor lie in its memory. All numbers count elements.
 #[derive(Clone, Copy)]
-struct Place {
+struct Strides {
+    /// Index of the first element.
     first: usize,
     batch: usize,
     row: usize,
     head: usize,
-    elements: usize,
+    /// Elements of the whole memory, gaps included.
+    all: usize,
 }
 
 impl Arrangement {
@@ -61,46 +71,46 @@ impl Arrangement {
         Arrangement::Scattered,
     ];
 
-    fn place(self, which: Which, [batch, rows, heads, dim]: [usize; 4]) -> Place {
-        let gap = 1 + which as usize;
+    fn strides(self, role: Role, [batch, rows, heads, dim]: [usize; 4]) -> Strides {
+        let gap = 1 + role as usize;
         match self {
             Arrangement::TokensFirst => {
                 let row = heads * dim;
-                Place { first: 0, batch: rows * row, row, head: dim, elements: batch * rows * row }
+                Strides { first: 0, batch: rows * row, row, head: dim, all: batch * rows * row }
             }
             Arrangement::HeadsFirst => {
                 let head = (rows + gap) * dim;
                 let item = heads * head + gap * dim;
-                Place { first: 0, batch: item, row: dim, head, elements: batch * item }
+                Strides { first: 0, batch: item, row: dim, head, all: batch * item }
             }
             Arrangement::PackedQkv => {
                 let row = 3 * heads * dim;
-                Place { first: heads * dim, batch: rows * row, row, head: dim, elements: batch * rows * row }
+                Strides { first: heads * dim, batch: rows * row, row, head: dim, all: batch * rows * row }
             }
             Arrangement::Unaligned => {
                 let head = dim + gap;
                 let row = heads * head + gap;
                 let item = rows * row + gap;
-                Place { first: 1, batch: item, row, head, elements: batch * item + 1 }
+                Strides { first: 1, batch: item, row, head, all: batch * item + 1 }
             }
             Arrangement::Scattered => {
-                // As for one row alone; of several, the distance is known when they are allocated.
+                // One row's memory. The distance between rows is known when they are allocated.
                 let row = dim + 2;
                 let head = rows * row;
-                Place { first: 1, batch: heads * head, row, head, elements: batch * heads * head }
+                Strides { first: 1, batch: heads * head, row, head, all: batch * heads * head }
             }
         }
     }
 }
 
-/// Bytes that [`PlacedLayer::upload`] allocates for Q, K, V and the output of this shape, arranged so.
+/// Bytes that [`DeviceLayer::upload`] allocates for Q, K, V and the output, each of this shape.
 pub(crate) fn layer_bytes(shape: [usize; 4], arrangement: Arrangement, out: Arrangement) -> u64 {
-    let elements = |which, arrangement: Arrangement| arrangement.place(which, shape).elements as u64;
-    let inputs = if arrangement == Arrangement::PackedQkv { &[Which::Q][..] } else { &[Which::Q, Which::K, Which::V] };
-    2 * (inputs.iter().map(|&which| elements(which, arrangement)).sum::<u64>() + elements(Which::Out, out))
+    let elements = |role, arrangement: Arrangement| arrangement.strides(role, shape).all as u64;
+    let inputs = if arrangement == Arrangement::PackedQkv { &[Role::Q][..] } else { &[Role::Q, Role::K, Role::V] };
+    2 * (inputs.iter().map(|&role| elements(role, arrangement)).sum::<u64>() + elements(Role::Out, out))
 }
 
-impl Place {
+impl Strides {
     /// Index of the first element of a row.
     fn index(self, batch: usize, row: usize, head: usize) -> usize {
         self.first + batch * self.batch + row * self.row + head * self.head
@@ -108,40 +118,51 @@ impl Place {
 }
 
 /// A tensor in device memory.
-pub struct Placed {
-    /// All of it, or a piece for each scattered row of `[batch, heads, rows]`.
+pub struct DeviceTensor {
+    /// One piece, or one for each scattered row of `[batch, heads, rows]`.
     memory: Arc<Vec<Buffer>>,
-    place: Place,
+    strides: Strides,
     shape: [usize; 4],
     dtype: Dtype,
 }
 
-/// Bytes that are put in order on the host before they go to the device: enough to keep all cores busy, and no second copy of a
-/// tensor that takes gigabytes.
+/// Bytes that are arranged on the host before they are copied to the device. They are enough to
+/// keep all cores busy, and far less than a second copy of the tensor.
 const STAGE: usize = 32 << 20;
 
-impl Placed {
-    /// Copies a tensor to the device; everything around it is [`POISON`].
-    pub fn upload(device: &Device, tokens: &Tokens, arrangement: Arrangement) -> Result<Placed> {
-        Placed::upload_which(device, Which::Q, tokens, arrangement)
+impl DeviceTensor {
+    /// Copies a tensor to the device, into memory that is [`POISON`] everywhere else.
+    pub fn upload(device: &Device, tokens: &Tokens, arrangement: Arrangement) -> Result<DeviceTensor> {
+        DeviceTensor::upload_as(device, Role::Q, tokens, arrangement)
     }
 
-    fn upload_which(device: &Device, which: Which, tokens: &Tokens, arrangement: Arrangement) -> Result<Placed> {
-        let placed = Placed::new(device, which, tokens.dtype, tokens.shape(), arrangement)?;
-        copy(device, &[(&placed, tokens)])?;
-        Ok(placed)
+    fn upload_as(device: &Device, role: Role, tokens: &Tokens, arrangement: Arrangement) -> Result<DeviceTensor> {
+        let tensor = DeviceTensor::new(device, role, tokens.dtype, tokens.shape(), arrangement)?;
+        copy(device, &[(&tensor, tokens)])?;
+        Ok(tensor)
     }
 
-    /// Memory for an output, all [`POISON`].
-    pub fn poisoned(device: &Device, dtype: Dtype, shape: [usize; 4], arrangement: Arrangement) -> Result<Placed> {
-        Placed::new(device, Which::Out, dtype, shape, arrangement)
+    /// Memory for an output, filled with [`POISON`].
+    pub fn poisoned(
+        device: &Device,
+        dtype: Dtype,
+        shape: [usize; 4],
+        arrangement: Arrangement,
+    ) -> Result<DeviceTensor> {
+        DeviceTensor::new(device, Role::Out, dtype, shape, arrangement)
     }
 
-    fn new(device: &Device, which: Which, dtype: Dtype, shape: [usize; 4], arrangement: Arrangement) -> Result<Placed> {
-        let mut place = arrangement.place(which, shape);
+    fn new(
+        device: &Device,
+        role: Role,
+        dtype: Dtype,
+        shape: [usize; 4],
+        arrangement: Arrangement,
+    ) -> Result<DeviceTensor> {
+        let mut strides = arrangement.strides(role, shape);
         let memory = if arrangement == Arrangement::Scattered {
             let [batch, rows, heads, _] = shape;
-            let apart = APART * (1 + which as u64);
+            let apart = APART * (1 + role as u64);
             let Device::Emulator(emulator) = device else {
                 return Err(Error::input(
                     "arrangement",
@@ -150,87 +171,88 @@ impl Placed {
                     "Take another arrangement",
                 ));
             };
-            let memory = emulator.scatter(batch * heads * rows, place.row as u64 * 2, apart)?;
+            let memory = emulator.scatter(batch * heads * rows, strides.row as u64 * 2, apart)?;
             if let [first, second, ..] = &memory[..] {
-                place.row = ((second.address() - first.address()) / 2) as usize;
-                place.head = rows * place.row;
-                place.batch = heads * place.head;
+                strides.row = ((second.address() - first.address()) / 2) as usize;
+                strides.head = rows * strides.row;
+                strides.batch = heads * strides.head;
             }
             memory
         } else {
-            vec![device.allocate(place.elements as u64 * 2)?]
+            vec![device.allocate(strides.all as u64 * 2)?]
         };
         memory.iter().try_for_each(|piece| device.fill(Stream::DEFAULT, piece, POISON))?;
-        Ok(Placed { memory: Arc::new(memory), place, shape, dtype })
+        Ok(DeviceTensor { memory: Arc::new(memory), strides, shape, dtype })
     }
 
-    /// Copies Q, K and V to the device: the thirds of one piece of memory for [`Arrangement::PackedQkv`].
-    fn upload_layer(device: &Device, tensors: [&Tokens; 3], arrangement: Arrangement) -> Result<[Placed; 3]> {
+    /// Copies Q, K and V to the device. With [`Arrangement::PackedQkv`] they share one piece of
+    /// memory.
+    fn upload_layer(device: &Device, tensors: [&Tokens; 3], arrangement: Arrangement) -> Result<[DeviceTensor; 3]> {
         let [q, k, v] = tensors;
         if arrangement != Arrangement::PackedQkv {
-            let upload = |which, tokens| Placed::upload_which(device, which, tokens, arrangement);
-            return Ok([upload(Which::Q, q)?, upload(Which::K, k)?, upload(Which::V, v)?]);
+            let upload = |role, tokens| DeviceTensor::upload_as(device, role, tokens, arrangement);
+            return Ok([upload(Role::Q, q)?, upload(Role::K, k)?, upload(Role::V, v)?]);
         }
-        let whole = Placed::new(device, Which::Q, q.dtype, q.shape(), arrangement)?;
-        let thirds = [0, 1, 2].map(|third| Placed {
+        let whole = DeviceTensor::new(device, Role::Q, q.dtype, q.shape(), arrangement)?;
+        let thirds = [0, 1, 2].map(|third| DeviceTensor {
             memory: Arc::clone(&whole.memory),
-            place: Place { first: third * q.heads * q.head_dim, ..whole.place },
+            strides: Strides { first: third * q.heads * q.head_dim, ..whole.strides },
             ..whole
         });
         copy(device, &[(&thirds[0], q), (&thirds[1], k), (&thirds[2], v)])?;
         Ok(thirds)
     }
 
-    /// The descriptor that kernels get.
+    /// Address and strides, as a kernel is given them.
     pub fn tensor(&self) -> Tensor {
-        let place = self.place;
+        let strides = self.strides;
         Tensor {
-            data: self.memory[0].address() + place.first as u64 * 2,
-            batch: place.batch as u64,
-            row: place.row as u64,
-            head: place.head as u64,
+            data: self.memory[0].address() + strides.first as u64 * 2,
+            batch: strides.batch as u64,
+            row: strides.row as u64,
+            head: strides.head as u64,
         }
     }
 
-    /// The memory as it is now.
-    pub fn read(&self, device: &Device) -> Result<Image<'_>> {
+    /// Copies all of the memory to the host.
+    pub fn read(&self, device: &Device) -> Result<HostCopy<'_>> {
         let pieces = self.memory.iter().map(|piece| device.read(piece, 0, piece.bytes())).collect::<Result<_>>()?;
-        Ok(Image { placed: self, pieces })
+        Ok(HostCopy { tensor: self, pieces })
     }
 
-    /// The tensor, and how many bytes around it are no longer [`POISON`].
+    /// The tensor, and how many bytes beside it are no longer [`POISON`].
     pub fn download(&self, device: &Device) -> Result<(Tokens, usize)> {
-        let image = self.read(device)?;
+        let copy = self.read(device)?;
         let mut tokens = Tokens::zeros(self.dtype, self.shape);
         let [_, rows, heads, dim] = self.shape;
         tokens.bits.par_chunks_exact_mut(heads * dim).enumerate().for_each(|(token, bits)| {
             for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {
-                for (bits, &bytes) in bits.iter_mut().zip(image.row_bytes(token / rows, token % rows, head)) {
+                for (bits, &bytes) in bits.iter_mut().zip(copy.row_bytes(token / rows, token % rows, head)) {
                     *bits = u16::from_le_bytes(bytes);
                 }
             }
         });
-        Ok((tokens, image.stray()))
+        Ok((tokens, copy.stray()))
     }
 }
 
-/// Puts tensors that lie alike, each in its part of the same memory, in order on the host and copies them, [`STAGE`] bytes at a
-/// time.
-fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
-    let Some(&(Placed { memory, place, shape, .. }, tokens)) = tensors.first() else { return Ok(()) };
+/// Copies tensors of one arrangement that share one memory, [`STAGE`] bytes at a time.
+fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
+    let Some(&(DeviceTensor { memory, strides, shape, .. }, tokens)) = tensors.first() else { return Ok(()) };
     let [batch, rows, heads, dim] = *shape;
     let [buffer] = &memory[..] else {
         return memory.iter().enumerate().try_for_each(|(piece, buffer)| {
             let index = tokens.index(piece / rows / heads, piece % rows, piece / rows % heads);
             let row: Vec<u8> = tokens.bits[index..][..dim].iter().flat_map(|bits| bits.to_le_bytes()).collect();
-            device.write(buffer, place.first as u64 * 2, &row)
+            device.write(buffer, strides.first as u64 * 2, &row)
         });
     };
-    // A unit is what lies together of one token: all its heads, or one where a head's rows are contiguous. Units of one batch
-    // item follow each other without a gap, and each is filled alike; behind those of a head come some that are not filled.
-    let by_head = place.head > place.row;
-    let rows_of_head = place.head / place.row;
-    let (unit, units) = if by_head { (place.row, heads * rows_of_head) } else { (place.row, rows) };
+    // A unit is what lies together of one token: all of its heads, or one head where a head's rows
+    // are contiguous. The units of a batch item follow each other without a gap. Behind the rows of
+    // each head come units that stay empty.
+    let by_head = strides.head > strides.row;
+    let rows_of_head = strides.head / strides.row;
+    let (unit, units) = if by_head { (strides.row, heads * rows_of_head) } else { (strides.row, rows) };
     let most = (STAGE / 2 / unit).clamp(1, units);
     let mut stage = vec![POISON; most * unit * 2];
     for item in 0..batch {
@@ -246,9 +268,9 @@ fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
                 if row >= rows {
                     return bytes.fill(POISON);
                 }
-                for (placed, tokens) in tensors {
+                for (tensor, tokens) in tensors {
                     for (head, number) in heads.clone().zip(0..) {
-                        let first = placed.place.first + number * placed.place.head * usize::from(!by_head);
+                        let first = tensor.strides.first + number * tensor.strides.head * usize::from(!by_head);
                         let bits = &tokens.bits[tokens.index(item, row, head)..][..dim];
                         for (bytes, bits) in bytes[first * 2..].as_chunks_mut::<2>().0.iter_mut().zip(bits) {
                             *bytes = bits.to_le_bytes();
@@ -256,70 +278,70 @@ fn copy(device: &Device, tensors: &[(&Placed, &Tokens)]) -> Result<()> {
                     }
                 }
             });
-            device.write(buffer, ((item * place.batch + start * unit) * 2) as u64, stage)?;
+            device.write(buffer, ((item * strides.batch + start * unit) * 2) as u64, stage)?;
         }
     }
     Ok(())
 }
 
 /// A tensor's memory, copied to the host.
-pub struct Image<'a> {
-    placed: &'a Placed,
-    /// As the memory is.
+pub struct HostCopy<'a> {
+    tensor: &'a DeviceTensor,
+    /// The bytes of each piece of the tensor's memory.
     pieces: Vec<Vec<u8>>,
 }
 
-impl Image<'_> {
+impl HostCopy<'_> {
     fn row_bytes(&self, batch: usize, row: usize, head: usize) -> &[[u8; 2]] {
-        let Placed { place, shape: [_, rows, heads, dim], .. } = self.placed;
+        let DeviceTensor { strides, shape: [_, rows, heads, dim], .. } = self.tensor;
         let (bytes, index) = match &self.pieces[..] {
-            [bytes] => (bytes, place.index(batch, row, head)),
-            pieces => (&pieces[(batch * heads + head) * rows + row], place.first),
+            [bytes] => (bytes, strides.index(batch, row, head)),
+            pieces => (&pieces[(batch * heads + head) * rows + row], strides.first),
         };
         bytes[index * 2..][..dim * 2].as_chunks().0
     }
 
     /// One row of one head.
     pub fn row(&self, batch: usize, row: usize, head: usize) -> Vec<f64> {
-        let dtype = self.placed.dtype;
+        let dtype = self.tensor.dtype;
         self.row_bytes(batch, row, head).iter().map(|&bytes| widen(dtype, u16::from_le_bytes(bytes))).collect()
     }
 
-    /// Bytes around the tensor that are no longer [`POISON`].
+    /// Number of bytes beside the tensor that are no longer [`POISON`].
     pub fn stray(&self) -> usize {
         let all = self.pieces.iter().map(|bytes| bytes.par_chunks(1 << 16).map(touched).sum::<usize>()).sum::<usize>();
         all - self.sum_rows(|row| touched(row.as_flattened()))
     }
 
-    /// Elements of the tensor that are still [`POISON`].
+    /// Number of elements of the tensor that are still [`POISON`].
     pub fn unwritten(&self) -> usize {
         self.sum_rows(|row| row.iter().map(|&element| usize::from(element == [POISON; 2])).sum())
     }
 
     fn sum_rows(&self, count: impl Fn(&[[u8; 2]]) -> usize + Sync) -> usize {
-        let [batch, rows, heads, _] = self.placed.shape;
+        let [batch, rows, heads, _] = self.tensor.shape;
         let tokens = (0..batch * rows).into_par_iter().with_min_len(64);
         let of_token = |token| (0..heads).map(|head| count(self.row_bytes(token / rows, token % rows, head))).sum();
         tokens.map(|token: usize| -> usize { of_token(token) }).sum()
     }
 }
 
-/// Bytes that are not [`POISON`].
+/// Number of bytes that are not [`POISON`].
 fn touched(bytes: &[u8]) -> usize {
     bytes.iter().map(|&byte| usize::from(byte != POISON)).sum()
 }
 
-/// All inputs of a layer on the device, its output and log-sum-exp.
-pub struct PlacedLayer {
-    /// Addresses for a call.
+/// A layer on the device: all that it reads, its output and its log-sum-exp.
+pub struct DeviceLayer {
+    /// The addresses of all, for a call.
     pub layer: Layer,
-    /// The output, poisoned at first.
-    pub out: Placed,
-    /// f32 \[B, H, S\], poisoned at first.
+    /// The output, filled with [`POISON`] at first.
+    pub out: DeviceTensor,
+    /// f32 \[B, H, S\], filled with [`POISON`] at first.
     lse: Buffer,
     /// Q, K and V.
-    inputs: [Placed; 3],
-    /// Everything else that the layer reads.
+    inputs: [DeviceTensor; 3],
+    /// The memory of norm weights, RoPE tables and text lengths.
     buffers: Vec<Buffer>,
 }
 
@@ -327,9 +349,10 @@ fn upload_words(device: &Device, words: impl Iterator<Item = [u8; 4]>) -> Result
     device.upload(&words.flatten().collect::<Vec<u8>>())
 }
 
-impl PlacedLayer {
-    /// Copies `inputs` to the device, Q, K and V as `arrangement`, and makes room for an output as `out`.
-    pub fn upload(device: &Device, inputs: &Inputs, arrangement: Arrangement, out: Arrangement) -> Result<PlacedLayer> {
+impl DeviceLayer {
+    /// Copies `inputs` to the device, and makes room for an output. `arrangement` is that of Q, K
+    /// and V, `out` that of the output.
+    pub fn upload(device: &Device, inputs: &Inputs, arrangement: Arrangement, out: Arrangement) -> Result<DeviceLayer> {
         let mut buffers = Vec::new();
         let mut floats = |values: Option<&Vec<f32>>| -> Result<u64> {
             let Some(values) = values else { return Ok(0) };
@@ -357,25 +380,26 @@ impl PlacedLayer {
             layer.text_lengths = buffer.address();
             buffers.push(buffer);
         }
-        let placed = Placed::upload_layer(device, [&inputs.q, &inputs.k, &inputs.v], arrangement)?;
-        (layer.q, layer.k, layer.v) = (placed[0].tensor(), placed[1].tensor(), placed[2].tensor());
+        let tensors = DeviceTensor::upload_layer(device, [&inputs.q, &inputs.k, &inputs.v], arrangement)?;
+        (layer.q, layer.k, layer.v) = (tensors[0].tensor(), tensors[1].tensor(), tensors[2].tensor());
         let shape = inputs.q.shape();
-        let out = Placed::poisoned(device, inputs.q.dtype, shape, out)?;
+        let out = DeviceTensor::poisoned(device, inputs.q.dtype, shape, out)?;
         layer.out = out.tensor();
         let lse = device.allocate((shape[0] * shape[1] * shape[2] * 4) as u64)?;
         device.fill(Stream::DEFAULT, &lse, POISON)?;
         layer.lse = lse.address();
-        Ok(PlacedLayer { layer, out, lse, inputs: placed, buffers })
+        Ok(DeviceLayer { layer, out, lse, inputs: tensors, buffers })
     }
 
-    /// Copies all that this layer reads over what `to`, made from inputs of the same shape, reads: in stream order.
-    pub(crate) fn copy_inputs(&self, device: &Device, stream: Stream, to: &PlacedLayer) -> Result<()> {
+    /// Copies all that this layer reads over what `to` reads, in stream order. Both were made from
+    /// inputs of the same shape.
+    pub(crate) fn copy_inputs(&self, device: &Device, stream: Stream, to: &DeviceLayer) -> Result<()> {
         let [from, to] =
             [self, to].map(|layer| layer.inputs.iter().flat_map(|input| &*input.memory).chain(&layer.buffers));
         from.zip(to).try_for_each(|(from, to)| device.copy(stream, from, to))
     }
 
-    /// The memory of output, which is not scattered, and log-sum-exp.
+    /// The memory of the output, which is not scattered, and that of the log-sum-exp.
     pub(crate) fn results(&self) -> [&Buffer; 2] {
         [&self.out.memory[0], &self.lse]
     }

@@ -1,4 +1,5 @@
-//! The main job: one profiled sparse layer on given inputs, compared with the f64 reference.
+//! One profiled sparse layer on given inputs, compared with the f64 reference: what
+//! `framestride run` does.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,9 +13,10 @@ use rand::RngExt;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::device_tensors::{Arrangement, PlacedLayer};
-use crate::inputs::{Inputs, Tokens, row_generator};
+use crate::device_tensors::{Arrangement, DeviceLayer};
+use crate::random::row_generator;
 use crate::reference::{Head, Reference, distance, norm};
+use crate::tensors::{Inputs, Tokens};
 use crate::tolerance;
 
 /// One head's result.
@@ -26,25 +28,28 @@ pub struct HeadResult {
     pub head: u32,
     /// Mean squared error of the spatial mask against dense attention, over the sampled rows.
     pub spatial_error: f64,
-    /// Of the temporal mask.
+    /// Mean squared error of the temporal mask.
     pub temporal_error: f64,
-    /// The mask chosen, or "dense" where that was asked for.
+    /// The mask that was chosen, or "dense" where that was asked for.
     pub mask: &'static str,
-    /// Visible pairs over S^2 of that mask.
+    /// Visible pairs of that mask over S².
     pub density: f64,
-    /// ||out - reference|| / ||reference|| over the compared rows: the reference has the same mask, in f64.
+    /// ||out - reference|| / ||reference|| over the compared rows. The reference has the same mask.
     pub rel_error: f64,
-    /// What rounding to the spec's type explains.
+    /// The part of it that rounding to the spec's type explains.
     pub tolerance: f64,
-    /// The same against dense attention: what the mask costs.
+    /// The same error against dense attention, which is what the mask costs.
     pub dense_rel_error: f64,
-    /// Compared rows that hold NaN or infinities because the inputs do; they are left out of the errors. One in K or V reaches every row
-    /// that sees it, and one in V may reach others that read its tile, since 0 x NaN is NaN.
+    /// How many compared rows hold NaN or infinities because the inputs do. They are left out of
+    /// the errors.
+    ///
+    /// One such value in K or V reaches every row that sees it. One in V may reach other rows that
+    /// read its tile, since 0 x NaN is NaN.
     pub nan_rows: usize,
-    /// Whether the error is within a tolerance that says something ([`tolerance::BLIND`]), and NaN and infinities are where the reference
-    /// has them.
+    /// Whether the error is within a tolerance below [`tolerance::BLIND`], and NaN and infinities
+    /// are where the reference has them.
     pub ok: bool,
-    /// Why it is not, unless it is the error.
+    /// Why it is not, where that is not the error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -52,30 +57,30 @@ pub struct HeadResult {
 /// Time of one kernel.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelTime {
-    /// The kernel; pack runs twice.
+    /// The kernel. Pack runs twice in a layer.
     pub kernel: &'static str,
-    /// Milliseconds.
+    /// Its time in milliseconds.
     pub milliseconds: f64,
 }
 
-/// What a run found.
+/// What a run of one layer found.
 #[derive(Clone, Debug, Serialize)]
-pub struct RunReport {
+pub struct LayerReport {
     /// Whether every head is within its tolerance.
     pub ok: bool,
     /// Name of the spec.
     pub spec: String,
     /// Where the kernels ran.
     pub device: String,
-    /// Batch items, tokens, heads, head_dim.
+    /// Shape of Q: batch items, tokens, heads, head_dim.
     pub shape: [usize; 4],
-    /// Query rows of each head that were compared.
+    /// How many query rows of each head were compared.
     pub compared_rows: usize,
     /// Mean density of the heads.
     pub density: f64,
     /// ||out - reference|| / ||reference|| over all heads.
     pub rel_error: f64,
-    /// What of the inputs is not finite: [`Inputs::not_finite`].
+    /// The elements of the inputs that are not finite, as [`Inputs::not_finite`] names them.
     pub not_finite: Vec<String>,
     /// The heads, batch item by batch item.
     pub heads: Vec<HeadResult>,
@@ -83,10 +88,10 @@ pub struct RunReport {
     pub kernels: Vec<KernelTime>,
 }
 
-/// A run's report and tensors.
-pub struct Run {
-    /// For people and machines.
-    pub report: RunReport,
+/// The report and the tensors of one layer.
+pub struct LayerRun {
+    /// The report, for people and machines.
+    pub report: LayerReport,
     /// The output.
     pub out: Tokens,
     /// Log-sum-exp, `[B, H, S]`.
@@ -95,17 +100,23 @@ pub struct Run {
     pub types: Vec<HeadType>,
 }
 
-/// Multiply-adds that the comparison with the reference may cost; beyond it rows are drawn at random.
+/// Multiply-adds that the comparison with the reference may cost. Where all rows would cost more,
+/// some are drawn at random.
 const REFERENCE_OPERATIONS: f64 = 4e9;
 
-/// Runs one layer and compares it. `dense_heads` are dense in all batch items, whatever profiling finds. `progress` hears what is
-/// being done, and the part done where it is known.
-pub fn run(
+/// Runs one layer and compares it with the reference.
+///
+/// `dense_heads` are dense in all batch items, whatever profiling finds. `progress` hears what is
+/// being done, and the part of it that is done, 0 to 1, where that is known.
+///
+/// # Errors
+/// Inputs that do not fit the spec, and whatever the device says.
+pub fn run_layer(
     module: &Arc<Module>,
     inputs: &Inputs,
     dense_heads: &[u32],
     progress: &dyn Fn(&str, Option<f64>),
-) -> Result<Run> {
+) -> Result<LayerRun> {
     let (spec, device) = (module.spec(), module.device());
     let [batch, sequence, heads, head_dim] = inputs.q.shape();
     inputs.check(spec, "inputs")?;
@@ -113,17 +124,18 @@ pub fn run(
     progress("inputs to the device", None);
     let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
     let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
-    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+    let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
     let dense = (HeadType::Dense as u32).to_le_bytes();
     let launches = attention.launches(&placed.layer, HeadTypes::Profiled, &workspace)?;
     let mut times = Vec::new();
     for launch in launches.in_order() {
         let kernel = launch.kernel();
         progress(kernel.entry(), None);
-        // SAFETY: all memory is this function's, sized by the library, and outlives the work, which is waited for.
+        // SAFETY: all memory is this function's, sized by the library, and outlives the work, which
+        // is waited for.
         let milliseconds = device.time(Stream::DEFAULT, || unsafe { attention.launch(Stream::DEFAULT, launch) })?;
         times.push((kernel, milliseconds));
-        // Select says the types, and the second pack is the first to read them.
+        // Select writes the types, and the second pack is the first to read them.
         if let (Kernel::Select, Some(buffer)) = (kernel, workspace.buffer()) {
             for index in (0..batch).flat_map(|item| dense_heads.iter().map(move |&head| item * heads + head as usize)) {
                 device.write(buffer, attention.plan().head_types.start + index as u64 * 4, &dense)?;
@@ -183,7 +195,7 @@ pub fn run(
         });
     }
     progress("comparing with the f64 reference", Some(1.0));
-    let report = RunReport {
+    let report = LayerReport {
         ok: results.iter().all(|head| head.ok),
         spec: spec.name.clone(),
         device: device.name(),
@@ -198,10 +210,11 @@ pub fn run(
             .map(|&(kernel, milliseconds)| KernelTime { kernel: kernel.entry(), milliseconds })
             .collect(),
     };
-    Ok(Run { report, out, lse, types: profiles.iter().map(|profile| profile.head_type).collect() })
+    Ok(LayerRun { report, out, lse, types: profiles.iter().map(|profile| profile.head_type).collect() })
 }
 
-/// Checks which of `heads` heads are to be dense.
+/// Checks that all heads in `dense` exist, where there are `heads`. `subject` is what an error
+/// calls them.
 pub fn check_dense_heads(dense: &[u32], heads: usize, subject: &str) -> Result<()> {
     match dense.iter().find(|&&head| head as usize >= heads) {
         None => Ok(()),
@@ -214,7 +227,7 @@ pub fn check_dense_heads(dense: &[u32], heads: usize, subject: &str) -> Result<(
     }
 }
 
-/// Rows to compare: all, or `count` drawn from a fixed seed.
+/// The rows to compare: all of them, or `count` rows drawn from a fixed seed.
 fn sampled_rows(count: usize, sequence: usize) -> Vec<usize> {
     if count >= sequence {
         return (0..sequence).collect();
@@ -227,17 +240,18 @@ fn sampled_rows(count: usize, sequence: usize) -> Vec<usize> {
     rows.into_iter().collect()
 }
 
-/// Ratio of two norms, given squared. Nothing differs from nothing by nothing.
+/// The ratio of two norms, which are given squared. It is 0 where both are 0.
 fn ratio(part: f64, whole: f64) -> f64 {
     if part == 0.0 { 0.0 } else { (part / whole).sqrt() }
 }
 
-/// Rows of the model's order that read a key tile with a value that is not finite, whether they see it or not.
+/// Rows of the model's order that read a key tile with a value that is not finite, whether they see
+/// that value or not.
 fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
     let mask = head.mask(head_type);
     let (queries, keys) = (mask.query_order(), mask.key_order());
     let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
-    // Packed rows of invalid text are zero, whatever the tensor holds.
+    // The packed rows of invalid text are zero, whatever the tensor holds.
     let live = head.valid_text + spec.layout.video_tokens() as usize;
     let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
     query_tiles(&spec.layout, head_type, spec.tiles(), head.valid_text as u32)
@@ -252,11 +266,12 @@ fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSe
         .collect()
 }
 
-/// Squared norms over rows without NaN and infinities, and the rows with.
+/// Sums of squared norms over rows without NaN and infinities, and the numbers of rows with them.
 #[derive(Default)]
 struct Sums {
     nan_rows: usize,
-    /// Of which the reference has some and the output has none, or the other way round without a reason.
+    /// Rows among these of which only the reference has such values, or only the output without a
+    /// reason.
     wrong_nan: usize,
     error: f64,
     size: f64,
@@ -297,7 +312,7 @@ fn compare_row(
         let right = nan(found) && (nan(&expected.out) || may_catch);
         return Sums { nan_rows: 1, wrong_nan: (!right).into(), ..Sums::default() };
     }
-    // Keys that the mask hides may have made the dense row NaN.
+    // A key that the mask hides may have made the dense row NaN.
     let (dense_error, dense_size) =
         if nan(&dense.out) { (0.0, 0.0) } else { (distance(found, &dense.out), norm(&dense.out)) };
     let tolerance = match expected.keys {

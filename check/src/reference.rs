@@ -1,15 +1,17 @@
 //! The arithmetic of one attention layer in plain f64, with which the kernels are compared.
 //!
-//! Written straight from the rules, one token and one pair at a time, and slow on purpose: it shares no geometry with the
-//! kernels. Only the plain fields of [`Layout`] are read, and the draw of the profiling rows, which is an input of the layer.
+//! It is written straight from the rules, one token and one pair at a time, and slow on purpose. It
+//! shares no geometry with the kernels. It reads only the plain fields of [`Layout`], and the draw
+//! of the profiling rows, which is an input of the layer.
 //!
-//! Everything starts from inputs already rounded to the spec's type ([`Tokens`]), and nothing is rounded on the way.
+//! Everything starts from inputs that are already rounded to the spec's type
+//! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
 use rayon::prelude::*;
 
-use crate::inputs::{Inputs, Norm, Tokens, narrow, widen};
+use crate::tensors::{Inputs, Norm, narrow, widen};
 
 /// Mean and reciprocal deviation of a QK-norm's statistic.
 #[derive(Clone, Copy)]
@@ -22,11 +24,11 @@ struct Statistic {
 pub struct Reference<'a> {
     spec: &'a Spec,
     inputs: &'a Inputs,
-    /// For each of q and k, `[batch, rows]`, where the statistic is over all heads.
+    /// Statistics of Q and of K, each `[batch, rows]`, where they are taken over all heads.
     over_heads: Option<[Vec<Statistic>; 2]>,
 }
 
-/// Which of the two normalised and rotated tensors.
+/// A tensor that is normalised and rotated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operand {
     /// Q.
@@ -36,7 +38,7 @@ pub enum Operand {
 }
 
 impl<'a> Reference<'a> {
-    /// Prepares the statistics of `inputs`, which [`Inputs::check`] has accepted for `spec`.
+    /// Prepares the statistics of `inputs`. [`Inputs::check`] must have accepted them for `spec`.
     pub fn new(spec: &'a Spec, inputs: &'a Inputs) -> Reference<'a> {
         let over_heads = spec.qk_norm.as_ref().filter(|norm| norm.over == NormOver::Heads).map(|norm| {
             [&inputs.q, &inputs.k].map(|tokens| {
@@ -56,7 +58,8 @@ impl<'a> Reference<'a> {
         Reference { spec, inputs, over_heads }
     }
 
-    /// Row `row` of the model's order of Q or K, normalised and rotated: `head_dim` elements.
+    /// A row of Q or K, normalised and rotated: `head_dim` elements. `row` counts in the model's
+    /// order.
     pub fn row(&self, operand: Operand, batch: usize, row: usize, head: usize) -> Vec<f64> {
         let (tokens, index) = match operand {
             Operand::Query => (&self.inputs.q, 0),
@@ -128,7 +131,7 @@ fn statistic(row: &[f64], kind: NormKind, eps: f64) -> Statistic {
     Statistic { mean, scale: 1.0 / (square + eps).sqrt() }
 }
 
-/// Index among the text tokens of a row of the model's order.
+/// The index among the text tokens that a row of the model's order has, if it is text.
 fn text_index(layout: &Layout, row: usize) -> Option<usize> {
     let (text, video) = (layout.text_tokens as usize, layout.frames as usize * layout.tokens_per_frame as usize);
     match layout.text_position {
@@ -137,7 +140,8 @@ fn text_index(layout: &Layout, row: usize) -> Option<usize> {
     }
 }
 
-/// Index among the video tokens, frame-major, of a row of the model's order.
+/// The index among the video tokens, frame by frame, that a row of the model's order has, if it is
+/// video.
 fn video_index(layout: &Layout, row: usize) -> Option<usize> {
     match text_index(layout, row) {
         Some(_) => None,
@@ -148,10 +152,10 @@ fn video_index(layout: &Layout, row: usize) -> Option<usize> {
     }
 }
 
-/// What the visibility rule asks of a token.
+/// What the rule asks of a token, to say who sees whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
-    /// Text beyond the valid length: sees nothing, seen by nobody.
+    /// Text beyond the valid length. It sees nothing, and nobody sees it.
     Invalid,
     Text,
     Video {
@@ -160,14 +164,14 @@ enum Token {
     },
 }
 
-/// The visibility rule of one head type, pair by pair.
+/// The rule of one head type that says who sees whom, pair by pair.
 pub struct Mask {
     tokens: Vec<Token>,
     half_width: i64,
 }
 
 impl Mask {
-    /// The rule of `head` for a sequence of which the first `valid_text` text tokens count.
+    /// The rule of a head type, for a sequence whose first `valid_text` text tokens are valid.
     pub fn new(layout: &Layout, head: HeadType, valid_text: usize) -> Mask {
         let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);
         let rows = frames * patches + layout.text_tokens as usize;
@@ -205,11 +209,11 @@ impl Mask {
         }
     }
 
-    /// Rows of the model's order in the packed order of keys: valid text, sink frames and the other video tokens by position,
-    /// invalid text.
+    /// The rows of the model's order in the packed order of keys: valid text, sink frames, the
+    /// other video tokens, invalid text. Video tokens stand in the order of their positions.
     pub fn key_order(&self) -> Vec<usize> {
         let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
-        // A stable sort: text keeps its order.
+        // The sort is stable, so text keeps its order.
         rows.sort_by_key(|&row| match self.tokens[row] {
             Token::Text => (0, 0),
             Token::Video { sink: true, position } => (1, position),
@@ -219,7 +223,8 @@ impl Mask {
         rows
     }
 
-    /// Rows of the model's order in the packed order of queries: valid text, video tokens by position, invalid text.
+    /// The rows of the model's order in the packed order of queries: valid text, video tokens by
+    /// position, invalid text.
     pub fn query_order(&self) -> Vec<usize> {
         let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
         rows.sort_by_key(|&row| match self.tokens[row] {
@@ -230,7 +235,7 @@ impl Mask {
         rows
     }
 
-    /// Pairs that are seen, counted one by one.
+    /// The number of visible pairs, counted one by one.
     pub fn visible_pairs(&self) -> u128 {
         let rows = self.tokens.len();
         let seen_by = |query| (0..rows).filter(|&key| self.sees(query, key)).count() as u128;
@@ -238,9 +243,10 @@ impl Mask {
     }
 }
 
-/// One head of one batch item: Q and K normalised and rotated, V, each `[rows, head_dim]` in the model's order.
+/// One head of one batch item: Q and K, normalised and rotated, and V. Each is `[rows, head_dim]`
+/// in the model's order.
 pub struct Head {
-    /// Size of a row.
+    /// Elements of a row.
     pub head_dim: usize,
     /// Q.
     pub queries: Vec<f64>,
@@ -248,56 +254,63 @@ pub struct Head {
     pub keys: Vec<f64>,
     /// V.
     pub values: Vec<f64>,
-    /// Valid text tokens.
+    /// How many text tokens are valid.
     pub valid_text: usize,
     key_norms: Vec<f64>,
     value_norms: Vec<f64>,
     masks: [Mask; 3],
 }
 
-/// Scores no further apart may have weights that are rounded the same way: those of two neighbouring bf16 numbers, of which f16 has more.
+/// Scores that are no further apart may have weights that are rounded the same way. It is the
+/// distance of neighbouring bf16 numbers, and those of f16 are nearer.
 const ALIKE: f64 = 1.0 / 128.0;
 
-/// One row of attention, and what bounds the error of computing it with rounded weights (see [`crate::tolerance`]).
+/// One row of attention, and what bounds the error of computing it with rounded weights (see
+/// [`crate::tolerance`]).
 #[derive(Clone, Debug)]
 pub struct Attended {
-    /// Output, `head_dim` elements; zeros where nothing is seen.
+    /// The output, `head_dim` elements. It is zero where nothing is seen.
     pub out: Vec<f64>,
-    /// Natural log-sum-exp of the scaled scores; -inf where nothing is seen.
+    /// The natural log-sum-exp of the scaled scores. It is -inf where nothing is seen.
     pub lse: f64,
-    /// Largest scaled score; -inf where nothing is seen.
+    /// The largest scaled score. It is -inf where nothing is seen.
     pub maximum: f64,
-    /// sqrt(sum over keys of weight^2 |v|^2): the size of the error that independent relative errors of the weights make. Weights that lie
-    /// near each other are rounded alike, so neighbouring keys of scores within [`ALIKE`] count as one, with the sum of their values.
+    /// sqrt(sum over keys of weight^2 |v|^2). It is the size of the error that independent relative
+    /// errors of the weights make.
+    ///
+    /// Weights that lie near each other are rounded alike. So neighbouring keys whose scores lie
+    /// within [`ALIKE`] count as one key, with the sum of their values.
     pub spread: f64,
-    /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest: likewise for equal absolute errors.
+    /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest. It is the size
+    /// of the error that independent absolute errors of the weights make.
     pub flat_spread: f64,
-    /// Largest of |q| |k|, scaled: bounds every partial sum of every score.
+    /// The largest |q| |k|, scaled. It bounds every partial sum of every score.
     pub score_size: f64,
-    /// Keys seen.
+    /// How many keys are seen.
     pub keys: usize,
 }
 
-/// Mean squared errors of both masks over the sampled rows.
+/// What profiling finds for one head: mean squared errors of both masks over the sampled rows.
 #[derive(Clone, Debug)]
 pub struct ProfileErrors {
-    /// Spatial, temporal.
+    /// Errors of the spatial mask and of the temporal one.
     pub errors: [f64; 2],
     /// Root mean square of the dense output over the same rows.
     pub dense_rms: f64,
-    /// Rows of dense, spatial and temporal output behind them, for the tolerance.
+    /// The dense, spatial and temporal rows that they were computed from, for the tolerance.
     pub rows: Vec<[Attended; 3]>,
 }
 
 impl ProfileErrors {
-    /// The type with the lower error; spatial when equal.
+    /// The type with the lower error. It is spatial when both are equal.
     pub fn head_type(&self) -> HeadType {
         if self.errors[1] < self.errors[0] { HeadType::Temporal } else { HeadType::Spatial }
     }
 }
 
 impl Head {
-    /// A head from its rows: `queries`, `keys` and `values` are `[rows, head_dim]` in the model's order.
+    /// A head from its rows. `queries`, `keys` and `values` are `[rows, head_dim]` in the model's
+    /// order.
     pub fn new(
         layout: &Layout,
         head_dim: usize,
@@ -312,7 +325,8 @@ impl Head {
         Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
     }
 
-    /// The head with Q and K rounded to a 16-bit type, as the kernels store them: Q times `query_scale`.
+    /// The head with Q and K rounded to a 16-bit type, as the kernels store them. Q is rounded
+    /// times `query_scale`.
     pub fn rounded(&self, layout: &Layout, dtype: Dtype, query_scale: f64) -> Head {
         let round = |rows: &[f64], scale: f64| {
             rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x * scale)) / scale).collect()
@@ -331,22 +345,23 @@ impl Head {
         &self.masks[head as usize]
     }
 
-    /// Scaled scores of one query row with every key, seen or not.
+    /// The scaled scores of one query row with every key, seen or not.
     pub fn scores(&self, row: usize, scale: f64) -> Vec<f64> {
         let query = &self.queries[row * self.head_dim..][..self.head_dim];
         self.keys.chunks_exact(self.head_dim).map(|key| scale * dot(query, key)).collect()
     }
 
-    /// softmax over the keys that `row` sees, times V.
+    /// The softmax over the keys that `row` sees, times V.
     pub fn attend(&self, head: HeadType, row: usize, scale: f64) -> Attended {
         let (mask, query) = (self.mask(head), &self.queries[row * self.head_dim..][..self.head_dim]);
-        // Those of keys that it does not see are not asked for.
+        // Nobody asks for the scores of keys that the row does not see.
         let score = |(key, keys)| if mask.sees(row, key) { scale * dot(query, keys) } else { 0.0 };
         let scores: Vec<f64> = self.keys.chunks_exact(self.head_dim).enumerate().map(score).collect();
         self.attend_scores(head, row, scale, &scores)
     }
 
-    /// Probabilities of one query row over all keys, zero where it does not see them.
+    /// The weights of one query row over all keys. They add up to 1, and are zero for keys that it
+    /// does not see.
     pub fn probabilities(&self, head: HeadType, row: usize, scale: f64) -> Vec<f64> {
         let lse = self.attend(head, row, scale).lse;
         let mask = self.mask(head);
@@ -354,7 +369,7 @@ impl Head {
         self.scores(row, scale).iter().enumerate().map(probability).collect()
     }
 
-    /// [`Head::attend`] for scores that are already there.
+    /// [`Head::attend`] for scores that are already computed.
     pub fn attend_scores(&self, head: HeadType, row: usize, scale: f64, scores: &[f64]) -> Attended {
         let mask = self.mask(head);
         let seen: Vec<usize> = (0..scores.len()).filter(|&key| mask.sees(row, key)).collect();
@@ -370,7 +385,8 @@ impl Head {
         if seen.is_empty() {
             return attended;
         }
-        // f64::max drops NaN; the sum below brings it back, so a NaN input is carried to every row that sees it.
+        // f64::max drops NaN. The sum below brings it back, so NaN in the inputs reaches every row
+        // that sees it.
         let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = seen.iter().map(|&key| (scores[key] - maximum).exp()).collect();
         let sum: f64 = weights.iter().sum();
@@ -381,7 +397,7 @@ impl Head {
         let (mut rest, mut rest_weights) = (&seen[..], &weights[..]);
         while let Some(&first) = rest.first() {
             let alike = rest.iter().take_while(|&&key| (scores[key] - scores[first]).abs() <= ALIKE).count();
-            // NaN is like nothing, itself included.
+            // NaN is not even like itself, so a run has at least one key.
             let (run, others) = rest.split_at(alike.max(1));
             let (run_weights, other_weights) = rest_weights.split_at(run.len());
             for (&key, weight) in run.iter().zip(run_weights) {
@@ -407,7 +423,7 @@ impl Head {
         attended
     }
 
-    /// What profiling measures for this head: `head_index` counts over batch x heads.
+    /// What profiling finds for this head. `head_index` counts over batch x heads.
     pub fn profile(&self, layout: &Layout, scale: f64, seed: u64, head_index: u32, samples: u32) -> ProfileErrors {
         let first_video = match layout.text_position {
             TextPosition::First => layout.text_tokens as usize,
@@ -431,7 +447,7 @@ impl Head {
     }
 }
 
-/// Scalar product, in eight partial sums, which the compiler keeps in vector registers.
+/// The scalar product. It has eight partial sums, which the compiler keeps in vector registers.
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 8];
     for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
@@ -450,15 +466,4 @@ pub fn norm(row: &[f64]) -> f64 {
 /// Euclidean distance.
 pub fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
-}
-
-impl Tokens {
-    /// One head of one batch item as f64, `[rows, head_dim]`.
-    pub fn head(&self, batch: usize, head: usize) -> Vec<f64> {
-        let mut rows = vec![0.0; self.rows * self.head_dim];
-        rows.par_chunks_exact_mut(self.head_dim)
-            .enumerate()
-            .for_each(|(row, values)| self.widen(&self.bits[self.index(batch, row, head)..][..self.head_dim], values));
-        rows
-    }
 }

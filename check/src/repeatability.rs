@@ -1,19 +1,23 @@
-//! Whether a profiled layer gives the same bytes however it is launched: again, from a CUDA graph, and beside another layer.
+//! Whether a profiled layer gives the same bytes however it is launched: again, from a CUDA graph,
+//! and beside another layer.
 //!
-//! The numbers themselves are [`crate::verify`]'s business: here the results of one plain launch are the reference, and whatever
-//! follows must equal them byte for byte. Before each run, output, log-sum-exp and workspace are filled with another byte than
-//! before the last, so that a result that depends on what lay there differs too.
+//! [`crate::verify`] looks at the numbers themselves. Here, the results of one plain launch are the
+//! reference, and whatever follows must equal them byte for byte. Before each run, output,
+//! log-sum-exp and workspace are filled with a byte that differs from that of the run before. So a
+//! result that depends on what lay there differs too.
 //!
-//! * **again**: the same layer, run again.
-//! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay, one of up to [`SETS`] sets of inputs,
-//!   drawn at random, is copied over those that the graph reads: Q, K and V, norm weights, RoPE tables and text lengths. So types
-//!   of heads and lengths of text change under the graph.
-//! * **two streams**: two layers, each with inputs, output and workspace of its own, are launched in turn on two streams, and nothing
-//!   waits but for comparisons.
+//! * **again**: the same layer is run again.
+//! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay,
+//!   one of up to [`SETS`] sets of inputs is copied over those that the graph reads: Q, K and V,
+//!   norm weights, RoPE tables and text lengths. So head types and text lengths change under the
+//!   graph.
+//! * **two streams**: two layers, each with inputs, output and workspace of its own, are launched
+//!   in turn on two streams. Nothing waits except for comparisons.
 //!
-//! Runs of large layers stop when they have taken [`MILLISECONDS`], and of their results no more than [`READ_BYTES`] are read back,
-//! at runs that lie evenly. Each [`Check`] says how many runs there were, and how many were compared. The emulator has neither
-//! graphs nor streams: there the layer is run again, once.
+//! Runs of large layers stop when they have taken [`MILLISECONDS`]. No more than [`READ_BYTES`] of
+//! their results are read back, at runs that lie evenly. Each [`Check`](crate::checks::Check) says
+//! how many runs there were, and how many were compared. The emulator has neither graphs nor
+//! streams: there the layer is run again, once.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,34 +28,35 @@ use framestride::{Device, Error, HeadTypes, Module, Result, SparseAttention, Str
 use rand::RngExt;
 use rayon::prelude::*;
 
-use crate::device_tensors::{Arrangement, POISON, PlacedLayer};
-use crate::inputs::{Inputs, row_generator};
-use crate::memory::{self, Free};
-use crate::verify::{Check, Worst};
+use crate::checks::{Checks, Worst};
+use crate::device_tensors::{Arrangement, DeviceLayer, POISON};
+use crate::memory_fit::{self, Free};
+use crate::random::row_generator;
+use crate::tensors::Inputs;
 
-/// Times that a GPU runs the layer again.
+/// How often a GPU runs the layer again.
 pub const REPEATS: u64 = 8;
 
-/// Most replays of a graph.
+/// How often a graph is replayed at most.
 pub const REPLAYS: u64 = 1000;
 
-/// Sets of inputs that a graph's replays take, where memory has room for them.
+/// How many sets of inputs a graph's replays take, where memory has room for them.
 pub const SETS: usize = 4;
 
-/// Most rounds on two streams, of which each launches both layers.
+/// How many rounds there are at most on two streams. A round launches both layers.
 pub const ROUNDS: u64 = 200;
 
-/// Rounds on two streams after which results are compared: until then nothing waits.
+/// After so many rounds on two streams, results are compared. Until then nothing waits.
 const BURST: u64 = 10;
 
-/// Time that the replays of a graph may take, and the rounds on two streams: about fifty replays of the largest shipped spec on an
-/// H200.
+/// Time that the replays of a graph may take, and the rounds on two streams. It is enough for about
+/// fifty replays of the largest shipped spec on an H200.
 pub const MILLISECONDS: f64 = 5_000.0;
 
-/// Bytes of one quantity that a check may read back.
+/// Bytes of one quantity that a check may read back from the device.
 pub const READ_BYTES: u64 = 16 << 30;
 
-/// What a layer leaves: the kernel that makes it, and its name.
+/// What a layer leaves: the kernel that writes it, and the name of what it writes.
 const QUANTITIES: [(&str, &str); 4] = [
     ("attention", "output"),
     ("attention", "log-sum-exp"),
@@ -59,27 +64,27 @@ const QUANTITIES: [(&str, &str); 4] = [
     ("select", "head types"),
 ];
 
-/// How many layers are launched, and of how many heads: as many as memory has room for.
+/// How many layers are launched, and with how many heads. It is as much as memory has room for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
-    /// Batch and heads.
+pub(crate) struct Scope {
+    /// Batch items and heads of each layer.
     pub extent: [u32; 2],
-    /// Sets of inputs.
+    /// How many sets of inputs a graph's replays take.
     sets: usize,
 }
 
-impl Plan {
-    pub fn new(spec: &Spec, device: &Device, free: Free) -> Result<Plan> {
+impl Scope {
+    pub fn new(spec: &Spec, device: &Device, free: Free) -> Result<Scope> {
         let wanted = [spec.batch, spec.heads];
         let Device::Gpu(_) = device else {
-            let need = |extent| memory::repeated(spec, device, extent, [1, 1], 1);
-            return Ok(Plan { extent: free.fit(spec, wanted, need)?, sets: 1 });
+            let need = |extent| memory_fit::repeated(spec, device, extent, [1, 1], 1);
+            return Ok(Scope { extent: free.fit(spec, wanted, need)?, sets: 1 });
         };
         let fit = |sets: usize| {
-            let need = |extent| memory::repeated(spec, device, extent, [sets as u64 + 1, 2], sets as u64);
-            Ok(Plan { extent: free.fit(spec, wanted, need)?, sets })
+            let need = |extent| memory_fit::repeated(spec, device, extent, [sets as u64 + 1, 2], sets as u64);
+            Ok(Scope { extent: free.fit(spec, wanted, need)?, sets })
         };
-        // Heads are given up before sets are, as long as there are some to give up.
+        // Where memory is short, fewer heads come before fewer sets.
         fit(SETS).or_else(|_: Error| fit(2))
     }
 }
@@ -87,14 +92,15 @@ impl Plan {
 /// Launches a profiled layer in all ways that the device has. `progress` hears what is being done.
 pub(crate) fn verify_launches(
     module: &Arc<Module>,
-    plan: Plan,
+    scope: Scope,
     seed: u64,
     progress: &dyn Fn(&str),
-) -> Result<Vec<Check>> {
+) -> Result<Checks> {
     let device = module.device();
-    let Plan { extent: [batch, heads], sets } = plan;
+    let Scope { extent: [batch, heads], sets } = scope;
     let gpu = if let Device::Gpu(gpu) = device { Some(gpu) } else { None };
-    // On a GPU, one layer for each set, one whose inputs are replaced before each replay, and two that run at a time.
+    // A GPU has a layer for each set, and one whose inputs are replaced before each replay. Two of
+    // them run at a time.
     let (layers, workspaces, repeats) = if gpu.is_some() { (sets + 1, 2, REPEATS) } else { (1, 1, 1) };
     let (spec, text) = (module.spec(), module.spec().layout.text_tokens);
     let attention = SparseAttention::new(module, batch, heads)?;
@@ -103,30 +109,31 @@ pub(crate) fn verify_launches(
         let mut inputs = Inputs::random(spec, batch as usize, heads as usize, seed);
         let mut generator = row_generator(seed, u64::MAX);
         inputs.text_lengths = (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
-        PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
+        DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
     };
     progress("inputs of launches in several ways");
-    let launches = Launches {
+    let launched = LaunchedLayers {
         layers: (0..layers).map(layer).collect::<Result<_>>()?,
         workspaces: (0..workspaces).map(|_| device.allocate(attention.workspace_bytes())).collect::<Result<_>>()?,
         attention,
     };
-    // Uploads may still be on their way when they return, and the streams below do not wait for the default one.
+    // A copy may still be under way when its call returns, and the streams below do not wait for
+    // the default one.
     device.synchronize()?;
 
     progress("a layer, run again");
-    let expected = (0..sets).map(|set| launches.alone(set)).collect::<Result<Vec<Results>>>()?;
-    let mut checks = launches.again(&expected[0], repeats)?;
+    let expected = (0..sets).map(|set| launched.alone(set)).collect::<Result<Vec<Results>>>()?;
+    let mut checks = launched.again(&expected[0], repeats)?;
     if let Some(gpu) = gpu {
         progress("a CUDA graph, replayed");
-        checks.extend(launches.graph(gpu, &expected, seed)?);
+        checks.extend(launched.graph(gpu, &expected, seed)?);
         progress("two streams at a time");
-        checks.extend(launches.two_streams(gpu, &expected)?);
+        checks.extend(launched.two_streams(gpu, &expected)?);
     }
     Ok(checks)
 }
 
-/// Runs of `milliseconds` each that fit the time, up to `most`.
+/// How many runs of `milliseconds` each fit the time, up to `most`.
 fn affordable(milliseconds: f64, most: u64) -> u64 {
     ((MILLISECONDS / milliseconds) as u64).clamp(1, most)
 }
@@ -137,18 +144,18 @@ type Results = [Vec<u8>; 4];
 /// A layer and the workspace that it runs in.
 #[derive(Clone, Copy)]
 struct Lane<'a> {
-    layer: &'a PlacedLayer,
+    layer: &'a DeviceLayer,
     workspace: &'a Buffer,
 }
 
-/// The layers to launch, and their workspaces.
-struct Launches {
+/// The layers that are launched, and their workspaces.
+struct LaunchedLayers {
     attention: SparseAttention,
-    layers: Vec<PlacedLayer>,
+    layers: Vec<DeviceLayer>,
     workspaces: Vec<Buffer>,
 }
 
-impl Launches {
+impl LaunchedLayers {
     fn device(&self) -> &Device {
         self.attention.module().device()
     }
@@ -157,7 +164,8 @@ impl Launches {
         Lane { layer: &self.layers[layer], workspace: &self.workspaces[workspace] }
     }
 
-    /// Fills all that a layer writes with the byte of run `run`, in stream order.
+    /// Fills all that a layer writes with a byte, in stream order. Each run has another byte than
+    /// the one before.
     fn poison(&self, stream: Stream, lane: Lane, run: u64) -> Result<()> {
         let byte = POISON.wrapping_sub(run as u8);
         let [out, lse] = lane.layer.results();
@@ -165,8 +173,9 @@ impl Launches {
     }
 
     fn forward(&self, stream: Stream, lane: Lane) -> Result<()> {
-        // SAFETY: all memory is this value's, sized by the library, and outlives the work: on the default stream a comparison
-        // waits for it, and a stream of one's own is dropped, which waits, before this value is. Two lanes share no memory.
+        // SAFETY: all memory is this value's, is sized by the library, and outlives the work. On
+        // the default stream a comparison waits for the work. A stream of one's own is dropped
+        // before this value, which waits too. Two lanes share no memory.
         unsafe {
             let workspace = Workspace::borrow(self.device(), lane.workspace.address(), lane.workspace.bytes());
             self.attention.forward(stream, &lane.layer.layer, HeadTypes::Profiled, &workspace)
@@ -174,18 +183,18 @@ impl Launches {
     }
 
     /// Where each of [`QUANTITIES`] lies.
-    fn places<'a>(&self, lane: Lane<'a>) -> [(&'a Buffer, Range<u64>); 4] {
+    fn quantities<'a>(&self, lane: Lane<'a>) -> [(&'a Buffer, Range<u64>); 4] {
         let ([out, lse], plan) = (lane.layer.results(), self.attention.plan());
         let in_workspace = |range: &Range<u64>| (lane.workspace, range.clone());
         [(out, 0..out.bytes()), (lse, 0..lse.bytes()), in_workspace(&plan.errors), in_workspace(&plan.head_types)]
     }
 
     fn read(&self, lane: Lane, quantity: usize) -> Result<Vec<u8>> {
-        let (buffer, Range { start, end }) = self.places(lane)[quantity].clone();
+        let (buffer, Range { start, end }) = self.quantities(lane)[quantity].clone();
         self.device().read(buffer, start, end - start)
     }
 
-    /// What one plain launch gives.
+    /// Launches one layer plainly, and reads its results.
     fn alone(&self, layer: usize) -> Result<Results> {
         let lane = self.lane(layer, 0);
         self.poison(Stream::DEFAULT, lane, 0)?;
@@ -193,7 +202,7 @@ impl Launches {
         Ok([self.read(lane, 0)?, self.read(lane, 1)?, self.read(lane, 2)?, self.read(lane, 3)?])
     }
 
-    fn again(&self, expected: &Results, repeats: u64) -> Result<Vec<Check>> {
+    fn again(&self, expected: &Results, repeats: u64) -> Result<Checks> {
         let lane = self.lane(0, 0);
         let mut comparison = Comparison::new("profiled, run again", repeats, repeats);
         for run in 1..=repeats {
@@ -204,23 +213,24 @@ impl Launches {
         Ok(comparison.checks())
     }
 
-    fn graph(&self, gpu: &Arc<Gpu>, expected: &[Results], seed: u64) -> Result<Vec<Check>> {
+    fn graph(&self, gpu: &Arc<Gpu>, expected: &[Results], seed: u64) -> Result<Checks> {
         let (device, lane) = (self.device(), self.lane(expected.len(), 0));
         let stream = OwnedStream::new(gpu)?;
         let graph = stream.capture(|stream| self.forward(stream, lane))?;
         let replay = |set: usize, run: u64| {
             self.layers[set].copy_inputs(device, stream.borrow(), lane.layer)?;
             self.poison(stream.borrow(), lane, run)?;
-            // SAFETY: module and memory are this value's, and `stream`, which waits for the work, is dropped before it.
+            // SAFETY: module and memory are this value's, and `stream`, which waits for the work,
+            // is dropped before it.
             unsafe { graph.launch(stream.borrow()) }
         };
-        // The first takes longer.
+        // The first replay takes longer than the others, so it is not timed.
         replay(0, 0)?;
         let replays = affordable(device.time(stream.borrow(), || replay(0, 0))?, REPLAYS);
         let mut comparison = Comparison::new("profiled, a CUDA graph with inputs that change", replays, replays);
         let mut generator = row_generator(seed, u64::MAX);
         for run in 1..=replays {
-            // At random, so that evenly spread comparisons meet all sets.
+            // Sets come at random, so that evenly spread comparisons meet all of them.
             let set = generator.random_range(0..expected.len());
             replay(set, run)?;
             comparison.compare(self, &[(lane, &expected[set])], || format!("replay {run}, inputs {set}"))?;
@@ -228,7 +238,7 @@ impl Launches {
         Ok(comparison.checks())
     }
 
-    fn two_streams(&self, gpu: &Arc<Gpu>, expected: &[Results]) -> Result<Vec<Check>> {
+    fn two_streams(&self, gpu: &Arc<Gpu>, expected: &[Results]) -> Result<Checks> {
         let lanes = [self.lane(0, 0), self.lane(1, 1)];
         let streams = [OwnedStream::new(gpu)?, OwnedStream::new(gpu)?];
         let launch = |index: usize, run: u64| {
@@ -253,10 +263,11 @@ impl Launches {
 /// Comparisons of one way to launch.
 struct Comparison {
     case: &'static str,
-    /// Runs in all.
+    /// How many runs there are in all.
     runs: u64,
-    /// How often results may be compared, evenly spread over the runs, and how often they could have been so far.
+    /// How often results may be compared. These points are evenly spread over the runs.
     points: u64,
+    /// How many points were passed so far.
     passed: u64,
     worst: [Worst; 4],
 }
@@ -266,17 +277,23 @@ impl Comparison {
         Comparison { case, runs, points, passed: 0, worst: QUANTITIES.map(|_| Worst::new()) }
     }
 
-    /// Waits, and compares what the lanes hold, as far as it is this point's turn.
-    fn compare(&mut self, launches: &Launches, lanes: &[(Lane, &Results)], place: impl Fn() -> String) -> Result<()> {
+    /// Waits, and compares those quantities of the lanes that are due at this point. `run` names
+    /// it.
+    fn compare(
+        &mut self,
+        launched: &LaunchedLayers,
+        lanes: &[(Lane, &Results)],
+        run: impl Fn() -> String,
+    ) -> Result<()> {
         for (quantity, worst) in self.worst.iter_mut().enumerate() {
             let bytes: u64 = lanes.iter().map(|(_, expected)| expected[quantity].len() as u64).sum();
             if !is_due(self.passed, self.points, READ_BYTES / bytes) {
                 continue;
             }
             for (number, (lane, expected)) in lanes.iter().enumerate() {
-                let (count, first) = difference(&launches.read(*lane, quantity)?, &expected[quantity]);
+                let (count, first) = difference(&launched.read(*lane, quantity)?, &expected[quantity]);
                 worst.add(count as f64, 0.0, || {
-                    format!("{}, layer {number}: {count} bytes differ, the first at {first}", place())
+                    format!("{}, layer {number}: {count} bytes differ, the first at {first}", run())
                 });
             }
         }
@@ -284,21 +301,23 @@ impl Comparison {
         Ok(())
     }
 
-    fn checks(self) -> Vec<Check> {
-        let named = self.worst.into_iter().zip(QUANTITIES);
-        named.map(|(worst, (kernel, quantity))| worst.check(kernel, self.case, quantity, (self.runs, "runs"))).collect()
+    fn checks(self) -> Checks {
+        let check = |worst: Worst, (kernel, quantity)| worst.check(kernel, self.case, quantity, (self.runs, "runs"));
+        let ([first, others @ ..], [of_first, of_others @ ..]) = (self.worst, QUANTITIES);
+        Checks::new(check(first, of_first), others.into_iter().zip(of_others).map(|(worst, of)| check(worst, of)))
     }
 }
 
-/// Whether point `index` of `points` is one of the `most` that lie evenly, the last among them.
+/// Whether point `index` of `points` is one of `most` points that lie evenly. The last one always
+/// is.
 fn is_due(index: u64, points: u64, most: u64) -> bool {
     let most = most.clamp(1, points);
     (index + 1) * most / points > index * most / points
 }
 
-/// Bytes in which two results differ, and the first of them.
+/// How many bytes of two results differ, and where the first of them is.
 fn difference(found: &[u8], expected: &[u8]) -> (u64, usize) {
-    /// Bytes that are compared at a time.
+    /// How many bytes are compared at a time.
     const PIECE: usize = 1 << 20;
     let pieces = found.par_chunks(PIECE).zip(expected.par_chunks(PIECE)).enumerate();
     pieces

@@ -1,8 +1,11 @@
 //! How fast the kernels of a spec are on a GPU, each by itself and the layer as a whole.
 //!
-//! A round times everything once, in a new order each time, so that drifting clocks reach all alike; the medians over rounds are
-//! reported. A sample is the mean of enough launches, back to back between two events, to last [`SAMPLE_MILLISECONDS`]. As many
-//! untimed ones come first: how fast the GPU may clock depends on the power that the work before took.
+//! A round times everything once. Each round has another order, so that drifting clocks reach all
+//! alike. The medians over the rounds are reported.
+//!
+//! A sample is the mean of some launches, back to back between two events: so many that they last
+//! [`SAMPLE_MILLISECONDS`]. As many untimed launches come first, since the power that earlier work
+//! took decides how fast the GPU may clock.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -17,10 +20,12 @@ use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::device_tensors::{Arrangement, Placed, PlacedLayer};
-use crate::inputs::{Inputs, RopeTables, Tokens, narrow, normal, row_generator};
+use crate::device_tensors::{Arrangement, DeviceLayer, DeviceTensor};
+use crate::random::{normal, row_generator};
+use crate::rope::RopeTables;
+use crate::tensors::{Inputs, Tokens, narrow};
 
-/// What to time.
+/// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timed {
     /// pack, and attention with every head dense.
@@ -34,58 +39,69 @@ pub enum Timed {
 }
 
 impl Timed {
-    /// Everything.
+    /// All of them.
     pub const ALL: [Timed; 4] = [Timed::Dense, Timed::Spatial, Timed::Temporal, Timed::Profiled];
 }
 
-/// How to time.
+/// What is timed, and against what.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// What.
+pub struct BenchOptions {
+    /// What is timed.
     pub timed: Vec<Timed>,
-    /// Bytes of the device-to-device copy that is the ceiling for memory: more than any cache holds.
+    /// Bytes of a copy on the device, whose rate is the ceiling for memory. They are more than any
+    /// cache holds.
     pub copy_bytes: u64,
-    /// TFLOP/s of a large 16-bit matrix product on this GPU, the ceiling for arithmetic, where known.
+    /// TFLOP/s of a large 16-bit matrix product on this GPU, which is the ceiling for arithmetic,
+    /// where it is known.
     pub matmul_tflops: Option<f64>,
-    /// What the weights of the QK-norm lie around, where inputs are random: scores grow with its square.
+    /// The mean of the QK-norm's weights, where inputs are random. Scores grow with its square.
     pub qk_norm_weight: f64,
 }
 
-impl Default for Options {
-    /// Everything, against a copy of 1 GiB.
-    fn default() -> Options {
-        Options { timed: Timed::ALL.to_vec(), copy_bytes: 1 << 30, matmul_tflops: None, qk_norm_weight: 1.0 }
+impl Default for BenchOptions {
+    /// Everything is timed, against a copy of 1 GiB.
+    fn default() -> BenchOptions {
+        BenchOptions { timed: Timed::ALL.to_vec(), copy_bytes: 1 << 30, matmul_tflops: None, qk_norm_weight: 1.0 }
     }
 }
 
-/// One row of the result. `ms` and what is derived from it are medians over the rounds.
+/// One thing that was timed. `ms` and what is derived from it are medians over the rounds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// Name of the spec.
-    pub shape: String,
-    /// `dense` or `sparse`: the attention kernel alone. `pack`: norm, RoPE and reordering of all heads. `profile`: profile and
-    /// select. `select`: select alone. `repack`: the second pack of a profiled layer. `layer`: one as its user calls it.
-    /// `ceiling`: a copy.
+    #[serde(rename = "shape")]
+    pub spec: String,
+    /// What was timed:
+    ///
+    /// * `dense`, `sparse`: the attention kernel alone,
+    /// * `pack`: norm, RoPE and reordering of all heads,
+    /// * `profile`: the kernels profile and select,
+    /// * `select`: select alone,
+    /// * `repack`: the second pack of a profiled layer,
+    /// * `layer`: a profiled layer as its user calls it,
+    /// * `ceiling`: a copy.
     pub what: &'static str,
-    /// `spatial` or `temporal`, where `what` is done in one of two ways.
+    /// `spatial` or `temporal`, where `what` can be done for either.
     pub mask: Option<&'static str>,
-    /// This library.
+    /// The library that was timed: this one.
     pub who: &'static str,
-    /// Milliseconds.
+    /// Time in milliseconds.
     pub ms: f64,
-    /// Fastest round.
+    /// Time of the fastest round.
     pub low: f64,
-    /// Slowest round.
+    /// Time of the slowest round.
     pub high: f64,
-    /// Of attention: visible pairs x 4 x head_dim over the time.
+    /// Visible pairs x 4 x head_dim over the time, for attention.
     pub tflops: Option<f64>,
-    /// Bytes that must be moved, each input read once and each output written once, over the time.
+    /// Bytes that must be moved over the time. Each input is read once, and each output written
+    /// once.
     pub gbps: Option<f64>,
-    /// `gbps` over the copy's, where memory is the bound; `tflops` over the matrix product's for attention.
+    /// The share of the ceiling: of the matrix product's `tflops` for attention, of the copy's
+    /// `gbps` for all else.
     pub of_ceiling: Option<f64>,
     /// Visible pairs over S².
     pub density: Option<f64>,
-    /// Not measured here.
+    /// It is not measured here: `bench/bench.py` fills it in.
     pub rel_error: Option<f64>,
 }
 
@@ -96,84 +112,85 @@ pub struct Memory {
     pub tensor_bytes: u64,
     /// Bytes of the workspace.
     pub workspace_bytes: u64,
-    /// By how much free memory fell from the user's tensors to after a profiled layer has run.
+    /// How many bytes of free memory a workspace and a profiled layer take beyond the user's
+    /// tensors.
     pub beyond_bytes: Option<u64>,
-    /// That over `tensor_bytes`.
+    /// `beyond_bytes` over `tensor_bytes`.
     pub beyond_tensors: Option<f64>,
 }
 
-/// What a bench found.
+/// What was found of all kernels of a spec.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct BenchReport {
     /// Name of the spec.
     pub spec: String,
-    /// Of the kernels' PTX, as in their manifest: which kernels these are.
+    /// SHA-256 of the PTX, as in its manifest. It tells which kernels these are.
     pub ptx_sha256: String,
     /// The GPU.
     pub device: String,
-    /// Batch items, tokens, heads, head_dim.
+    /// Shape of Q: batch items, tokens, heads, head_dim.
     pub shape: [usize; 4],
-    /// Rounds that the medians are of.
+    /// How many rounds the medians are taken over.
     pub rounds: usize,
-    /// Memory.
+    /// Device memory of a layer.
     pub memory: Memory,
-    /// GB/s of the copy, bytes read and written.
+    /// GB/s of the copy, counting bytes that are read and bytes that are written.
     pub copy_gbps: f64,
-    /// As given.
+    /// The ceiling for arithmetic, as it was given.
     pub matmul_tflops: Option<f64>,
     /// Everything timed.
     pub rows: Vec<Row>,
 }
 
-/// What a sample runs.
+/// The work of one sample.
 enum Work {
-    /// These launches, in order.
+    /// It launches these kernels, in order.
     Launches(Vec<Launch>),
-    /// A profiled layer, as its user calls it.
+    /// It launches a profiled layer, as its user does.
     Layer,
-    /// The copy.
+    /// It copies memory.
     Copy,
 }
 
-/// Something to time.
+/// One thing to time.
 struct Item {
     what: &'static str,
     mask: Option<HeadType>,
-    /// Run before each sample, to leave in the workspace what the work reads.
+    /// Launches before each sample, which leave in the workspace what the work reads.
     before: Vec<Launch>,
     work: Work,
-    /// Bytes that must be moved; for `repack`, without what the temporal heads add.
+    /// Bytes that must be moved. For `repack`, what the temporal heads add is not counted here.
     bytes: u64,
-    /// The visible pairs that are its work.
-    pairs: Pairs,
-    /// Times the work runs in a sample; 0 before the first.
+    /// The visible pairs that the work computes.
+    pairs: VisiblePairs,
+    /// How often the work runs in a sample. It is 0 before the first sample.
     runs: u32,
-    /// Milliseconds of one run.
+    /// Milliseconds of one run, by round.
     samples: Vec<f64>,
 }
 
-/// Visible pairs of an item.
+/// The visible pairs of an item.
 #[derive(Clone, Copy, PartialEq)]
-enum Pairs {
-    /// It is no attention.
+enum VisiblePairs {
+    /// The item is no attention.
     None,
-    /// Every head of one type.
+    /// Every head has one type.
     All(HeadType),
-    /// Heads of the types that profiling finds.
+    /// Heads have the types that profiling finds.
     Profiled,
 }
 
-/// Least time of a sample.
+/// The least time of a sample.
 pub const SAMPLE_MILLISECONDS: f64 = 20.0;
 
-/// Runs of one sample.
+/// How often the work of a sample may run.
 const RUNS: RangeInclusive<u32> = 1..=500;
 
-/// Elements of the random values that fill Q, of those that fill K and of those that fill V, over and over: odd, so that no two rows
-/// are equal.
+/// How many random values fill Q, how many K and how many V, over and over. The number is odd, so
+/// that no two rows are equal.
 const POOL: usize = (1 << 24) + 1;
 
-/// Everything in place for rounds.
+/// Everything that rounds need, on the device.
 pub struct Bench {
     module: Arc<Module>,
     attention: SparseAttention,
@@ -183,7 +200,8 @@ pub struct Bench {
     matmul_tflops: Option<f64>,
     memory: Memory,
     items: Vec<Item>,
-    /// Head types with all heads alike, `[3, batch, heads]`, by the value of the type; the launches hold addresses into it.
+    /// Types of heads that are all alike, `[3, batch, heads]`, in the order of the types' values.
+    /// Launches hold addresses in it.
     types: Buffer,
 }
 
@@ -191,15 +209,16 @@ pub struct Bench {
 struct BenchInputs {
     layer: Layer,
     shape: [usize; 4],
-    out: Placed,
-    /// Kept for their memory.
+    out: DeviceTensor,
+    /// Held so that their memory lives.
     _memory: Vec<Buffer>,
-    _placed: Option<PlacedLayer>,
+    _placed: Option<DeviceLayer>,
 }
 
 impl Bench {
-    /// Puts inputs and workspace on the device: `inputs`, or normal values for the spec's own batch and heads.
-    pub fn new(module: &Arc<Module>, inputs: Option<&Inputs>, options: &Options) -> Result<Bench> {
+    /// Puts inputs and workspace on the device. Without `inputs`, they are normal values for the
+    /// spec's own batch and heads.
+    pub fn new(module: &Arc<Module>, inputs: Option<&Inputs>, options: &BenchOptions) -> Result<Bench> {
         let (spec, device) = (module.spec(), module.device());
         let inputs = match inputs {
             Some(inputs) => BenchInputs::given(device, spec, inputs)?,
@@ -217,7 +236,8 @@ impl Bench {
         device.synchronize()?;
         let before = free_memory(device)?;
         let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
-        // SAFETY: all memory is this value's own or the caller's for the call, sized by the library, and the work is waited for.
+        // SAFETY: all memory is this value's own or the caller's for the call, sized by the
+        // library, and the work is waited for.
         unsafe { attention.forward(Stream::DEFAULT, &inputs.layer, HeadTypes::Profiled, &workspace)? };
         device.synchronize()?;
         let after = free_memory(device)?;
@@ -241,12 +261,12 @@ impl Bench {
             items: Vec::new(),
             types,
         };
-        bench.items = bench.plan(&options.timed)?;
+        bench.items = bench.items_of(&options.timed)?;
         Ok(bench)
     }
 
-    /// The items of `timed`, and the copy.
-    fn plan(&self, timed: &[Timed]) -> Result<Vec<Item>> {
+    /// The items that `timed` asks for, and the copy.
+    fn items_of(&self, timed: &[Timed]) -> Result<Vec<Item>> {
         let spec = self.module.spec();
         let [batch, _, heads, _] = self.inputs.shape;
         let tensor = self.memory.tensor_bytes;
@@ -264,7 +284,7 @@ impl Bench {
         };
         let launches = |types| self.attention.launches(&self.inputs.layer, types, &self.workspace);
         let copied = 2 * self.copy[0].bytes();
-        let mut items = vec![Item { work: Work::Copy, ..item("ceiling", None, &[], &[], copied, Pairs::None) }];
+        let mut items = vec![Item { work: Work::Copy, ..item("ceiling", None, &[], &[], copied, VisiblePairs::None) }];
         for (head, wanted) in
             HeadType::ALL.into_iter().zip([Timed::Dense, Timed::Spatial, Timed::Temporal].map(|t| timed.contains(&t)))
         {
@@ -275,13 +295,14 @@ impl Bench {
             let given = launches(HeadTypes::Given(address))?;
             let (pack, attention) = (&[given.pack], &[given.attention]);
             let mask = (head != HeadType::Dense).then_some(head);
-            // Dense heads lie in the spatial layout: packing them is the same work.
+            // Dense heads lie in the spatial layout, so packing them is the same work as packing
+            // spatial ones.
             if head == HeadType::Temporal || !items.iter().any(|item| item.what == "pack") {
                 let order = (head == HeadType::Temporal).then_some(head);
-                items.push(item("pack", order, &[], pack, 6 * tensor + tables, Pairs::None));
+                items.push(item("pack", order, &[], pack, 6 * tensor + tables, VisiblePairs::None));
             }
             let what = if mask.is_some() { "sparse" } else { "dense" };
-            items.push(item(what, mask, pack, attention, 4 * tensor, Pairs::All(head)));
+            items.push(item(what, mask, pack, attention, 4 * tensor, VisiblePairs::All(head)));
         }
         if timed.contains(&Timed::Profiled) {
             let all = launches(HeadTypes::Profiled)?;
@@ -289,12 +310,12 @@ impl Bench {
             if let Some(Profiling { profile, select, repack, .. }) = all.profiling {
                 let partials = &self.attention.plan().partials;
                 let partial_bytes = partials.end - partials.start;
-                items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, Pairs::None));
-                items.push(item("select", None, &[pack, profile], &[select], partial_bytes, Pairs::None));
+                items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
+                items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));
                 // What the second pack moves depends on how many heads come out temporal.
-                items.push(item("repack", None, &[pack, profile, select], &[repack], tables, Pairs::Profiled));
+                items.push(item("repack", None, &[pack, profile, select], &[repack], tables, VisiblePairs::Profiled));
             }
-            let layer = item("layer", None, &[], &[], 4 * tensor + tables, Pairs::Profiled);
+            let layer = item("layer", None, &[], &[], 4 * tensor + tables, VisiblePairs::Profiled);
             items.push(Item { work: Work::Layer, ..layer });
         }
         Ok(items)
@@ -316,12 +337,13 @@ impl Bench {
     fn sample(&self, item: &mut Item) -> Result<()> {
         let device = self.module.device();
         let launch = |launches: &[Launch]| {
-            // SAFETY: as for the whole layer below.
+            // SAFETY: as for the whole layer, below.
             launches.iter().try_for_each(|launch| unsafe { self.attention.launch(Stream::DEFAULT, launch) })
         };
         let once = || match &item.work {
             Work::Launches(launches) => launch(launches),
-            // SAFETY: all memory is this value's own or the caller's for the call, sized by the library, and the work is waited for.
+            // SAFETY: all memory is this value's own or the caller's for the call, sized by the
+            // library, and the work is waited for.
             Work::Layer => unsafe {
                 self.attention.forward(Stream::DEFAULT, &self.inputs.layer, HeadTypes::Profiled, &self.workspace)
             },
@@ -329,7 +351,7 @@ impl Bench {
         };
         launch(&item.before)?;
         if item.runs == 0 {
-            // The first run of all is for the clocks, the second says how often to run.
+            // The first run of all warms the GPU up. The second tells how often to run.
             once()?;
             let milliseconds = device.time(Stream::DEFAULT, once)?;
             item.runs = ((SAMPLE_MILLISECONDS / milliseconds).ceil() as u32).clamp(*RUNS.start(), *RUNS.end());
@@ -341,11 +363,11 @@ impl Bench {
         Ok(())
     }
 
-    /// Medians over the rounds so far, of which there is at least one.
-    pub fn report(&self) -> Result<Report> {
+    /// The medians over the rounds so far. There must have been one.
+    pub fn report(&self) -> Result<BenchReport> {
         let spec = self.module.spec();
         let [batch, _, heads, _] = self.inputs.shape;
-        let types: Vec<HeadType> = if self.items.iter().any(|item| item.pairs == Pairs::Profiled) {
+        let types: Vec<HeadType> = if self.items.iter().any(|item| item.pairs == VisiblePairs::Profiled) {
             self.attention.read_profile(&self.workspace)?.iter().map(|profile| profile.head_type).collect()
         } else {
             Vec::new()
@@ -359,14 +381,16 @@ impl Bench {
         let rows = self.items.iter().map(|item| {
             let ms = median(&item.samples);
             let (flops, density) = match item.pairs {
-                Pairs::None => (None, None),
-                Pairs::All(head) => (Some(spec.flops(head) as f64 * (batch * heads) as f64), Some(spec.density(head))),
-                Pairs::Profiled if item.what == "layer" => {
+                VisiblePairs::None => (None, None),
+                VisiblePairs::All(head) => {
+                    (Some(spec.flops(head) as f64 * (batch * heads) as f64), Some(spec.density(head)))
+                }
+                VisiblePairs::Profiled if item.what == "layer" => {
                     let flops = types.iter().map(|&head| spec.flops(head) as f64).sum();
                     let density = types.iter().map(|&head| spec.density(head)).sum::<f64>() / types.len() as f64;
                     (Some(flops), Some(density))
                 }
-                Pairs::Profiled => (None, None),
+                VisiblePairs::Profiled => (None, None),
             };
             let bytes = if item.what == "repack" {
                 item.bytes as f64 + temporal / types.len() as f64 * 6.0 * self.memory.tensor_bytes as f64
@@ -379,7 +403,7 @@ impl Bench {
                 None => Some(gbps / copy_gbps),
             };
             Row {
-                shape: spec.name.clone(),
+                spec: spec.name.clone(),
                 what: item.what,
                 mask: item.mask.map(HeadType::name),
                 who: "framestride",
@@ -393,7 +417,7 @@ impl Bench {
                 rel_error: None,
             }
         });
-        Ok(Report {
+        Ok(BenchReport {
             spec: spec.name.clone(),
             ptx_sha256: self.module.manifest().ptx_sha256.clone(),
             device: self.module.device().name(),
@@ -406,7 +430,7 @@ impl Bench {
         })
     }
 
-    /// The output as the last attention of the rounds left it.
+    /// The output that the last attention of the rounds left.
     pub fn output(&self) -> Result<Tokens> {
         Ok(self.inputs.out.download(self.module.device())?.0)
     }
@@ -420,7 +444,7 @@ fn free_memory(device: &Device) -> Result<Option<u64>> {
     }
 }
 
-/// Middle value, or mean of the two in the middle.
+/// The middle value, or the mean of the two in the middle.
 fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -433,14 +457,15 @@ fn median(samples: &[f64]) -> f64 {
 impl BenchInputs {
     fn given(device: &Device, spec: &Spec, inputs: &Inputs) -> Result<BenchInputs> {
         inputs.check(spec, "inputs")?;
-        let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+        let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
         let shape = inputs.q.shape();
-        let out = Placed::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
+        let out = DeviceTensor::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
         let layer = Layer { out: out.tensor(), lse: 0, ..placed.layer };
         Ok(BenchInputs { layer, shape, out, _memory: Vec::new(), _placed: Some(placed) })
     }
 
-    /// Normal values for Q, K and V, norm weights around `qk_norm_weight`, RoPE of the spec's grid; all text valid.
+    /// Normal values for Q, K and V, norm weights around `qk_norm_weight`, and RoPE of the spec's
+    /// grid. All text is valid.
     fn random(device: &Device, spec: &Spec, qk_norm_weight: f64) -> Result<BenchInputs> {
         let allowed = if spec.qk_norm.is_some() { "a number from 0 to 1000" } else { "1: the spec has no [qk_norm]" };
         if !(0.0..=1000.0).contains(&qk_norm_weight) || (spec.qk_norm.is_none() && qk_norm_weight != 1.0) {
@@ -466,7 +491,7 @@ impl BenchInputs {
             Ok(Tensor { data: keep(buffer), batch: strides[0], row: strides[1], head: strides[2] })
         };
         let (q, k, v) = (tensor(0)?, tensor(1)?, tensor(2)?);
-        let out = Placed::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
+        let out = DeviceTensor::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
         let mut layer = Layer { q, k, v, out: out.tensor(), ..Layer::default() };
         let mut floats = |values: &[f32]| -> Result<u64> {
             Ok(keep(device.upload(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?))
@@ -490,7 +515,8 @@ impl BenchInputs {
     }
 }
 
-/// `elements` standard normal values of the spec's type, for tensor `which`.
+/// `elements` standard normal values of the spec's type. `which` is the number of the tensor: each
+/// has values of its own.
 fn pool(spec: &Spec, elements: usize, which: u64) -> Vec<u8> {
     const CHUNK: usize = 1 << 14;
     let mut bytes = vec![0; elements * 2];

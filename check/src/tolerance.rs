@@ -1,33 +1,46 @@
 //! How far a kernel's result may lie from the f64 reference, derived from its arithmetic.
 //!
-//! The reference gets the very numbers that the kernel reads, so only the kernel's own roundings count:
+//! The reference gets the very numbers that the kernel reads, so only the kernel's own roundings
+//! count:
 //!
-//! * **Rounding to the 16-bit type** (precision p: 8 bits for bf16, 11 for f16): a relative error of at most u = 2^-p, and, over
-//!   many numbers, of mean zero and root mean square at most u / sqrt(3). f16 has a smallest step of 2^-24, so half of that is an
+//! * **Rounding to the 16-bit type**, whose precision p is 8 bits for bf16 and 11 for f16. The
+//!   relative error is at most u = 2^-p. Over many numbers its mean is zero, and its root mean
+//!   square is at most u / sqrt(3). The smallest step of f16 is 2^-24, so half of that is an
 //!   absolute error on top.
-//! * **f32 arithmetic**: at most 2^-24 for an operation that rounds, and 2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
-//! * **Tensor-core sums**: a step adds 16 products to the accumulator. Terms are cut, towards zero, at 25 bits below the largest of
-//!   them, and their sum to f32, so a step loses at most [`LARGEST_CUT`] of the largest: (16 + 4) 2^-25. Cuts of terms of one sign do
-//!   not average out. For attention over 119056 keys this allows 4.4e-3. A GPU loses 7.9e-4 there in f16 if all values are near 1: random
-//!   bits cost half of the largest cuts, and partial sums are smaller than the last.
+//! * **f32 arithmetic**. The relative error is at most 2^-24 for an operation that rounds, and
+//!   2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
+//! * **Tensor-core sums**. A step adds 16 products to the accumulator. Terms are cut, towards zero,
+//!   at 25 bits below the largest of them, and their sum is cut to f32. So a step loses at most
+//!   [`LARGEST_CUT`] of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
+//!   out. For attention over 119056 keys this allows an error of 4.4e-3. A GPU loses 7.9e-4 there
+//!   in f16 if all values are near 1. Random bits cost half of the largest cuts, and partial sums
+//!   are smaller than the last.
 //!
-//! Worst cases of sums of thousands of rounded terms are so wide that a wrong kernel would pass. So independent roundings are
-//! added as variances, as in the probabilistic analysis of Higham and Mary (2019), and a result may lie [`DEVIATIONS`] standard
-//! deviations away; errors that do not average out (truncation, scores) are added in full.
+//! Worst cases of sums of thousands of rounded terms are so wide that a wrong kernel would pass. So
+//! independent roundings are added as variances, as in the probabilistic analysis of Higham and
+//! Mary (2019). A result may lie [`DEVIATIONS`] standard deviations away. Errors that do not
+//! average out (cuts, scores) are added in full.
 //!
-//! * **pack** rounds once: u for each element, and so for the row. The statistic of n terms in f32 adds at most n / 2 roundings
-//!   (half, since the root halves a relative error), scaled by how far the row's mean is off centre, in deviations of which eps is a
-//!   part; norm, affine part, rotation and scale add at most 16 roundings of values no larger than 4 times the row.
-//! * **attention** rounds the weights w of the softmax before the product with V: the variance of a row of the output is
-//!   `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products: `head_dim / 16` steps, whose largest term is at
-//!   most twice |q| |k| scale, since an offset may be among the terms, and four roundings, which is the relative error of a weight. The
-//!   output's own rounding adds `u^2/3 |out|^2`, and the sum over the keys a step for each 16 keys, of partial sums about as large as
-//!   spread or out. Where scores rise along the keys, what was summed is multiplied by an approximate 2^x for each key tile.
-//! * **log-sum-exp** is compared as the relative error of the sum of weights: a thread adds a quarter of the keys in sequence.
-//! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle inequality, the root of the error is
-//!   wrong by no more than the root mean square error of masked and dense output together. Weights under a mask may be relative to
-//!   the largest of all keys, which the mask may hide: their rounding errors are absolute, but small beside
-//!   [`Dtype::least_masked_sum`], which their sum in each split reaches. Splits are merged by the logarithms of their sums.
+//! * **pack** rounds each element once, so a row has a relative error of u. The statistic of n
+//!   terms in f32 adds at most n / 2 roundings. It is half of n, since the root halves a relative
+//!   error. It is scaled by how far the row's mean lies off centre, in deviations of which eps is a
+//!   part. Norm, weights, rotation and scale add at most 16 roundings of values no larger than 4
+//!   times the row.
+//! * **attention** rounds the weights w of the softmax before the product with V. The variance of a
+//!   row of the output is `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products.
+//!   They have four roundings and `head_dim / 16` steps. The largest term of a step is at most
+//!   twice |q| |k| scale, since an offset may be among the terms. Their error is the relative error
+//!   of a weight. The output's own rounding adds ` u^2/3
+//!   |out|^2`. The sum over the keys adds a step for each 16 keys, of partial sums about as large
+//!   as spread or out. Where scores rise along the keys, the sums so far are multiplied by an
+//!   approximate 2^x for each key tile.
+//! * **log-sum-exp** is compared as the relative error of the sum of weights. A thread adds a
+//!   quarter of the keys in sequence.
+//! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle
+//!   inequality, the root of the error is wrong by no more than the root mean square errors of both
+//!   outputs. Weights under a mask may be relative to the largest of all keys, which the mask may
+//!   hide. Their rounding errors are then absolute, but small beside [`Dtype::least_masked_sum`],
+//!   which their sum in each split reaches. Splits are merged by the logarithms of their sums.
 
 use framestride::shapes::launch::PROFILE_KEY_ROWS;
 use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
@@ -35,12 +48,14 @@ use ptx_emulator::LARGEST_CUT;
 
 use crate::reference::{Attended, ProfileErrors, norm};
 
-/// Standard deviations that a sum of independent roundings may be away from zero.
+/// How many standard deviations a sum of independent roundings may lie away from zero.
 pub const DEVIATIONS: f64 = 3.0;
 
+/// Largest relative error of an f32 operation that rounds.
 const F32: f64 = 1.0 / (1 << 24) as f64;
-/// Products of a step of the tensor cores.
+/// Products that the tensor cores add in one step.
 const STEP: f64 = 16.0;
+/// Largest relative error of an approximate f32 function.
 const APPROXIMATION: f64 = 4.0 * F32;
 
 /// Largest relative error of rounding to the type.
@@ -54,13 +69,14 @@ pub fn unit_roundoff(dtype: Dtype) -> f64 {
 /// Largest absolute error of rounding a number too small for full precision.
 fn smallest_error(dtype: Dtype) -> f64 {
     match dtype {
-        // The exponents are those of f32: nothing that small matters.
+        // The exponents are those of f32, so nothing that small matters.
         Dtype::Bf16 => 0.0,
         Dtype::F16 => 1.0 / (1u64 << 25) as f64,
     }
 }
 
-/// Largest absolute error of rounding a weight too small for full precision. f32 flushes what is below its normal numbers to zero.
+/// Largest absolute error of rounding a weight too small for full precision. f32 makes zero of what
+/// is below its normal numbers.
 fn weight_flush(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::Bf16 => f32::MIN_POSITIVE.into(),
@@ -68,22 +84,28 @@ fn weight_flush(dtype: Dtype) -> f64 {
     }
 }
 
-/// That error relative to the largest weight of the row, which is a 64th of the least sum of plain weights or more, since a thread has no
-/// more keys of a tile.
+/// The error of [`weight_flush`] relative to the largest weight of the row.
+///
+/// That weight is at least a 64th of the least sum of weights without offsets, since a thread has
+/// no more keys of a tile.
 fn smallest_weight_error(dtype: Dtype) -> f64 {
     weight_flush(dtype) * 64.0 / f64::from(dtype.tile_sums()[0])
 }
 
-/// Error of the logarithm to base two of a row's sum of weights, and of what is added to it.
+/// Error of the logarithm to base two of a row's sum of weights, and of the offset that is added to
+/// it.
 fn logarithm_error(row: &Attended) -> f64 {
     APPROXIMATION * (1.0 + row.lse.abs() + row.score_size)
 }
 
-/// A tolerance that a wrong result may pass: zeros are off by as much. What has one is not comparable.
+/// A tolerance that is too wide to tell anything: a row of zeros is within it. What has such a
+/// tolerance is not comparable.
 pub const BLIND: f64 = 1.0;
 
-/// A normalised, rotated and rounded row of Q or K. `input` is the row (or, for a norm over all heads, the token) as given. Zeros come of
-/// zeros, and are exact.
+/// Tolerance of a normalised, rotated and rounded row of Q or K, relative to the norm of `output`.
+///
+/// `input` is the row as it was given, or the whole token for a norm over all heads. A row of zeros
+/// is exact.
 pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
     if norm(output) == 0.0 {
         return 0.0;
@@ -109,20 +131,24 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
     tolerance + steps / norm(output).max(f64::MIN_POSITIVE)
 }
 
-/// Relative error of a weight that comes from its score.
+/// The relative error of a weight that comes from the error of its score.
 fn score_error(head_dim: usize, row: &Attended) -> f64 {
     (2.0 * head_dim as f64 / STEP * LARGEST_CUT + 4.0 * F32) * row.score_size + APPROXIMATION
 }
 
-/// Error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, which is once for each key tile at most, and
-/// when parts are merged: independent errors.
+/// The error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, and
+/// when parts are merged.
+///
+/// Offsets are lowered once for each key tile at most, and these errors are independent.
 fn rescaling_error(row: &Attended) -> f64 {
     (row.keys as f64 / f64::from(PROFILE_KEY_ROWS) + 1.0).sqrt() * APPROXIMATION
 }
 
-/// Error of an output row before its own rounding: standard deviation of what averages out, and the size of what does not. `rescaled` is
-/// the row whose keys may lower the offsets, and `weight_error` the largest absolute error of a weight too small for full precision,
-/// relative to the row's largest.
+/// The error of an output row before its own rounding: the standard deviation of what averages out,
+/// and the size of what does not.
+///
+/// `rescaled` is the row whose keys may lower the offsets. `weight_error` is the largest absolute
+/// error of a weight too small for full precision, relative to the row's largest weight.
 fn output_error(dtype: Dtype, row: &Attended, rescaled: &Attended, weight_error: f64) -> (f64, f64) {
     let u = unit_roundoff(dtype);
     let rounding = u / 3f64.sqrt() * row.spread;
@@ -130,12 +156,13 @@ fn output_error(dtype: Dtype, row: &Attended, rescaled: &Attended, weight_error:
     let rescaling = rescaling_error(rescaled) * partial;
     let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / STEP * LARGEST_CUT * partial;
     let steps = weight_error * row.flat_spread;
-    // Zero is among the numbers to round to, so a weight changes by no more than itself, and the row by no more than all of it.
+    // A weight may be rounded to zero. So it changes by no more than itself, and the row by no more
+    // than all of it.
     let (steps, lost) = if DEVIATIONS * steps < partial { (steps, 0.0) } else { (0.0, partial) };
     (rounding.hypot(steps).hypot(rescaling), systematic + lost)
 }
 
-/// A row of **attention**, relative to the row's norm.
+/// Tolerance of a row of **attention**, relative to the row's norm.
 pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
     let (deviation, systematic) = output_error(dtype, row, row, smallest_weight_error(dtype));
@@ -144,27 +171,33 @@ pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
 }
 
-/// A whole layer's output row against a reference that never rounds Q and K, as an absolute error. `rounded` is the reference with
-/// Q and K rounded once they are normalised and rotated, as the kernels store them, and `moved` its distance to the unrounded one.
+/// Tolerance of a whole layer's output row against a reference that never rounds Q and K, as an
+/// absolute error.
 ///
-/// By the triangle inequality that distance is all that rounding Q and K explains, where f32 and f64 round alike. They do not
-/// where the f64 value lies within the f32 error (64 roundings at most, e = 64 2^-24) of a boundary between two 16-bit numbers,
-/// 2 u apart: that is a fraction e / u of the elements, each then wrong by 2 u, so a root mean square of 2 sqrt(e u), beside the
-/// u / sqrt(3) of rounding itself.
+/// `rounded` is the row that the reference gives when Q and K are rounded once they are normalised
+/// and rotated, as the kernels store them. `moved` is its distance to the unrounded row.
+///
+/// By the triangle inequality, that distance is all that rounding Q and K explains, where f32 and
+/// f64 round alike. They do not where the f64 value lies within the f32 error of a boundary between
+/// two 16-bit numbers. That error is 64 roundings at most (e = 64 2^-24), and the boundaries are 2
+/// u apart. That is a fraction e / u of the elements. Each of them is then wrong by 2 u. This makes
+/// a root mean square of 2 sqrt(e u), beside the u / sqrt(3) of rounding itself.
 pub fn layer_row(dtype: Dtype, rounded: &Attended, moved: f64) -> f64 {
     let u = unit_roundoff(dtype);
     let other_side = 2.0 * (64.0 * F32 * u).sqrt() / (u / 3f64.sqrt());
     attention_row(dtype, rounded) * norm(&rounded.out) + moved * (1.0 + DEVIATIONS * other_side)
 }
 
-/// exp(lse), relative.
+/// Tolerance of exp(lse), relative.
 pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
     let sums = (row.keys as f64 / 4.0 + 2.0) * F32;
     sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm_error(row)
 }
 
-/// Largest absolute error of a weight of **profile** too small for full precision, relative to the row's largest: of dense rows, and of rows
-/// under a mask, whose weights may be relative to all keys.
+/// Largest absolute error of a weight of **profile** too small for full precision, relative to the
+/// row's largest weight.
+///
+/// Under a mask, weights may be relative to all keys.
 fn sampled_weight_error(dtype: Dtype, row: &Attended, is_masked: bool) -> f64 {
     let own_offsets = smallest_weight_error(dtype);
     if !is_masked {
@@ -174,24 +207,28 @@ fn sampled_weight_error(dtype: Dtype, row: &Attended, is_masked: bool) -> f64 {
     own_offsets.max(weight_flush(dtype) / f64::from(dtype.least_masked_sum()) * (row.lse - row.maximum).exp())
 }
 
-/// A sample's row of **profile** under one mask (0 dense, 1 spatial, 2 temporal), of `rows` under each, before anything rounds it.
+/// Tolerance of a sample's row of **profile** under one mask, before it is rounded. `mask` is 0 for
+/// dense, 1 for spatial, 2 for temporal, and `rows` are the sample's rows under each.
 pub fn sampled_row(dtype: Dtype, rows: &[Attended; 3], mask: usize) -> f64 {
     let row = &rows[mask];
     let (deviation, systematic) = output_error(dtype, row, &rows[0], sampled_weight_error(dtype, row, mask > 0));
     (DEVIATIONS * deviation + systematic) / norm(&row.out).max(f64::MIN_POSITIVE)
 }
 
-/// What merging `splits` splits by the logarithms of their sums, with approximate 2^x and 1/x, does to a sample's row, relative.
+/// The relative error that merging splits makes in a sample's row. They are merged by the
+/// logarithms of their sums, with approximate 2^x and 1/x.
 pub fn merged_row(splits: u32, row: &Attended) -> f64 {
     logarithm_error(row) + 3.0 * APPROXIMATION + f64::from(splits) * F32
 }
 
-/// What adding `count` squares in f32 does to the root of their mean, relative: half of a rounding each.
+/// The relative error that adding `count` squares in f32 makes in the root of their mean: half of a
+/// rounding each.
 pub fn root_mean(count: f64) -> f64 {
     count / 2.0 * F32
 }
 
-/// Root mean squared error of **profile** for one mask (1 spatial, 2 temporal), relative to the dense output's root mean square.
+/// Tolerance of the root mean squared error of **profile** under one mask (1 spatial, 2 temporal),
+/// relative to the dense output's root mean square.
 pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 {
     let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
     for rows in &profile.rows {
@@ -205,7 +242,7 @@ pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 
         }
         count += rows[0].out.len() as f64;
     }
-    // Merging splits and summing squares: at most one rounding for each row and element.
+    // Merging splits and summing squares make at most one rounding for each row and element.
     let sums = count * F32;
     let root_mean = |sum: f64| (sum / count).sqrt();
     (DEVIATIONS * root_mean(variance) + root_mean(systematic)) / profile.dense_rms.max(f64::MIN_POSITIVE) + sums

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
-use framestride_check::device_tensors::{Arrangement, POISON, Placed, PlacedLayer};
-use framestride_check::inputs::{Inputs, Tokens, narrow, widen};
-use framestride_check::layer_run::run;
+use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
+use framestride_check::layer_run::run_layer;
+use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
 use framestride_check::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
 
 fn module(name: &str) -> Arc<Module> {
@@ -78,7 +78,7 @@ fn a_sample() {
                 "mean squared errors",
             ];
             // Of three heads, one of each type is all of them.
-            let some = if case.extent(module.spec()) == [1, 3] { 1..check.of + 1 } else { 1..check.of };
+            let some = if case.launch_extent(module.spec()) == [1, 3] { 1..check.of + 1 } else { 1..check.of };
             let compared = if sampled.contains(&check.quantity) { some } else { check.of..check.of + 1 };
             assert!(compared.contains(&check.compared), "seed {seed}: {check:?}");
         }
@@ -101,7 +101,7 @@ fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
     let device = module.device();
     let attention = SparseAttention::new(module, inputs.q.batch as u32, inputs.q.heads as u32).unwrap();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-    let placed = PlacedLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
     placed.out.download(device).unwrap().0
@@ -133,8 +133,8 @@ fn in_place() {
     let device = module.device();
     let attention = SparseAttention::new(&module, 2, 2).unwrap();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-    let mut placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
-    let q = Placed::upload(device, &inputs.q, Arrangement::TokensFirst).unwrap();
+    let mut placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let q = DeviceTensor::upload(device, &inputs.q, Arrangement::TokensFirst).unwrap();
     (placed.layer.q, placed.layer.out) = (q.tensor(), q.tensor());
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
@@ -155,7 +155,7 @@ fn the_schedule_and_a_borrowed_workspace() {
     device.fill(Stream::DEFAULT, &memory, POISON).unwrap();
     // SAFETY: the buffer lives until the end, and nobody else uses it.
     let workspace = unsafe { Workspace::borrow(device, memory.address(), memory.bytes()) };
-    let placed = PlacedLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, attention.head_types(0, 0), &workspace).unwrap() };
     let zeros = device.upload(&[0; 8]).unwrap();
@@ -182,14 +182,14 @@ fn dense_heads() {
         (&[1], [HeadType::Spatial, HeadType::Dense]),
         (&[0, 1, 0], [HeadType::Dense, HeadType::Dense]),
     ] {
-        let found = run(&module, &inputs, dense, &|_, _| ()).unwrap();
+        let found = run_layer(&module, &inputs, dense, &|_, _| ()).unwrap();
         assert_eq!(found.types, expected);
         assert!(found.report.ok);
         let types: Vec<u8> = expected.iter().flat_map(|&head| (head as u32).to_le_bytes()).collect();
         let types = module.device().upload(&types).unwrap();
         assert_eq!(found.out, forward(&module, &inputs, HeadTypes::Given(types.address())));
     }
-    let error = run(&module, &inputs, &[2], &|_, _| ()).err().unwrap().to_string();
+    let error = run_layer(&module, &inputs, &[2], &|_, _| ()).err().unwrap().to_string();
     assert!(error.contains("head 2") && error.contains("0 to 1"), "{error}");
 }
 
@@ -243,7 +243,7 @@ fn inputs_that_contradict_themselves() {
     for (name, change) in changes {
         let mut inputs = right.clone();
         change(&mut inputs);
-        let error = run(&module, &inputs, &[], &|_, _| ()).err().unwrap_or_else(|| panic!("{name} was accepted"));
+        let error = run_layer(&module, &inputs, &[], &|_, _| ()).err().unwrap_or_else(|| panic!("{name} was accepted"));
         writeln!(messages, "## {name}\n{error}").unwrap();
     }
     insta::assert_snapshot!(messages);

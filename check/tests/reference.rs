@@ -3,8 +3,9 @@
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::{KeyTile, query_tiles};
-use framestride_check::inputs::{Inputs, Norm, RopeTables, Tokens, narrow, widen};
 use framestride_check::reference::{Mask, Operand, Reference, norm};
+use framestride_check::rope::RopeTables;
+use framestride_check::tensors::{Inputs, Norm, Tokens, narrow, widen};
 
 fn tiny_specs() -> impl Iterator<Item = Spec> {
     let tiny = framestride::shapes::models().iter().filter(|(name, _)| name.starts_with("tiny_"));

@@ -2,9 +2,9 @@
 
 use framestride::shapes::layout::HeadType;
 use framestride::{Device, Kernels, Module};
-use framestride_check::inputs::Inputs;
 use framestride_check::layer_run;
-use framestride_check::timing::{Bench, Options, Timed};
+use framestride_check::tensors::Inputs;
+use framestride_check::timing::{Bench, BenchOptions, Timed};
 
 const COPY: u64 = 1 << 16;
 
@@ -12,7 +12,7 @@ const COPY: u64 = 1 << 16;
 fn rows_count_the_work_of_their_kernels() {
     let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();
     let spec = module.spec();
-    let mut bench = Bench::new(&module, None, &Options { copy_bytes: COPY, ..Options::default() }).unwrap();
+    let mut bench = Bench::new(&module, None, &BenchOptions { copy_bytes: COPY, ..BenchOptions::default() }).unwrap();
     for _ in 0..3 {
         bench.round(&|_| {}).unwrap();
     }
@@ -62,9 +62,10 @@ fn given_inputs_have_the_output_of_a_run() {
     let inputs = Inputs::random(spec, spec.batch as usize, spec.heads as usize, 11);
     let timed = vec![Timed::Profiled];
     let mut bench =
-        Bench::new(&module, Some(&inputs), &Options { timed, copy_bytes: COPY, ..Options::default() }).unwrap();
+        Bench::new(&module, Some(&inputs), &BenchOptions { timed, copy_bytes: COPY, ..BenchOptions::default() })
+            .unwrap();
     bench.round(&|_| {}).unwrap();
-    assert!(bench.output().unwrap() == layer_run::run(&module, &inputs, &[], &|_, _| {}).unwrap().out);
+    assert!(bench.output().unwrap() == layer_run::run_layer(&module, &inputs, &[], &|_, _| {}).unwrap().out);
 }
 
 #[test]
@@ -77,7 +78,7 @@ fn weights_are_of_a_norm_that_there_is() {
         ("tiny_text_last", 3.0, None),
     ] {
         let module = Module::load(&Device::emulator(), &Kernels::shipped(spec).unwrap()).unwrap();
-        let options = Options { qk_norm_weight, copy_bytes: COPY, ..Options::default() };
+        let options = BenchOptions { qk_norm_weight, copy_bytes: COPY, ..BenchOptions::default() };
         let error = Bench::new(&module, None, &options).err().map(|error| error.to_string());
         let as_expected = match (&error, expected) {
             (Some(error), Some(words)) => error.contains(words) && error.contains("qk_norm_weight"),

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
 use framestride::{Error, Result};
-use framestride_check::inputs::Inputs;
-use framestride_check::layer_run::Run;
+use framestride_check::layer_run::LayerRun;
 use framestride_check::reference::Reference;
+use framestride_check::tensors::Inputs;
 use image::Rgb;
 
 use crate::mask_pictures;
@@ -54,7 +54,7 @@ impl RunPictures {
     }
 
     /// Writes all of it. Gives the files.
-    pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &Run, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
+    pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &LayerRun, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
         if let Some(frames) = frames {
             let grid = video::grid(spec, frames, "video")?;
             let count = spec.layout.frames as usize;

@@ -15,7 +15,9 @@
 
 use framestride::shapes::spec::{Pairs, Rope, Spec};
 use framestride::{Error, Result};
-use framestride_check::inputs::{Inputs, RopeTables, Tokens, normal, paired, rope_axis, row_generator};
+use framestride_check::random::{normal, row_generator};
+use framestride_check::rope::{RopeTables, paired, rope_axis};
+use framestride_check::tensors::{Inputs, Tokens};
 use rayon::prelude::*;
 
 use crate::tensor_files::Frames;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use framestride::Kernels;
 use framestride::shapes::spec::Spec;
-use framestride_check::inputs::{Inputs, Tokens};
+use framestride_check::tensors::{Inputs, Tokens};
 use framestride_cli::tensor_files::{load_frames, load_inputs};
 use framestride_cli::video;
 use safetensors::tensor::{Dtype, TensorView};
@@ -208,7 +208,7 @@ fn tensors_as_diffusers_has_them() {
     assert_eq!(spec.rope.unwrap().pairs, framestride::shapes::spec::Pairs::Interleaved);
     let twice = |table: &[f32]| bytes(&table.iter().flat_map(|&value| [value, value]).collect::<Vec<f32>>());
     let norm = |norm: &Option<Vec<f32>>| bytes(norm.as_ref().unwrap());
-    let text = |norm: &Option<framestride_check::inputs::Norm>| bytes(norm.as_ref().unwrap().weight.as_ref().unwrap());
+    let text = |norm: &Option<framestride_check::tensors::Norm>| bytes(norm.as_ref().unwrap().weight.as_ref().unwrap());
     let theirs = [
         ("query", Dtype::BF16, vec![2, 2, 139, 64], heads_first(&inputs.q)),
         ("key", Dtype::BF16, vec![2, 139, 128], bits(&inputs.k)),

@@ -5,8 +5,8 @@ use std::process::{Command, Output};
 
 use framestride::Kernels;
 use framestride::shapes::spec::Spec;
-use framestride_check::inputs::{Inputs, Tokens};
 use framestride_check::layer_run;
+use framestride_check::tensors::{Inputs, Tokens};
 use framestride_cli::tensor_files::load_inputs;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
@@ -141,7 +141,7 @@ fn run_on_tensors() {
     assert_eq!(out.tensor("lse").unwrap().shape(), [1, 2, 139]);
     let module =
         framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
-    let expected = layer_run::run(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().out;
+    let expected = layer_run::run_layer(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().out;
     let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     assert_eq!(out.tensor("out").unwrap().data(), expected);
 }
@@ -224,11 +224,11 @@ fn run_names_what_is_not_finite() {
 #[test]
 fn run_says_what_is_not_comparable() {
     let mut inputs = Inputs::random(&tiny(), 1, 2, 14);
-    inputs.q_norm = framestride_check::inputs::Norm { weight: Some(vec![1000.0; 64]), bias: None };
+    inputs.q_norm = framestride_check::tensors::Norm { weight: Some(vec![1000.0; 64]), bias: None };
     inputs.k_norm = inputs.q_norm.clone();
     let module =
         framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
-    let report = layer_run::run(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().report;
+    let report = layer_run::run_layer(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().report;
     assert!(!report.ok && report.not_finite.is_empty());
     for head in report.heads {
         assert!(head.tolerance > 1.0 && head.reason.unwrap().contains("not comparable"));
@@ -378,8 +378,8 @@ fn run_with_options() {
     (inputs.scale, inputs.text_lengths) = (Some(0.25), Some(vec![5, 24]));
     let module =
         framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
-    inputs.rope = Some(framestride_check::inputs::RopeTables::from_grid(&spec, 2));
-    let expected = bytes(&layer_run::run(&module.unwrap(), &inputs, &[1], &|_, _| ()).unwrap().out);
+    inputs.rope = Some(framestride_check::rope::RopeTables::from_grid(&spec, 2));
+    let expected = bytes(&layer_run::run_layer(&module.unwrap(), &inputs, &[1], &|_, _| ()).unwrap().out);
     let written = std::fs::read(folder.path().join("layer.out.safetensors")).unwrap();
     assert!(SafeTensors::deserialize(&written).unwrap().tensor("out").unwrap().data() == expected);
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use framestride::Kernels;
-use framestride_check::inputs::{Inputs, Tokens};
+use framestride_check::tensors::{Inputs, Tokens};
 use safetensors::tensor::{Dtype, TensorView};
 
 const PNG: &[u8] = b"\x89PNG";

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use framestride::{Device, Error, Result};
-use framestride_check::timing::{self, Options, Timed};
+use framestride_check::timing::{self, BenchOptions, Timed};
 
 use crate::device_options::DeviceOptions;
 use crate::outcome::{Outcome, to_json};
@@ -75,7 +75,7 @@ impl ValueEnum for TimedValue {
 pub fn bench(arguments: Bench) -> Result<Outcome> {
     let Bench { spec: argument, on, rounds, types, matmul_tflops, qk_norm_weight, paced, qkv, out } = arguments;
     let timed = types.into_iter().map(|TimedValue(timed)| timed).collect();
-    let options = Options { timed, matmul_tflops, qk_norm_weight, ..Options::default() };
+    let options = BenchOptions { timed, matmul_tflops, qk_norm_weight, ..BenchOptions::default() };
     let bar = Bar::new();
     let spec = read_spec(&argument)?;
     if out.is_some() && options.timed.len() != 1 {
@@ -131,7 +131,7 @@ pub fn bench(arguments: Bench) -> Result<Outcome> {
     Ok(Outcome { text, ..outcome })
 }
 
-fn bench_text(report: &timing::Report) -> String {
+fn bench_text(report: &timing::BenchReport) -> String {
     let [batch, rows, heads, head_dim] = report.shape;
     let mut text = format!(
         "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}, median of {} rounds\n\n{:<18} {:>11} {:>23} {:>9} {:>9} {:>11} {:>9}\n",

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use framestride::shapes::spec::{NormKind, Spec};
 use framestride::{Error, Result};
-use framestride_check::inputs::{Inputs, RopeTables};
-use framestride_check::layer_run::{self, RunReport, check_dense_heads};
+use framestride_check::layer_run::{self, LayerReport, check_dense_heads};
+use framestride_check::rope::RopeTables;
+use framestride_check::tensors::Inputs;
 use serde_json::json;
 
 use crate::device_options::{DeviceOptions, check_memory};
@@ -103,7 +104,7 @@ pub fn run(arguments: Run) -> Result<Outcome> {
     let module = on.load(&spec, &device, &bar)?;
     let place = module.device().name();
     let progress = |what: &str, part| bar.say(&format!("{what} ({place})"), part);
-    let run = layer_run::run(&module, &inputs, &dense_heads, &progress)?;
+    let run = layer_run::run_layer(&module, &inputs, &dense_heads, &progress)?;
     let assumed = if qkv.is_some() { assumed(&spec, &inputs) } else { Vec::new() };
     let mut files = Vec::new();
     let mut write = || -> Result<()> {
@@ -151,7 +152,7 @@ fn assumed(spec: &Spec, inputs: &Inputs) -> Vec<String> {
     assumed
 }
 
-fn run_text(report: &RunReport) -> String {
+fn run_text(report: &LayerReport) -> String {
     let [batch, rows, heads, head_dim] = report.shape;
     let mut text = format!(
         "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}\n\n{:>5} {:>5} {:>14} {:>14} {:>9} {:>8} {:>12} {:>11} {:>10}\n",

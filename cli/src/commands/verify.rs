@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use framestride::Result;
-use framestride_check::verify::{Effort, Report};
+use framestride_check::verify::{Effort, VerifyReport};
 
 use crate::device_options::{DeviceOptions, check_memory};
 use crate::outcome::{Outcome, to_json};
@@ -42,13 +42,13 @@ pub fn verify(Verify { spec, on, seed }: Verify) -> Result<Outcome> {
     Ok(Outcome::new(verify_text(&report), to_json(&report), report.ok))
 }
 
-fn verify_text(report: &Report) -> String {
+fn verify_text(report: &VerifyReport) -> String {
     let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
     if !report.reduced.is_empty() {
         text += &format!("\nmemory has no room for more than\n  {}\n", report.reduced.join("\n  "));
     }
     let mut case = "";
-    for check in &report.checks {
+    for check in report.checks.as_slice() {
         if check.case != case {
             case = &check.case;
             text += &format!("\n{case}\n");
@@ -64,9 +64,9 @@ fn verify_text(report: &Report) -> String {
         text.push('\n');
     }
     text.push('\n');
-    let failed = report.checks.iter().filter(|check| !check.ok).count();
+    let (all, failed) = (report.checks.as_slice().len(), report.checks.failed().count());
     text + &match failed {
-        0 => format!("all {} checks passed\n", report.checks.len()),
-        _ => format!("{failed} of {} checks failed\n", report.checks.len()),
+        0 => format!("all {all} checks passed\n"),
+        _ => format!("{failed} of {all} checks failed\n"),
     }
 }

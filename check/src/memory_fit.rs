@@ -1,4 +1,4 @@
-//! How many heads of a layer `verify` can launch at a time in the memory there is.
+//! How many heads of a layer `verify` can launch at a time in the memory that is free.
 
 use framestride::device::available_memory;
 use framestride::shapes::spec::{NormOver, Spec};
@@ -6,21 +6,23 @@ use framestride::{Device, Error, Result, profile_splits};
 
 use crate::device_tensors::{Arrangement, layer_bytes};
 
-/// Bytes that nobody has, None where that is not known. The emulator's memory is the host's.
+/// Bytes of memory that are free, or `None` where that is not known. The emulator's memory is the
+/// host's.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Free {
     device: Option<u64>,
     host: Option<u64>,
 }
 
-/// Bytes that something takes, at its peak.
+/// Bytes of memory that something takes at its peak.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Need {
     pub device: u64,
     pub host: u64,
 }
 
-/// A part of all memory is left alone: allocations are rounded up, and others allocate too.
+/// One part in so many of all memory is left alone, since allocations are rounded up, and others
+/// allocate too.
 const SPARE: u64 = 32;
 
 impl Free {
@@ -37,8 +39,9 @@ impl Free {
         }
     }
 
-    /// The largest batch and number of heads, from `wanted` on, each half of the one before, with which `need` fits. A norm over all heads
-    /// allows no fewer heads.
+    /// The largest batch and number of heads that fit: `wanted`, or half of it, and so on.
+    ///
+    /// A norm over all heads allows no fewer heads. Then the batch is halved.
     pub fn fit(self, spec: &Spec, wanted: [u32; 2], need: impl Fn([u32; 2]) -> Need) -> Result<[u32; 2]> {
         let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
         let mut extent = wanted;
@@ -74,26 +77,29 @@ impl Free {
     }
 }
 
-/// Q of a launch, in bytes.
+/// Bytes of Q in a launch of so many batch items and heads.
 fn tensor(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
     u64::from(batch) * u64::from(heads) * u64::from(spec.layout.sequence()) * u64::from(spec.head_dim) * 2
 }
 
+/// Shape of Q in a launch.
 fn shape(spec: &Spec, [batch, heads]: [u32; 2]) -> [usize; 4] {
     [batch, spec.layout.sequence(), heads, spec.head_dim].map(|extent| extent as usize)
 }
 
-/// Both RoPE tables of a launch, in bytes.
+/// Bytes of both RoPE tables of a launch.
 fn tables(spec: &Spec, heads: u32) -> u64 {
     let elements = spec.rope_table_shape(heads).into_iter().map(u64::from).product::<u64>();
     if spec.rope.is_some() { 2 * 4 * elements } else { 0 }
 }
 
+/// Bytes of the log-sum-exps of a launch.
 fn log_sums(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
     u64::from(batch) * u64::from(heads) * u64::from(spec.layout.sequence()) * 4
 }
 
-/// What all `layers` and workspaces of launches of this extent take on the device.
+/// Bytes that layers and workspaces take on the device, where there are `layers` and `workspaces`
+/// of them.
 fn on_device(
     spec: &Spec,
     device: &Device,
@@ -107,21 +113,24 @@ fn on_device(
     layers * layer + workspaces * spec.workspace(batch, heads, splits).bytes
 }
 
-/// A layer that is compared with the f64 reference: its inputs, and its results as they lie on the device, and one head as f64, packed
-/// and not, with what masks say of each of its rows.
+/// What a layer needs that is compared with the f64 reference.
+///
+/// The host holds its inputs, and its results as they lie on the device. It holds one head as f64,
+/// packed and not, with what masks say of each of its rows.
 pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangements: [Arrangement; 2]) -> Need {
     let [batch, heads] = extent;
     let row = u64::from(spec.head_dim);
     let one_head = u64::from(spec.layout.sequence()) * (3 * 8 * row + 3 * 2 * row + 8 * 64);
     let statistics = 2 * 16 * u64::from(batch) * u64::from(spec.layout.sequence());
-    // The output is no larger than three times the tensor in any arrangement.
+    // Q, K and V take at least three tensors, so the rest bounds the output in its arrangement.
     let out =
         layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor(spec, extent));
     let host = 3 * tensor(spec, extent) + tables(spec, heads) + out + log_sums(spec, extent) + statistics + one_head;
     Need { device: on_device(spec, device, extent, arrangements, [1, 1]), host }
 }
 
-/// Layers that are compared with themselves, of which so many results are kept on the host.
+/// What layers need that are compared with themselves. `counts` are those of layers and workspaces,
+/// and the host keeps `results`.
 pub(crate) fn repeated(spec: &Spec, device: &Device, extent: [u32; 2], counts: [u64; 2], results: u64) -> Need {
     let inputs = 3 * tensor(spec, extent) + tables(spec, extent[1]);
     let results = (results + 1) * (tensor(spec, extent) + log_sums(spec, extent));
@@ -153,7 +162,8 @@ mod tests {
         let (spec, device) = (spec(""), Device::emulator());
         let tensor = 2 * 291_600 * 40 * 128 * 2;
         let Need { device, host } = compared(&spec, &device, [2, 40], [Arrangement::TokensFirst; 2]);
-        // Four tensors, and three packed ones with little beside them; three and the output.
+        // The device holds four tensors, and three packed ones with little beside them. The host
+        // holds three and the output.
         assert!((7 * tensor..8 * tensor).contains(&device), "{device}");
         assert!((4 * tensor..5 * tensor).contains(&host), "{host}");
     }

@@ -1,0 +1,127 @@
+//! Tables of rotary embeddings: what the kernels are given, and the rotation that undoes it.
+
+use framestride::shapes::layout::TextPosition;
+use framestride::shapes::spec::{Pairs, Spec};
+use rand::RngExt;
+use rayon::prelude::*;
+
+use crate::random::{Drawn, quick_generator};
+
+/// Two RoPE tables, each of the shape [`Spec::rope_table_shape`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTables {
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+}
+
+/// The axis of a pair of channels in the default RoPE, of `pairs` pairs. Gives the axis (0 frame, 1
+/// height, 2 width), the pair's index on that axis, and how many pairs the axis has.
+///
+/// A quarter of the pairs turns with the frame. Of the rest, half turns with the height and half
+/// with the width.
+pub fn rope_axis(pair: usize, pairs: usize) -> (usize, usize, usize) {
+    let frame = pairs / 4;
+    let height = (pairs - frame) / 2;
+    if pair < frame {
+        (0, pair, frame)
+    } else if pair < frame + height {
+        (1, pair - frame, height)
+    } else {
+        (2, pair - frame - height, pairs - frame - height)
+    }
+}
+
+/// Frame, height and width of the token at `row` of the model's order. Text tokens lie behind all
+/// video tokens on every axis.
+pub fn token_coordinates(spec: &Spec, row: usize) -> [usize; 3] {
+    let layout = &spec.layout;
+    let patches = layout.tokens_per_frame as usize;
+    let [height, width] = spec.grid.map_or([1, patches], |grid| grid.map(|side| side as usize));
+    let (first_text, first_video) = match layout.text_position {
+        TextPosition::First => (0, layout.text_tokens as usize),
+        TextPosition::Last => (layout.frames as usize * patches, 0),
+    };
+    let text = layout.text_tokens as usize;
+    if row >= first_text && row < first_text + text {
+        return [(layout.frames as usize).max(height).max(width) + row - first_text; 3];
+    }
+    let video = row - first_video;
+    [video / patches, video % patches / width, video % width]
+}
+
+impl RopeTables {
+    /// Number of elements of each table for `heads` heads.
+    pub(crate) fn length(spec: &Spec, heads: usize) -> usize {
+        spec.rope_table_shape(heads as u32).into_iter().map(|extent| extent as usize).product()
+    }
+
+    /// The tables that are taken when none are given.
+    ///
+    /// Channels turn along three axes ([`rope_axis`]). Pair `i` of the `n` on its axis turns by
+    /// `10000^(-i / n)` a step. With tables per head, the frequencies of head `h` of `H` lie a
+    /// fraction `h / H` of a step further on. So all heads together hold one sequence of
+    /// frequencies.
+    pub fn from_grid(spec: &Spec, heads: usize) -> RopeTables {
+        let half = spec.head_dim as usize / 2;
+        let tables = if spec.rope.is_some_and(|rope| rope.per_head) { heads } else { 1 };
+        let first_row =
+            if spec.rope.as_ref().is_some_and(|rope| rope.text) { 0 } else { spec.layout.first_video_row() as usize };
+        let angles: Vec<f64> = (0..RopeTables::length(spec, heads))
+            .into_par_iter()
+            .map(|index| {
+                let (row, table, pair) = (index / half / tables, index / half % tables, index % half);
+                let (axis, index, pairs) = rope_axis(pair, half);
+                let step = index as f64 + table as f64 / tables as f64;
+                token_coordinates(spec, first_row + row)[axis] as f64 * 10000f64.powf(-step / pairs as f64)
+            })
+            .collect();
+        RopeTables {
+            cos: angles.par_iter().map(|angle| angle.cos() as f32).collect(),
+            sin: angles.par_iter().map(|angle| angle.sin() as f32).collect(),
+        }
+    }
+
+    /// Tables of independent random angles, uniform over the circle.
+    pub fn random(spec: &Spec, heads: usize, seed: u64) -> RopeTables {
+        let half = spec.head_dim as usize / 2;
+        let length = RopeTables::length(spec, heads);
+        let mut tables = RopeTables { cos: vec![0.0; length], sin: vec![0.0; length] };
+        let rows = tables.cos.par_chunks_exact_mut(half).zip(tables.sin.par_chunks_exact_mut(half));
+        rows.enumerate().for_each(|(row, (cos, sin))| {
+            let mut generator = quick_generator(seed, Drawn::Angles, row as u64);
+            for (cos, sin) in cos.iter_mut().zip(sin) {
+                let angle = std::f64::consts::TAU * generator.random::<f64>();
+                (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
+            }
+        });
+        tables
+    }
+
+    /// Turns the row of one token of Q or K as the tables say, for `direction` 1. With -1 it turns
+    /// back what a kernel will turn forth. `token` counts in the model's order.
+    pub fn rotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64], direction: f64) {
+        let Some(rope) = &spec.rope else { return };
+        let first_row = if rope.text { 0 } else { spec.layout.first_video_row() as usize };
+        let Some(table_row) = token.checked_sub(first_row).filter(|&row| row < spec.rope_rows() as usize) else {
+            return;
+        };
+        let half = row.len() / 2;
+        let table = if rope.per_head { table_row * heads + head } else { table_row };
+        for pair in 0..half {
+            let (a, b) = paired(rope.pairs, pair, half);
+            let (cos, sin) = (f64::from(self.cos[table * half + pair]), f64::from(self.sin[table * half + pair]));
+            let sin = direction * sin;
+            (row[a], row[b]) = (row[a] * cos - row[b] * sin, row[b] * cos + row[a] * sin);
+        }
+    }
+}
+
+/// The two channels of a pair, of `half` pairs.
+pub fn paired(pairs: Pairs, pair: usize, half: usize) -> (usize, usize) {
+    match pairs {
+        Pairs::Interleaved => (2 * pair, 2 * pair + 1),
+        Pairs::Half => (pair, pair + half),
+    }
+}

@@ -1,0 +1,206 @@
+//! The layers that `verify` runs.
+
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::{NormOver, Spec};
+use rand::{Rng, RngExt};
+
+use crate::device_tensors::Arrangement;
+
+/// Where the types of the heads come from in one case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseTypes {
+    /// All heads are dense.
+    Dense,
+    /// All heads have this type, which is given.
+    All(HeadType),
+    /// Heads are dense, spatial and temporal in turn. The types are given.
+    Mixed,
+    /// The device profiles the heads.
+    Profiled,
+}
+
+/// How much text is valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseText {
+    /// All of it. No lengths are given.
+    Full,
+    /// All of it. The lengths are given.
+    FullGiven,
+    /// Some of it: another number for each batch item.
+    Partial,
+    /// None of it.
+    Empty,
+    /// Given lengths are longer than the text. The kernels must take them for all of it.
+    Beyond,
+}
+
+impl CaseText {
+    /// Valid text tokens of each batch item, where there are `text` of them.
+    pub(super) fn lengths(self, text: u32, batch: u32, generator: &mut impl Rng) -> Option<Vec<u32>> {
+        match self {
+            CaseText::Full => None,
+            CaseText::FullGiven => Some(vec![text; batch as usize]),
+            CaseText::Partial => {
+                // Batch items get different lengths, as long as there are different ones.
+                let first = generator.random_range(0..text.max(1));
+                Some((0..batch).map(|item| (first + item * (text / 2).max(1)) % text.max(1)).collect())
+            }
+            CaseText::Empty => Some(vec![0; batch as usize]),
+            CaseText::Beyond => Some((0..batch).map(|item| [u32::MAX, text + 1][item as usize % 2]).collect()),
+        }
+    }
+}
+
+/// What Q, K and V hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseContent {
+    /// [`Inputs::random`].
+    Random,
+    /// [`Inputs::sudden`].
+    Sudden,
+    /// [`Inputs::planted`].
+    Planted,
+    /// [`Inputs::rising`].
+    Rising,
+    /// [`Inputs::lone`].
+    Lone,
+    /// [`Inputs::hidden`].
+    Hidden,
+    /// [`Inputs::constant`].
+    Constant,
+    /// [`Inputs::edges`].
+    Edges,
+}
+
+/// How many batch items and heads are launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaseExtent {
+    /// Those of the spec.
+    Spec,
+    /// Another batch, and fewer heads, where the spec allows it.
+    Other,
+}
+
+/// One run of a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Types of the heads.
+    pub types: CaseTypes,
+    /// Valid text.
+    pub text: CaseText,
+    /// What Q, K and V hold.
+    pub content: CaseContent,
+    /// How many batch items and heads are launched.
+    pub extent: CaseExtent,
+    /// How Q, K and V lie in memory.
+    pub inputs: Arrangement,
+    /// How the output lies in memory.
+    pub out: Arrangement,
+    /// Whether the log-sum-exp is asked for.
+    pub lse: bool,
+}
+
+impl Case {
+    /// A case whose text is all valid, with the spec's batch and heads, tensors of \[B, S, H, D\],
+    /// and a log-sum-exp.
+    pub const fn new(types: CaseTypes, content: CaseContent) -> Case {
+        Case {
+            types,
+            text: CaseText::Full,
+            content,
+            extent: CaseExtent::Spec,
+            inputs: Arrangement::TokensFirst,
+            out: Arrangement::TokensFirst,
+            lse: true,
+        }
+    }
+
+    /// The cases of `verify`.
+    ///
+    /// Masks come alone and all together. Every arrangement, length of text and content occurs, and
+    /// another batch with fewer heads. Contents that are about the softmax's offsets occur with
+    /// given types and profiled. With `is_emulated`, rows are scattered where a GPU has unaligned
+    /// ones.
+    pub fn all(has_text: bool, is_emulated: bool) -> [Case; 12] {
+        use Arrangement::{HeadsFirst, PackedQkv};
+        let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
+        use CaseContent::{Constant, Edges, Hidden, Lone, Planted, Random, Rising, Sudden};
+        use CaseText::{Beyond, Empty, FullGiven, Partial};
+        use CaseTypes::{All, Dense, Mixed, Profiled};
+        let cases = [
+            Case { text: Empty, ..Case::new(Dense, Lone) },
+            Case {
+                text: Partial,
+                extent: CaseExtent::Other,
+                inputs: HeadsFirst,
+                out: HeadsFirst,
+                ..Case::new(Mixed, Random)
+            },
+            Case { text: Beyond, inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
+            Case { text: Empty, inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
+            Case { text: Partial, extent: CaseExtent::Other, out: HeadsFirst, ..Case::new(Profiled, Random) },
+            Case::new(Profiled, Planted),
+            Case { text: Partial, ..Case::new(Mixed, Rising) },
+            Case::new(Profiled, Rising),
+            Case::new(Mixed, Edges),
+            Case { text: Empty, ..Case::new(Profiled, Sudden) },
+            Case { text: FullGiven, ..Case::new(Profiled, Constant) },
+            Case { text: Empty, ..Case::new(Profiled, Hidden) },
+        ];
+        let text = |case: Case| Case { text: if has_text { case.text } else { CaseText::Full }, ..case };
+        cases.map(text)
+    }
+
+    /// Batch items and heads of the launch, for a spec.
+    pub fn launch_extent(&self, spec: &Spec) -> [u32; 2] {
+        let Spec { batch, heads, .. } = *spec;
+        if self.extent == CaseExtent::Spec {
+            return [batch, heads];
+        }
+        let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+        if !over_heads && heads > 1 && (batch + 1) * (heads - 1) <= spec.most_launch_heads() {
+            [batch + 1, heads - 1]
+        } else if batch > 1 {
+            [batch - 1, heads]
+        } else {
+            [if 2 * heads <= spec.most_launch_heads() { 2 } else { 1 }, heads]
+        }
+    }
+
+    /// What reports call the case.
+    pub(super) fn describe(&self) -> String {
+        let types = match self.types {
+            CaseTypes::Dense => "dense",
+            CaseTypes::All(head) => head.name(),
+            CaseTypes::Mixed => "mixed types",
+            CaseTypes::Profiled => "profiled",
+        };
+        let content = match self.content {
+            CaseContent::Random => "",
+            CaseContent::Sudden => ", scores that are small but for one",
+            CaseContent::Planted => ", planted heads",
+            CaseContent::Rising => ", rising scores",
+            CaseContent::Lone => ", lone rows that need offsets",
+            CaseContent::Hidden => ", a hidden key above all",
+            CaseContent::Constant => ", equal scores and constant values",
+            CaseContent::Edges => ", keys at the edges above all",
+        };
+        let text = match self.text {
+            CaseText::Full => "",
+            CaseText::FullGiven => ", full text",
+            CaseText::Partial => ", partial text",
+            CaseText::Empty => ", no valid text",
+            CaseText::Beyond => ", text lengths beyond the text",
+        };
+        let shape = if self.extent == CaseExtent::Other { ", another batch and fewer heads" } else { "" };
+        let lse = if self.lse { "" } else { ", no log-sum-exp" };
+        let arrangement = |arrangement| match arrangement {
+            Arrangement::TokensFirst => "[B,S,H,D]",
+            Arrangement::HeadsFirst => "[B,H,S,D]",
+            Arrangement::PackedQkv => "[B,S,3,H,D]",
+            Arrangement::Unaligned => "unaligned",
+            Arrangement::Scattered => "scattered",
+        };
+        format!("{types}{content}{text}{shape}{lse}, {} to {}", arrangement(self.inputs), arrangement(self.out))
+    }
+}

@@ -1,0 +1,379 @@
+//! Each kernel against the f64 reference, on fresh random inputs, with outputs and workspace that
+//! are poisoned before.
+//!
+//! Every check looks at rows one by one and reports the worst. Its error and its tolerance
+//! ([`crate::tolerance`]) are relative to the norm of the reference's row. So one wrong row among a
+//! hundred thousand is seen.
+//!
+//! **profile** is checked by the outputs and log-sum-exps of the sampled rows under each mask.
+//! **select** is checked by what it makes of them. Head types must be those of the reference, where
+//! its two errors are further apart than their tolerances.
+//!
+//! The f64 reference of a whole layer at full size would take hours, so [`Effort`] decides how much
+//! of it is computed. A small layer is compared whole. Of a large layer, a check compares
+//!
+//! * in some heads all packed rows, the errors of profiling, and some rows of the output. These are
+//!   the rows at the ends of text, video and sink frames, and others at random,
+//! * in every other head some packed rows, drawn in the same way, the whole padding, and the head
+//!   type,
+//! * in all heads whether every row of the output was written, and nothing beside it.
+//!
+//! At last, a layer must give the same bytes however it is launched ([`crate::repeatability`]).
+//! What does not fit the free memory is launched with fewer heads or batch items, and the report
+//! says so.
+
+mod cases;
+mod packed_heads;
+mod profiling;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
+use framestride::shapes::launch::SCHEDULE_BYTES;
+use framestride::shapes::layout::{HeadType, Layout};
+use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
+use packed_heads::{HeadIndex, PackedHead, packed_rows};
+use profiling::{Choice, Partials, Sampled, check_choices};
+use rand::{Rng, RngExt};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::checks::{Checks, Worst, row_error};
+use crate::device_tensors::{DeviceLayer, POISON};
+use crate::memory_fit::{self, Free};
+use crate::random::row_generator;
+use crate::reference::{Head, Mask, Reference};
+use crate::tensors::Inputs;
+use crate::{repeatability, tolerance};
+
+/// What `verify` found.
+#[derive(Clone, Debug, Serialize)]
+#[must_use]
+pub struct VerifyReport {
+    /// Whether every check passed.
+    pub ok: bool,
+    /// Where the kernels ran.
+    pub device: String,
+    /// Name of the spec.
+    pub spec: String,
+    /// Seed of the inputs.
+    pub seed: u64,
+    /// What had to be launched with fewer heads or batch items, since memory has no room for more.
+    pub reduced: Vec<String>,
+    /// The checks.
+    pub checks: Checks,
+}
+
+/// How much is compared.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Multiply-adds of the f64 reference that one case may cost. A case that would cost more
+    /// compares some heads and rows.
+    pub reference_operations: f64,
+}
+
+impl Default for Effort {
+    fn default() -> Effort {
+        Effort { reference_operations: 6e9 }
+    }
+}
+
+/// Query rows of a head that are compared at least. Fewer would not be worth preparing the head.
+const FEWEST_ROWS: usize = 32;
+
+/// The cost of comparing and widening the packed rows of a head, as measured, in multiply-adds for
+/// each element.
+const PREPARATION: f64 = 32.0;
+
+impl Effort {
+    /// How many heads are compared, and how many query rows of each. Besides, `profiled` rows of
+    /// each head are profiled.
+    fn share(self, sequence: usize, head_dim: usize, heads: usize, profiled: usize) -> (usize, usize) {
+        let head = (sequence * head_dim) as f64;
+        // A row costs its scores and its product with V. Profiling costs one pass of scores and
+        // three products, of which two have few keys.
+        let row = 2.0 * head;
+        let fixed = (PREPARATION + 3.0 * profiled as f64) * head;
+        let affordable = self.reference_operations / (fixed + FEWEST_ROWS.min(sequence) as f64 * row);
+        let heads = (affordable as usize).clamp(1, heads);
+        let rows = (self.reference_operations / heads as f64 - fixed) / row;
+        (heads, (rows as usize).max(FEWEST_ROWS).min(sequence))
+    }
+}
+
+/// Runs all cases, and launches a layer in all ways.
+///
+/// The memory that all this needs is worked out before anything is allocated. `progress` hears what
+/// is being done, and the part of everything that is done, 0 to 1.
+pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn(&str, f64)) -> Result<VerifyReport> {
+    let (spec, device) = (module.spec(), module.device());
+    let cases = Case::all(spec.layout.text_tokens > 0, matches!(device, Device::Emulator(_)));
+    let free = Free::of(device)?;
+    let mut reduced = Vec::new();
+    let mut note = |what: String, [batch, heads]: [u32; 2], wanted: [u32; 2]| {
+        if [batch, heads] != wanted {
+            let [all_items, all_heads] = wanted;
+            reduced.push(format!("{what}: {batch} x {heads} heads of {all_items} x {all_heads}"));
+        }
+    };
+    let mut extents = Vec::new();
+    for case in &cases {
+        let wanted = case.launch_extent(spec);
+        let need = |extent| memory_fit::compared(spec, device, extent, [case.inputs, case.out]);
+        extents.push(free.fit(spec, wanted, need)?);
+        note(case.describe(), extents[extents.len() - 1], wanted);
+    }
+    let launches = repeatability::Scope::new(spec, device, free)?;
+    note("launches in several ways".into(), launches.extent, [spec.batch, spec.heads]);
+
+    let part = |index: usize, part: f64| (index as f64 + part) / (cases.len() + 1) as f64;
+    let run = |index: usize| {
+        let (case, name) = (&cases[index], cases[index].describe());
+        let progress = |done: f64| progress(&name, part(index, done));
+        run_case(module, case, extents[index], seed.wrapping_add(1000 * index as u64), effort, &progress)
+    };
+    let mut checks = run(0)?;
+    for index in 1..cases.len() {
+        checks.extend(run(index)?);
+    }
+    let seed_of_launches = seed.wrapping_add(1000 * cases.len() as u64);
+    let progress_of_launches = |what: &str| progress(what, part(cases.len(), 0.0));
+    checks.extend(repeatability::verify_launches(module, launches, seed_of_launches, &progress_of_launches)?);
+    progress("done", 1.0);
+    Ok(VerifyReport { ok: checks.all_passed(), device: device.name(), spec: spec.name.clone(), seed, reduced, checks })
+}
+
+/// Runs a layer once, and checks everything that it left.
+pub fn verify_case(module: &Arc<Module>, case: &Case, seed: u64, effort: Effort) -> Result<Checks> {
+    run_case(module, case, case.launch_extent(module.spec()), seed, effort, &|_| ())
+}
+
+/// [`verify_case`] with a batch and a number of heads. `progress` hears the part of the case that
+/// is done, 0 to 1.
+fn run_case(
+    module: &Arc<Module>,
+    case: &Case,
+    [batch, heads]: [u32; 2],
+    seed: u64,
+    effort: Effort,
+    progress: &dyn Fn(f64),
+) -> Result<Checks> {
+    let (spec, device) = (module.spec(), module.device());
+    let make = match case.content {
+        CaseContent::Random => Inputs::random,
+        CaseContent::Sudden => Inputs::sudden,
+        CaseContent::Planted => Inputs::planted,
+        CaseContent::Rising => Inputs::rising,
+        CaseContent::Lone => Inputs::lone,
+        CaseContent::Hidden => Inputs::hidden,
+        CaseContent::Constant => Inputs::constant,
+        CaseContent::Edges => Inputs::edges,
+    };
+    progress(0.0);
+    let mut inputs = make(spec, batch as usize, heads as usize, seed);
+    let text = spec.layout.text_tokens;
+    let mut generator = row_generator(seed, u64::MAX);
+    inputs.text_lengths = case.text.lengths(text, batch, &mut generator);
+    let lengths = inputs.text_lengths.as_ref().filter(|_| case.text == CaseText::Partial);
+    let name = match lengths {
+        Some(lengths) => format!("{} (valid text {lengths:?})", case.describe()),
+        None => case.describe(),
+    };
+
+    // Here the device does its part.
+    let attention = SparseAttention::new(module, batch, heads)?;
+    let buffer = &device.allocate(attention.workspace_bytes())?;
+    // SAFETY: the buffer outlives the workspace, and nobody else is given its memory.
+    let workspace = unsafe { Workspace::borrow(device, buffer.address(), buffer.bytes()) };
+    device.fill(Stream::DEFAULT, buffer, POISON)?;
+    let mut on_device = DeviceLayer::upload(device, &inputs, case.inputs, case.out)?;
+    if !case.lse {
+        on_device.layer.lse = 0;
+    }
+    let expected_types: Option<Vec<HeadType>> = match case.types {
+        CaseTypes::Dense => Some(vec![HeadType::Dense; (batch * heads) as usize]),
+        CaseTypes::All(head) => Some(vec![head; (batch * heads) as usize]),
+        CaseTypes::Mixed => Some((0..batch * heads).map(|head| HeadType::from_u32(head % 3)).collect()),
+        CaseTypes::Profiled => None,
+    };
+    let given = expected_types
+        .as_ref()
+        .filter(|_| case.types != CaseTypes::Dense)
+        .map(|types| device.upload(&types.iter().flat_map(|&head| (head as u32).to_le_bytes()).collect::<Vec<u8>>()))
+        .transpose()?;
+    let types = match (&given, case.types) {
+        (Some(buffer), _) => HeadTypes::Given(buffer.address()),
+        (None, CaseTypes::Dense) => HeadTypes::Dense,
+        (None, _) => HeadTypes::Profiled,
+    };
+    // SAFETY: all memory is this function's, sized by the library, and outlives the work: the reads
+    // below wait for it.
+    unsafe { attention.forward(Stream::DEFAULT, &on_device.layer, types, &workspace)? };
+    let profiles = attention.read_profile(&workspace)?;
+    let out = on_device.out.read(device)?;
+    let lse = on_device.download_lse(device)?;
+    let types = expected_types.unwrap_or_else(|| profiles.iter().map(|profile| profile.head_type).collect());
+
+    // From here on its results are compared with the reference.
+    let layout = &spec.layout;
+    let (sequence, head_dim, all_heads) = (layout.sequence() as usize, spec.head_dim as usize, types.len());
+    let profiled = if case.types == CaseTypes::Profiled { spec.profile.rows as usize } else { 0 };
+    let plan = attention.plan();
+    let (whole_heads, rows_of_head) = effort.share(sequence, head_dim, all_heads, profiled);
+    let whole_heads = draw_heads(&types, whole_heads, &mut generator);
+    let reference = Reference::new(spec, &inputs);
+    let mut orders = HashMap::new();
+    let mut packs = ["q", "k", "v"].map(|_| Worst::new());
+    let (mut outputs, mut sums) = (Worst::new(), Worst::new());
+    let mut sampled = Sampled::new(&spec.profile, all_heads);
+    let mut choices = Vec::new();
+    for (index, (profile, &head_type)) in profiles.iter().zip(&types).enumerate() {
+        // Making inputs and running the kernels takes about half of the time.
+        progress(0.5 + 0.5 * index as f64 / all_heads as f64);
+        let at = HeadIndex { item: profile.batch as usize, head: profile.head as usize };
+        let valid_text = inputs.valid_text(layout, at.item);
+        let [queries, keys] = orders.entry((at.item, head_type as u32)).or_insert_with(|| {
+            let mask = Mask::new(layout, head_type, valid_text);
+            [mask.query_order(), mask.key_order()]
+        });
+        let order = [&queries[..], &keys[..], &keys[..]];
+        let is_whole = whole_heads.contains(&index);
+        let packed = PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid_text, order };
+        let pieces = packed.draw_pieces(is_whole, &mut generator);
+        let mut image = Vec::new();
+        for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
+            for piece in &pieces {
+                let row_bytes = head_dim as u64 * 2;
+                let start = part.start + (index * packed.rows() + piece.start) as u64 * row_bytes;
+                let bytes = device.read(buffer, start, piece.len() as u64 * row_bytes)?;
+                let worst = std::mem::replace(&mut packs[operand], Worst::new());
+                packs[operand] = worst.merge(packed.compare(operand, piece.start, &bytes));
+                image.push(bytes);
+            }
+        }
+        let mut clear = None;
+        if is_whole {
+            // From here on the reference gets the numbers that the kernels read.
+            let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
+            drop(image);
+            let values = inputs.v.head(at.item, at.head);
+            let head = Head::new(layout, head_dim, valid_text, queries, keys, values);
+            let scale = inputs.scale();
+            let rows = draw_rows(layout, valid_text, rows_of_head, &mut generator);
+            let (worst_out, worst_sum) = rows
+                .par_iter()
+                .map(|&row| {
+                    let expected = head.attend(head_type, row, scale);
+                    let (mut worst_out, mut worst_sum) = (Worst::new(), Worst::new());
+                    let tolerance =
+                        if expected.keys == 0 { 0.0 } else { tolerance::attention_row(spec.dtype, &expected) };
+                    let found = out.row(at.item, row, at.head);
+                    worst_out.add(row_error(&found, &expected.out), tolerance, || at.row(row));
+                    let found = f64::from(lse[(index * sequence) + row]);
+                    if !case.lse {
+                        // All that can be seen is that nothing is written, below.
+                    } else if expected.keys == 0 {
+                        let error = if found == f64::NEG_INFINITY { 0.0 } else { f64::NAN };
+                        worst_sum.add(error, 0.0, || at.row(row));
+                    } else {
+                        let error = (found - expected.lse).exp_m1().abs();
+                        worst_sum.add(error, tolerance::weight_sum(head.head_dim, &expected), || at.row(row));
+                    }
+                    (worst_out, worst_sum)
+                })
+                .reduce(|| (Worst::new(), Worst::new()), |a, b| (a.0.merge(b.0), a.1.merge(b.1)));
+            outputs = outputs.merge(worst_out);
+            sums = sums.merge(worst_sum);
+            if case.types == CaseTypes::Profiled {
+                let (seed, samples) = (spec.profile.seed, spec.profile.rows);
+                let expected = head.profile(layout, scale, seed, index as u32, samples);
+                let partials = Partials::read(device, buffer, &attention, index as u32)?;
+                clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
+            }
+        }
+        choices.push(Choice { index: at, profile, clear });
+    }
+    let rows = |rows: usize| ((all_heads * rows) as u64, "rows");
+    let heads = (all_heads as u64, "heads");
+    let packed_rows = packed_rows(sequence);
+    let [q, k, v] = packs;
+    let pack = |worst: Worst, quantity| worst.check("pack", &name, quantity, rows(packed_rows));
+    let mut checks = Checks::new(pack(q, "packed q"), [pack(k, "packed k"), pack(v, "packed v")]);
+    if case.types == CaseTypes::Profiled {
+        checks.extend(sampled.checks(&name));
+        let types = check_choices(&choices, case.content == CaseContent::Planted);
+        checks.push(types.check("select", &name, "head types", heads));
+    }
+    checks.push(outputs.check("attention", &name, "output", rows(sequence)));
+    if case.lse {
+        checks.push(sums.check("attention", &name, "log-sum-exp", rows(sequence)));
+    }
+    // The next checks see every row of every head.
+    let poisoned_sums = lse.par_iter().filter(|sum| sum.to_le_bytes() == [POISON; 4]).count();
+    for (count, quantity) in [
+        (out.unwritten(), "unwritten output elements"),
+        if case.lse {
+            (poisoned_sums, "unwritten log-sum-exps")
+        } else {
+            (lse.len() - poisoned_sums, "log-sum-exps that nobody asked for")
+        },
+        (out.stray(), "bytes beside the output"),
+    ] {
+        let mut worst = Worst::new();
+        worst.keep_worse(count as f64, 0.0, || quantity.into());
+        worst.compared = (all_heads * sequence) as u64;
+        checks.push(worst.check("attention", &name, quantity, rows(sequence)));
+    }
+    // The next attention on this workspace goes on from these counts, even without a pack before
+    // it.
+    let schedule = device.read(buffer, plan.schedule.start, SCHEDULE_BYTES)?;
+    let mut left = Worst::new();
+    for word in schedule.chunks_exact(4) {
+        let count = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+        left.add(f64::from(count), 0.0, || "a count of the schedule".into());
+    }
+    checks.push(left.check("attention", &name, "counts left in the schedule", (SCHEDULE_BYTES / 4, "counts")));
+    Ok(checks)
+}
+
+/// Draws `count` heads, or a few more: the last head, one of each type, and others at random.
+fn draw_heads(types: &[HeadType], count: usize, generator: &mut impl Rng) -> BTreeSet<usize> {
+    let order = rand::seq::index::sample(generator, types.len(), types.len()).into_vec();
+    let of_type = |head_type| order.iter().copied().find(|&head| types[head] == head_type);
+    let mut heads: BTreeSet<usize> = HeadType::ALL.into_iter().filter_map(of_type).collect();
+    heads.extend(types.len().checked_sub(1));
+    for head in order {
+        if heads.len() >= count {
+            break;
+        }
+        heads.insert(head);
+    }
+    heads
+}
+
+/// Draws rows of the model's order: all, when `count` is that many, else `count` at random and
+/// those at the ends of everything.
+fn draw_rows(layout: &Layout, valid_text: usize, count: usize, generator: &mut impl Rng) -> Vec<usize> {
+    let sequence = layout.sequence() as usize;
+    if count >= sequence {
+        return (0..sequence).collect();
+    }
+    let mut rows: BTreeSet<usize> = (0..count).map(|_| generator.random_range(0..sequence)).collect();
+    let (frame, text) = (layout.tokens_per_frame as usize, layout.text_tokens as usize);
+    let video = layout.first_video_row() as usize;
+    let first_text = if video == 0 { sequence - text } else { 0 };
+    let ends = [
+        first_text,
+        first_text + valid_text,
+        first_text + text,
+        video,
+        video + layout.sink_frames as usize * frame,
+        video + layout.frames as usize * frame,
+    ];
+    // Each end has a row before it and a row behind it.
+    rows.extend(
+        ends.into_iter().flat_map(|end| [end.checked_sub(1), Some(end)]).flatten().filter(|&row| row < sequence),
+    );
+    rows.into_iter().collect()
+}

@@ -1,0 +1,162 @@
+//! Packed rows as the kernel pack leaves them, compared with the reference.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use framestride::shapes::layout::{ATOM_ROWS, PAD_ROWS};
+use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use rand::{Rng, RngExt};
+use rayon::prelude::*;
+
+use crate::checks::{Worst, row_error};
+use crate::reference::{Operand, Reference};
+use crate::tensors::{Inputs, widen};
+use crate::tolerance;
+
+/// Groups of [`ATOM_ROWS`] packed rows that are drawn from a head that is not compared whole.
+const PACKED_GROUPS: usize = 4;
+
+/// Rows of one packed head, padding included.
+pub fn packed_rows(sequence: usize) -> usize {
+    sequence.next_multiple_of(ATOM_ROWS as usize) + PAD_ROWS as usize
+}
+
+/// A head of one batch item.
+#[derive(Clone, Copy)]
+pub struct HeadIndex {
+    pub item: usize,
+    pub head: usize,
+}
+
+impl HeadIndex {
+    /// What reports call a row of it.
+    pub fn row(self, row: usize) -> String {
+        format!("batch {}, head {}, row {row}", self.item, self.head)
+    }
+}
+
+/// One head as it must lie in the packed images.
+pub struct PackedHead<'a> {
+    pub reference: &'a Reference<'a>,
+    pub spec: &'a Spec,
+    pub inputs: &'a Inputs,
+    pub index: HeadIndex,
+    pub valid_text: usize,
+    /// The model's row of each packed row, of Q, K and V.
+    pub order: [&'a [usize]; 3],
+}
+
+impl PackedHead<'_> {
+    /// Rows of the head, padding included.
+    pub fn rows(&self) -> usize {
+        packed_rows(self.order[0].len())
+    }
+
+    /// Number of packed rows that are neither padding nor invalid text. They come first.
+    fn live(&self) -> usize {
+        self.valid_text + (self.spec.layout.frames * self.spec.layout.tokens_per_frame) as usize
+    }
+
+    /// Ranges of packed rows to compare, in whole groups of [`ATOM_ROWS`].
+    ///
+    /// A whole head has one range with all rows. Another has some groups at random, both ends of
+    /// the text, the end of the sink frames, and everything from the last row that counts.
+    pub fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
+        let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
+        let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
+        let sinks = self.valid_text + (layout.sink_frames * layout.tokens_per_frame) as usize;
+        let mut groups: BTreeSet<usize> = (0..PACKED_GROUPS).map(|_| generator.random_range(0..=tail)).collect();
+        groups.extend(
+            [0, self.valid_text.saturating_sub(1), self.valid_text, sinks.saturating_sub(1), sinks]
+                .map(|row| row / group),
+        );
+        let pieces = groups.into_iter().filter(|&start| start < tail).map(|start| start * group..(start + 1) * group);
+        pieces.chain(std::iter::once(tail * group..self.rows())).collect()
+    }
+
+    /// Compares packed rows of one operand from row `first`, a multiple of [`ATOM_ROWS`]. Padding
+    /// and invalid text must be zero.
+    pub fn compare(&self, operand: usize, first: usize, bytes: &[u8]) -> Worst {
+        let dim = self.spec.head_dim as usize;
+        let group = ATOM_ROWS as usize;
+        bytes
+            .par_chunks_exact(group * dim * 2)
+            .enumerate()
+            .with_min_len(4)
+            .map_init(
+                || vec![0.0; dim],
+                |found, (index, bytes)| {
+                    let mut worst = Worst::new();
+                    for row in 0..group {
+                        decode(self.spec.dtype, bytes, row, found);
+                        self.compare_row(operand, first + index * group + row, found, &mut worst);
+                    }
+                    worst
+                },
+            )
+            .reduce(Worst::new, Worst::merge)
+    }
+
+    fn compare_row(&self, operand: usize, packed: usize, found: &[f64], worst: &mut Worst) {
+        let (spec, index) = (self.spec, self.index);
+        let Some(&row) = self.order[operand][..self.live()].get(packed) else {
+            let error = if found.iter().all(|&x| x == 0.0) { 0.0 } else { f64::INFINITY };
+            return worst.add(error, 0.0, || format!("{} of the packed head, beyond what is valid", index.row(packed)));
+        };
+        let (tokens, expected) = match operand {
+            0 => {
+                let mut expected = self.reference.row(Operand::Query, index.item, row, index.head);
+                expected.iter_mut().for_each(|x| *x *= self.inputs.query_scale());
+                (&self.inputs.q, expected)
+            }
+            1 => (&self.inputs.k, self.reference.row(Operand::Key, index.item, row, index.head)),
+            _ => (&self.inputs.v, self.inputs.v.row(index.item, row, index.head)),
+        };
+        // V is copied, and so is K in a model without norm and RoPE.
+        let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
+            0.0
+        } else {
+            // The elements that the statistic was taken over.
+            let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+            let heads = if over_heads { 0..tokens.heads } else { index.head..index.head + 1 };
+            let input: Vec<f64> = match spec.qk_norm.as_ref().map(|norm| norm.kind) {
+                Some(NormKind::Layer) => heads.flat_map(|head| tokens.row(index.item, row, head)).collect(),
+                // Other tolerances do not depend on the elements.
+                Some(NormKind::Rms) | None => Vec::new(),
+            };
+            tolerance::packed_row(spec, &input, &expected)
+        };
+        worst.add(row_error(found, &expected), tolerance, || index.row(row));
+    }
+
+    /// The whole image of Q (`operand` 0), without its scale, or K (1) as numbers,
+    /// `[rows, head_dim]` in the model's order.
+    pub fn unpack(&self, operand: usize, image: &[u8]) -> Vec<f64> {
+        let (dim, order) = (self.spec.head_dim as usize, self.order[operand]);
+        let mut packed_of = vec![0; order.len()];
+        for (packed, &row) in order.iter().enumerate() {
+            packed_of[row] = packed;
+        }
+        let group = ATOM_ROWS as usize;
+        let mut rows = vec![0.0; order.len() * dim];
+        rows.par_chunks_exact_mut(dim).zip(&packed_of).with_min_len(64).for_each(|(values, &packed)| {
+            let bytes = &image[packed / group * group * dim * 2..][..group * dim * 2];
+            decode(self.spec.dtype, bytes, packed % group, values);
+            if operand == 0 {
+                values.iter_mut().for_each(|x| *x /= self.inputs.query_scale());
+            }
+        });
+        rows
+    }
+}
+
+/// Reads one row of a group of [`ATOM_ROWS`] packed rows. An atom has 8 rows of 64 columns, and its
+/// 16-byte chunks stand at chunk ^ row.
+fn decode(dtype: Dtype, group: &[u8], row: usize, values: &mut [f64]) {
+    for (chunk, values) in values.chunks_exact_mut(8).enumerate() {
+        let start = chunk / 8 * 1024 + row * 128 + ((chunk % 8) ^ row) * 16;
+        for (value, &bytes) in values.iter_mut().zip(group[start..][..16].as_chunks::<2>().0) {
+            *value = widen(dtype, u16::from_le_bytes(bytes));
+        }
+    }
+}

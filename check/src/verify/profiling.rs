@@ -1,0 +1,167 @@
+//! What the kernels profile and select leave, compared with the reference.
+
+use framestride::device::Buffer;
+use framestride::shapes::launch::{ProfilePlan, SAMPLE_ROWS};
+use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::{Dtype, Profile};
+use framestride::{Device, HeadProfile, Result, SparseAttention};
+
+use super::packed_heads::HeadIndex;
+use crate::checks::{Check, Worst, row_error};
+use crate::reference::{ProfileErrors, distance, norm};
+use crate::tolerance;
+
+/// Partial results of profiling for one head, as [`ProfilePlan`] says where they lie.
+pub struct Partials {
+    plan: ProfilePlan,
+    floats: Vec<f32>,
+}
+
+impl Partials {
+    /// Copies the results of head `head`, counted over batch x heads, to the host.
+    pub fn read(device: &Device, workspace: &Buffer, attention: &SparseAttention, head: u32) -> Result<Partials> {
+        let plan = attention.profile_plan();
+        let start = attention.plan().partials.start + plan.offset(head, 0, 0) * 4;
+        let bytes = device.read(workspace, start, plan.offset(1, 0, 0) * 4)?;
+        Ok(Partials { plan, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
+    }
+
+    /// One sample's output and natural log-sum-exp under one mask, merged over all splits.
+    fn merge(&self, sample: u32, mask: usize) -> (Vec<f64>, f64) {
+        let (dim, row) = (self.plan.head_dim as usize, (sample % SAMPLE_ROWS) as usize);
+        let splits: Vec<&[f32]> = (0..self.plan.splits)
+            .map(|split| &self.floats[self.plan.offset(0, sample / SAMPLE_ROWS, split) as usize..])
+            .collect();
+        let first = self.plan.mask_offset(mask as u32) as usize;
+        let [sums, outputs] = [1, 2].map(|part| first + part * SAMPLE_ROWS as usize);
+        let offset = |split: &[f32]| f64::from(split[first + row]);
+        let sum = |split: &[f32]| f64::from(split[sums + row]);
+        // A split of which the mask shows nothing counts nothing, whatever its offset is.
+        let largest = splits.iter().filter(|split| sum(split) != 0.0).map(|split| offset(split));
+        let largest = largest.fold(f64::NEG_INFINITY, f64::max);
+        let (mut out, mut total) = (vec![0.0; dim], 0.0);
+        for split in splits {
+            let weight = if sum(split) == 0.0 { 0.0 } else { (offset(split) - largest).exp2() };
+            total += weight * sum(split);
+            let values = &split[outputs + row * dim..][..dim];
+            out.iter_mut().zip(values).for_each(|(out, &value)| *out += weight * f64::from(value));
+        }
+        out.iter_mut().for_each(|out| *out /= total);
+        (out, (largest + total.log2()) * std::f64::consts::LN_2)
+    }
+}
+
+/// What was compared of profiling so far, over all heads.
+pub struct Sampled {
+    samples: u32,
+    heads: usize,
+    outputs: Worst,
+    sums: Worst,
+    errors: Worst,
+    merged: Worst,
+}
+
+impl Sampled {
+    /// Nothing is compared yet of `heads` heads.
+    pub fn new(profile: &Profile, heads: usize) -> Sampled {
+        let [outputs, sums, errors, merged] = std::array::from_fn(|_| Worst::new());
+        Sampled { samples: profile.rows, heads, outputs, sums, errors, merged }
+    }
+
+    /// Compares one head with the reference. Gives the type that the reference chooses, or none
+    /// where its two errors are no further apart than their tolerances.
+    pub fn compare(
+        &mut self,
+        dtype: Dtype,
+        expected: &ProfileErrors,
+        partials: &Partials,
+        found: &HeadProfile,
+        index: HeadIndex,
+    ) -> Option<HeadType> {
+        let name = |mask: usize| ["all keys", "spatial mask", "temporal mask"][mask];
+        // Sums of squares over the samples, under each mask: the distance of the merged output to
+        // the dense one, and its error.
+        let (mut distances, mut moved) = ([0.0; 3], [0.0; 3]);
+        for (sample, rows) in (0..).zip(&expected.rows) {
+            let mut dense = Vec::new();
+            for (mask, row) in rows.iter().enumerate() {
+                let (out, lse) = partials.merge(sample, mask);
+                let location = || format!("batch {}, head {}, sample {sample}, {}", index.item, index.head, name(mask));
+                self.outputs.add(row_error(&out, &row.out), tolerance::sampled_row(dtype, rows, mask), location);
+                self.sums.add((lse - row.lse).exp_m1().abs(), tolerance::weight_sum(row.out.len(), row), location);
+                if mask == 0 {
+                    dense.clone_from(&out);
+                }
+                moved[mask] += (tolerance::merged_row(partials.plan.splits, row) * norm(&out)).powi(2);
+                distances[mask] += distance(&out, &dense).powi(2);
+            }
+        }
+        let count = (expected.rows.len() * partials.plan.head_dim as usize) as f64;
+        let root_mean = |square: f64| (square / count).sqrt();
+        let size = expected.dense_rms.max(f64::MIN_POSITIVE);
+        let mut tolerances = [0.0; 2];
+        for (number, found) in [found.spatial_error, found.temporal_error].into_iter().enumerate() {
+            let (mask, found) = (number + 1, f64::from(found).sqrt());
+            let location = || format!("batch {}, head {}, {}", index.item, index.head, name(mask));
+            tolerances[number] = tolerance::profile_error(dtype, expected, mask);
+            let error = (found - expected.errors[number].sqrt()).abs() / size;
+            self.errors.keep_worse(error, tolerances[number], location);
+            let error = (found - root_mean(distances[mask])).abs() / size;
+            // By the triangle inequality, the distance of two rows moves by no more than both of
+            // them do.
+            let moved = root_mean(moved[0]) + root_mean(moved[mask]) + tolerance::root_mean(count) * found;
+            self.merged.keep_worse(error, moved / size, location);
+        }
+        self.errors.compared += 1;
+        self.merged.compared += 1;
+        let gap = (expected.errors[0].sqrt() - expected.errors[1].sqrt()).abs() / size;
+        (gap > tolerances[0] + tolerances[1]).then(|| expected.head_type())
+    }
+
+    pub fn checks(self, case: &str) -> [Check; 4] {
+        let rows = (self.heads as u64 * u64::from(self.samples) * 3, "rows");
+        let heads = (self.heads as u64, "heads");
+        [
+            self.outputs.check("profile", case, "sampled outputs", rows),
+            self.sums.check("profile", case, "sampled log-sum-exps", rows),
+            self.merged.check("select", case, "errors of the samples", heads),
+            self.errors.check("select", case, "mean squared errors", heads),
+        ]
+    }
+}
+
+/// The type of a head as it was found.
+pub struct Choice<'a> {
+    pub index: HeadIndex,
+    pub profile: &'a HeadProfile,
+    /// The type that the reference chooses, where it was asked. The inner `None` means that its two
+    /// errors are too near.
+    pub clear: Option<Option<HeadType>>,
+}
+
+/// Checks the types of heads. Each must be the type of the device's own lower error, and that of
+/// the reference where it has one.
+///
+/// Planted heads without a reference must be of the planted type, if the reference saw heads of
+/// this type. It must have clearly found the type in all of them.
+pub fn check_choices(choices: &[Choice], planted: bool) -> Worst {
+    let plant = |index: HeadIndex| if index.head.is_multiple_of(2) { HeadType::Spatial } else { HeadType::Temporal };
+    let is_plain = |kind: HeadType| {
+        let mut seen = choices.iter().filter(|choice| plant(choice.index) == kind).filter_map(|choice| choice.clear);
+        seen.next() == Some(Some(kind)) && seen.all(|clear| clear == Some(kind))
+    };
+    let plain = [HeadType::Spatial, HeadType::Temporal].into_iter().filter(|&kind| planted && is_plain(kind));
+    let plain: Vec<HeadType> = plain.collect();
+    let mut worst = Worst::new();
+    for Choice { index, profile, clear } in choices {
+        let own = if profile.temporal_error < profile.spatial_error { HeadType::Temporal } else { HeadType::Spatial };
+        let expected = match clear {
+            Some(clear) => *clear,
+            None => Some(plant(*index)).filter(|kind| plain.contains(kind)),
+        };
+        let wrong = profile.head_type != own || expected.is_some_and(|expected| profile.head_type != expected);
+        let name = profile.head_type.name();
+        worst.add(wrong.into(), 0.0, || format!("batch {}, head {}: {name}", index.item, index.head));
+    }
+    worst
+}
