@@ -1,5 +1,5 @@
-//! Builds a spec to PTX and manifest: `cargo run -p framestride-builder --example build -- SPEC.toml OUT_DIR`. A folder in place of
-//! the spec is a device crate.
+//! Builds a spec to PTX and manifest: `cargo run -p framestride-builder --example build --
+//! SPEC.toml OUT_DIR`. A folder in place of the spec is a device crate.
 
 use std::path::Path;
 use std::time::Instant;

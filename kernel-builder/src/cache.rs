@@ -1,8 +1,11 @@
-//! Who uses which part of the build cache, and what of it goes when it has grown too large.
+//! Who uses which part of the build cache, and which parts go when it has grown too large.
 //!
-//! Whoever builds holds two locks: one of the key, together with others, and one of the crate, alone. A lock lies beside what it is for,
-//! is never removed, and tells by its time of change when that was last used. Beyond [`MOST_BYTES`] goes what was used least lately
-//! and is in use by nobody: crates one by one, and keys whole.
+//! A build holds two locks: that of its key, which builds share, and that of its crate, which it
+//! has alone. A lock lies beside the part that it is for and is never removed. Its time of change
+//! says when that part was last used.
+//!
+//! When the cache is larger than [`MOST_BYTES`], the parts that were used least lately are removed:
+//! crates one by one, and whole keys. A part that is in use stays.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -12,13 +15,15 @@ use crate::BuildError;
 use crate::error::at;
 use crate::files::create;
 
-/// Most bytes that builds take between runs. A spec's take 8 MB, what all specs of a key share 150 MB.
+/// The most bytes that builds take between runs. A spec takes 8 MB, and what all specs of a key
+/// share takes 150 MB.
 const MOST_BYTES: u64 = 4 << 30;
 
-/// Folder of a key's crates, in that of the key.
+/// Name of the folder, in the folder of a key, that holds the key's crates.
 pub(crate) const CRATES: &str = "crates";
 
-/// Holds a part of the cache until the file is dropped: waits while another has it `alone`.
+/// Holds a part of the cache until the returned file is dropped. Waits while another holds it
+/// `alone`.
 pub(crate) fn hold(part: &Path, alone: bool) -> Result<File, BuildError> {
     let path = lock_of(part);
     path.parent().map_or(Ok(()), create)?;
@@ -32,7 +37,8 @@ fn lock_of(part: &Path) -> PathBuf {
     part.with_extension("lock")
 }
 
-/// Removes what was used least lately. What cannot be removed stays: no build fails for it.
+/// Removes the parts that were used least lately. A part that cannot be removed stays, because no
+/// build should fail for it.
 pub(crate) fn prune(cache: &Path) {
     prune_to(&cache.join("builds"), MOST_BYTES);
 }
@@ -41,7 +47,8 @@ fn prune_to(builds: &Path, most: u64) {
     let mut bytes = size(builds);
     let mut parts: Vec<(SystemTime, PathBuf)> = Vec::new();
     for key in entries(builds).into_iter().filter(|path| path.is_dir()) {
-        // A crate is `name`, `name.work` and `name.lock`; before the key, which is used whenever one of its crates is.
+        // A crate consists of `name`, `name.work` and `name.lock`. It sorts before its key, which
+        // is used whenever one of its crates is.
         let crates =
             entries(&key.join(CRATES)).into_iter().filter(|path| path.extension().is_some_and(|end| end == "work"));
         for part in crates.map(|work| work.with_extension("")).chain([key.clone()]) {
@@ -66,7 +73,7 @@ fn prune_to(builds: &Path, most: u64) {
     }
 }
 
-/// Bytes of the files below a folder; links are not followed.
+/// Bytes of the files below a folder. Links are not followed.
 fn size(folder: &Path) -> u64 {
     let bytes = |path: PathBuf| match fs::symlink_metadata(&path) {
         Ok(data) if data.is_dir() => size(&path),
@@ -85,7 +92,7 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    /// A crate of 1000 bytes in a key, last used `day` days after the beginning.
+    /// A crate of 1000 bytes in a key, last used on day `day`.
     fn part(builds: &Path, key: &str, name: &str, day: u64) -> PathBuf {
         let part = builds.join(key).join(CRATES).join(name);
         fs::create_dir_all(part.with_extension("work")).unwrap();
@@ -114,10 +121,10 @@ mod tests {
         assert_eq!(there(), [true; 4]);
         prune_to(builds, 7500);
         assert_eq!(there(), [false, true, true, true]);
-        // The key is used together with others, the crate alone.
+        // Builds share the key, and have the crate alone.
         let (key, alone) = (hold(&builds.join("old"), false).unwrap(), hold(&b, true).unwrap());
         for held in [builds.join("old"), b.clone()] {
-            // Used just now, but the test has its own order.
+            // Holding it has set its time of change, but the test has an order of its own.
             File::options().append(true).open(lock_of(&held)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         }
         prune_to(builds, 6500);

@@ -1,15 +1,17 @@
-//! The nested cargo, and what of a user's cargo configuration reaches it: where crates come from, and nothing else.
+//! The nested cargo. Of the user's cargo configuration it obeys only where crates come from.
 //!
-//! Cargo reads `.cargo/config.toml` in the current directory, in each folder above it, and in CARGO_HOME. Such a file may change
-//! how crates are compiled, and with it the PTX: `[build]`, `[profile]` down to single packages, `[env]`, `[target]`, `[patch]`,
-//! `paths`, `[unstable]`, which a release compiler obeys under `RUSTC_BOOTSTRAP`. Options on the command line win only over equal
-//! keys. So cargo is kept from the files themselves:
+//! Cargo reads `.cargo/config.toml` in the current directory, in each folder above it, and in
+//! CARGO_HOME. Such a file may change how crates are compiled, and with that the PTX. It may hold
+//! `[build]`, `[profile]` for single packages, `[env]`, `[target]`, `[patch]`, `paths`, and
+//! `[unstable]`, which a release compiler obeys under `RUSTC_BOOTSTRAP`. Options on the command
+//! line win only over equal keys. So the builder keeps cargo from the files themselves:
 //!
-//! * It runs in the root of the file system, above which nothing lies. A configuration of the root itself is refused if it has
-//!   more than [`KEPT`].
-//! * Its CARGO_HOME is a folder without a configuration, whose registry, sources, credentials and locks are links to the user's.
-//! * The [`KEPT`] tables of the user's files are merged as cargo does it, and given by `--config`: a mirror, vendored sources
-//!   and a proxy work as in any other build.
+//! * Cargo runs in the root of the file system, which nothing lies above. A configuration of the
+//!   root itself is refused if it holds more than the [`KEPT`] tables.
+//! * Its CARGO_HOME is a folder without a configuration. Registry, sources, credentials and locks
+//!   in it are links to those of the user.
+//! * The [`KEPT`] tables of the user's files are merged as cargo merges them, and given by
+//!   `--config`. So a mirror, vendored sources and a proxy work as in any other build.
 
 use std::env;
 use std::fs;
@@ -24,15 +26,17 @@ use crate::error::at;
 use crate::files::{create, link, write_if_new};
 use crate::toolchain::{self, Toolchain};
 
-/// Tables that say where crates come from: none of them changes what is compiled, since Cargo.lock has the digests of crates.
+/// Tables that say where crates come from. None of them changes what is compiled, because
+/// Cargo.lock has the digests of crates.
 const KEPT: [&str; 6] = ["source", "registries", "registry", "net", "http", "credential-alias"];
 
-/// What CARGO_HOME holds for all builds of a user: crates and their sources, credentials, and the files that cargo locks.
+/// What CARGO_HOME holds for all builds of a user: crates and their sources, credentials, and the
+/// files that cargo locks.
 const SHARED: [&str; 7] =
     ["registry", "git", "credentials.toml", "credentials", ".package-cache", ".package-cache-mutate", ".global-cache"];
 
-/// A cargo that knows the compiler, and of the user's settings only where crates come from. `folder` keeps its CARGO_HOME, `work` the
-/// settings of this build.
+/// A cargo that uses the device compiler, and obeys of the user's settings only where crates come
+/// from. `folder` keeps its CARGO_HOME, `work` the settings of this build.
 pub(crate) fn command(toolchain: &Toolchain, folder: &Path, work: &Path) -> Result<Command, BuildError> {
     let current = env::current_dir().map_err(at("read", Path::new(".")))?;
     let home = user_home().map(|home| current.join(home));
@@ -74,18 +78,18 @@ pub(crate) fn command(toolchain: &Toolchain, folder: &Path, work: &Path) -> Resu
     Ok(cargo)
 }
 
-/// CARGO_HOME, or where cargo takes it to be.
+/// CARGO_HOME, or the folder that cargo takes when the variable is not set.
 fn user_home() -> Option<PathBuf> {
     let named = env::var_os("CARGO_HOME").filter(|value| !value.is_empty()).map(PathBuf::from);
     named.or_else(|| env::home_dir().map(|home| home.join(".cargo")))
 }
 
-/// The configuration that cargo reads when it runs in this folder or below.
+/// The configuration that cargo reads when it runs in this folder or below it.
 fn configuration_above(folder: &Path) -> Option<PathBuf> {
     configuration_in(&folder.join(".cargo"))
 }
 
-/// `config`, the old name, wins over `config.toml`.
+/// The configuration in this folder. `config`, the old name, wins over `config.toml`.
 fn configuration_in(folder: &Path) -> Option<PathBuf> {
     ["config", "config.toml"].into_iter().map(|name| folder.join(name)).find(|path| path.is_file())
 }
@@ -95,7 +99,7 @@ fn read(file: &Path) -> Result<Table, BuildError> {
     text.parse().map_err(|error: toml::de::Error| at("read", file)(io::Error::other(error.message().to_string())))
 }
 
-/// Paths in a configuration count from the folder that its `.cargo` lies in.
+/// Makes paths absolute. In a configuration they count from the folder that its `.cargo` lies in.
 fn make_absolute(settings: &mut Table, base: &Path) {
     let absolute = |value: &mut Value| {
         if let Value::String(path) = value {
@@ -113,7 +117,8 @@ fn make_absolute(settings: &mut Table, base: &Path) {
     }
 }
 
-/// Adds what is not said yet: a file nearer to the current directory wins, key by key.
+/// Adds the keys that are not there yet. So a file nearer to the current directory wins, key by
+/// key.
 fn merge(settings: &mut Table, others: Table) {
     for (name, value) in others {
         match (settings.get_mut(&name), value) {

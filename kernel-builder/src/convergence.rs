@@ -1,9 +1,11 @@
-//! Whether the lanes of each warp are together wherever an instruction needs all of them: a check of the finished PTX.
+//! A check of the finished PTX: the lanes of a warp are together wherever an instruction needs all
+//! of them.
 //!
-//! `shfl.sync`, `bar.sync`, `wgmma` and others are executed by all lanes of a warp at once. A compiler that does not know it may copy
-//! one into both sides of a branch that parts the lanes, and the warp waits for ever, or reads what is not there. The finishing
-//! step says `convergent` to LLVM, but rustc's own optimiser has no such word: in an incremental build, which does not inline, its
-//! jump threading copied the calls of `exchange` in
+//! All lanes of a warp execute `shfl.sync`, `bar.sync`, `wgmma` and others at once. A compiler that
+//! does not know this may copy such an instruction into both sides of a branch that parts the
+//! lanes. Then the warp waits for ever, or reads what is not there. The finishing step says
+//! `convergent` to LLVM, but rustc's own optimiser has no such word. An incremental build does not
+//! inline, and in one its jump threading copied the calls of `exchange` like this:
 //!
 //! ```text
 //! let a = if odd { x } else { y };     if odd { a = exchange(x); x = a } else { a = exchange(y); y = a }
@@ -11,38 +13,41 @@
 //! if odd { x = a } else { y = a }
 //! ```
 //!
-//! and all consumer warps of attention hung there. So nothing is believed of any pass: what comes out is looked at.
+//! All consumer warps of attention waited there. So no pass is trusted, and the result is checked.
 //!
-//! A register is *uniform* if all lanes of a warp have the same value in it. What is not: the thread's number, results of atomics,
-//! of `elect`, of waiting for a barrier, of anything unknown, and whatever is computed from those. Votes, `redux`, and a value broadcast
-//! from one lane are uniform again, and so are bits of the thread's number that count warps. Loads from uniform addresses count as
-//! uniform: a value that changes while the lanes read it is for its author to broadcast.
+//! A register is **uniform** if all lanes of a warp have the same value in it. These values are not
+//! uniform: the thread's number, results of atomics, of `elect`, of waiting for a barrier, of
+//! unknown instructions, and whatever is computed from those. These are uniform again: votes,
+//! `redux`, a value that one lane broadcasts, and the bits of the thread's number that count warps.
+//! A load from a uniform address counts as uniform. If its value may change while the lanes read
+//! it, the author must broadcast it.
 //!
-//! A branch on what is not uniform parts the lanes until the block that every way from it leads through, its immediate
-//! post-dominator. Between the two, an instruction for all lanes is an error, and a register that is written there is not uniform
-//! behind. Ways into a `trap` do not count: nothing comes together behind it. Instructions that name only some lanes in their mask
-//! are not looked at.
+//! A branch on a value that is not uniform parts the lanes. They are together again in the block
+//! that every way from the branch leads through, its immediate post-dominator. Between the two, an
+//! instruction for all lanes is an error, and a register that is written there is not uniform
+//! afterwards. Ways into a `trap` do not count, because nothing follows it. Instructions whose mask
+//! names only some lanes are not checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::ptx::{opcode, statements};
 
-/// An instruction for all lanes of a warp where they may be apart.
+/// An instruction for all lanes of a warp that stands where the lanes may be apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parted {
-    /// The entry or function.
+    /// The entry or function that it stands in.
     pub function: String,
-    /// The instruction, and its line from 1.
+    /// The line of the instruction, from 1, and its text.
     pub instruction: (usize, String),
-    /// The branch or the predicate that may part the lanes, and its line. `None` in a function that is called, by whatever lanes, and
-    /// where no way leads to the end of the kernel.
+    /// The line and the text of the branch or predicate that may part the lanes. `None` in a
+    /// function that is called, by any lanes, and where no way leads to the end of the kernel.
     pub cause: Option<(usize, String)>,
 }
 
 impl fmt::Display for Parted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Some instructions name a hundred registers.
+        // Some instructions name a hundred registers, which would hide the rest of the message.
         let short =
             |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(60).collect::<String>();
         let (line, instruction) = &self.instruction;
@@ -66,25 +71,26 @@ impl fmt::Display for Parted {
     }
 }
 
-/// Every instruction of a module whose lanes may be apart, the first of each branch.
+/// The instructions of a module whose lanes may be apart. Of each branch only the first is named.
 pub fn parted(ptx: &str) -> Vec<Parted> {
     functions(&statements(ptx)).iter().flat_map(Function::parted).collect()
 }
 
-/// What is known of a value, over the lanes of a warp. What comes of two is the greater.
+/// What is known of a value in the lanes of a warp. Of two such facts the weaker one is the
+/// greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Value {
-    /// The same in every lane.
+    /// The value is the same in every lane.
     #[default]
     Uniform,
-    /// (32 u + lane) << shift, where u is the same in every lane; or [`Value::Uniform`].
+    /// The value is (32 u + lane) << shift, where u is the same in every lane, or it is uniform.
     Lane(u32),
-    /// Anything.
+    /// The value may be anything.
     Divergent,
 }
 
 impl Value {
-    /// What is known when it may be either.
+    /// What is known of a value that may be either of two.
     fn or(self, other: Value) -> Value {
         match (self, other) {
             (Value::Lane(one), Value::Lane(two)) if one != two => Value::Divergent,
@@ -97,13 +103,13 @@ impl Value {
 struct Instruction<'a> {
     line: usize,
     text: &'a str,
-    /// Register that it is executed under.
+    /// The register that decides whether it is executed.
     predicate: Option<&'a str>,
     opcode: &'a str,
     operands: Vec<&'a str>,
 }
 
-/// Instructions without a branch into or out of their middle, and where the last one leads.
+/// Instructions that are executed one after the other, and the blocks that may follow them.
 #[derive(Default)]
 struct Block<'a> {
     instructions: Vec<Instruction<'a>>,
@@ -111,7 +117,8 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    /// Registers that hold at the end of the block what another one holds, or a constant.
+    /// Registers that are copies at the end of the block, each with its original: a register or a
+    /// constant.
     fn copies(&self) -> BTreeMap<&'a str, &'a str> {
         let mut copies: BTreeMap<&str, &str> = BTreeMap::new();
         for instruction in &self.instructions {
@@ -163,14 +170,15 @@ fn has_word(text: &str, word: &str) -> bool {
 impl<'a> Function<'a> {
     fn read(head: &str, body: &'a [(usize, String)]) -> Function<'a> {
         let is_entry = has_word(head, ".entry");
-        // `.visible .func (.param .b32 result) name(...)`: the result stands before the name.
+        // In `.visible .func (.param .b32 result) name(...)` the result stands before the name.
         let behind =
             head.split_once(if is_entry { ".entry" } else { ".func" }).map_or("", |(_, behind)| behind.trim_start());
         let behind =
             behind.strip_prefix('(').and_then(|list| list.split_once(')')).map_or(behind, |(_, behind)| behind);
         let name = behind.trim_start().split('(').next().unwrap_or("").trim().to_string();
         let mut blocks = vec![Block::default()];
-        // A label counts in its braces and in those within, and assembly has the same one again and again.
+        // A label counts within its braces. Inline assembly repeats the same label in braces of its
+        // own.
         let (mut scopes, mut next_scope) = (vec![0], 1);
         let mut labels: BTreeMap<(usize, &str), usize> = BTreeMap::new();
         let mut jumps: Vec<(usize, Vec<usize>, &'a str)> = Vec::new();
@@ -212,7 +220,8 @@ impl<'a> Function<'a> {
             }
             blocks[last].instructions.push(instruction);
             if matches!(kind, "bra" | "brx" | "ret" | "exit" | "trap") {
-                // Behind a branch that is always taken comes a label, or nothing that is reached.
+                // Behind a branch that is always taken stands a label, or code that is never
+                // reached.
                 if predicated {
                     blocks[last].next.push(last + 1);
                 }
@@ -252,10 +261,10 @@ impl<'a> Function<'a> {
         }
         let post_dominators = self.post_dominators();
         let mut known: BTreeMap<&str, Value> = BTreeMap::new();
-        // The branches that may part the lanes of each block, by their blocks.
+        // For each block, the blocks whose branches may part its lanes.
         let mut apart: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); self.blocks.len()];
         let copies: Vec<_> = self.blocks.iter().map(Block::copies).collect();
-        // Nothing is divergent until something makes it so, and then it stays.
+        // Values begin as uniform and only ever become weaker, so the loop ends.
         loop {
             let before = (known.clone(), apart.clone());
             for (index, block) in self.blocks.iter().enumerate() {
@@ -272,7 +281,8 @@ impl<'a> Function<'a> {
                     }
                 }
                 for (register, value) in here {
-                    // A copy that was already made before the branch is the same in lanes that go round this block.
+                    // If the same copy was made before the branch, lanes that do not come here have
+                    // it too.
                     let copy = copies[index].get(register);
                     let same =
                         apart[index].iter().all(|branch| copy.is_some() && copies[*branch].get(register) == copy);
@@ -306,12 +316,12 @@ impl<'a> Function<'a> {
         parted
     }
 
-    /// Blocks that the lanes may reach apart after the branch at the end of a block.
+    /// The blocks that lanes may reach apart after the branch at the end of `branch`.
     fn between(&self, branch: usize, post_dominators: &[Option<usize>]) -> Vec<usize> {
         let together = post_dominators[branch];
         let mut reached = vec![false; self.blocks.len()];
         let mut open: Vec<usize> = self.ways(branch, post_dominators).collect();
-        // A way that is the only one parts nobody.
+        // A single way parts nobody.
         if open.len() < 2 {
             return Vec::new();
         }
@@ -324,21 +334,22 @@ impl<'a> Function<'a> {
         (0..reached.len()).filter(|block| reached[*block]).collect()
     }
 
-    /// Where a block leads, ways that only end in a trap left out.
+    /// The blocks that may follow a block. Those that only end in a trap are left out.
     fn ways(&self, block: usize, post_dominators: &[Option<usize>]) -> impl Iterator<Item = usize> {
         let exit = self.blocks.len();
         self.blocks[block].next.iter().copied().filter(move |next| *next == exit || post_dominators[*next].is_some())
     }
 
-    /// The immediate post-dominator of each block, the exit being one block more; `None` where no way leads to the exit. (Cooper, Harvey,
-    /// Kennedy: A simple, fast dominance algorithm, 2001, on the edges turned round.)
+    /// The immediate post-dominator of each block; `None` where no way leads to the exit, which
+    /// counts as one block more. The algorithm is that of Cooper, Harvey and Kennedy (A simple,
+    /// fast dominance algorithm, 2001) with all edges reversed.
     fn post_dominators(&self) -> Vec<Option<usize>> {
         let exit = self.blocks.len();
         let mut before = vec![Vec::new(); exit + 1];
         for (index, block) in self.blocks.iter().enumerate() {
             block.next.iter().for_each(|next| before[*next].push(index));
         }
-        // Blocks in the order in which a walk back from the exit leaves them.
+        // The blocks in the order in which a walk back from the exit leaves them.
         let mut number = vec![None; exit + 1];
         let (mut order, mut walk, mut seen) = (Vec::new(), vec![(exit, 0)], vec![false; exit + 1]);
         seen[exit] = true;
@@ -377,7 +388,7 @@ impl<'a> Function<'a> {
     }
 }
 
-/// The first block that post-dominates both.
+/// The first block that post-dominates both `a` and `b`.
 fn common(found: &[Option<usize>], number: &[Option<usize>], mut a: usize, mut b: usize) -> usize {
     while a != b {
         // The exit has the highest number, and each step goes towards it.
@@ -387,10 +398,10 @@ fn common(found: &[Option<usize>], number: &[Option<usize>], mut a: usize, mut b
     a
 }
 
-/// Value of a register in a block that has written those of `here`.
+/// Value of a register in a block that has so far written the registers of `here`.
 fn value_of(register: &str, here: &BTreeMap<&str, Value>, known: &BTreeMap<&str, Value>) -> Value {
     match register {
-        // Blocks have one dimension: `.maxntid` says so.
+        // Blocks have one dimension, which `.maxntid` states.
         "%tid.x" | "%laneid" => Value::Lane(0),
         _ if ["%lanemask", "%clock", "%globaltimer"].iter().any(|prefix| register.starts_with(prefix)) => {
             Value::Divergent
@@ -399,13 +410,14 @@ fn value_of(register: &str, here: &BTreeMap<&str, Value>, known: &BTreeMap<&str,
     }
 }
 
-/// Names in an operand: registers, and whatever else has a name and is never written.
+/// The names in an operand. Names of other things than registers do no harm, since nothing writes
+/// them.
 fn names(operand: &str) -> impl Iterator<Item = &str> {
     let words = operand.split(|c: char| !(c.is_ascii_alphanumeric() || "_$%.".contains(c)));
     words.filter(|word| word.starts_with(|c: char| !c.is_ascii_digit() && c != '.'))
 }
 
-/// An integer that stands in the text.
+/// The integer that an operand is.
 fn constant(operand: &str) -> Option<i64> {
     let (sign, digits) = operand.strip_prefix('-').map_or((1, operand), |digits| (-1, digits));
     let value = match digits.strip_prefix("0x") {
@@ -420,7 +432,7 @@ impl<'a> Instruction<'a> {
         let opcode = opcode(text)?;
         let (head, operands) = text.split_once(opcode)?;
         let predicate = head.trim().strip_prefix('@').map(|guard| guard.trim_start_matches('!').trim());
-        // Commas part the operands, but not within brackets and braces.
+        // Commas divide the operands, but not those within brackets and braces.
         let (mut parts, mut depth, mut start) = (Vec::new(), 0, 0);
         for (at, character) in operands.char_indices() {
             match character {
@@ -446,12 +458,13 @@ impl<'a> Instruction<'a> {
         self.opcode.split('.').any(|word| word == modifier)
     }
 
-    /// Whether the mask, the last operand of an instruction that exchanges registers, names all lanes.
+    /// Whether the mask names all lanes. It is the last operand of an instruction that exchanges
+    /// registers.
     fn names_all_lanes(&self) -> bool {
         self.operands.last().and_then(|mask| constant(mask)).is_some_and(|mask| mask as u32 == u32::MAX)
     }
 
-    /// Whether all lanes of a warp must be here together.
+    /// Whether all lanes of a warp must execute it together.
     fn is_for_all_lanes(&self) -> bool {
         match self.kind() {
             "barrier" => self.has("aligned"),
@@ -462,14 +475,15 @@ impl<'a> Instruction<'a> {
         }
     }
 
-    /// Registers that decide where a branch goes.
+    /// The registers that decide where a branch goes.
     fn chooses(&self) -> impl Iterator<Item = &'a str> {
         let index = self.operands.first().filter(|_| self.kind() == "brx");
         let branches = matches!(self.kind(), "bra" | "brx" | "ret" | "exit");
         self.predicate.filter(|_| branches).into_iter().chain(index.into_iter().flat_map(|operand| names(operand)))
     }
 
-    /// Registers that it writes: they stand first, but not in brackets, which are an address.
+    /// The registers that it writes. They stand first, unless the first operand is an address in
+    /// brackets.
     fn written(&self) -> impl Iterator<Item = &'a str> {
         let nothing = match self.kind() {
             "bar" | "barrier" => !self.has("red"),
@@ -480,7 +494,7 @@ impl<'a> Instruction<'a> {
         first.into_iter().flat_map(|operand| names(operand))
     }
 
-    /// What it writes.
+    /// What is known of the value that it writes.
     fn value(&self, value_of: impl Fn(&str) -> Value) -> Value {
         let of =
             |operands: &[&str]| operands.iter().flat_map(|operand| names(operand)).map(&value_of).reduce(Value::or);
@@ -489,7 +503,7 @@ impl<'a> Instruction<'a> {
         let result = match (self.kind(), sources) {
             ("vote" | "redux", _) if self.names_all_lanes() => Value::Uniform,
             ("bar" | "barrier", _) => Value::Uniform,
-            // Of one lane, the same for all: a segment of the whole warp.
+            // All lanes get the value of one lane, as the segment is the whole warp.
             ("shfl", _) if self.has("idx") && self.names_all_lanes() && operand(3) == "31" => {
                 of(&[operand(2)]).unwrap_or_default()
             }
@@ -499,7 +513,7 @@ impl<'a> Instruction<'a> {
             (kind, Value::Lane(shift)) => self.of_lane(kind, shift),
             _ => Value::Divergent,
         };
-        // Where the predicate does not hold, the old value stays.
+        // Where the predicate is false, the old value stays.
         match self.predicate.map(&value_of) {
             None => result,
             Some(Value::Uniform) => self.written().map(&value_of).fold(result, Value::or),
@@ -507,8 +521,9 @@ impl<'a> Instruction<'a> {
         }
     }
 
-    /// What comes of (32 u + lane) << shift: its bits from `shift` + 5 on are the same in all lanes, and so is on which side of a
-    /// multiple of 1 << (`shift` + 5) it lies.
+    /// What is known of the result, if the operand is `(32 u + lane) << shift`. Its bits from
+    /// `shift + 5` on are the same in all lanes. So all lanes are on the same side of any multiple
+    /// of `1 << (shift + 5)`.
     fn of_lane(&self, kind: &str, shift: u32) -> Value {
         let pieces = self.operands.iter().any(|operand| operand.contains('{')) || self.opcode.contains(".f");
         let number = self.operands.get(2).and_then(|operand| constant(operand));
@@ -522,7 +537,8 @@ impl<'a> Instruction<'a> {
             ("and", Some(mask)) if mask % group == 0 => Value::Uniform,
             ("and", Some(mask)) if mask >> shift & 31 == 31 => Value::Lane(shift),
             ("add" | "sub" | "or", Some(number)) if number % group == 0 => Value::Lane(shift),
-            // Below a multiple, or not above what lies less than a step below it.
+            // `lt` and `ge` ask whether a lane's number lies below the bound, rounded up. `gt` and
+            // `le` ask the same of the next number.
             ("setp", Some(number)) if self.has("lt") || self.has("ge") => bound((number + (1 << shift) - 1) >> shift),
             ("setp", Some(number)) if self.has("gt") || self.has("le") => bound((number >> shift) + 1),
             _ => Value::Divergent,
@@ -530,7 +546,8 @@ impl<'a> Instruction<'a> {
     }
 }
 
-/// Whether all lanes of a warp are on one side of a bound: none of them is below it, or all are.
+/// Uniform if all lanes of a warp are on the same side of a bound of `lanes`: none is below it, or
+/// all.
 fn bound(lanes: i64) -> Value {
     if lanes % 32 == 0 { Value::Uniform } else { Value::Divergent }
 }
@@ -576,7 +593,7 @@ mod tests {
     #[test]
     fn what_is_for_all_lanes_may_not_stand_where_they_are_apart() {
         let odd = "mov.u32 %r1, %laneid;\nand.b32 %r2, %r1, 1;\nsetp.eq.b32 %p1, %r2, 0;\n";
-        // One exchange before the branches come together, as rustc's jump threading makes two of it.
+        // rustc's jump threading makes two of one exchange before the branches come together.
         let twice = format!("{odd}@%p1 bra $L1;\n{EXCHANGE};\nbra.uni $L2;\n$L1:\n{EXCHANGE};\n$L2:");
         refused(&twice, EXCHANGE, "@%p1 bra $L1");
         accepted(&format!(
@@ -593,11 +610,11 @@ mod tests {
         }
         refused(&format!("{odd}@%p1 bar.sync 0;"), "@%p1 bar.sync 0", "@%p1 bar.sync 0");
         refused(&format!("{odd}@%p1 ret;\n{EXCHANGE};"), EXCHANGE, "@%p1 ret");
-        // Of some lanes only, and for threads that need not be together.
+        // These name only some lanes, or are for threads that need not be together.
         accepted(&format!(
             "{odd}@%p1 bra $L1;\nshfl.sync.bfly.b32 %r9, %r8, 2, 31, 0x55555555;\nbarrier.sync 1, 16;\n$L1:"
         ));
-        // Nothing comes back from a trap.
+        // Nothing follows a trap.
         accepted(&format!("{odd}@%p1 bra $L1;\ntrap;\n$L1:\n{EXCHANGE};"));
     }
 
@@ -607,13 +624,13 @@ mod tests {
         let after = format!("{0}{0}{EXCHANGE};", wait.replace("BODY", ""));
         accepted(&after);
         refused(&wait.replace("BODY", "bar.sync 0;\n"), "bar.sync 0", "@!%done bra again");
-        // A count of rounds is another one in each lane.
+        // Each lane has made another number of rounds.
         let counted = format!(
             "{}setp.eq.b32 %p1, %r5, 3;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:",
             wait.replace("BODY", "add.s32 %r5, %r5, 1;\n")
         );
         refused(&counted, "bar.sync 0", "@%p1 bra $L1");
-        // A count of a loop that all leave together is not.
+        // All lanes leave this loop together.
         accepted("mov.b32 %r1, 0;\n$L1:\nbar.sync 0;\nadd.s32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 9;\n@%p1 bra $L1;");
     }
 
@@ -665,7 +682,7 @@ mod tests {
             )
         };
         refused(&written("mov.b32 %r2, 0;", "mov.b32 %r2, 1;"), "bar.sync 0", "@%p2 bra $L2");
-        // LLVM writes a copy on both ways.
+        // LLVM writes the same copy on both ways.
         accepted(&written("mov.b32 %r2, %r3;", "mov.b32 %r2, %r3;"));
         refused(&written("mov.b32 %r2, %r3;\nadd.s32 %r3, %r3, 1;", "mov.b32 %r2, %r3;"), "bar.sync 0", "@%p2 bra $L2");
         refused(&written("mov.b32 %r2, %r1;", "mov.b32 %r2, %r1;"), "bar.sync 0", "@%p2 bra $L2");

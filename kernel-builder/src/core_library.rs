@@ -1,7 +1,9 @@
-//! How code is compiled for the device, and the library `core`, compiled so once for a compiler and a family of GPUs.
+//! How code is compiled for the device, and the library `core`, which is compiled in that way once
+//! for each compiler and family of GPUs.
 //!
-//! Cargo compiles `core` too (`-Z build-std=core`), but first it wants every dependency of `std`. A project with vendored crates
-//! does not have them. `core` itself depends on nothing, so one call of rustc is enough:
+//! Cargo compiles `core` too (`-Z build-std=core`), but first it wants every dependency of `std`. A
+//! project with vendored crates does not have them. `core` itself depends on nothing, so one call
+//! of rustc is enough. It makes
 //!
 //! ```text
 //! <cache>/builds/core-<key>/lib/rustlib/nvptx64-nvidia-cuda/lib/libcore.rlib
@@ -24,17 +26,18 @@ use crate::error::{at, said};
 use crate::files::create;
 use crate::toolchain::{self, Toolchain};
 
-/// Rust's name of the device.
+/// Rust's name of the device, a target triple.
 pub(crate) const TARGET: &str = "nvptx64-nvidia-cuda";
 
-/// Options for every crate of the graph, `core` too: panics that abort on the spot without a message, one module of each crate.
-/// They come behind the options of a profile, and the last option counts. So neither a user's crate nor a configuration changes
-/// them for some package.
+/// Options for every crate of the graph, `core` included. A panic aborts on the spot without a
+/// message, and each crate is one LLVM module. They stand behind the options of a profile, and the
+/// last option counts. So neither a user's crate nor a configuration changes them for some package.
 ///
-/// LLVM must not optimise before the finishing step, because assembly is not convergent until then. rustc's own optimisation of
-/// MIR is on, with the inlining that an incremental build would turn off. MIR knows of no convergence: jump threading copies a
-/// call between two branches on one condition into both. It leaves inline assembly alone, and that is what an inlined callee is.
-/// What gets through is refused by [`crate::convergence`].
+/// LLVM must not optimise before the finishing step, because assembly is not convergent until then.
+/// rustc's own optimisation of MIR is on, with the inlining that an incremental build would turn
+/// off. MIR knows of no convergence: jump threading copies a call between two branches on one
+/// condition into both. It leaves inline assembly alone, and an inlined callee is only that. What
+/// gets through is refused by [`crate::convergence`].
 const OPTIONS: [&str; 9] = [
     "-Zunstable-options",
     "-Cpanic=immediate-abort",
@@ -47,20 +50,21 @@ const OPTIONS: [&str; 9] = [
     "-Coverflow-checks=off",
 ];
 
-/// rustc wants a crate of this name beside `core`. It holds functions for linkers, which never meet PTX, so an empty one does.
+/// The crate that rustc wants beside `core`. The real one holds functions for linkers, which never
+/// meet PTX, so an empty one is enough.
 const COMPILER_BUILTINS: &str = "#![feature(compiler_builtins)]\n#![compiler_builtins]\n#![no_std]\n";
 
-/// `core` in the cache.
+/// The compiled `core` in the cache.
 pub(crate) struct CoreLibrary {
     /// The folder that holds `lib/rustlib`.
     sysroot: PathBuf,
     arch: Arch,
-    /// Held until the build is done.
+    /// The lock that keeps it in the cache until the build is done.
     _lock: File,
 }
 
 impl CoreLibrary {
-    /// Compiles `core`, or takes the one already there.
+    /// Compiles `core`, or takes the one that is there.
     pub fn make(cache: &Path, toolchain: &Toolchain, arch: Arch) -> Result<CoreLibrary, BuildError> {
         let compiler =
             [env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &toolchain.sysroot.to_string_lossy(), arch.name]
@@ -69,11 +73,11 @@ impl CoreLibrary {
         let sysroot = cache.join("builds").join(format!("core-{}", &key[..16]));
         let lock = cache::hold(&sysroot, false)?;
         create(&sysroot)?;
-        // Cargo runs in another folder.
+        // A relative path would not do, because cargo runs in another folder.
         let sysroot = sysroot.canonicalize().map_err(at("read", &sysroot))?;
         let library = CoreLibrary { sysroot, arch, _lock: lock };
         if !library.folder().is_dir() {
-            // Builds side by side want it at the same time.
+            // Builds that run side by side reach this point together, and one of them compiles.
             let _making = cache::hold(&library.sysroot.join("making"), true)?;
             if !library.folder().is_dir() {
                 library.compile(toolchain)?;
@@ -82,7 +86,7 @@ impl CoreLibrary {
         Ok(library)
     }
 
-    /// rustc's options for a crate that stands on this `core`.
+    /// Options of rustc for a crate that is compiled against this `core`.
     pub fn options(&self) -> Vec<String> {
         let mut options = options(self.arch);
         options.push(format!("--sysroot={}", self.sysroot.display()));
@@ -93,7 +97,7 @@ impl CoreLibrary {
         self.sysroot.join("lib")
     }
 
-    /// Both libraries are made in a folder beside, which is renamed when it has everything.
+    /// Compiles both libraries into a new folder, which gets its name when it has everything.
     fn compile(&self, toolchain: &Toolchain) -> Result<(), BuildError> {
         let new = self.sysroot.join("new");
         if new.exists() {
@@ -121,13 +125,14 @@ impl CoreLibrary {
         toolchain::sanitise(&mut rustc, toolchain);
         rustc.env("RUSTC_BOOTSTRAP", "1").current_dir(out);
         rustc.args(["--crate-name", name, "--crate-type", "rlib", "--edition", edition, "--target", TARGET]);
-        // Only bitcode, since machine code is made of the whole graph; unstable for all but crates that ask for a feature.
+        // Bitcode is enough, because machine code is made of the whole graph. Items without a
+        // stability attribute are unstable, as everywhere in the standard library.
         rustc.args(options(self.arch)).args([
             "-Clinker-plugin-lto",
             "-Zforce-unstable-if-unmarked",
             "--cap-lints=allow",
         ]);
-        // Where `core` will lie, for the crate that needs it already.
+        // The second library finds `core` here.
         rustc.arg("-L").arg(out).arg("--sysroot").arg(&self.sysroot);
         let answer = rustc.arg("--out-dir").arg(out).arg(source).output().map_err(at("start", &toolchain.rustc))?;
         if answer.status.success() {
@@ -142,10 +147,12 @@ impl CoreLibrary {
     }
 }
 
-/// rustc's options for crates of the device, with a `core` in the cache that is compiled for them: what clippy needs to judge one.
+/// Options of rustc for crates of the device. One of them names a `core` in the cache that was
+/// compiled with the others. Clippy and rustdoc need them to look at such a crate.
 ///
 /// # Errors
-/// [`BuildError::NoCache`] without a folder to keep builds in, and whatever hinders rustc.
+/// [`BuildError::NoCache`] when there is no folder to keep builds in, and any error of compiling
+/// `core`.
 pub fn device_options(toolchain: &Toolchain, arch: Arch) -> Result<Vec<String>, BuildError> {
     let cache = toolchain::cache_folder().ok_or(BuildError::NoCache)?;
     Ok(CoreLibrary::make(&cache, toolchain, arch)?.options())

@@ -1,18 +1,19 @@
 //! The crate that is compiled for the device, and the nested cargo that compiles it to LLVM IR.
 //!
-//! For a spec, a crate of a few lines is generated in the cache; a user's own crate is taken as it stands. Builds are kept
-//! between runs, so that the procedural macros are compiled once:
+//! For a spec, a crate of a few lines is generated in the cache. A user's own crate is taken as it
+//! is. Builds are kept between runs, so that the procedural macros are compiled once:
 //!
 //! ```text
-//! <cache>/builds/<key>/target/              cargo's target directory, shared by the generated crates (cargo locks it)
+//! <cache>/builds/<key>/target/              cargo's target directory, which the generated crates share
 //! <cache>/builds/<key>/source/              workspace of the kernels, the macros and the shapes
-//! <cache>/builds/<key>/crates/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source -> ../../source
+//! <cache>/builds/<key>/crates/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source
 //! <cache>/builds/<key>/crates/<name>.work/  IR, PTX and what they were made from
 //! ```
 //!
-//! The key is a digest of the compiler's versions, of the family of GPUs and of the sources' place. The sources are reached through the symbolic link
-//! `source`, so that their path *relative to the crate* is the same on every machine: cargo derives the hashes in symbol names
-//! from it, and the PTX must not depend on where a checkout lies.
+//! The key is a digest of the compiler's versions, the family of GPUs, and the place of the
+//! sources. A generated crate reaches the sources through a symbolic link named `source`. So their
+//! path relative to the crate is the same on every machine. Cargo derives the hashes in symbol
+//! names from that path, and the PTX must not depend on the place of a checkout.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -28,38 +29,39 @@ use crate::cargo;
 use crate::core_library::{CoreLibrary, TARGET};
 use crate::error::{at, said};
 use crate::files::{create, link, write_atomically, write_if_new};
-use crate::sources::Sources;
+use crate::packages::Packages;
 use crate::toolchain::Toolchain;
 
-/// A crate to compile, in its place in the cache.
+/// A crate to compile, and its place in the cache.
 pub(crate) struct DeviceCrate {
     /// Name of the kernels, for people.
     pub name: String,
     /// Its Cargo.toml.
     pub manifest: PathBuf,
-    /// Folder of this and of all crates that share compiler and sources.
+    /// Folder of the key, which is shared by all crates of one compiler and one set of sources.
     folder: PathBuf,
     /// Folder of this crate's IR and PTX.
     pub work: PathBuf,
-    /// Whether the builder wrote the crate, or its user.
+    /// Whether the builder wrote this crate. Else its user did.
     generated: bool,
     core: CoreLibrary,
-    /// Held until the build is done: the key, and the crate.
+    /// Locks of the key and of the crate, held until the build is done.
     _locks: [File; 2],
 }
 
-/// What the compiler made.
+/// What the compiler has made of a crate.
 pub(crate) struct Compiled {
     /// LLVM IR of the whole crate graph, not optimised.
     pub ir: PathBuf,
-    /// Source files that went into it, generated ones left out.
+    /// Source files that it was made from, without generated ones.
     pub inputs: Vec<PathBuf>,
     /// The compiler's warnings, rendered.
     pub warnings: Vec<String>,
 }
 
 impl DeviceCrate {
-    /// Generates the crate of a spec, or takes the one already there when nothing differs. Waits while another build uses it.
+    /// Generates the crate of a spec, or takes the one that is there if nothing differs. Waits
+    /// while another build uses it.
     pub fn generate(
         name: &str,
         spec: &str,
@@ -67,11 +69,11 @@ impl DeviceCrate {
         cache: &Path,
         toolchain: &Toolchain,
     ) -> Result<DeviceCrate, BuildError> {
-        let sources = Sources::find()?;
-        let (folder, key_lock) = build_folder(cache, toolchain, arch, &sources.places())?;
+        let packages = Packages::find()?;
+        let (folder, key_lock) = build_folder(cache, toolchain, arch, &packages.places())?;
         let core = CoreLibrary::make(cache, toolchain, arch)?;
         let source = folder.join("source");
-        sources.assemble(&source)?;
+        packages.make_workspace(&source)?;
         let (root, work, lock) = crate_folders(&folder, name)?;
         create(&root.join("src"))?;
         link(&source, &root.join("source"))?;
@@ -83,16 +85,17 @@ impl DeviceCrate {
             .replace("DIGEST", &digest([spec]));
         write_if_new(&root.join("src/lib.rs"), library.as_bytes())?;
         let own_lock = root.join("Cargo.lock");
-        // A full disk may have cut off what cargo itself wrote.
+        // A full disk may have cut off the file that cargo itself wrote.
         let whole = fs::read_to_string(&own_lock).is_ok_and(|text| text.parse::<toml::Table>().is_ok());
-        if let Some(tested) = sources.tested_versions().filter(|_| !whole) {
-            // The versions that the checkout was tested with; cargo drops what the crate does not need.
+        if let Some(tested) = packages.tested_versions().filter(|_| !whole) {
+            // These are the versions that the checkout was tested with. Cargo drops those that the
+            // crate does not need.
             write_atomically(&own_lock, &fs::read(&tested).map_err(at("read", &tested))?)?;
         }
         Ok(DeviceCrate { name: name.into(), manifest, folder, work, generated: true, core, _locks: [key_lock, lock] })
     }
 
-    /// Takes a user's own crate: `path` is its folder or its Cargo.toml.
+    /// Takes a user's own crate. `path` is its folder or its Cargo.toml.
     pub fn own(path: &Path, arch: Arch, cache: &Path, toolchain: &Toolchain) -> Result<DeviceCrate, BuildError> {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
@@ -104,18 +107,19 @@ impl DeviceCrate {
         Ok(DeviceCrate { name, manifest, folder, work, generated: false, core, _locks: [key_lock, lock] })
     }
 
-    /// Compiles the crate to LLVM IR. Nothing is compiled again that is still fresh.
+    /// Compiles the crate to LLVM IR, or takes the IR that is there if no source has changed.
     pub fn compile(&self, toolchain: &Toolchain) -> Result<Compiled, BuildError> {
         let ir = self.work.join("device.ll");
         let mut answer = self.run_cargo(toolchain, &ir)?;
         if self.generated && answer.is_failure_of_cargo() {
-            // The lock file of an earlier build may name versions that a vendored source no longer has.
+            // The lock file of an earlier build may name versions that a vendored source no longer
+            // has.
             let versions = self.manifest.with_file_name("Cargo.lock");
             fs::remove_file(&versions).map_err(at("remove", &versions))?;
             answer = self.run_cargo(toolchain, &ir)?;
         }
         if answer.success && !ir.is_file() {
-            // Cargo takes its own outputs for fresh when only the IR was deleted.
+            // Cargo takes its outputs for fresh even when the IR was deleted.
             let library = self.manifest.with_file_name("src").join("lib.rs");
             let touched = File::options().append(true).open(&library);
             touched.and_then(|file| file.set_modified(SystemTime::now())).map_err(at("touch", &library))?;
@@ -135,8 +139,9 @@ impl DeviceCrate {
         cargo.arg("--manifest-path").arg(&self.manifest).arg("--target-dir").arg(&target);
         cargo.args(["--target", TARGET, "--"]);
         cargo.arg(format!("--emit=llvm-ir={}", ir.display())).args(["-C", "linker=/bin/true"]);
-        // Unstable options of a release compiler; empty wrappers override those of a configuration file. A `--config` behind the
-        // subcommand would make cargo forget the one before it, which says where crates come from.
+        // `RUSTC_BOOTSTRAP` permits unstable options, and empty wrappers override those of the
+        // user. There is no `--config` here: behind the subcommand it would make cargo forget the
+        // one before it, which says where crates come from.
         cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_PROFILE_RELEASE_LTO", "fat").env("CARGO_INCREMENTAL", "0");
         cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
         cargo.env("CARGO_ENCODED_RUSTFLAGS", self.core.options().join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &target);
@@ -151,7 +156,7 @@ impl DeviceCrate {
     fn does_not_compile(&self, answer: &Answer) -> BuildError {
         let errors = &answer.messages.errors;
         let builds = self.folder.parent().unwrap_or(&self.folder);
-        // A damaged library is named by rustc, with its path or without.
+        // rustc names a damaged library with its path, or says which format it misses.
         let builds_text = builds.to_string_lossy();
         let names_a_library = |error: &String| error.contains(&*builds_text) || error.contains("in rlib format");
         let doubtful = answer.is_failure_of_cargo() || errors.iter().any(names_a_library);
@@ -163,8 +168,8 @@ impl DeviceCrate {
         }
     }
 
-    /// The sources that cargo lists for the library, and the Cargo.toml of each; without those of the compiler and the generated
-    /// crate.
+    /// The sources that cargo lists for the library, each with its Cargo.toml. Those of the
+    /// compiler and of the generated crate are left out.
     fn inputs(&self, library: &str, toolchain: &Toolchain) -> Result<Vec<PathBuf>, BuildError> {
         let list = self.folder.join("target").join(TARGET).join("release").join(format!("{library}.d"));
         let listed = fs::read_to_string(&list).map_err(at("read", &list))?;
@@ -182,7 +187,7 @@ impl DeviceCrate {
     }
 }
 
-/// What separates folders in lists of them, as cargo writes one for the loader of procedural macros.
+/// What separates folders in a list. Cargo writes such a list for the loader of procedural macros.
 pub(crate) const PATH_SEPARATOR: char = if cfg!(windows) { ';' } else { ':' };
 
 const GENERATED_MANIFEST: &str = r#"# Generated by framestride-builder.
@@ -217,18 +222,18 @@ struct Answer {
 }
 
 impl Answer {
-    /// Whether cargo failed before rustc had anything to say.
+    /// Whether cargo failed before rustc reported any error.
     fn is_failure_of_cargo(&self) -> bool {
         !self.success && self.messages.errors.is_empty()
     }
 }
 
-/// What cargo says in JSON lines.
+/// What cargo reports as lines of JSON.
 #[derive(Default)]
 struct Messages {
     errors: Vec<String>,
     warnings: Vec<String>,
-    /// Name of the library that the manifest makes.
+    /// Name of the library that the Cargo.toml makes.
     library: String,
 }
 
@@ -254,12 +259,12 @@ impl Messages {
     }
 }
 
-/// The Cargo.toml of a crate named by its folder or by its Cargo.toml.
+/// The Cargo.toml of a crate. `path` is the crate's folder or the file itself.
 pub(crate) fn manifest_of(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("Cargo.toml") } else { path.to_path_buf() }
 }
 
-/// Name of the package of a Cargo.toml, asked from cargo, which knows all ways to write it.
+/// Name of the package of a Cargo.toml. Cargo is asked, because it knows all ways to write a name.
 fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result<String, BuildError> {
     let mut cargo = cargo::command(toolchain, folder, folder)?;
     cargo.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
@@ -279,7 +284,7 @@ fn package_name(manifest: &Path, toolchain: &Toolchain, folder: &Path) -> Result
         .ok_or_else(|| wrong("is no package: name the folder of the device crate itself".into()))
 }
 
-/// The folder of a key, and its lock.
+/// The folder of a key, which is created, and its lock.
 fn build_folder(cache: &Path, toolchain: &Toolchain, arch: Arch, source: &str) -> Result<(PathBuf, File), BuildError> {
     let key = digest([
         env!("CARGO_PKG_VERSION"),
@@ -291,7 +296,7 @@ fn build_folder(cache: &Path, toolchain: &Toolchain, arch: Arch, source: &str) -
     let folder = cache.join("builds").join(&key[..16]);
     let lock = cache::hold(&folder, false)?;
     create(&folder)?;
-    // Cargo reports canonical paths.
+    // Cargo reports canonical paths, and they are compared with this one.
     let folder = folder.canonicalize().map_err(at("read", &folder))?;
     if folder.to_string_lossy().contains([',', PATH_SEPARATOR]) {
         return Err(BuildError::CacheName { folder });
@@ -299,7 +304,8 @@ fn build_folder(cache: &Path, toolchain: &Toolchain, arch: Arch, source: &str) -
     Ok((folder, lock))
 }
 
-/// Folder of a generated crate, folder of its IR and PTX, which is created, and the lock of both.
+/// The folder of a generated crate, the folder of its IR and PTX, which is created, and the lock of
+/// both.
 fn crate_folders(folder: &Path, name: &str) -> Result<(PathBuf, PathBuf, File), BuildError> {
     let root = folder.join(CRATES).join(name);
     let lock = cache::hold(&root, true)?;
@@ -308,7 +314,7 @@ fn crate_folders(folder: &Path, name: &str) -> Result<(PathBuf, PathBuf, File), 
     Ok((root, work, lock))
 }
 
-/// SHA-256 of texts, each ended by a zero byte, in lower-case hexadecimal.
+/// SHA-256 of texts in lower-case hexadecimal. A zero byte ends each text.
 pub(crate) fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
     let mut hash = Sha256::new();
     for text in texts {

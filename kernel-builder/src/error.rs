@@ -11,17 +11,18 @@ use crate::convergence::Parted;
 use crate::finish::FinishError;
 use crate::toolchain::ToolchainError;
 
-/// Why there is no PTX. The message, of at most [`MESSAGE_BYTES`] and without control characters, names the file, says what was found, and how to mend it.
+/// Why there is no PTX. The message names the file, says what was found, and how to mend it. It has
+/// at most [`MESSAGE_BYTES`] bytes and no control characters.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// The spec is wrong; all its problems are listed.
+    /// The spec is wrong. All its problems are listed.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// Nothing to build.
+    /// There is nothing to build.
     #[error("there is no spec to build: name one")]
     NoSpec,
-    /// Two specs whose files would have one name.
+    /// Two specs have the same name, and so would their files.
     #[error(
         "{} and {} are both named `{name}`, as their files would be: rename one of them",
         plain(first, 300),
@@ -35,10 +36,10 @@ pub enum BuildError {
         /// The other one.
         second: String,
     },
-    /// No device compiler on this machine.
+    /// There is no device compiler on this machine.
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),
-    /// An architecture that no kernels exist for.
+    /// There are no kernels for this architecture.
     #[error(transparent)]
     UnknownArch(#[from] UnknownArch),
     /// The device crate does not compile.
@@ -48,9 +49,9 @@ pub enum BuildError {
         name: String,
         /// Its Cargo.toml.
         manifest: PathBuf,
-        /// The compiler's own message, rendered as it prints it.
+        /// The message of the compiler, as it prints it.
         message: String,
-        /// Folder of what earlier builds left, when damage there may be the reason.
+        /// Folder of what earlier builds left, if damage there may be the reason.
         kept: Option<PathBuf>,
     },
     /// The IR is not what the finishing step expects.
@@ -58,7 +59,7 @@ pub enum BuildError {
     Finish {
         /// Name of the kernels.
         name: String,
-        /// What is surprising.
+        /// What differs.
         source: FinishError,
     },
     /// `opt`, `llc` or `ptxas` refused its input.
@@ -68,12 +69,12 @@ pub enum BuildError {
         name: String,
         /// The tool.
         tool: PathBuf,
-        /// What it was given; kept for a look.
+        /// What it was given. The file is kept.
         input: PathBuf,
         /// What it said.
         message: String,
     },
-    /// The PTX lacks what the launch tables promise.
+    /// The PTX lacks something that the launch tables promise.
     #[error(
         "{name}: the PTX of entry `{entry}` {problem}; this compiler does something new: please report it with {}",
         shown(ptx)
@@ -85,20 +86,21 @@ pub enum BuildError {
         entry: String,
         /// What is wrong.
         problem: String,
-        /// The PTX, kept for a look.
+        /// The PTX. The file is kept.
         ptx: PathBuf,
     },
-    /// An instruction for all lanes of a warp stands where they may be apart: on a GPU it would wait for ever, or give anything.
+    /// An instruction for all lanes of a warp stands where lanes may be apart. On a GPU it would
+    /// wait for ever, or give any result.
     #[error("{name}: {parted}; the PTX is {}", shown(ptx))]
     Convergence {
         /// Name of the kernels.
         name: String,
-        /// The instruction, and what parts the lanes.
+        /// The instruction, and the branch that parts the lanes.
         parted: Box<Parted>,
         /// The PTX, kept for a look.
         ptx: PathBuf,
     },
-    /// The sources of the device crates are not where this crate was built.
+    /// The sources of the kernels are not where they were when this crate was compiled.
     #[error(
         "the device crate's sources are not at {}: set FRAMESTRIDE_SOURCE to a checkout of framestride",
         shown(path)
@@ -107,7 +109,7 @@ pub enum BuildError {
         /// Where they were expected.
         path: PathBuf,
     },
-    /// A configuration of cargo that no build can be kept from.
+    /// A cargo configuration from which no build can be kept away.
     #[error(
         "{} changes how every crate is compiled ({}): move it to the CARGO_HOME of those who need it",
         shown(file),
@@ -116,10 +118,10 @@ pub enum BuildError {
     RootConfiguration {
         /// The file.
         file: PathBuf,
-        /// Its tables that are not about where crates come from.
+        /// Its tables that say more than where crates come from.
         tables: String,
     },
-    /// A folder for builds whose name cargo or rustc cannot take.
+    /// The folder for builds has a name that cargo or rustc cannot take.
     #[error(
         "builds cannot be kept in {}: rustc splits its options at `,` and cargo lists of paths at `{}`; set FRAMESTRIDE_CACHE to a folder without either",
         shown(folder),
@@ -129,21 +131,21 @@ pub enum BuildError {
         /// The folder.
         folder: PathBuf,
     },
-    /// No folder to keep builds in.
+    /// There is no folder to keep builds in.
     #[error("no folder to keep builds in: set FRAMESTRIDE_CACHE to one (or XDG_CACHE_HOME, or HOME)")]
     NoCache,
-    /// A user's device crate that cannot be used.
+    /// A user's device crate cannot be used.
     #[error("{}: {problem}", shown(path))]
     Crate {
         /// Its folder or Cargo.toml.
         path: PathBuf,
-        /// What is wrong, and the mend.
+        /// What is wrong, and how to mend it.
         problem: String,
     },
     /// A file or folder cannot be read, written or locked.
     #[error("cannot {action} {}: {source}", shown(path))]
     Io {
-        /// What was tried: "write", "create", "start".
+        /// What was tried, as a verb: "write", "create", "start".
         action: &'static str,
         /// The file.
         path: PathBuf,
@@ -155,12 +157,12 @@ pub enum BuildError {
     Several(Vec<BuildError>),
 }
 
-/// A path as messages show it.
+/// A path as a message shows it.
 fn shown(path: &Path) -> String {
     plain(&path.display().to_string(), 300).into_owned()
 }
 
-/// How to be rid of damaged builds, where they may be the reason of an error.
+/// How to remove damaged builds, if they may be the reason of an error.
 fn hint(kept: &Option<PathBuf>) -> String {
     let text = |kept: &PathBuf| {
         format!("\nif nothing else explains this, kept builds are damaged: delete {} and build again", shown(kept))
@@ -168,19 +170,19 @@ fn hint(kept: &Option<PathBuf>) -> String {
     kept.as_ref().map(text).unwrap_or_default()
 }
 
-/// Several messages, each shorter the more there are.
+/// Several messages in one. Each is shorter the more there are.
 fn list(errors: &[BuildError]) -> String {
     let most = ((MESSAGE_BYTES - 100) / errors.len().max(1)).max(64);
     let texts: Vec<String> = errors.iter().map(|error| plain(&error.to_string(), most).into_owned()).collect();
     plain(&texts.join("\n"), MESSAGE_BYTES - 100).into_owned()
 }
 
-/// What a compiler or a tool says, as far as a message goes.
+/// What a compiler or a tool says, cut to the length of a message.
 pub(crate) fn said(text: &str) -> String {
     plain(text.trim_end(), MESSAGE_BYTES - 800).into_owned()
 }
 
-/// Gives an I/O error its file.
+/// Gives an I/O error the name of its file.
 pub(crate) fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> BuildError + 'a {
     move |source| BuildError::Io { action, path: path.to_path_buf(), source }
 }

@@ -1,4 +1,4 @@
-//! Files and folders of the build cache: each is there whole or not at all.
+//! Files and folders of the build cache. Each is there whole or not at all.
 
 use std::fs;
 use std::io;
@@ -18,7 +18,7 @@ pub(crate) fn link(target: &Path, path: &Path) -> Result<(), BuildError> {
     if fs::read_link(path).is_ok_and(|found| found == target) {
         return Ok(());
     }
-    // Another process may do the same: the link is made beside and renamed, as files are.
+    // Another process may do the same, so the link is made under another name and renamed.
     let beside = beside(path);
     let linked = make_link(target, &beside).and_then(|()| fs::rename(&beside, path));
     linked.inspect_err(|_| _ = fs::remove_file(&beside)).map_err(at("create", path))
@@ -38,7 +38,8 @@ fn make_link(target: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes a file unless it already holds these bytes: cargo goes by the time of the last change.
+/// Writes a file unless it already holds these bytes, because cargo goes by the time of the last
+/// change.
 pub(crate) fn write_if_new(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     if fs::read(path).is_ok_and(|found| found == bytes) {
         return Ok(());
@@ -46,14 +47,15 @@ pub(crate) fn write_if_new(path: &Path, bytes: &[u8]) -> Result<(), BuildError> 
     write_atomically(path, bytes)
 }
 
-/// Writes beside the file and renames: a reader sees the old bytes or the new ones, and a disk that is full keeps the old.
+/// Writes a file under another name and renames it. A reader sees the old bytes or the new ones,
+/// and if the disk is full, the old ones stay.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     let beside = beside(path);
     let written = fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path));
     written.inspect_err(|_| _ = fs::remove_file(&beside)).map_err(at("write", path))
 }
 
-/// A name in the same folder that no other process and no other thread takes.
+/// A name in the same folder that no other process and no other thread uses.
 fn beside(path: &Path) -> PathBuf {
     static WRITTEN: AtomicUsize = AtomicUsize::new(0);
     let mut name = path.file_name().unwrap_or_default().to_os_string();

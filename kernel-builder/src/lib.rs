@@ -1,4 +1,4 @@
-//! From a spec to PTX and its manifest, from a `build.rs` or at run time.
+//! From a spec to PTX and its manifest, in a `build.rs` or at run time.
 //!
 //! ```no_run
 //! use framestride_builder::{Arch, Kernels};
@@ -9,13 +9,20 @@
 //! }
 //! ```
 //!
-//! as the `main` of a `build.rs` writes `<name>.ptx` and `<name>.json` into `OUT_DIR`, `<name>` being the spec's own, for
-//! `include_str!(concat!(env!("OUT_DIR"), "/my_model.ptx"))`, and tells cargo what to watch. Elsewhere the folder is named with
-//! [`Kernels::out_dir`], or nothing is written and the result is in memory.
+//! As the `main` of a `build.rs` this writes `<name>.ptx` and `<name>.json` into `OUT_DIR`, and
+//! tells cargo what to watch. `<name>` is the name of the spec. The crate embeds the kernels with
+//! `include_str!(concat!(env!("OUT_DIR"), "/my_model.ptx"))`. Elsewhere [`Kernels::out_dir`] names
+//! the folder. Without a folder nothing is written, and the result is in memory.
 //!
-//! The way: a device crate of a few lines is generated ([`Kernels::from_spec`]) or given ([`Kernels::from_crate`]), compiled to
-//! LLVM IR by a nested cargo with the compiler that [`toolchain::find`] finds, finished ([`finish`]: launch bounds and convergent
-//! assembly), optimised and translated to PTX, whose lanes are looked after ([`convergence`]). Where ptxas is installed, its report goes into the manifest.
+//! These are the steps:
+//!
+//! 1. A device crate of a few lines is generated ([`Kernels::from_spec`]), or a user's own is taken
+//!    ([`Kernels::from_crate`]).
+//! 2. A nested cargo compiles it to LLVM IR with the compiler that [`toolchain::find`] finds.
+//! 3. The IR is finished: [`finish`] adds launch bounds and makes assembly convergent.
+//! 4. LLVM optimises it and translates it to PTX, and [`convergence`] checks the lanes of each
+//!    warp.
+//! 5. If ptxas is installed, its report goes into the manifest.
 #![warn(missing_docs)]
 
 use std::collections::BTreeSet;
@@ -40,18 +47,18 @@ mod device_crate;
 mod error;
 mod files;
 pub mod finish;
-mod pipeline;
+mod packages;
 pub mod ptx;
 pub mod ptxas;
-mod sources;
 pub mod toolchain;
+mod translation;
 
 pub use core_library::device_options;
 use device_crate::DeviceCrate;
 pub use error::BuildError;
 use error::at;
-use pipeline::Assembled;
 use toolchain::Toolchain;
+use translation::Translation;
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -64,19 +71,19 @@ enum Source {
     Crate(PathBuf),
 }
 
-/// Something that a build has reached, for whoever shows progress.
+/// A step that a build has reached, for whoever shows progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
-    /// rustc compiles the kernels of this name; the first time `core` too.
+    /// rustc compiles the kernels of this name. The first time it compiles `core` too.
     Compiling(String),
-    /// LLVM and ptxas work on them.
-    Assembling(String),
-    /// Done.
+    /// LLVM and ptxas translate them.
+    Translating(String),
+    /// They are done.
     Done(String),
 }
 
-/// Whom a build tells its progress.
+/// The function that a build tells its progress.
 #[derive(Clone)]
 struct Observer(Arc<dyn Fn(Progress) + Send + Sync>);
 
@@ -86,7 +93,8 @@ impl fmt::Debug for Observer {
     }
 }
 
-/// Builds kernels: names the sources, then [`build`](Kernels::build) or [`build_all`](Kernels::build_all).
+/// Builds kernels. It names the sources, and [`build`](Kernels::build) or
+/// [`build_all`](Kernels::build_all) makes the PTX.
 #[derive(Clone, Debug)]
 pub struct Kernels {
     sources: Vec<Source>,
@@ -96,20 +104,21 @@ pub struct Kernels {
     observer: Option<Observer>,
 }
 
-/// What a build made.
+/// What a build has made.
 #[derive(Clone, Debug)]
 pub struct Built {
-    /// Name of the kernels: the spec's, or the device crate's.
+    /// Name of the kernels, which is that of the spec or of the device crate.
     pub name: String,
-    /// The PTX of all kernels, one module; its first line says what it was made for ([`Manifest::statement`]).
+    /// The PTX of all kernels in one module. Its first line says what it was made for
+    /// ([`Manifest::statement`]).
     pub ptx: String,
-    /// What is needed to launch them, and where they come from.
+    /// What a launch must know, and what the kernels were made from.
     pub manifest: Manifest,
-    /// Where PTX and manifest were written; `None` when no folder was named.
+    /// The files of PTX and manifest; `None` if no folder was named.
     pub files: Option<Files>,
-    /// The compiler's warnings about the device crate, rendered.
+    /// The compiler's warnings about the device crate, as it prints them.
     pub warnings: Vec<String>,
-    /// Every source file that the PTX depends on, the compiler's own left out.
+    /// Every source file that the PTX depends on, without those of the compiler.
     pub inputs: Vec<PathBuf>,
 }
 
@@ -128,19 +137,22 @@ impl Kernels {
         Kernels::from_specs([path])
     }
 
-    /// The kernels of several specs, each a PTX and a manifest of its own, built in parallel.
+    /// The kernels of several specs, which are built in parallel. Each spec gets a PTX and a
+    /// manifest.
     pub fn from_specs(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Kernels {
         Kernels::of(paths.into_iter().map(|path| Source::File(path.as_ref().to_path_buf())).collect())
     }
 
-    /// The kernels of a spec given as TOML text; `file` is what messages call it.
+    /// The kernels of a spec that is given as TOML text. Messages call it `file`.
     pub fn from_text(file: &str, text: &str) -> Kernels {
         Kernels::of(vec![Source::Text { file: file.into(), text: text.into() }])
     }
 
-    /// The kernels of a device crate of your own: `path` is its folder or its Cargo.toml. It is `no_std`, depends on
-    /// `framestride-kernels`, and has `attention_kernels!` or entries made with `#[kernel]`, or both, in its `lib.rs`; its
-    /// Cargo.toml needs no profile, no target and no crate type.
+    /// The kernels of a device crate of your own. `path` is its folder or its Cargo.toml.
+    ///
+    /// The crate is `no_std` and depends on `framestride-kernels`. Its `lib.rs` has
+    /// `attention_kernels!`, or entries made with `#[kernel]`, or both. Its Cargo.toml needs no
+    /// profile, target or crate type.
     pub fn from_crate(path: impl AsRef<Path>) -> Kernels {
         Kernels::of(vec![Source::Crate(path.as_ref().to_path_buf())])
     }
@@ -149,45 +161,48 @@ impl Kernels {
         Kernels { sources, arch: Arch::default(), out_dir: None, cache: None, observer: None }
     }
 
-    /// The family of GPUs to build for; [`Arch::SM_90A`] when nothing is said.
+    /// Builds for this family of GPUs. The default is [`Arch::SM_90A`].
     pub fn arch(mut self, arch: Arch) -> Kernels {
         self.arch = arch;
         self
     }
 
-    /// Writes PTX and manifest into this folder, which is created. In a build script the default is `OUT_DIR`.
+    /// Writes PTX and manifest into this folder, which is created. In a build script the default is
+    /// `OUT_DIR`.
     pub fn out_dir(mut self, folder: impl Into<PathBuf>) -> Kernels {
         self.out_dir = Some(folder.into());
         self
     }
 
-    /// Keeps builds in this folder instead of [`toolchain::cache_folder`]. Of more than 4 GiB, those that were used least lately are
-    /// removed.
+    /// Keeps builds in this folder instead of [`toolchain::cache_folder`]. If they take more than 4
+    /// GiB, those that were used least lately are removed.
     pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> Kernels {
         self.cache = Some(folder.into());
         self
     }
 
-    /// Calls `observer` with what the build reaches, from one thread per spec that is being built.
+    /// Calls `observer` with each step of a build, from one thread for each spec that is being
+    /// built.
     pub fn on_progress(mut self, observer: impl Fn(Progress) + Send + Sync + 'static) -> Kernels {
         self.observer = Some(Observer(Arc::new(observer)));
         self
     }
 
-    /// Builds one source. Of several, the first is returned; see [`build_all`](Kernels::build_all).
+    /// Builds one source. Of several sources it returns the first; see
+    /// [`build_all`](Kernels::build_all).
     ///
     /// # Errors
-    /// Any [`BuildError`]; [`BuildError::NoSpec`] when there is no source.
+    /// Any [`BuildError`]. Without a source it is [`BuildError::NoSpec`].
     pub fn build(self) -> Result<Built, BuildError> {
         self.build_all()?.into_iter().next().ok_or(BuildError::NoSpec)
     }
 
-    /// Builds every source, in parallel, and returns what was made in their order. In a build script it also tells cargo what
-    /// to watch and passes the compiler's warnings on.
+    /// Builds every source, in parallel, and returns the results in the order of the sources. In a
+    /// build script it also tells cargo what to watch, and passes the compiler's warnings on.
     ///
     /// # Errors
-    /// Every spec is checked before anything is compiled, and that no two have one name, which their files would share.
-    /// [`BuildError::Several`] when more than one build failed.
+    /// Any [`BuildError`], and [`BuildError::Several`] if more than one build failed. Before
+    /// anything is compiled every spec is checked, and so is that no two specs have the same name.
     pub fn build_all(self) -> Result<Vec<Built>, BuildError> {
         let script = BuildScript::detect();
         let out_dir = self.out_dir.clone().or_else(|| script.as_ref().map(|script| script.out_dir.clone()));
@@ -228,7 +243,8 @@ impl Kernels {
 }
 
 impl Kernels {
-    /// Whether each spec has a name of its own: it is that of its files and of its folder in the cache.
+    /// Checks that each spec has a name of its own, since its files and its folder in the cache
+    /// have that name.
     fn check_names(&self, jobs: &[Job]) -> Result<(), BuildError> {
         let named = |index: usize| match (&jobs[index], &self.sources[index]) {
             (Job::Spec { name, .. }, Source::File(path)) => Some((name, path.display().to_string())),
@@ -264,11 +280,11 @@ impl Kernels {
         };
         tell(Progress::Compiling);
         let compiled = device.compile(toolchain)?;
-        tell(Progress::Assembling);
-        let assembled = Assembled::make(&device, &compiled.ir, self.arch, toolchain)?;
+        tell(Progress::Translating);
+        let translation = Translation::make(&device, &compiled.ir, self.arch, toolchain)?;
         tell(Progress::Done);
-        // A crate of one's own states its spec in `attention_kernels!`, or has none.
-        let spec = match &assembled.spec {
+        // A user's own crate states its spec in `attention_kernels!`, or has none.
+        let spec = match &translation.spec {
             Some(text) => Some(Spec::parse(&format!("attention_kernels! of {name}"), text)?),
             None => None,
         };
@@ -278,16 +294,16 @@ impl Kernels {
             arch: self.arch.name.into(),
             compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
             ptx_sha256: String::new(),
-            kernels: assembled.kernels(),
+            kernels: translation.kernels(),
             densities: spec.as_ref().map(|spec| Densities {
                 dense: spec.density(HeadType::Dense),
                 spatial: spec.density(HeadType::Spatial),
                 temporal: spec.density(HeadType::Temporal),
             }),
             workspace_bytes: spec.as_ref().map(|spec| spec.workspace(spec.batch, spec.heads, 1).bytes),
-            spec: assembled.spec,
+            spec: translation.spec.clone(),
         };
-        let ptx = format!("{}\n{}", manifest.statement(), assembled.ptx);
+        let ptx = format!("{}\n{}", manifest.statement(), translation.ptx());
         manifest.ptx_sha256 = device_crate::sha256(&ptx);
         let files = match out_dir {
             Some(folder) => {
@@ -303,7 +319,7 @@ impl Kernels {
     }
 }
 
-/// A source that was found good.
+/// A source that has passed its checks.
 enum Job {
     Spec { name: String, text: String },
     Crate(PathBuf),
@@ -322,7 +338,7 @@ impl Job {
     }
 }
 
-/// All values, or the error; several errors become one.
+/// All values, or the error. Several errors become one.
 fn collect<T>(results: impl Iterator<Item = Result<T, BuildError>>) -> Result<Vec<T>, BuildError> {
     let (mut values, mut errors) = (Vec::new(), Vec::new());
     for result in results {
@@ -338,19 +354,21 @@ fn collect<T>(results: impl Iterator<Item = Result<T, BuildError>>) -> Result<Ve
     }
 }
 
-/// The build script that this runs in, told by the variables that cargo sets for one.
+/// The build script that this process is, if it is one.
 struct BuildScript {
     out_dir: PathBuf,
 }
 
 impl BuildScript {
     fn detect() -> Option<BuildScript> {
-        // `cargo run` and `cargo test` set some of these, but only a build script gets TARGET and HOST.
+        // `cargo run` and `cargo test` set some of these variables, but only a build script gets
+        // TARGET and HOST.
         let all = ["CARGO_MANIFEST_DIR", "TARGET", "HOST"].into_iter().all(|name| env::var_os(name).is_some());
         env::var_os("OUT_DIR").filter(|_| all).map(|out_dir| BuildScript { out_dir: out_dir.into() })
     }
 
-    /// What must be watched whatever comes: said first, so that a failed build is tried again when it is mended.
+    /// Names what cargo must watch in any case. It comes first, so that a failed build is tried
+    /// again when it is mended.
     fn watch_first(&self, sources: &[Source]) {
         for variable in toolchain::VARIABLES {
             println!("cargo::rerun-if-env-changed={variable}");
@@ -359,7 +377,8 @@ impl BuildScript {
         for source in sources {
             match source {
                 Source::File(path) => watch(path),
-                // Not the whole folder: a Cargo.lock or target directory in it changes by itself.
+                // Cargo does not watch the whole folder, because a Cargo.lock or target folder in
+                // it changes by itself.
                 Source::Crate(path) => {
                     let manifest = device_crate::manifest_of(path);
                     watch(&manifest.with_file_name("src"));
@@ -370,7 +389,8 @@ impl BuildScript {
         }
     }
 
-    /// The sources of the kernels, the macros and the shapes, and the compiler's warnings.
+    /// Names the sources of the kernels, the macros and the shapes, and passes the compiler's
+    /// warnings on.
     fn watch_inputs(&self, built: &[Built]) {
         let inputs: BTreeSet<&Path> = built.iter().flat_map(|built| &built.inputs).map(PathBuf::as_path).collect();
         for input in inputs {

@@ -1,9 +1,10 @@
-//! Reads PTX as text: its entries and a histogram of its instructions.
+//! Reads PTX as text: its entries, and how often each instruction stands there.
 
 use std::collections::BTreeMap;
 
-/// Instructions of a PTX module by opcode with modifiers (`ld.global.v4.u32`), predicates left out, each with its count. Inline
-/// assembly counts like any other; directives, labels and comments do not.
+/// Instructions of a PTX module by opcode with modifiers (`ld.global.v4.u32`) and without
+/// predicates, each with its count. Inline assembly counts like any other. Directives, labels and
+/// comments do not count.
 pub fn histogram(ptx: &str) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for (_, statement) in statements(ptx) {
@@ -14,13 +15,13 @@ pub fn histogram(ptx: &str) -> BTreeMap<String, usize> {
     counts
 }
 
-/// Names of the kernel entries, in order.
+/// Names of the entries, in the order of the module.
 pub fn entries(ptx: &str) -> Vec<String> {
     let heads = ptx.lines().filter_map(|line| line.split_once(".entry "));
     heads.map(|(_, rest)| rest.chars().take_while(|c| c.is_alphanumeric() || "_$%".contains(*c)).collect()).collect()
 }
 
-/// The value of `.maxntid` or `.minnctapersm` (without the dot) of an entry: its first number.
+/// The first number of a directive of an entry: `maxntid` or `minnctapersm`.
 pub fn bound(ptx: &str, entry: &str, directive: &str) -> Option<u32> {
     let (_, rest) = ptx.split_once(&format!(".entry {entry}("))?;
     let head = rest.split('{').next()?;
@@ -28,8 +29,9 @@ pub fn bound(ptx: &str, entry: &str, directive: &str) -> Option<u32> {
     value.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// Offset and size in bytes of each parameter of an entry, as the driver lays them out: each at the next multiple of its
-/// alignment. `None` when there is no such entry or a parameter is of an unknown form.
+/// Offset and size in bytes of each parameter of an entry. Each parameter begins at the next
+/// multiple of its alignment, as the driver lays them out. `None` if there is no such entry, or if
+/// a parameter has an unknown form.
 pub fn params(ptx: &str, entry: &str) -> Option<Vec<(u32, u32)>> {
     let (_, rest) = ptx.split_once(&format!(".entry {entry}("))?;
     let list = rest.split(')').next()?;
@@ -57,15 +59,16 @@ pub fn params(ptx: &str, entry: &str) -> Option<Vec<(u32, u32)>> {
     Some(found)
 }
 
-/// Instructions of a module that call a function, each with its line (from 1): none is expected in a kernel.
+/// Instructions that call a function, each with its line, from 1. A kernel should have none.
 pub fn calls(ptx: &str) -> Vec<(usize, String)> {
     let calls =
         statements(ptx).into_iter().filter(|(_, text)| opcode(text).is_some_and(|code| code.starts_with("call")));
     calls.map(|(line, text)| (line, text.split_whitespace().collect::<Vec<_>>().join(" "))).collect()
 }
 
-/// Statements, each with the line it begins on: what ends with `;` or stands before a block's brace, a label, and each of those
-/// braces. Braces within an instruction are a vector of operands.
+/// The statements of a module, each with the line that it begins on. A statement ends with `;` or
+/// before the brace of a block. Labels and such braces are statements of their own. Braces within
+/// an instruction hold a vector of operands.
 pub(crate) fn statements(ptx: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     let mut current = String::new();
@@ -75,7 +78,8 @@ pub(crate) fn statements(ptx: &str) -> Vec<(usize, String)> {
             let ends = match character {
                 ';' => true,
                 '{' | '}' => current.is_empty() || current.starts_with('.'),
-                // A label stands alone: the statement begins behind it. `::` is part of an opcode.
+                // A label stands alone, and the next statement begins behind it. `::` is part of an
+                // opcode.
                 '\n' => current.trim_end().ends_with(':'),
                 _ => false,
             };
@@ -97,7 +101,7 @@ pub(crate) fn statements(ptx: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// Opcode of a statement; a directive and a label have none.
+/// The opcode of a statement. A directive and a label have none.
 pub(crate) fn opcode(statement: &str) -> Option<&str> {
     let mut words = statement.split_whitespace();
     let mut word = words.next()?;

@@ -1,4 +1,5 @@
-//! Asks ptxas what machine code it makes of a PTX module: registers, stack, spills, and every remark.
+//! Asks ptxas what machine code it makes of a PTX module: registers, stack, spills, and every
+//! remark.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,10 +10,10 @@ use framestride_shapes::manifest::Ptxas;
 use crate::error::{at, said};
 use crate::{Arch, BuildError};
 
-/// Assembles `ptx` to `cubin` and reads the report of `ptxas -v`, by entry.
+/// Assembles `ptx` to `cubin`, and reads what `ptxas -v` reports of each entry.
 ///
 /// # Errors
-/// [`BuildError::Tool`] with ptxas's message when it refuses the PTX.
+/// [`BuildError::Tool`] with the message of ptxas if it refuses the PTX.
 pub fn assemble(
     name: &str,
     ptxas: &Path,
@@ -22,7 +23,7 @@ pub fn assemble(
 ) -> Result<BTreeMap<String, Ptxas>, BuildError> {
     let answer = Command::new(ptxas)
         .arg(format!("-arch={}", arch.name))
-        // The entries of a spec side by side.
+        // ptxas works on the entries of a module in parallel.
         .args(["-v", "--split-compile=0"])
         .arg(ptx)
         .arg("-o")
@@ -41,7 +42,8 @@ pub fn assemble(
     Ok(parse(&text))
 }
 
-/// Reads what `ptxas -v` prints. A remark that names a function belongs to that entry, another one to every entry.
+/// Reads what `ptxas -v` prints. A remark that names an entry belongs to it, and any other remark
+/// belongs to every entry.
 pub fn parse(text: &str) -> BTreeMap<String, Ptxas> {
     let mut reports: BTreeMap<String, Ptxas> = BTreeMap::new();
     let mut current = None;
@@ -81,7 +83,7 @@ pub fn parse(text: &str) -> BTreeMap<String, Ptxas> {
     reports
 }
 
-/// `0 bytes gmem` and `Compile time = 3.1 ms`: no remarks.
+/// Whether a line is a statistic and no remark: `0 bytes gmem`, `Compile time = 3.1 ms`.
 fn is_statistics(said: &str) -> bool {
     said.contains(" bytes gmem") || said.starts_with("Compile time")
 }

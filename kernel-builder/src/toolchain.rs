@@ -1,14 +1,16 @@
-//! Finds the device compiler (rustc, cargo, the source of `core`, LLVM's `opt` and `llc`) and NVIDIA's optional `ptxas` and
-//! `nvdisasm`.
+//! Finds the device compiler, which consists of rustc, cargo, the source of `core`, and LLVM's
+//! `opt` and `llc`. It also finds NVIDIA's `ptxas` and `nvdisasm`, which are optional.
 //!
 //! The device compiler is looked for in this order, and the first one that has everything is used:
 //!
-//! 1. `FRAMESTRIDE_RUSTC` (with `FRAMESTRIDE_CARGO`, `FRAMESTRIDE_OPT`, `FRAMESTRIDE_LLC` where they do not lie beside it);
-//! 2. the active `rustc`, then rustup's 1.96.0, then every other toolchain of rustup, newest first;
+//! 1. `FRAMESTRIDE_RUSTC`, with `FRAMESTRIDE_CARGO`, `FRAMESTRIDE_OPT` and `FRAMESTRIDE_LLC` where
+//!    they do not lie beside it,
+//! 2. the active `rustc`, then rustup's 1.96.0, then every other toolchain of rustup from the
+//!    newest on,
 //! 3. Debian's `/usr/bin/rustc`.
 //!
-//! A usable one is Rust 1.96 or later with the `rust-src` component, and an `opt` and `llc` of LLVM 22 or later that are not
-//! older than rustc's own LLVM: they read the IR that rustc writes.
+//! It must be Rust 1.96 or later with the `rust-src` component. `opt` and `llc` must be of LLVM 22
+//! or later, and not older than rustc's own LLVM, because they read the IR that rustc writes.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -21,9 +23,9 @@ use framestride_shapes::text::plain;
 use serde::Serialize;
 
 use crate::error::said;
-use crate::sources::Sources;
+use crate::packages::Packages;
 
-/// The oldest usable Rust: the first whose LLVM accepts launch bounds as function attributes.
+/// The oldest usable Rust. It is the first whose LLVM accepts launch bounds as function attributes.
 pub const MINIMUM_RUST: (u32, u32) = (1, 96);
 /// The oldest usable LLVM, for the same reason.
 pub const MINIMUM_LLVM: u32 = 22;
@@ -34,7 +36,8 @@ pub const DEBIAN_INSTALL: &str = "apt-get install -y --no-install-recommends rus
 /// The Python packages that hold ptxas and the disassembler.
 pub const CUDA_PACKAGES: [&str; 2] = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-nvdisasm"];
 
-/// Environment variables that change what is found: a build script reruns when one of them changes.
+/// Environment variables that change what is found. A build script runs again when one of them
+/// changes.
 pub const VARIABLES: [&str; 8] = [
     "FRAMESTRIDE_RUSTC",
     "FRAMESTRIDE_CARGO",
@@ -61,22 +64,22 @@ pub struct Toolchain {
     pub rustc_version: String,
     /// Version of `opt` and `llc`: `22.1.2`.
     pub llvm_version: String,
-    /// Directory of the toolchain that holds `lib/rustlib`.
+    /// Folder of the toolchain that holds `lib/rustlib`.
     pub sysroot: PathBuf,
-    /// Where it was found, for people: `rustup toolchain 1.96.0-x86_64-unknown-linux-gnu`.
+    /// Where it was found, for messages: `rustup toolchain 1.96.0-x86_64-unknown-linux-gnu`.
     pub origin: String,
 }
 
-/// A place that was looked at and why it does not do.
+/// A compiler that was found but cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Rejected {
-    /// Where: `active rustc`, `rustup toolchain stable-...`, `/usr/bin/rustc`.
+    /// Where it was found: `active rustc`, `rustup toolchain stable-...`, `/usr/bin/rustc`.
     pub origin: String,
     /// What it lacks.
     pub reason: String,
 }
 
-/// No device compiler; says what was looked at and what to install.
+/// There is no device compiler. The message says what was looked at and what to install.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no device compiler: it takes Rust {}.{} or later with rust-src, and `opt` and `llc` of LLVM {MINIMUM_LLVM} or later\n{}\ninstall one with either of\n    {RUSTUP_INSTALL}\n    {DEBIAN_INSTALL}\nor name one with FRAMESTRIDE_RUSTC (and FRAMESTRIDE_OPT, FRAMESTRIDE_LLC)",
@@ -85,7 +88,7 @@ pub struct Rejected {
     list(&self.rejected)
 )]
 pub struct ToolchainError {
-    /// Every place looked at, in order.
+    /// Every compiler that was found, in order.
     pub rejected: Vec<Rejected>,
 }
 
@@ -100,7 +103,8 @@ fn list(rejected: &[Rejected]) -> String {
 /// Finds the device compiler.
 ///
 /// # Errors
-/// [`ToolchainError`] when no candidate has everything. With `FRAMESTRIDE_RUSTC` set, only that one is a candidate.
+/// [`ToolchainError`] if no candidate has everything. If `FRAMESTRIDE_RUSTC` is set, only that one
+/// is a candidate.
 pub fn find() -> Result<Toolchain, ToolchainError> {
     let mut rejected = Vec::new();
     for (origin, rustc) in candidates() {
@@ -112,8 +116,8 @@ pub fn find() -> Result<Toolchain, ToolchainError> {
     Err(ToolchainError { rejected })
 }
 
-/// Compilers to look at, with a name for people. The same toolchain may come twice (active and by its name); the second look
-/// costs a few milliseconds and only happens when the first failed.
+/// Compilers to look at, each with a name for messages. The active toolchain may come again by its
+/// name. That costs a few milliseconds, and only if it could not be used the first time.
 fn candidates() -> Vec<(String, PathBuf)> {
     if let Some(rustc) = named("FRAMESTRIDE_RUSTC") {
         return vec![("FRAMESTRIDE_RUSTC".into(), rustc)];
@@ -142,8 +146,8 @@ fn rustup_home() -> PathBuf {
         .unwrap_or_default()
 }
 
-/// Names of rustup's toolchains: 1.96.0 first (the version the shipped kernels are made with), then versions from the newest,
-/// then channels.
+/// Names of rustup's toolchains. 1.96.0 comes first, since the shipped kernels are made with it,
+/// then other versions from the newest on, then channels.
 fn rustup_toolchains() -> Vec<String> {
     let Ok(entries) = rustup_home().join("toolchains").read_dir() else { return Vec::new() };
     let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -154,7 +158,7 @@ fn rustup_toolchains() -> Vec<String> {
     names
 }
 
-/// Whether the compiler at `rustc` has everything, or what it lacks.
+/// The toolchain of the compiler at `rustc`, or what it lacks.
 fn examine(rustc: &Path, origin: &str) -> Result<Toolchain, String> {
     let verbose = output(rustc, &["-vV"])?;
     let field =
@@ -168,7 +172,7 @@ fn examine(rustc: &Path, origin: &str) -> Result<Toolchain, String> {
     if !sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file() {
         return Err(format!("Rust {rustc_version} without the component rust-src"));
     }
-    // rustup's `rustc` on the PATH is a proxy: the compiler itself lies in the sysroot.
+    // rustup's `rustc` on the PATH is a proxy, and the compiler itself lies in the sysroot.
     let own = |name: &str| Some(sysroot.join("bin").join(name)).filter(|path| path.is_file());
     let rustc = own("rustc").unwrap_or_else(|| rustc.to_path_buf());
     let cargo = named("FRAMESTRIDE_CARGO")
@@ -193,7 +197,8 @@ fn examine(rustc: &Path, origin: &str) -> Result<Toolchain, String> {
     Ok(Toolchain { rustc, cargo, opt, llc, rustc_version, llvm_version, sysroot, origin: origin.to_string() })
 }
 
-/// Finds `opt` or `llc` of at least LLVM `least`: named by `variable`, in the toolchain, or installed by a distribution.
+/// Finds `opt` or `llc` of LLVM `least` or later: named by `variable`, in the toolchain, or
+/// installed by a distribution.
 fn llvm_tool(name: &str, variable: &str, toolchain: &Path, least: u32) -> Result<(PathBuf, String), String> {
     let mut places = Vec::new();
     if let Some(path) = named(variable) {
@@ -224,7 +229,7 @@ fn llvm_tool(name: &str, variable: &str, toolchain: &Path, least: u32) -> Result
     ))
 }
 
-/// First `a.b.c` of a text; a missing `c` counts as 0.
+/// The first `a.b.c` of a text. A missing `c` counts as 0.
 fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
     let start = text.find(|c: char| c.is_ascii_digit())?;
     let mut numbers = text[start..].split(|c: char| !c.is_ascii_digit() && c != '.').next()?.split('.');
@@ -233,7 +238,7 @@ fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
     Some((major, minor, numbers.next().and_then(|patch| patch.parse().ok()).unwrap_or(0)))
 }
 
-/// Path given by an environment variable.
+/// The path that an environment variable gives.
 pub(crate) fn named(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
@@ -243,7 +248,8 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
 }
 
-/// What a tool prints, or why it cannot be asked. Rustup is told not to install what a `rust-toolchain.toml` may want.
+/// What a tool prints, or why it cannot be asked. Rustup must not install what a
+/// `rust-toolchain.toml` asks for.
 fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
     let answer = Command::new(tool)
         .args(arguments)
@@ -257,18 +263,19 @@ fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
 
-/// NVIDIA's assembler and disassembler, each where it was found. Neither is needed to build kernels.
+/// NVIDIA's assembler and disassembler. Neither is needed to build kernels.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CudaTools {
-    /// PTX to machine code; reports registers, stack and spills.
+    /// Makes machine code of PTX, and reports registers, stack and spills.
     pub ptxas: Option<PathBuf>,
     /// Lists the machine code that ptxas makes.
     pub nvdisasm: Option<PathBuf>,
 }
 
 impl CudaTools {
-    /// Looks in `FRAMESTRIDE_PTXAS` (ptxas only), `FRAMESTRIDE_CUDA_BIN`, the PATH, `CUDA_HOME` and `CUDA_PATH`,
-    /// `/usr/local/cuda`, and the place where `cargo xtask test` installs them ([`setup_folder`]).
+    /// Looks in `FRAMESTRIDE_PTXAS` (ptxas only), `FRAMESTRIDE_CUDA_BIN`, the PATH, `CUDA_HOME`,
+    /// `CUDA_PATH`, `/usr/local/cuda`, and the place where `cargo xtask test` installs them
+    /// ([`setup_folder`]).
     pub fn find() -> CudaTools {
         let mut folders: Vec<PathBuf> = named("FRAMESTRIDE_CUDA_BIN").into_iter().collect();
         folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
@@ -283,18 +290,20 @@ impl CudaTools {
     }
 }
 
-/// Folder of the Python virtual environment with [`CUDA_PACKAGES`], in the cache; `None` when there is no cache folder.
+/// Folder of the Python virtual environment with [`CUDA_PACKAGES`]; `None` without a cache folder.
 pub fn setup_folder() -> Option<PathBuf> {
     cache_folder().map(|folder| folder.join("cuda-tools"))
 }
 
-/// `bin` of NVIDIA's packages in a Python virtual environment: `lib/python3.11/site-packages/nvidia/cu13/bin`.
+/// The folder of the tools in a Python virtual environment:
+/// `lib/python3.11/site-packages/nvidia/cu13/bin`.
 fn venv_cuda_bin(venv: &Path) -> Option<PathBuf> {
     let entries = venv.join("lib").read_dir().ok()?;
     entries.flatten().map(|entry| entry.path().join("site-packages/nvidia/cu13/bin")).find(|path| path.is_dir())
 }
 
-/// Where builds are kept between runs: `FRAMESTRIDE_CACHE`, else `$XDG_CACHE_HOME/framestride`, else `~/.cache/framestride`.
+/// The folder in which builds are kept between runs: `FRAMESTRIDE_CACHE`, else
+/// `$XDG_CACHE_HOME/framestride`, else `~/.cache/framestride`.
 pub fn cache_folder() -> Option<PathBuf> {
     named("FRAMESTRIDE_CACHE")
         .or_else(|| named("XDG_CACHE_HOME").map(|folder| folder.join("framestride")))
@@ -305,35 +314,35 @@ fn cuda_mend() -> String {
     format!("`cargo xtask test` installs it; or: pip install {}", CUDA_PACKAGES.join(" "))
 }
 
-/// What a machine has of the tools, for `framestride doctor`.
+/// The tools that this machine has, for `framestride doctor`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// One per tool.
+pub struct Inventory {
+    /// One for each tool.
     pub findings: Vec<Finding>,
-    /// Compilers that were looked at and do not do, when none does.
+    /// The compilers that were found but cannot be used, if none can.
     pub rejected: Vec<Rejected>,
 }
 
-/// One tool of a [`Report`].
+/// One tool of a [`Inventory`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
     /// Its name.
     pub tool: &'static str,
-    /// What it is for.
+    /// What it is used for.
     pub purpose: &'static str,
-    /// Whether kernels cannot be built without it.
+    /// Whether building kernels needs it.
     pub required: bool,
-    /// Where it is; `None` when it is missing.
+    /// Where it is; `None` if it is missing.
     pub path: Option<PathBuf>,
-    /// Its version, when it is there.
+    /// Its version, if it is there.
     pub version: Option<String>,
-    /// How to get it, when it is missing.
+    /// How to get it, if it is missing.
     pub mend: Option<String>,
 }
 
-impl Report {
+impl Inventory {
     /// Looks at this machine.
-    pub fn new() -> Report {
+    pub fn new() -> Inventory {
         let (toolchain, rejected) = match find() {
             Ok(toolchain) => (Some(toolchain), Vec::new()),
             Err(error) => (None, error.rejected),
@@ -346,7 +355,7 @@ impl Report {
             version: toolchain.as_ref().map(|toolchain| version(toolchain).to_string()),
             mend: toolchain.is_none().then(|| format!("{RUSTUP_INSTALL}   (or: {DEBIAN_INSTALL})")),
         };
-        let sources = Sources::find().map(|sources| sources.kernels().to_path_buf());
+        let sources = Packages::find().map(|sources| sources.kernels().to_path_buf());
         let tools = CudaTools::find();
         let cuda = |tool, purpose, path: &Option<PathBuf>| Finding {
             tool,
@@ -356,7 +365,7 @@ impl Report {
             version: path.as_ref().and_then(|path| cuda_version(path)),
             mend: path.is_none().then(cuda_mend),
         };
-        Report {
+        Inventory {
             findings: vec![
                 compiler("rustc", "compiles the kernels, with rust-src", |t| &t.rustc, |t| &t.rustc_version),
                 compiler("cargo", "builds core and the device crate", |t| &t.cargo, |t| &t.rustc_version),
@@ -383,13 +392,13 @@ impl Report {
     }
 }
 
-impl Default for Report {
-    fn default() -> Report {
-        Report::new()
+impl Default for Inventory {
+    fn default() -> Inventory {
+        Inventory::new()
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for Inventory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for finding in &self.findings {
             let mark = match (&finding.path, finding.required) {
@@ -403,14 +412,14 @@ impl fmt::Display for Report {
             let line = format!("{mark:<8}{:<10}{:<37}{place}", finding.tool, finding.purpose);
             writeln!(f, "{}", line.trim_end())?;
         }
-        // Tools that come together have one mend together.
+        // Tools that are installed together are named together.
         let mends: BTreeSet<&str> = self.findings.iter().filter_map(|finding| finding.mend.as_deref()).collect();
         for mend in mends {
             let tools = self.findings.iter().filter(|finding| finding.mend.as_deref() == Some(mend));
             let tools: Vec<&str> = tools.map(|finding| finding.tool).collect();
             writeln!(f, "to get {}: {mend}", tools.join(", "))?;
         }
-        // Compilers come together or not at all.
+        // The tools of a compiler are found together or not at all.
         let no_compiler = self.findings.first().is_some_and(|finding| finding.path.is_none());
         if no_compiler { writeln!(f, "{}", list(&self.rejected)) } else { Ok(()) }
     }
@@ -423,10 +432,13 @@ pub(crate) fn cuda_version(tool: &Path) -> Option<String> {
     Some(version.split(|c: char| !c.is_ascii_digit() && c != '.').next()?.to_string())
 }
 
-/// Removes from a command what cargo tells a build script about the crate it builds and how: the nested build is for another
-/// target with another compiler. What is about the network, the registries and the job server stays. The compiler is named, and
-/// stands first on the PATH: a build script that calls plain `rustc` must not reach a rustup proxy, which may then choose, update
-/// or install a toolchain of its own accord; that is also forbidden outright.
+/// Removes from a command what cargo tells a build script about the crate that it builds, because
+/// the nested build is for another target with another compiler. Variables about the network,
+/// registries and the job server stay.
+///
+/// The command gets the compiler by name, and first on the PATH. A build script that calls plain
+/// `rustc` must not reach a proxy of rustup, which might choose, update or install a toolchain.
+/// Installing is also forbidden outright.
 pub(crate) fn sanitise(command: &mut Command, toolchain: &Toolchain) {
     let keep =
         ["CARGO_HOME", "CARGO_MAKEFLAGS", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_", "CARGO_TERM_"];
@@ -443,7 +455,7 @@ pub(crate) fn sanitise(command: &mut Command, toolchain: &Toolchain) {
     command.env("RUSTC", &toolchain.rustc).env("RUSTUP_AUTO_INSTALL", "0");
     let first = toolchain.rustc.parent().map(Path::to_path_buf);
     let path = env::var_os("PATH").unwrap_or_default();
-    // Joining fails only for a folder with a separator in its name: then the PATH stays as it is.
+    // Joining fails only if the folder has a separator in its name. Then the PATH stays as it is.
     if let Ok(path) = env::join_paths(first.into_iter().chain(env::split_paths(&path))) {
         command.env("PATH", path);
     }

@@ -1,4 +1,5 @@
-//! Nothing that lies above a project changes its PTX. Needs a device compiler; takes a minute the first time.
+//! Nothing that lies above a project changes its PTX. The test needs a device compiler, and takes a
+//! minute the first time.
 
 use std::env;
 use std::fs;
@@ -23,8 +24,8 @@ density = 0.6
 density = 0.6
 "#;
 
-/// Whatever a configuration can say about how crates are compiled. With `incremental` alone, the warps of attention once hung; the last
-/// tables make a build fail that obeys them.
+/// Everything that a configuration can say about how crates are compiled. With `incremental` alone
+/// the warps of attention once waited for ever. The last tables break a build that obeys them.
 const CONFIGURATION: &str = r#"paths = ["/nowhere/shapes"]
 [build]
 incremental = true
@@ -60,10 +61,10 @@ build-std-features = ["nowhere"]
 syn = { path = "/nowhere/syn" }
 "#;
 
-/// Where the child builds, when this process is one.
+/// The folder in which this process builds, if it is a child of the test.
 const CHILD: &str = "FRAMESTRIDE_TEST_BUILDS_IN";
 
-/// A build in `project`, by a process of its own that stands there.
+/// The PTX of a build in `project`, by a child process that runs there.
 fn build(project: &Path, home: Option<&Path>) -> String {
     fs::create_dir_all(project).unwrap();
     fs::write(project.join("spec.toml"), SPEC).unwrap();

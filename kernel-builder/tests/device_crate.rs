@@ -1,5 +1,5 @@
-//! Builds of a device crate written by hand (`fixtures/device`): what comes out, and what a wrong one is told. Needs a device
-//! compiler.
+//! Builds a device crate that is written by hand (`fixtures/device`): what comes out, and what is
+//! said of a wrong one. The tests need a device compiler.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use framestride_builder::finish::FinishError;
 use framestride_builder::{Arch, BuildError, Built, Kernels, ptx};
 
-/// A copy of the fixture whose library is changed by `edit`. It lies in the target folder, at the same place each time: builds of
-/// it are kept, and `core` is compiled once.
+/// A copy of the fixture whose library is changed by `edit`. It always lies at the same place in
+/// the target folder, so that its builds are kept.
 fn device(edit: impl Fn(&str) -> String) -> (std::sync::MutexGuard<'static, ()>, PathBuf) {
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -26,7 +26,7 @@ fn build(edit: impl Fn(&str) -> String) -> Result<Built, BuildError> {
     Kernels::from_crate(folder).arch(Arch::SM_90A).build()
 }
 
-/// `text` with `from` replaced, which must be there.
+/// `text` with `from` replaced by `to`. `from` must be there.
 fn replaced(text: &str, from: &str, to: &str) -> String {
     assert!(text.contains(from), "the fixture has no `{from}`");
     text.replace(from, to)
@@ -137,7 +137,7 @@ fn a_launch_table_of_other_parameters_is_refused() {
 #[test]
 fn machine_code_that_is_no_ptx_is_refused_by_the_tool_that_reads_it() {
     let error = build(|library| replaced(library, "\"bar.sync 0;\"", "\"bar.synk 0;\""));
-    // ptxas is the first that reads inline assembly; without it nobody does.
+    // ptxas is the first tool that reads inline assembly. Without it no tool does.
     match (framestride_builder::toolchain::CudaTools::find().ptxas, error) {
         (Some(ptxas), Err(BuildError::Tool { tool, message, .. })) => {
             assert_eq!(tool, ptxas);

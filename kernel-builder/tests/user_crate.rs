@@ -1,6 +1,7 @@
-//! A user's crate (`fixtures/user`) whose `build.rs` builds kernels of a spec and of a device crate of its own. It has framestride
-//! as a user of crates.io has it: as packages, vendored, without a network and without a checkout. Needs a device compiler; takes
-//! a minute the first time.
+//! A user's crate (`fixtures/user`) whose `build.rs` builds kernels of a spec and of a device crate
+//! of its own. It has framestride as packages, as a user of crates.io has it. They are vendored,
+//! and there is neither a network nor a checkout. The test needs a device compiler, and takes a
+//! minute the first time.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ fn copy() {
     fs::write(folder().join(".cargo/config.toml"), configuration).unwrap();
 }
 
-/// What a cargo prints that runs in the checkout without a network. It is the device compiler's, which is new enough.
+/// What a cargo prints that runs in the checkout without a network. It is the cargo of the device
+/// compiler, which is new enough.
 fn cargo_in_the_checkout(arguments: &[&str]) -> Vec<u8> {
     let toolchain = toolchain::find().unwrap_or_else(|error| panic!("{error}"));
     let mut cargo = Command::new(&toolchain.cargo);
@@ -45,8 +47,8 @@ fn cargo_in_the_checkout(arguments: &[&str]) -> Vec<u8> {
     answer.stdout
 }
 
-/// Fills `vendor/` as `cargo vendor` does: with the packages that are made of the checkout, and with what they depend on. Returns
-/// the folders of framestride's.
+/// Fills `vendor/` as `cargo vendor` does: with the packages that are made of the checkout, and
+/// with everything they depend on. Returns the folders of framestride's packages.
 fn vendor() -> &'static [PathBuf] {
     static VENDORED: OnceLock<Vec<PathBuf>> = OnceLock::new();
     VENDORED.get_or_init(make_vendor)
@@ -56,7 +58,7 @@ fn make_vendor() -> Vec<PathBuf> {
     let metadata = cargo_in_the_checkout(&["metadata", "--format-version=1", "--filter-platform=host-tuple"]);
     let metadata: Value = serde_json::from_slice(&metadata).unwrap();
     let packages = metadata["packages"].as_array().unwrap();
-    // `publish` is null where nothing is said, and a list of no registry where publishing is forbidden.
+    // `publish` is null where nothing is said, and an empty list where publishing is forbidden.
     let is_published = |package: &&Value| package["source"].is_null() && package["publish"].is_null();
     let own: Vec<&str> =
         packages.iter().filter(is_published).map(|package| package["name"].as_str().unwrap()).collect();
@@ -91,11 +93,12 @@ fn make_vendor() -> Vec<PathBuf> {
     own.iter().map(unpack).collect()
 }
 
-/// A package's digests in a vendored source, of which this test needs none.
+/// The file of a package's digests in a vendored source. This test has none to check.
 const CHECKSUMS: &str = ".cargo-checksum.json";
 
-/// `cargo run` as its user would type it: what this test's own cargo says of this crate does not reach it. Rustup's variables
-/// stay, and it is told to install nothing: a test must never change the machine's toolchains.
+/// `cargo run` as its user would type it. What this test's own cargo says of this crate does not
+/// reach it. Rustup's variables stay, and rustup must install nothing, because a test must never
+/// change the machine's toolchains.
 fn run() -> Output {
     let mut cargo = Command::new(env!("CARGO"));
     for (name, _) in std::env::vars_os() {
@@ -104,15 +107,15 @@ fn run() -> Output {
             cargo.env_remove(&name);
         }
     }
-    // An empty CARGO_HOME: no registry, and nothing that was downloaded.
+    // An empty CARGO_HOME has no registry and nothing that was downloaded.
     cargo.env("CARGO_HOME", folder().join("home")).env("CARGO_TARGET_DIR", folder().join("target"));
     cargo.env("RUSTUP_AUTO_INSTALL", "0");
-    // The rustc beside this cargo, and not whatever a rustup proxy on the PATH would choose.
+    // The rustc beside this cargo is used, not the one that a proxy of rustup would choose.
     let bin = Path::new(env!("CARGO")).parent().unwrap();
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::iter::once(bin.to_path_buf()).chain(std::env::split_paths(&path));
     cargo.env("PATH", std::env::join_paths(folders).unwrap());
-    // What a user may have set for the CPU, and what would break a build for the GPU.
+    // A user may have set this for the CPU. It would break a build for the GPU.
     cargo.env("RUSTFLAGS", "-Ctarget-cpu=native --cfg of_the_host");
     cargo.args(["run", "-v"]).current_dir(folder()).output().unwrap()
 }
@@ -146,10 +149,10 @@ fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
         }
         assert_eq!(entries.contains("scale("), own, "{entries}");
     }
-    // The manifest of the crate with the shape spelled out carries it as a spec.
+    // The manifest of the crate with a spelled-out shape holds that shape as a spec.
     assert!(printed.contains(r#"name = \"engine\""#) && printed.contains(r#""name": "factor""#), "{printed}");
 
-    // The packages' own sources were compiled, and the PTX is what the checkout makes.
+    // The packages' own sources were compiled, and their PTX is the one that the checkout gives.
     let spec = folder().join("shapes/my_model.toml");
     let built = Kernels::from_spec(spec).build().unwrap_or_else(|error| panic!("{error}"));
     let ptx = |entry: &Path| fs::read_to_string(entry.join("out/my_model.ptx"));
@@ -175,7 +178,7 @@ fn a_build_script_builds_kernels_and_runs_again_when_it_must() {
         assert!(named, "{watched} is no reason to build again:\n{said}");
     }
 
-    // An error of the spec is cargo's error, with file and key.
+    // An error of the spec is an error of cargo's, with file and key.
     let path = folder().join("shapes/my_model.toml");
     fs::write(&path, fs::read_to_string(&path).unwrap().replace("frames = 3", "frames = 0")).unwrap();
     let wrong = run();

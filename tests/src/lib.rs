@@ -1,14 +1,18 @@
-//! Tests across crates: what the generator makes of every shipped spec, down to the machine code.
+//! Tests across crates: what the builder makes of every shipped spec, down to the machine code.
 //!
-//! * `snapshots`: one reviewed file a spec, `snapshots/NAME.snap`, with its manifest, launch table, ptxas report and
-//!   instructions; the whole PTX of two small specs.
-//! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the softmax under the products.
-//! * `shipped`: `host/kernels` holds what the generator makes today.
-//! * `own_crate`: a device crate of a user's own (`device/`), with the shape spelled out and a kernel written by hand.
+//! * `snapshots`: one reviewed file for each spec, `snapshots/NAME.snap`, with its manifest, launch
+//!   table, report of ptxas and instructions. Of two small specs the whole PTX is kept.
+//! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the
+//!   softmax under the products, which [`sass`] reads.
+//! * `shipped`: `host/kernels` holds what the builder makes today.
+//! * `own_crate`: a user's own device crate (`device/`), with a spelled-out shape and a kernel that
+//!   is written by hand.
 //!
-//! Needs a device compiler, ptxas and nvdisasm, which `cargo xtask test` sets up. The kernels are built once for all tests.
+//! The tests need a device compiler, ptxas and nvdisasm, which `cargo xtask test` sets up. The
+//! kernels are built once for all tests.
 //!
-//! After a change to kernels, macros or specs, look at what it did to the generated code, and keep it, with
+//! After a change to kernels, macros or specs, look at what it did to the generated code, and keep
+//! it, with
 //!
 //! ```text
 //! cargo xtask kernels
@@ -16,8 +20,9 @@
 //! git diff tests/snapshots
 //! ```
 //!
-//! Whole texts are compared only under the compiler that they were recorded with: another one may name a register differently.
-//! Under it, instructions and resources are compared; what ptxas says, under the recorded ptxas.
+//! Whole texts are compared only under the compiler that they were recorded with, because another
+//! one may name a register differently. Under another compiler, instructions and resources are
+//! compared. What ptxas says is compared only under the recorded ptxas.
 #![cfg(test)]
 
 mod machine_code;
@@ -30,7 +35,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use framestride_builder::toolchain::{CudaTools, Report};
+use framestride_builder::toolchain::{CudaTools, Inventory};
 use framestride_builder::{Arch, Built, Kernels};
 use framestride_shapes::spec::Spec;
 use rayon::prelude::*;
@@ -77,7 +82,7 @@ fn checkout(path: &str) -> PathBuf {
 
 /// Version of the ptxas in use, as in `13.0.88`.
 fn ptxas_version() -> String {
-    let findings = Report::new().findings;
+    let findings = Inventory::new().findings;
     let version = findings.into_iter().find(|finding| finding.tool == "ptxas").and_then(|finding| finding.version);
     version.expect("ptxas tells its version")
 }
@@ -88,14 +93,15 @@ fn entry_text<'a>(ptx: &'a str, entry: &str) -> &'a str {
     rest.split_once(".entry ").map_or(rest, |(text, _)| text)
 }
 
-/// PTX without comments and empty lines. LLVM's comments carry mangled names, with hashes of compiler and crate.
+/// PTX without comments and empty lines. LLVM's comments hold mangled names, and with them hashes
+/// of compiler and crate.
 fn without_comments(ptx: &str) -> String {
     let lines =
         ptx.lines().map(|line| line.split("//").next().unwrap_or("").trim_end()).filter(|line| !line.is_empty());
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
-/// Names and messages of the models for which `check` finds something wrong, all of them.
+/// Everything that `check` finds wrong, each with the name of its model.
 fn wrong_models(check: impl Fn(&Model) -> Vec<String> + Sync) -> Vec<String> {
     let models = models().par_iter();
     models
@@ -103,12 +109,12 @@ fn wrong_models(check: impl Fn(&Model) -> Vec<String> + Sync) -> Vec<String> {
         .collect()
 }
 
-/// Instructions and how often each stands there, one a line.
+/// How often each instruction stands there, one instruction a line.
 fn listed(histogram: &BTreeMap<String, usize>) -> String {
     histogram.iter().map(|(code, count)| format!("{count} {code}\n")).collect()
 }
 
-/// Names the first line in which what was kept differs from what is made today.
+/// Names the first line in which the kept text differs from the one that is made today.
 fn same_text(what: &str, kept: &str, made: &str) -> Result<(), String> {
     if kept == made {
         return Ok(());

@@ -4,14 +4,15 @@ use framestride_builder::ptx;
 
 use crate::{Model, wrong_models};
 
-/// Fails with every complaint about every model.
+/// Fails with every complaint about any model.
 fn gate(what: &str, check: impl Fn(&Model) -> Vec<String> + Sync) {
     let wrong = wrong_models(check);
     assert!(wrong.is_empty(), "{what}:\n{}", wrong.join("\n"));
 }
 
-/// A spilled or stacked register costs a trip to memory each time; a product whose fragment lies there is serialised, and ptxas
-/// says so, as it says that it dropped a `setmaxnreg` (C7508 to C7519). No remark is expected at all.
+/// A register that is spilled or lies on the stack costs a trip to memory each time. If the
+/// fragment of a product lies there, ptxas serialises the product and says so. It also says when it
+/// drops a `setmaxnreg` (C7508 to C7519). So no remark is expected at all.
 #[test]
 fn no_stack_no_spill_no_remark() {
     gate("ptxas reports what no kernel may have", |model| {
@@ -34,7 +35,7 @@ fn no_stack_no_spill_no_remark() {
     });
 }
 
-/// A call is a bounds check with a message, an integer division or a memcpy that was left in.
+/// A call would be a bounds check with a message, an integer division or a memcpy.
 #[test]
 fn no_call() {
     gate("functions are called", |model| {
@@ -56,11 +57,13 @@ fn no_call() {
     });
 }
 
-/// Each round of the attention kernel's main loop starts S = Q Kᵀ of a tile and O += P V of the last, waits for the first, and
-/// computes the softmax while the second runs: every weight of the tile (64 rows by `key_rows` over 128 threads) is an exponential
-/// between the two waits, and nothing else is. ptxas once sank them all below the second.
+/// Each round of attention's main loop starts S = Q Kᵀ of a tile and O += P V of the tile before.
+/// It waits for the first, and computes the softmax while the second runs. Every weight of the tile
+/// (64 rows by `key_rows`, over 128 threads) is an exponential between the two waits, and there is
+/// no other one. ptxas once moved all of them below the second wait.
 ///
-/// A sequence of two tiles has no such loop: its second round is straight code, and not what these kernels are fast for.
+/// A sequence of two tiles has no such loop. Its second round is straight code, and these kernels
+/// need not be fast for it.
 #[test]
 fn the_softmax_runs_under_the_products() {
     gate("the softmax does not stand between the two waits of the main loop", |model| {
@@ -71,21 +74,24 @@ fn the_softmax_runs_under_the_products() {
         let Some(attention) = model.machine_code.function("attention") else {
             return vec!["attention has no machine code".into()];
         };
-        // One with offsets, one without.
+        // One loop is for rows with offsets, and one for plain rows.
         let loops = attention.overlaps();
         let exponentials = (tiles.key_rows / 2) as usize;
-        // k-steps of 16: head_dim for the scores, key_rows for the output.
+        // A product takes 16 of its inner dimension at a time: head_dim for the scores, key_rows
+        // for the output.
         let products = (model.spec.head_dim / 16 + tiles.key_rows / 16) as usize;
         let mut expected = vec![
             ("loops with a wait for one group and a wait for none", loops.len(), 2),
-            // Besides both loops, a first tile for each, and where offsets are lowered the factors of both rows.
+            // Each loop has a first tile before it. Where offsets are lowered, both rows have a
+            // factor.
             ("MUFU.EX2 in the kernel", attention.count("MUFU.EX2"), 4 * exponentials + 2),
         ];
         for overlap in &loops {
             let moved = &attention.instructions[overlap.main_loop.clone()];
             let moved = moved.iter().filter(|instruction| instruction.opcode.starts_with("R2UR")).count();
             expected.extend([
-                // The number of the stage. If ptxas does not see that the loop is uniform, there are dozens.
+                // The number of the stage needs a few. If ptxas does not see that the loop is
+                // uniform, it makes dozens.
                 ("more than 3 R2UR in the loop", moved.saturating_sub(3), 0),
                 ("MUFU.EX2 between the waits", overlap.between_waits, exponentials),
                 ("MUFU.EX2 in the loop", overlap.exponentials, exponentials),

@@ -1,4 +1,5 @@
-//! A device crate of a user's own, `device/`: attention of a spelled-out shape beside a kernel written by hand.
+//! A user's own device crate, `device/`: attention of a spelled-out shape beside a kernel that is
+//! written by hand.
 
 use std::sync::OnceLock;
 
@@ -33,14 +34,15 @@ fn own_kernels_stand_beside_generated_ones() {
     assert!(built.warnings.is_empty(), "{}", built.warnings.concat());
 }
 
-/// The shape spelled out in the macro and the TOML file give the same kernels, launched alike, with the same spec.
+/// A shape that the macro spells out and the same shape in a TOML file give the same kernels,
+/// launch tables and spec.
 #[test]
 fn spelled_out_is_the_same_as_toml() {
     let (own, toml) = (device(), model("tiny_text_rope"));
     for kernel in &toml.built.manifest.kernels {
         let code = |built: &Built| {
             let text = without_comments(entry_text(&built.ptx, &kernel.entry));
-            // Labels count the functions of the module, and one more stands in this one.
+            // Labels count the functions of the module, and this module has one more.
             let line = |line: &str| match line.split_once("$L__BB") {
                 Some((head, tail)) => format!("{head}$L{}\n", tail.trim_start_matches(|c: char| c.is_ascii_digit())),
                 None => format!("{line}\n"),
@@ -54,7 +56,8 @@ fn spelled_out_is_the_same_as_toml() {
     assert_eq!(own.manifest.spec().expect("the crate states its spec"), toml.spec);
 }
 
-/// The kernel written by hand, run by the emulator on odd sizes, against sums in f64.
+/// The emulator runs the kernel that is written by hand on odd sizes. Sums in f64 are the
+/// reference.
 #[test]
 fn an_own_kernel_runs_in_the_emulator() {
     let built = device();
@@ -63,7 +66,8 @@ fn an_own_kernel_runs_in_the_emulator() {
     let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_nanos() as u64);
     println!("seed {seed}");
     let mut state = seed;
-    // Counts below one block's round, of several rounds, and with blocks that have nothing to do.
+    // Some counts are below one round of a block, some need several, and some leave blocks without
+    // work.
     for (count, blocks) in [(4, 1), (1020, 1), (1028, 2), (10_000, 3), (8, 4)] {
         let mut memory = Memory::new();
         let mut tensor = || -> (u64, Vec<f32>) {
@@ -93,14 +97,14 @@ fn an_own_kernel_runs_in_the_emulator() {
             [pairs().map(|(old, new)| (new - old).abs()).sum(), pairs().map(|(old, _)| old.abs()).sum::<f64>()];
         for (which, expected) in expected.into_iter().enumerate() {
             let found: f64 = parts.iter().skip(which).step_by(2).sum();
-            // Sums of `count` terms of one sign in f32, in a tree of depth below 64.
+            // All terms have one sign, and f32 adds them in a tree of depth below 64.
             let tolerance = 64.0 * f64::from(f32::EPSILON) * expected;
             assert!((found - expected).abs() <= tolerance, "count {count}, sum {which}: {found}, expected {expected}");
         }
     }
 }
 
-/// A number in -1..1 (splitmix64).
+/// A random number in -1..1 (splitmix64).
 fn uniform(state: &mut u64) -> f32 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;

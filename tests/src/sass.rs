@@ -1,12 +1,13 @@
-//! The machine code that ptxas makes, read for tests: instructions, loops, and whether the softmax of the attention kernel runs
-//! under the matrix products.
+//! Reads the machine code that ptxas makes: instructions, loops, and whether attention's softmax
+//! runs under the matrix products.
 //!
-//! ptxas may move code across the waits of asynchronous products, and the kernel is then right but slow. What the source wants:
-//! in the main loop two groups of products are issued, the first wait (`WARPGROUP.DEPBAR.LE gsb0, 0x1`) is for the scores, and
-//! every `MUFU.EX2` of the softmax stands before the second (`gsb0, 0x0`), so that it runs while the second group is in flight.
-//! [`Function::overlap`] tells.
+//! ptxas may move code across the waits of asynchronous products. Then the kernel is right but
+//! slow. In the main loop, two groups of products are issued. The first wait is for the scores
+//! (`WARPGROUP.DEPBAR.LE gsb0, 0x1`). Every `MUFU.EX2` of the softmax should stand before the
+//! second wait (`gsb0, 0x0`), so that it runs while the second group is in flight.
+//! [`Function::overlaps`] tells whether it does.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
 use std::process::Command;
@@ -33,10 +34,6 @@ pub struct Function {
 /// One instruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instruction {
-    /// Byte offset in the function.
-    pub address: u64,
-    /// Guard, as in `@!P0`.
-    pub predicate: Option<String>,
     /// Opcode with modifiers: `WARPGROUP.DEPBAR.LE`.
     pub opcode: String,
     /// Operands as they are printed.
@@ -45,7 +42,8 @@ pub struct Instruction {
     pub target: Option<usize>,
 }
 
-/// What of the softmax runs under the matrix products, in the innermost loop that waits for one group of two.
+/// How much of the softmax runs under the matrix products, in a loop that waits for the first of
+/// two groups and then for the second.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Overlap {
     /// The loop, as indices into the instructions.
@@ -59,7 +57,8 @@ pub struct Overlap {
 }
 
 impl Listing {
-    /// Assembles PTX and disassembles the result. Fails when a tool is missing, and with what a tool says.
+    /// Assembles PTX and disassembles the result. Fails if a tool is missing, or with what the tool
+    /// says.
     pub fn from_ptx(name: &str, ptx: &str, arch: Arch, tools: &CudaTools) -> Result<Listing, String> {
         let (Some(assembler), Some(disassembler)) = (&tools.ptxas, &tools.nvdisasm) else {
             return Err("these tests need ptxas and nvdisasm: `cargo xtask test` installs them, `cargo xtask doctor` \
@@ -104,18 +103,14 @@ impl Listing {
     }
 }
 
-/// `/*0340*/  @!P1 BRA `(.L_x_209) ;`
+/// Reads a line such as `/*0340*/  @!P1 BRA `(.L_x_209) ;`.
 fn instruction(line: &str) -> Option<Instruction> {
     let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
-    let address = u64::from_str_radix(address, 16).ok()?;
-    let mut rest = rest.trim().trim_end_matches(';').trim_end();
-    let mut predicate = None;
-    if rest.starts_with('@') {
-        let (guard, tail) = rest.split_once(' ')?;
-        (predicate, rest) = (Some(guard.to_string()), tail.trim_start());
-    }
-    let (opcode, operands) = rest.split_once(' ').unwrap_or((rest, ""));
-    Some(Instruction { address, predicate, opcode: opcode.into(), operands: operands.trim().into(), target: None })
+    u64::from_str_radix(address, 16).ok()?;
+    let rest = rest.trim().trim_end_matches(';').trim_end();
+    let (_, rest) = rest.strip_prefix('@').map_or(Some(("", rest)), |guarded| guarded.split_once(' '))?;
+    let (opcode, operands) = rest.trim_start().split_once(' ').unwrap_or((rest, ""));
+    Some(Instruction { opcode: opcode.into(), operands: operands.trim().into(), target: None })
 }
 
 /// Turns the labels that instructions name into indices.
@@ -128,22 +123,13 @@ fn resolve((mut function, labels): (Function, HashMap<&str, usize>)) -> Function
 }
 
 impl Function {
-    /// Instructions by opcode with modifiers.
-    pub fn histogram(&self) -> BTreeMap<String, usize> {
-        let mut counts = BTreeMap::new();
-        for instruction in &self.instructions {
-            *counts.entry(instruction.opcode.clone()).or_insert(0) += 1;
-        }
-        counts
-    }
-
     /// Instructions whose opcode is `name` or begins with it and a dot.
     pub fn count(&self, name: &str) -> usize {
         self.instructions.iter().filter(|instruction| instruction.is(name)).count()
     }
 
-    /// Every loop, as the range from the target of a backward branch to the branch. A branch to itself, which pads the end of a
-    /// kernel, is none.
+    /// Every loop, as the range from the target of a backward branch to that branch. The branch to
+    /// itself that pads the end of a kernel is none.
     pub fn loops(&self) -> Vec<Range<usize>> {
         let branches = self.instructions.iter().enumerate().filter(|(_, instruction)| instruction.is("BRA"));
         branches
@@ -151,7 +137,7 @@ impl Function {
             .collect()
     }
 
-    /// The overlap of softmax and products in every innermost loop that waits for the first of two groups, and then for the second.
+    /// The overlap in every innermost loop with both waits.
     pub fn overlaps(&self) -> Vec<Overlap> {
         let waits = |range: &Range<usize>| {
             let wait = |groups: &str| {
@@ -166,7 +152,8 @@ impl Function {
         loops.sort_by_key(Range::len);
         let mut overlaps: Vec<Overlap> = Vec::new();
         for range in loops {
-            // Outer loops, and ways back into an inner one from code that stands elsewhere.
+            // Loops around one that is known, and ways back into it from code that stands
+            // elsewhere, do not count.
             let meets = |inner: &Overlap| range.start < inner.main_loop.end && inner.main_loop.start < range.end;
             if let Some(between) = waits(&range).filter(|_| !overlaps.iter().any(meets)) {
                 overlaps.push(Overlap {
@@ -227,15 +214,11 @@ attention:
         let attention = listing.function("attention").unwrap();
         assert_eq!(attention.instructions.len(), 13);
         let branch = &attention.instructions[6];
-        assert_eq!(
-            (branch.predicate.as_deref(), branch.opcode.as_str(), branch.target),
-            (Some("@!P3"), "BRA", Some(11))
-        );
+        assert_eq!((branch.opcode.as_str(), branch.target), ("BRA", Some(11)));
         assert_eq!(attention.loops(), [2..10, 1..11]);
         let expected = Overlap { main_loop: 2..10, products: 1, exponentials: 3, between_waits: 2 };
         assert_eq!(attention.overlaps(), [expected]);
         assert_eq!((attention.count("MUFU.EX2"), attention.count("MUFU")), (4, 4));
-        assert_eq!(attention.histogram()["MUFU.EX2"], 3);
         assert_eq!(listing.function("other").unwrap().overlaps(), []);
     }
 }

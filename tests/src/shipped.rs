@@ -1,4 +1,4 @@
-//! `host/kernels` holds what the generator makes today.
+//! `host/kernels` holds what the builder makes today.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use framestride_builder::{Manifest, ptx};
 use crate::{Model, checkout, listed, ptxas_version, same_text, wrong_models};
 
 #[test]
-fn shipped_kernels_are_what_the_generator_makes() {
+fn shipped_kernels_are_what_the_builder_makes() {
     let ptxas_counts = is_the_packages_ptxas(&ptxas_version());
     let mut wrong = wrong_models(|model| compare(model, ptxas_counts).err().into_iter().collect());
     let expected: BTreeSet<String> = framestride_shapes::models()
@@ -24,12 +24,12 @@ fn shipped_kernels_are_what_the_generator_makes() {
     wrong.extend(found.difference(&expected).map(|file| format!("{file} belongs to no spec of shapes/models")));
     assert!(
         wrong.is_empty(),
-        "host/kernels is not what the generator makes today:\n{}\nmake it again: cargo xtask kernels",
+        "host/kernels is not what the builder makes today:\n{}\nmake it again: cargo xtask kernels",
         wrong.join("\n")
     );
 }
 
-/// What is different, if anything. `ptxas_counts`: the shipped reports are this ptxas's.
+/// What differs, if anything. `ptxas_counts` says whether this ptxas made the shipped reports.
 fn compare(model: &Model, ptxas_counts: bool) -> Result<(), String> {
     let name = &model.built.name;
     let read = |extension: &str| {
@@ -47,7 +47,7 @@ fn compare(model: &Model, ptxas_counts: bool) -> Result<(), String> {
     if shipped.compiler == made.compiler {
         same_text("PTX", &shipped_ptx, &model.built.ptx)?;
     } else {
-        // Another compiler: the same instructions, each as often.
+        // Another compiler must give the same instructions, each as often.
         let instructions = |ptx: &str| listed(&ptx::histogram(ptx));
         same_text("histogram of instructions", &instructions(&shipped_ptx), &instructions(&model.built.ptx))?;
         made.compiler = shipped.compiler.clone();
@@ -56,7 +56,8 @@ fn compare(model: &Model, ptxas_counts: bool) -> Result<(), String> {
     same_text("manifest", &json, &made.to_json())
 }
 
-/// Whether this is the ptxas that `cargo xtask kernels` gets: the shipped reports are of that series.
+/// Whether this ptxas is of the series that `cargo xtask kernels` installs, as the shipped reports
+/// are.
 fn is_the_packages_ptxas(version: &str) -> bool {
     let packages = CUDA_PACKAGES.iter().find_map(|package| package.split_once("=="));
     let (_, series) = packages.expect("the packages of ptxas have a version");

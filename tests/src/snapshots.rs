@@ -1,4 +1,5 @@
-//! What is made of every shipped spec, as files that a person reads: `snapshots/NAME.snap`.
+//! What the builder makes of every shipped spec, in files that a person reads:
+//! `snapshots/NAME.snap`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -9,10 +10,11 @@ use framestride_builder::{Built, ptx};
 
 use crate::{Model, checkout, entry_text, listed, model, models, ptxas_version, same_text, without_comments};
 
-/// Small specs whose whole PTX is kept: both head dims, both element types, with every operator and with none.
+/// Small specs whose whole PTX is kept. They have both head dims, both element types, and all
+/// operators or none.
 const WHOLE: [&str; 2] = ["tiny_plain", "tiny_heads_sinks"];
 
-/// Sections that ptxas writes: they are compared under the ptxas that they were recorded with.
+/// Sections that ptxas writes. They are compared only under the ptxas that they were recorded with.
 const OF_PTXAS: [&str; 2] = ["Resources (ptxas)", "Machine code (ptxas)"];
 
 #[test]
@@ -38,8 +40,8 @@ fn whole_ptx() {
     }));
 }
 
-/// Compares with `snapshots/NAME.snap`. Under other tools than the recorded ones, which the first line names, `same` compares
-/// the recorded text with this one.
+/// Compares `text` with `snapshots/NAME.snap`. If other tools recorded it, which the first line
+/// names, `same` compares the two texts.
 fn check(name: &str, text: &str, same: impl Fn(&str, &str) -> Result<(), String>) -> Result<(), String> {
     let recorded = fs::read_to_string(checkout(&format!("tests/snapshots/{name}.snap")));
     let recorded = recorded.ok().and_then(|file| Some(file.splitn(3, "---\n").nth(2)?.to_string()));
@@ -58,7 +60,7 @@ fn check(name: &str, text: &str, same: impl Fn(&str, &str) -> Result<(), String>
     compared.map_err(|_| format!("{name}: is not snapshots/{name}.snap, see above"))
 }
 
-/// Fails with all that differ, after each has been compared.
+/// Fails with everything that differs, after all has been compared.
 fn check_all(results: impl Iterator<Item = Result<(), String>>) {
     let wrong: Vec<String> = results.filter_map(Result::err).collect();
     let mend =
@@ -75,7 +77,8 @@ fn compiler(built: &Built) -> String {
     format!("rustc {}, LLVM {}", built.manifest.compiler.rustc, built.manifest.compiler.llvm)
 }
 
-/// What must be the same under any tools: all sections but the first line, and `keep_ptxas` or not what ptxas wrote.
+/// The sections that must be the same under any tools. Those of ptxas belong to them if
+/// `keep_ptxas`.
 fn comparable(text: &str, keep_ptxas: bool) -> String {
     let sections = text.split("\n\n").skip(1);
     let kept = sections.filter(|section| keep_ptxas || !OF_PTXAS.iter().any(|title| section.starts_with(title)));
@@ -149,7 +152,7 @@ fn report(model: &Model, ptxas: &str) -> String {
     text
 }
 
-/// How often each instruction stands in each kernel.
+/// A table of how often each instruction stands in each kernel.
 fn instructions(built: &Built) -> Vec<Vec<String>> {
     let entries: Vec<&str> = built.manifest.kernels.iter().map(|kernel| kernel.entry.as_str()).collect();
     let counts: Vec<BTreeMap<String, usize>> =
@@ -168,7 +171,7 @@ fn row<const N: usize>(cells: [impl Into<String>; N]) -> Vec<String> {
     cells.map(Into::into).into()
 }
 
-/// A title and aligned columns: words to the left, numbers to the right.
+/// A title, and aligned columns. Words stand to the left and numbers to the right.
 fn section(text: &mut String, title: &str, rows: &[Vec<String>]) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)

@@ -9,12 +9,13 @@ use indicatif::ProgressBar;
 
 use crate::{root, setup, step};
 
-/// What the first build of one spec may take on two idle cores: it compiles `core` and the procedural macros.
+/// The most seconds of the first build of a spec on two idle cores. It compiles `core` and the
+/// procedural macros.
 const FIRST: f64 = 40.0;
-/// What any later build may take.
+/// The most seconds of any later build.
 const NEXT: f64 = 5.0;
 
-/// Prints the times beside their limits; fails when one is over.
+/// Prints the times beside their limits, and fails if one is over its limit.
 pub fn run() -> Result<(), String> {
     setup::device_compiler()?;
     let cache = tempfile::tempdir().map_err(|error| format!("no folder for a fresh cache: {error}"))?;

@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{root, setup, step};
 
-/// `host/kernels/NAME.ptx` and `.json` for every `shapes/models/NAME.toml`; files of specs that are gone are removed.
+/// Makes `host/kernels/NAME.ptx` and `.json` of every `shapes/models/NAME.toml`. Files of specs
+/// that no longer exist are removed.
 pub fn make() -> Result<(), String> {
     setup::device_compiler()?;
     // Without ptxas the manifests would lose their report of registers and spills.
@@ -28,7 +29,7 @@ pub fn make() -> Result<(), String> {
         .out_dir(&folder)
         .on_progress(move |progress| match progress {
             Progress::Compiling(name) => shown.set_message(format!("compiling {name}")),
-            Progress::Assembling(name) => shown.set_message(format!("assembling {name}")),
+            Progress::Translating(name) => shown.set_message(format!("translating {name}")),
             Progress::Done(_) => shown.inc(1),
             _ => {}
         })

@@ -1,7 +1,9 @@
-//! What a change must pass before any test runs: format, lints, documentation, and the promised minimum Rust.
+//! What a change must pass before any test runs: format, lints, documentation, and the promised
+//! minimum Rust.
 //!
-//! The device compiler's own clippy, rustfmt and rustdoc judge, since they know the code of the device too. That code is there
-//! only for `nvptx64-nvidia-cuda`, so its lints and its documentation are runs of their own.
+//! The device compiler's own clippy, rustfmt and rustdoc judge, because they know the code of the
+//! device too. That code exists only for `nvptx64-nvidia-cuda`, so its lints and its documentation
+//! are runs of their own.
 
 use std::env;
 use std::path::Path;
@@ -12,7 +14,7 @@ use framestride_builder::{Arch, device_options};
 
 use crate::{root, run, setup, step};
 
-/// Crates that are no members of the workspace: a user's device crate, and what the builder is tried on.
+/// Crates that are not members of the workspace.
 const OUTSIDE: [&str; 4] = [
     "tests/device",
     "kernel-builder/tests/fixtures/device",
@@ -20,7 +22,7 @@ const OUTSIDE: [&str; 4] = [
     "kernel-builder/tests/fixtures/user/device",
 ];
 
-/// Runs every check, whether or not one before it has failed.
+/// Runs every check, even if one before it has failed.
 pub fn run_all() -> Result<(), String> {
     let toolchain = setup::device_compiler()?;
     setup::linters(&toolchain)?;
@@ -41,15 +43,16 @@ fn format(toolchain: &Toolchain) -> Result<(), String> {
 fn host(toolchain: &Toolchain) -> Result<(), String> {
     let clippy = ["clippy", "--quiet"];
     run(cargo(toolchain).args(clippy).args(["--workspace", "--all-targets", "--", "-Dwarnings"]))?;
-    // What an engine links that brings kernels of its own.
+    // An engine that brings kernels of its own links the library so.
     run(cargo(toolchain).args(clippy).args(["-p", "framestride", "--no-default-features", "--", "-Dwarnings"]))?;
     let mut doc = cargo(toolchain);
     doc.args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-Dwarnings");
-    // The first has its documentation for the device, the others are for nobody to link.
+    // The kernels have their documentation for the device, and nobody links the other two.
     run(doc.args(["--exclude", "framestride-kernels", "--exclude", "framestride-tests", "--exclude", "xtask"]))
 }
 
-/// The kernels, and a user's device crate with everything that `attention_kernels!` writes, compiled for each family of GPUs.
+/// Checks the kernels for each family of GPUs. Checks a user's device crate too, with all that
+/// `attention_kernels!` writes.
 fn device(toolchain: &Toolchain) -> Result<(), String> {
     Arch::ALL.into_iter().try_for_each(|arch| {
         let options = device_options(toolchain, arch).map_err(|error| error.to_string())?;
@@ -58,7 +61,8 @@ fn device(toolchain: &Toolchain) -> Result<(), String> {
         let cargo = |command: &str, manifest: &str| {
             let mut cargo = cargo(toolchain);
             cargo.args([command, "--quiet", "--lib", "--target", "nvptx64-nvidia-cuda", "--manifest-path", manifest]);
-            // A folder of its own: build scripts ask for RUSTC_BOOTSTRAP, and would run again for every other build.
+            // Build scripts depend on RUSTC_BOOTSTRAP. In a shared folder they would run again and
+            // again.
             cargo.env("RUSTC_BOOTSTRAP", "1").args(["--target-dir", "target/device"]);
             cargo.env("CARGO_ENCODED_RUSTFLAGS", options.join("\x1f"));
             cargo.env("CARGO_ENCODED_RUSTDOCFLAGS", documentation.join("\x1f"));
@@ -70,7 +74,8 @@ fn device(toolchain: &Toolchain) -> Result<(), String> {
     })
 }
 
-/// Whether the oldest Rust that Cargo.toml promises compiles what is published. Rustup alone provides an old one.
+/// Checks that the oldest Rust that Cargo.toml promises compiles what is published. Only rustup
+/// provides an old one.
 fn minimum_rust() -> Result<(), String> {
     let version = env!("CARGO_PKG_RUST_VERSION");
     if on_path("rustup").is_none() {
@@ -83,7 +88,8 @@ fn minimum_rust() -> Result<(), String> {
     run(cargo.args(["--exclude", "framestride-tests", "--exclude", "xtask"]).env_remove("RUSTC").env_remove("CARGO"))
 }
 
-/// The device compiler's cargo, in the workspace's folder, which finds its own tools before those of a rustup proxy.
+/// The device compiler's cargo, in the workspace's folder. It finds its own tools before a rustup
+/// proxy.
 fn cargo(toolchain: &Toolchain) -> Command {
     let mut cargo = Command::new(&toolchain.cargo);
     let own = toolchain.rustc.parent().map(Path::to_path_buf);

@@ -1,4 +1,4 @@
-//! `cargo xtask demo` and `cargo xtask test`, and what maintainers run: `kernels`, `mutants` and `bench-build`.
+//! The commands of the README, `cargo xtask demo` and `cargo xtask test`, and those of maintainers.
 
 mod bench;
 mod kernels;
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         ("mutants", names) => mutants::plant(mutants::Choice::Named(names)),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
-            print!("{}", framestride_builder::toolchain::Report::new());
+            print!("{}", framestride_builder::toolchain::Inventory::new());
             Ok(())
         }
         _ => {
@@ -64,7 +64,7 @@ fn demo() -> Result<(), String> {
     Ok(())
 }
 
-/// Runs every test, and without arguments what a change must pass besides.
+/// Runs every test. Without arguments it also lints, and plants a dozen mutants.
 fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;
@@ -76,7 +76,7 @@ fn test(arguments: &[String]) -> Result<(), String> {
     if arguments.is_empty() { mutants::plant(mutants::Choice::Ci) } else { Ok(()) }
 }
 
-/// One line about what is done next.
+/// Prints one line about what is done next.
 fn step(text: &str) {
     eprintln!("==> {text}");
 }
@@ -86,21 +86,21 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap_or_else(|_| PathBuf::from("."))
 }
 
-/// The cargo that runs this, in the workspace's folder.
+/// The cargo that runs this process, in the workspace's folder.
 fn cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root());
     cargo
 }
 
-/// Runs a command to its end, its output on the terminal.
+/// Runs a command to its end. Its output goes to the terminal.
 fn run(command: &mut Command) -> Result<(), String> {
     let shown = shown(command);
     let status = command.status().map_err(|error| format!("`{shown}` does not start: {error}"))?;
     if status.success() { Ok(()) } else { Err(format!("`{shown}` failed ({status})")) }
 }
 
-/// A command as one would type it.
+/// A command as a user would type it.
 fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")

@@ -1,7 +1,10 @@
-//! Plants mistakes in the kernels, one at a time, and expects `framestride verify --device emulator` to see each.
+//! Plants mistakes in the kernels, one at a time, and expects `framestride verify` to see each on
+//! the emulator.
 //!
-//! The list is `tests/mutants/mutants.toml`. A copy of the sources is changed, the kernels of a small spec are built from it, and the
-//! unchanged command judges them: its reference is not changed along, though geometry is compiled by host and kernels alike.
+//! The list of mistakes is `tests/mutants/mutants.toml`. For each, a copy of the sources is
+//! changed, and the kernels of a small spec are built from it. The unchanged command judges them.
+//! Host and kernels compile the same geometry, but the command's reference does not change with the
+//! copy.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,11 +18,12 @@ use serde::Deserialize;
 
 use crate::{cargo, root, run, setup, step};
 
-/// Copies of the sources that are worked on side by side: compiling takes one core, the emulator all.
+/// Copies of the sources that are worked on in parallel. Compiling takes one core, the emulator
+/// all.
 const WORKERS: usize = 2;
-/// Of the inputs, so that a change is seen in every run or in none.
+/// Seed of the inputs. With a fixed seed a change is seen in every run or in none.
 const SEED: &str = "5";
-/// What the kernels are built from, and the workspace's files that their manifests refer to.
+/// What the kernels are built from, and the workspace's files that their Cargo.tomls refer to.
 const SOURCES: [&str; 5] = ["Cargo.toml", "Cargo.lock", "gpu-kernels", "codegen-macros", "shapes"];
 
 #[derive(Deserialize)]
@@ -45,13 +49,14 @@ struct Mutant {
 
 /// Which changes are planted.
 pub enum Choice<'a> {
-    /// Those that every run of the tests tries.
+    /// Those that every run of the tests plants.
     Ci,
-    /// Those of these names; all when there are none.
+    /// Those of these names, or all if there are none.
     Named(&'a [String]),
 }
 
-/// Plants the chosen changes; fails when one is not seen, and when the unchanged kernels of a spec do not pass.
+/// Plants the chosen changes. Fails if one is not seen, or if the unchanged kernels of a spec do
+/// not pass.
 pub fn plant(choice: Choice) -> Result<(), String> {
     setup::device_compiler()?;
     let start = Instant::now();
@@ -93,7 +98,8 @@ fn read(path: &Path) -> Result<Vec<Mutant>, String> {
     }
 }
 
-/// Calls `job` with every number below `count` and a copy of the sources of its own, and collects what it finds wrong.
+/// Calls `job` with every number below `count` and with a copy of the sources that no other call
+/// uses. Collects what it finds wrong.
 fn in_copies(
     count: usize,
     job: impl Fn(&Path, usize) -> Result<Option<String>, String> + Sync,
@@ -123,7 +129,7 @@ fn in_copies(
     Ok(wrong.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
 }
 
-/// Plants a change in the copy, or none, and judges the kernels of a spec. What is wrong, when it is not seen.
+/// Plants a change in the copy, or none, and judges the kernels of a spec. Returns what is wrong.
 fn try_one(copy: &Path, spec: &str, mutant: Option<&Mutant>) -> Result<Option<String>, String> {
     let start = Instant::now();
     let Some(mutant) = mutant else {
@@ -160,9 +166,9 @@ fn try_one(copy: &Path, spec: &str, mutant: Option<&Mutant>) -> Result<Option<St
 
 enum Verdict {
     Passed,
-    /// With the first complaint.
+    /// They were found to be wrong. This is the first complaint.
     Seen(String),
-    /// Nothing was judged: the kernels do not build, or the command was misused.
+    /// Nothing was judged, because the kernels do not build or the command was misused.
     Broken(String),
 }
 
@@ -199,7 +205,7 @@ fn first_lines(text: &[u8]) -> String {
     words.join(" ").chars().take(160).collect()
 }
 
-/// Copies a file or a folder; a file that is the same already keeps its time, by which cargo goes.
+/// Copies a file or a folder. A file that is already the same keeps its time, by which cargo goes.
 fn copy_all(from: &Path, to: &Path) -> Result<(), String> {
     let wrong = |error: std::io::Error| format!("cannot copy {} to {}: {error}", from.display(), to.display());
     if from.is_dir() {

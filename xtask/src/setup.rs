@@ -1,5 +1,5 @@
-//! Sets up what is missing, and only that: the device compiler, for the tests ptxas and the disassembler, and for lints clippy,
-//! rustfmt and an old Rust.
+//! Sets up what is missing, and nothing else: the device compiler, ptxas and the disassembler for
+//! the tests, and clippy, rustfmt and an old Rust for lints.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -13,7 +13,7 @@ use indicatif::ProgressBar;
 
 use crate::{shown, step};
 
-/// Finds a device compiler, or installs one: with rustup where it is there, else with Debian's packages.
+/// Finds a device compiler, or installs one: by rustup if it is there, else from Debian's packages.
 pub fn device_compiler() -> Result<Toolchain, String> {
     let missing = match toolchain::find() {
         Ok(found) => return Ok(announce(found)),
@@ -30,7 +30,7 @@ pub fn device_compiler() -> Result<Toolchain, String> {
             }
         }
     };
-    // Package lists may be older than the packages: a second try follows an update.
+    // Package lists may be older than the packages, so a second try follows an update.
     let found = attempt("rustup", RUSTUP_INSTALL)
         .or_else(|| attempt("apt-get", DEBIAN_INSTALL))
         .or_else(|| attempt("apt-get", "apt-get update"))
@@ -43,8 +43,8 @@ fn announce(found: Toolchain) -> Toolchain {
     found
 }
 
-/// Finds the device compiler's clippy and rustfmt, or installs them: with rustup if the compiler is rustup's, else with Debian's
-/// packages.
+/// Finds the device compiler's clippy and rustfmt, or installs them: by rustup if the compiler is
+/// rustup's, else from Debian's packages.
 pub fn linters(toolchain: &Toolchain) -> Result<(), String> {
     let tools = ["cargo-clippy", "cargo-fmt"];
     if tools.iter().all(|tool| toolchain.cargo.with_file_name(tool).is_file()) {
@@ -58,7 +58,8 @@ pub fn linters(toolchain: &Toolchain) -> Result<(), String> {
     }
 }
 
-/// Rustup's name of the first release of a version, `1.89`, which is installed if it is missing.
+/// Rustup's name of the first release of a version such as `1.89`. It is installed if it is
+/// missing.
 pub fn old_rust(version: &str) -> Result<String, String> {
     let toolchain = format!("{version}.0");
     let mut rustc = Command::new("rustup");
@@ -112,8 +113,8 @@ fn virtual_environment(folder: &Path) -> Result<(), String> {
     install(&format!("{folder}/bin/python3 -m pip install --quiet {}", CUDA_PACKAGES.join(" ")))
 }
 
-/// Runs an installer, showing a spinner, and its output when it fails. Debian's needs root: as another user it goes through
-/// `sudo`, which must not ask.
+/// Runs an installer, and shows a spinner, and its output if it fails. Debian's installer needs
+/// root. Another user runs it by `sudo`, which must not ask for a password.
 fn install(command: &str) -> Result<(), String> {
     let mut words: Vec<&str> = command.split(' ').collect();
     if words[0] == "apt-get" && !is_root() {

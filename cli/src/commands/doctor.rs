@@ -9,7 +9,7 @@ use crate::outcome::Outcome;
 
 /// Looks at the machine.
 pub fn doctor() -> Outcome {
-    let tools = toolchain::Report::new();
+    let tools = toolchain::Inventory::new();
     let gpu = Gpu::primary(0);
     let (gpu_text, gpu_json) = match &gpu {
         Ok(gpu) => {

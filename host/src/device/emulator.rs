@@ -85,11 +85,8 @@ impl Emulator {
     }
 
     pub(super) fn launch(&self, module: &Module, launch: &Launch) -> Result<()> {
-        let config = LaunchConfig {
-            grid: launch.grid,
-            block: [launch.threads, 1, 1],
-            shared_bytes: launch.shared_bytes,
-        };
+        let config =
+            LaunchConfig { grid: launch.grid, block: [launch.threads, 1, 1], shared_bytes: launch.shared_bytes };
         let options = Options { seed: self.seed.fetch_add(1, Ordering::Relaxed), ..Default::default() };
         module
             .launch_with(&self.memory(), launch.kernel.entry(), config, launch.params.as_bytes(), options)

@@ -1,11 +1,12 @@
-//! A user's own kernels: the attention of a shape that is spelled out, and beside it one written by hand on the same layer.
+//! A user's own kernels: attention of a spelled-out shape, and beside it a kernel that is written
+//! by hand on the same layer.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
 use framestride_kernels::cuda::{global, shared, thread, warp};
 use framestride_kernels::{attention_kernels, kernel};
 
-// shapes/models/tiny_text_rope.toml, key for key.
+// The shape is that of shapes/models/tiny_text_rope.toml, key for key.
 attention_kernels!(
     name = "tiny_text_rope", frames = 13, tokens_per_frame = 41, text = first { tokens = 40 },
     heads = 2, head_dim = 128, dtype = bf16, batch = 1,
@@ -17,20 +18,21 @@ attention_kernels!(
 
 const THREADS: u32 = 256;
 
-/// How much a tensor changed from one denoising step to the next, which engines that skip steps ask: each block writes its part
-/// of the sums of |after - before| and |before|.
+/// How much a tensor changed from one denoising step to the next. Engines that skip steps ask this.
+/// Each block writes its part of the sums of |after - before| and |before|.
 ///
-/// `before`, `after`: f32 \[count\], 16-byte aligned, `count` a multiple of 4. `sums`: f32 \[blocks, 2\], 8-byte aligned.
+/// `before` and `after` are f32 \[count\], aligned to 16 bytes, and `count` is a multiple of 4.
+/// `sums` is f32 \[blocks, 2\], aligned to 8 bytes.
 ///
 /// # Safety
-/// As the addresses say; no other kernel writes the inputs meanwhile.
+/// The addresses are as the names say, and no other kernel writes the inputs meanwhile.
 #[kernel(threads = 256, min_blocks = 4, shared_bytes = 64)]
 pub unsafe fn change(before: u64, after: u64, sums: u64, count: u32) {
     let (mut difference, mut size) = (0.0, 0.0);
     let mut index = (thread::block_x() * THREADS + thread::index()) * 4;
     while index < count {
         let offset = u64::from(index) * 4;
-        // SAFETY: inside the tensors, whose addresses the caller vouches for.
+        // SAFETY: the caller vouches for the addresses, and the index lies inside the tensors.
         let (old, new) = unsafe { (global::load_f32x4(before + offset), global::load_f32x4(after + offset)) };
         for (old, new) in old.into_iter().zip(new) {
             difference += (new - old).abs();
@@ -40,7 +42,8 @@ pub unsafe fn change(before: u64, after: u64, sums: u64, count: u32) {
     }
     let (warp_index, lane) = (thread::warp(), thread::lane());
     let part = |warp_index: u32| shared::base() + warp_index * 8;
-    // SAFETY: every thread of the block comes here and through the barrier; 8 warps have 8 bytes each.
+    // SAFETY: every thread of the block comes here and through the barrier. 8 warps have 8 bytes
+    // each.
     unsafe {
         (difference, size) = (warp::sum::<32>(difference), warp::sum::<32>(size));
         if lane == 0 {
@@ -49,7 +52,7 @@ pub unsafe fn change(before: u64, after: u64, sums: u64, count: u32) {
         }
         thread::sync_block();
         if warp_index == 0 {
-            // Each group of 8 lanes sums the 8 parts.
+            // Each group of 8 lanes adds the 8 parts.
             let part = part(lane % 8);
             (difference, size) = (warp::sum::<8>(shared::load_f32(part)), warp::sum::<8>(shared::load_f32(part + 4)));
             if lane == 0 {

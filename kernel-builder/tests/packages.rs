@@ -3,16 +3,16 @@
 use std::env;
 use std::process::Command;
 
-use framestride_builder::toolchain::Report;
+use framestride_builder::toolchain::Inventory;
 use framestride_builder::{BuildError, Kernels};
 
-/// Set for the child, which looks at what its environment leads to.
+/// Set for a child of the test, which looks for the sources that its environment names.
 const CHILD: &str = "FRAMESTRIDE_TEST_WITHOUT_SOURCES";
 
 #[test]
 fn sources_that_are_missing_are_said_to_be() {
     if env::var_os(CHILD).is_some() {
-        let report = Report::new();
+        let report = Inventory::new();
         let sources = report.findings.iter().find(|finding| finding.tool == "sources").unwrap();
         assert!(!report.can_build() && sources.required && sources.path.is_none());
         assert!(report.to_string().contains("MISSING sources") && report.to_string().contains("/nowhere"), "{report}");
@@ -21,7 +21,7 @@ fn sources_that_are_missing_are_said_to_be() {
         assert!(matches!(error, BuildError::NoSource { .. }), "{error}");
         return;
     }
-    let sources = Report::new().findings.into_iter().find(|finding| finding.tool == "sources").unwrap();
+    let sources = Inventory::new().findings.into_iter().find(|finding| finding.tool == "sources").unwrap();
     assert!(sources.path.is_some_and(|path| path.join("src/attention.rs").is_file()) && sources.mend.is_none());
     let mut child = Command::new(env::current_exe().unwrap());
     child

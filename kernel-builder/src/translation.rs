@@ -15,56 +15,59 @@ use crate::finish::{self, LaunchTable};
 use crate::toolchain::{self, CudaTools, Toolchain};
 use crate::{Arch, BuildError, convergence, ptx, ptxas};
 
-/// PTX and what is known of its kernels, kept beside the IR so that a build without changes ends here.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Assembled {
-    /// Digest of everything the PTX is made from.
-    made_from: String,
+/// PTX, and what is known of its kernels.
+pub(crate) struct Translation {
     /// Launch tables of the entries.
     tables: Vec<LaunchTable>,
     /// The spec that the crate's `attention_kernels!` states.
     pub spec: Option<String>,
-    /// The PTX.
-    pub ptx: String,
-    /// Version of ptxas and its report, when there was one.
+    /// What is kept between builds.
+    kept: Kept,
+}
+
+/// What is kept beside the IR, so that a build without changes ends here.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    /// Digest of everything that the PTX is made from.
+    made_from: String,
+    ptx: String,
+    /// Version of ptxas and its report, if there was one.
     ptxas: Option<(String, BTreeMap<String, Ptxas>)>,
 }
 
-impl Assembled {
-    /// Finishes, optimises and translates the IR of a crate, unless its PTX is already there.
-    pub fn make(device: &DeviceCrate, ir: &Path, arch: Arch, toolchain: &Toolchain) -> Result<Assembled, BuildError> {
+impl Translation {
+    /// Finishes the IR of a crate, optimises it and translates it to PTX, unless its PTX is already
+    /// there.
+    pub fn make(device: &DeviceCrate, ir: &Path, arch: Arch, toolchain: &Toolchain) -> Result<Translation, BuildError> {
         let text = fs::read_to_string(ir).map_err(at("read", ir))?;
+        let finished =
+            finish::finish(&text, arch).map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
         let (opt_flags, llc_flags) = (flags(arch, None), flags(arch, Some(arch.ptx_version)));
-        let made_from = digest(
-            [text.as_str(), &toolchain.llvm_version, env!("CARGO_PKG_VERSION")]
-                .into_iter()
-                .chain(opt_flags.iter().chain(&llc_flags).map(String::as_str)),
-        );
-        let kept = device.work.join("assembled.json");
-        let found = fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice::<Assembled>(&bytes).ok());
-        let mut assembled = match found.filter(|found| found.made_from == made_from) {
+        let flags = opt_flags.iter().chain(&llc_flags).map(String::as_str);
+        let made_from = digest([finished.ir.as_str(), &toolchain.llvm_version].into_iter().chain(flags));
+        let file = device.work.join("translation.json");
+        let found = fs::read(&file).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
+        let mut kept = match found.filter(|found| found.made_from == made_from) {
             Some(found) => found,
             None => {
-                let finished = finish::finish(&text, arch)
-                    .map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
                 let path = |name: &str| device.work.join(name);
                 let (finished_ir, optimised, ptx) = (path("finished.ll"), path("optimised.bc"), path("kernels.ptx"));
                 fs::write(&finished_ir, &finished.ir).map_err(at("write", &finished_ir))?;
                 translate(device, &toolchain.opt, &opt_flags, &finished_ir, &optimised)?;
                 translate(device, &toolchain.llc, &llc_flags, &optimised, &ptx)?;
                 let text = fs::read_to_string(&ptx).map_err(at("read", &ptx))?;
-                // A look at them is worth their megabytes only when something is wrong.
+                // A look at these large files is of use only when something is wrong.
                 for file in [finished_ir, optimised] {
                     fs::remove_file(&file).map_err(at("remove", &file))?;
                 }
-                Assembled { made_from, tables: finished.tables, spec: finished.spec, ptx: text, ptxas: None }
+                Kept { made_from, ptx: text, ptxas: None }
             }
         };
-        // What was kept is looked at too: it may come from a version that looked at less.
-        check(device, &assembled.ptx, &assembled.tables)?;
+        // What was kept is checked too, because it may come from a version that checked less.
+        check(device, &kept.ptx, &finished.tables)?;
         let tool = CudaTools::find().ptxas;
         let version = tool.as_deref().and_then(toolchain::cuda_version);
-        assembled.ptxas = match (tool, version, assembled.ptxas.take()) {
+        kept.ptxas = match (tool, version, kept.ptxas.take()) {
             (None, ..) => None,
             (Some(_), version, Some((known, report))) if version.as_ref() == Some(&known) => Some((known, report)),
             (Some(tool), version, _) => {
@@ -73,15 +76,20 @@ impl Assembled {
                 Some((version.unwrap_or_default(), report))
             }
         };
-        let json = serde_json::to_vec(&assembled).map_err(|error| at("write", &kept)(error.into()))?;
-        write_atomically(&kept, &json)?;
-        Ok(assembled)
+        let json = serde_json::to_vec(&kept).map_err(|error| at("write", &file)(error.into()))?;
+        write_atomically(&file, &json)?;
+        Ok(Translation { tables: finished.tables, spec: finished.spec, kept })
+    }
+
+    /// The PTX.
+    pub fn ptx(&self) -> &str {
+        &self.kept.ptx
     }
 
     /// The kernels for the manifest, in the order of the PTX.
     pub fn kernels(&self) -> Vec<Kernel> {
         let kernel = |table: &LaunchTable| {
-            let places = ptx::params(&self.ptx, &table.entry).unwrap_or_default();
+            let places = ptx::params(self.ptx(), &table.entry).unwrap_or_default();
             let params = table.params.iter().zip(&places).map(|(param, &(offset, bytes))| Param {
                 name: param.name.clone(),
                 ty: param.ty.clone(),
@@ -95,10 +103,10 @@ impl Assembled {
                 shared_bytes: table.shared_bytes,
                 params_bytes: places.last().map_or(0, |(offset, bytes)| offset + bytes),
                 params: params.collect(),
-                ptxas: self.ptxas.as_ref().and_then(|(_, reports)| reports.get(&table.entry).cloned()),
+                ptxas: self.kept.ptxas.as_ref().and_then(|(_, reports)| reports.get(&table.entry).cloned()),
             }
         };
-        let order = ptx::entries(&self.ptx);
+        let order = ptx::entries(self.ptx());
         order.iter().filter_map(|name| self.tables.iter().find(|table| table.entry == *name)).map(kernel).collect()
     }
 }
@@ -107,7 +115,8 @@ impl Assembled {
 fn flags(arch: Arch, ptx_version: Option<(u32, u32)>) -> Vec<String> {
     let mut flags = vec!["-O3".to_string(), format!("-mcpu={}", arch.name)];
     if let Some((major, minor)) = ptx_version {
-        // Without comments: those of LLVM name functions with hashes, which a new version of any dependency changes.
+        // LLVM's comments name functions with hashes, which a new version of any dependency
+        // changes.
         flags.extend([format!("-mattr=+ptx{major}{minor}"), "-asm-verbose=false".to_string()]);
     }
     flags
@@ -132,7 +141,8 @@ fn translate(
     })
 }
 
-/// Whether the PTX has every entry with the bounds of its launch table, and no other entry, and keeps the lanes of a warp together.
+/// Checks that the PTX has every entry with the bounds of its launch table, and no other entry, and
+/// that the lanes of a warp stay together.
 fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable]) -> Result<(), BuildError> {
     let path = device.work.join("kernels.ptx");
     let entries = ptx::entries(text);

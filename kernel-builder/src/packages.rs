@@ -1,8 +1,10 @@
-//! The packages that kernels are compiled from, and a workspace that has them beside each other.
+//! The packages that kernels are compiled from, and a workspace in which they lie beside each
+//! other.
 //!
-//! A checkout has them so. A registry and `cargo vendor` keep each package in a folder of its own, and write its Cargo.toml anew,
-//! with versions in place of paths. So the builder makes a workspace of its own, in which each package is a link to its sources and
-//! a Cargo.toml with paths: the same for all of them, and with it the hashes in symbol names and the PTX.
+//! In a checkout they already do. A registry and `cargo vendor` keep each package in a folder of
+//! its own, and their Cargo.toml has versions in place of paths. So the builder makes a workspace
+//! of its own. Each package in it is a link to the sources and a Cargo.toml with paths. It is the
+//! same wherever the packages come from, and so are the hashes in symbol names and the PTX.
 
 use std::fs;
 use std::io;
@@ -15,28 +17,29 @@ use crate::error::at;
 use crate::files::{create, link, write_if_new};
 use crate::toolchain;
 
-/// Folder and name of each package.
+/// Folder in the workspace and name of each package.
 const PACKAGES: [(&str, &str); 3] = [
     ("gpu-kernels", "framestride-kernels"),
     ("codegen-macros", "framestride-macros"),
     ("shapes", "framestride-shapes"),
 ];
 
-/// Where the packages lie.
-pub(crate) struct Sources {
+/// The folders in which the packages lie.
+pub(crate) struct Packages {
     folders: Vec<PathBuf>,
 }
 
-impl Sources {
-    /// Those that this crate was compiled with, or those of the checkout that `FRAMESTRIDE_SOURCE` names.
-    pub fn find() -> Result<Sources, BuildError> {
+impl Packages {
+    /// Finds the packages that this crate was compiled with, or those of the checkout that
+    /// `FRAMESTRIDE_SOURCE` names.
+    pub fn find() -> Result<Packages, BuildError> {
         let named = toolchain::named("FRAMESTRIDE_SOURCE");
         let place = |(name, folder): (&str, &str)| named.as_ref().map_or(folder.into(), |checkout| checkout.join(name));
         let found = framestride_kernels::SOURCES.map(place).into_iter().map(|folder| match folder.canonicalize() {
             Ok(found) if found.join("src/lib.rs").is_file() => Ok(found),
             _ => Err(BuildError::NoSource { path: folder }),
         });
-        Ok(Sources { folders: found.collect::<Result<_, _>>()? })
+        Ok(Packages { folders: found.collect::<Result<_, _>>()? })
     }
 
     /// The folder of the kernels.
@@ -44,18 +47,18 @@ impl Sources {
         &self.folders[0]
     }
 
-    /// What tells these sources from others.
+    /// A text that tells these packages from others: their folders.
     pub fn places(&self) -> String {
         self.folders.iter().map(|folder| format!("{}\n", folder.display())).collect()
     }
 
-    /// The versions that a checkout was tested with.
+    /// The Cargo.lock of a checkout, with the versions that it was tested with.
     pub fn tested_versions(&self) -> Option<PathBuf> {
         self.kernels().parent().map(|checkout| checkout.join("Cargo.lock")).filter(|path| path.is_file())
     }
 
-    /// Makes the workspace in `folder`, or finds it made.
-    pub fn assemble(&self, folder: &Path) -> Result<(), BuildError> {
+    /// Makes the workspace in `folder`, unless it is already there.
+    pub fn make_workspace(&self, folder: &Path) -> Result<(), BuildError> {
         create(folder)?;
         let members: Vec<String> = PACKAGES.iter().map(|(member, _)| format!("{member:?}")).collect();
         let workspace = format!(
@@ -76,7 +79,8 @@ impl Sources {
     }
 }
 
-/// A package's Cargo.toml with its neighbours as paths, without what a workspace or a registry adds.
+/// A package's Cargo.toml with paths to its neighbours. What a workspace or a registry adds is left
+/// out.
 fn with_paths(name: &str, mut original: Table) -> Table {
     let mut package = Table::new();
     for (key, value) in [("name", name), ("version", env!("CARGO_PKG_VERSION")), ("edition", "2024")] {
@@ -92,7 +96,7 @@ fn with_paths(name: &str, mut original: Table) -> Table {
     manifest
 }
 
-/// Gives every dependency on a neighbour its path, at whatever depth of targets it stands.
+/// Gives every dependency on a neighbour its path, at any depth of target tables.
 fn set_paths(value: &mut Value) {
     let Value::Table(table) = value else { return };
     for (name, value) in table.iter_mut() {
@@ -113,7 +117,7 @@ fn set_paths(value: &mut Value) {
 mod tests {
     use super::*;
 
-    /// A checkout's Cargo.toml and what `cargo vendor` makes of it give the same.
+    /// The Cargo.toml of a checkout and the one that `cargo vendor` writes give the same result.
     #[test]
     fn packages_from_a_checkout_and_from_a_registry_are_the_same() {
         let checkout = r#"
@@ -165,10 +169,10 @@ mod tests {
     }
 
     #[test]
-    fn every_package_is_found_and_may_be_assembled() {
+    fn every_package_is_found_and_linked() {
         let folder = tempfile::tempdir().unwrap();
-        let sources = Sources::find().unwrap();
-        sources.assemble(folder.path()).unwrap();
+        let packages = Packages::find().unwrap();
+        packages.make_workspace(folder.path()).unwrap();
         for (member, _) in PACKAGES {
             assert!(folder.path().join(member).join("src/lib.rs").is_file(), "{member}");
         }
