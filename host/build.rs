@@ -1,4 +1,5 @@
-//! Embeds the shipped kernels, with the feature `shipped`: every `kernels/NAME.json` with its `NAME.ptx`.
+//! Embeds the shipped kernels, with the feature `shipped`: every `kernels/NAME.json` with its
+//! `NAME.ptx`.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};

@@ -138,7 +138,7 @@ pub fn run_layer(
         // Select writes the types, and the second pack is the first to read them.
         if let (Kernel::Select, Some(buffer)) = (kernel, workspace.buffer()) {
             for index in (0..batch).flat_map(|item| dense_heads.iter().map(move |&head| item * heads + head as usize)) {
-                device.write(buffer, attention.plan().head_types.start + index as u64 * 4, &dense)?;
+                device.write(buffer, attention.workspace_plan().head_types.start + index as u64 * 4, &dense)?;
             }
         }
     }

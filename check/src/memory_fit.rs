@@ -2,7 +2,7 @@
 
 use framestride::device::available_memory;
 use framestride::shapes::spec::{NormOver, Spec};
-use framestride::{Device, Error, Result, profile_splits};
+use framestride::{Device, Error, Result, plan_workspace};
 
 use crate::device_tensors::{Arrangement, layer_bytes};
 
@@ -108,9 +108,8 @@ fn on_device(
     [layers, workspaces]: [u64; 2],
 ) -> u64 {
     let [batch, heads] = extent;
-    let splits = profile_splits(spec, batch, heads, device.multiprocessors());
     let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + tables(spec, heads);
-    layers * layer + workspaces * spec.workspace(batch, heads, splits).bytes
+    layers * layer + workspaces * plan_workspace(spec, batch, heads, device.multiprocessors()).bytes
 }
 
 /// What a layer needs that is compared with the f64 reference.

@@ -308,7 +308,7 @@ impl Bench {
             let all = launches(HeadTypes::Profiled)?;
             let pack = all.pack;
             if let Some(Profiling { profile, select, repack, .. }) = all.profiling {
-                let partials = &self.attention.plan().partials;
+                let partials = &self.attention.workspace_plan().partials;
                 let partial_bytes = partials.end - partials.start;
                 items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
                 items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));

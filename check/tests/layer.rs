@@ -169,7 +169,7 @@ fn the_schedule_and_a_borrowed_workspace() {
         placed.out.download(device).unwrap().0
     };
     let profiled = forward(HeadTypes::Profiled);
-    assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.plan().head_types.start)), profiled);
+    assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.workspace_plan().head_types.start)), profiled);
 }
 
 /// Heads that are to be dense are, and the others what profiling finds.

@@ -7,11 +7,11 @@ use clap::{Args, ValueEnum};
 use framestride::device::Gpu;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
-use framestride::{Device, Error, Kernels, Module, Result, profile_splits};
+use framestride::{Device, Error, Kernels, Module, Result, plan_workspace};
 
 use crate::progress::Bar;
 
-/// What to run on.
+/// Where kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DeviceChoice {
     /// A GPU that can run the kernels if there is one, else the emulator.
@@ -41,7 +41,8 @@ impl DeviceOptions {
         self.ptx.clone().into_iter().chain(manifest)
     }
 
-    /// The chosen device. `Auto` takes GPU 0 when it runs the kernels, else the emulator, and gives the reason.
+    /// The chosen device. `Auto` takes GPU 0 when it runs the kernels. Else it takes the emulator,
+    /// and gives the reason.
     pub fn choose(&self) -> Result<(Device, Option<Error>)> {
         let gpu = || -> Result<Device> {
             let gpu = Gpu::primary(0)?;
@@ -55,7 +56,8 @@ impl DeviceOptions {
         }
     }
 
-    /// The device for a whole layer of a spec. Why it is not the GPU that `auto` would take goes to standard error.
+    /// The device for a whole layer of a spec. Where `auto` does not take the GPU, the reason goes
+    /// to standard error.
     pub fn choose_for(&self, spec: &Spec) -> Result<Device> {
         let (device, passed_over) = self.choose()?;
         if let Some(reason) = passed_over {
@@ -88,23 +90,26 @@ impl DeviceOptions {
     }
 }
 
-/// Whether the emulator can have a layer of the spec's own batch and heads: Q, K and V on the host, they and the output and one
-/// more copy of it in its memory, and the workspace.
+/// Checks whether the emulator has memory for a layer of the spec's own batch and heads.
+///
+/// Q, K and V lie on the host. In the emulator's memory lie the same, the output, one more copy of
+/// it, and the workspace.
 pub fn check_memory(spec: &Spec, device: &Device) -> Result<()> {
     let Device::Emulator(emulator) = device else { return Ok(()) };
     let rows = u64::from(spec.batch) * u64::from(spec.heads) * u64::from(spec.layout.sequence());
     let tensor = rows * u64::from(spec.head_dim) * 2;
-    let splits = profile_splits(spec, spec.batch, spec.heads, device.multiprocessors());
-    emulator.check_room(8 * tensor + spec.workspace(spec.batch, spec.heads, splits).bytes)
+    let workspace = plan_workspace(spec, spec.batch, spec.heads, device.multiprocessors());
+    emulator.check_room(8 * tensor + workspace.bytes)
 }
 
-/// Operations a second of the emulator on one core, in its attention kernel, rounded.
+/// Operations a second of the attention kernel in the emulator, on one core, rounded.
 const EMULATED_FLOPS: f64 = 4e9;
 
-/// Refuses what nobody would wait for, unless the emulator was asked for by name.
+/// Refuses a layer that takes more than 10 minutes. Who asks for the emulator by name may wait
+/// longer.
 fn check_emulation(spec: &Spec, no_gpu: &Error) -> Result<()> {
     let flops = spec.flops(HeadType::Dense) as f64 * f64::from(spec.heads) * f64::from(spec.batch);
-    // Measured on two; how far it scales beyond is not known, so the estimate stops believing at 16.
+    // The rate was measured on two cores. How far it scales is not known, so no more than 16 count.
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16)) as f64;
     let minutes = flops / EMULATED_FLOPS / cores / 60.0;
     if minutes < 10.0 {

@@ -1,14 +1,20 @@
-//! The `framestride` command.
+//! The `framestride` command: describes, builds, verifies, runs, times and draws the sparse
+//! attention of a spec.
+//!
+//! `commands` has one file for each subcommand: its arguments, what it does, and the text that it
+//! prints. They share `spec_argument` (which spec), `device_options` (where kernels run), `outcome`
+//! (what is printed, and the exit code) and `output` (files that are written).
+//!
+//! Tests and other programs read a layer's tensors with [`tensor_files`], and make a layer of a
+//! video's pixels with [`video`].
 #![warn(missing_docs)]
 
 mod commands;
 mod device_options;
-mod mask_pictures;
 mod outcome;
 mod output;
-mod picture;
+mod pictures;
 mod progress;
-mod run_pictures;
 mod spec_argument;
 pub mod tensor_files;
 pub mod video;
@@ -30,8 +36,8 @@ use serde_json::json;
 
 /// Sparse attention for video diffusion transformers, on kernels made for the model's shape.
 ///
-/// SPEC is the name of a shipped spec, such as `demo`, or a TOML file (`./demo` for one of that name). Exit codes: 0 done, 1 a
-/// check failed, 2 bad input.
+/// SPEC is the name of a shipped spec, such as `demo`, or a TOML file (`./demo` for one of that
+/// name). Exit codes: 0 done, 1 a check failed, 2 bad input.
 #[derive(Parser)]
 #[command(version, name = "framestride")]
 struct Cli {
@@ -54,10 +60,10 @@ enum Command {
     Doctor,
 }
 
-/// Exit code of a check that failed, or a kernel that faulted.
+/// The exit code when a check failed, or a kernel faulted.
 const FAILED: u8 = 1;
 
-/// Exit code of everything that is about what the command was given.
+/// The exit code when something is wrong with what the command was given.
 const BAD_INPUT: u8 = 2;
 
 /// Runs the command that the process' arguments name.
@@ -69,7 +75,7 @@ pub fn main() -> ExitCode {
             eprintln!("{}", plain(usage.render().to_string().trim_end(), MESSAGE_BYTES));
             return ExitCode::from(BAD_INPUT);
         }
-        // Its own way to write help has colours.
+        // This way to write help has colours.
         Err(help) => {
             let written = unless_closed(help.print()).map_err(|error| Error::file("standard output", error));
             return written.and_then(|()| print("")).map_or_else(fail, |()| ExitCode::SUCCESS);
@@ -108,7 +114,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Says an error and gives its exit code.
+/// Prints an error, and gives its exit code.
 fn fail(error: Error) -> ExitCode {
     // A kernel that faults has failed its check.
     let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });

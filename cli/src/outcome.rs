@@ -12,14 +12,15 @@ pub struct Outcome {
     pub json: Value,
     /// Whether all checks passed.
     pub ok: bool,
-    /// Whether standard output holds an output of the command, so that `text` or `json` go to standard error.
+    /// Whether standard output holds a file that the command wrote. Then `text` or `json` go to
+    /// standard error.
     pub aside: bool,
-    /// Why an output could not be written, after the work was done.
+    /// Why a file could not be written after the work was done.
     pub unwritten: Option<Error>,
 }
 
 impl Outcome {
-    /// An outcome that goes to standard output, and all of whose outputs are written.
+    /// An outcome that goes to standard output. Every file was written.
     pub fn new(text: String, json: Value, ok: bool) -> Outcome {
         Outcome { text, json, ok, aside: false, unwritten: None }
     }
@@ -27,6 +28,6 @@ impl Outcome {
 
 /// A report as JSON.
 pub fn to_json(value: &impl Serialize) -> Value {
-    // Reports hold strings, numbers and lists of them: there is nothing that JSON cannot hold.
+    // Reports hold strings, numbers and lists of them, and JSON can hold all of these.
     serde_json::to_value(value).unwrap_or(Value::Null)
 }

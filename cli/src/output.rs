@@ -1,7 +1,9 @@
-//! Where a command's results go: checked before anything is computed, written in one piece.
+//! Where a command's results go. A place is checked before anything is computed, and written in one
+//! piece.
 //!
-//! A regular file is written beside its place and moved there, so that nobody sees half of it and what stood there stays until the
-//! new one is whole. Links are followed. A pipe or a device, such as `/dev/stdout`, is written through and stays what it is.
+//! A regular file is written beside its place and then moved there. So nobody sees half of it, and
+//! what stood there stays until the new file is whole. Links are followed. A pipe or a device, such
+//! as `/dev/stdout`, is written through and stays what it is.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -9,23 +11,24 @@ use std::path::{Path, PathBuf};
 
 use framestride::{Error, Result};
 
-/// A place that can be written, as far as that is known before.
+/// A place that can be written, as far as that can be known before.
 pub struct Output {
     path: PathBuf,
     target: Target,
 }
 
 enum Target {
-    /// The pipe or file that standard output is, whichever name it was given by.
+    /// Standard output, by whichever name it was given.
     Stdout,
     /// A pipe or a device.
     Stream,
-    /// A file behind all links, and the permissions of the one that stands there.
+    /// The file behind all links, and the permissions of the file that stands there.
     File(PathBuf, Option<Permissions>),
 }
 
 impl Output {
-    /// Checks a path: that it is no folder, no read-only file and none of `inputs`, and that its folder can be written.
+    /// Checks a path. It must be no folder, no read-only file and none of `inputs`, and its folder
+    /// must be writable.
     pub fn new(path: &Path, inputs: &[&Path]) -> Result<Output> {
         let refuse = |found: String, allowed: &str, mend: &str| Error::input(path.display(), found, allowed, mend);
         let target = match fs::metadata(path) {
@@ -63,7 +66,7 @@ impl Output {
         };
         if let Target::File(file, _) = &target {
             let folder = folder_of(file);
-            // The only sure way to know is to try.
+            // The only sure way to know is to make a file.
             tempfile::tempfile_in(folder).map_err(|error| {
                 refuse(
                     format!("folder {}, in which no file can be made ({error})", folder.display()),
@@ -75,12 +78,12 @@ impl Output {
         Ok(Output { path: path.to_owned(), target })
     }
 
-    /// The path, as it was given.
+    /// The path as it was given.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is standard output, which then is no place for anything else.
+    /// Whether it is standard output. Then nothing else may be printed there.
     pub fn is_stdout(&self) -> bool {
         matches!(self.target, Target::Stdout)
     }
@@ -89,7 +92,7 @@ impl Output {
     pub fn is_same(&self, other: &Output) -> bool {
         match (&self.target, &other.target) {
             (Target::File(own, _), Target::File(others, _)) => {
-                // A file that is not there yet has no identity, but its folder has.
+                // A file that does not exist yet has no identity, but its folder has.
                 let place =
                     |file: &Path| (fs::canonicalize(folder_of(file)).ok(), file.file_name().map(ToOwned::to_owned));
                 place(own) == place(others)
@@ -117,21 +120,21 @@ pub fn print(text: &str) -> Result<()> {
     write_stdout(text.as_bytes()).map_err(|error| Error::file("standard output", error))
 }
 
-/// Writes to standard output, and all of it at once.
+/// Writes all bytes to standard output at once.
 fn write_stdout(bytes: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     unless_closed(stdout.write_all(bytes).and_then(|()| stdout.flush()))
 }
 
-/// Forgives that a pipe's reader has gone away: it has what it wanted.
+/// Forgives that the reader of a pipe has gone away, since it has what it wanted.
 pub fn unless_closed(written: io::Result<()>) -> io::Result<()> {
     written.or_else(|error| if error.kind() == ErrorKind::BrokenPipe { Ok(()) } else { Err(error) })
 }
 
-/// Puts a whole new file in the place of one, with its permissions.
+/// Puts a new file in the place of another one, with its permissions.
 fn replace(file: &Path, permissions: Option<&Permissions>, bytes: &[u8]) -> io::Result<()> {
     let mut builder = tempfile::Builder::new();
-    // Readable as any new file is; what is secret is kept so by the process' umask.
+    // The file is readable as any new file is. The process' umask keeps it secret if it should be.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut new = builder.tempfile_in(folder_of(file))?;
@@ -147,22 +150,22 @@ fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Where a link to a file that is not there yet ends.
+/// The path behind all links, where no file stands yet.
 fn follow(path: &Path) -> io::Result<PathBuf> {
-    /// As many links as Linux follows.
+    /// Linux follows as many links.
     const LINKS: usize = 40;
     let mut path = path.to_owned();
     for _ in 0..LINKS {
         match fs::read_link(&path) {
             Ok(next) => path = folder_of(&path).join(next),
-            // It is no link, or is not there.
+            // The path is no link, or nothing stands there.
             Err(_) => return Ok(path),
         }
     }
     Err(io::Error::other("a loop of links"))
 }
 
-/// Whether two files are one, whatever their names.
+/// Whether two files are the same file under two names.
 fn is_same(file: &Metadata, other: Option<&Metadata>) -> bool {
     #[cfg(unix)]
     {
@@ -176,7 +179,8 @@ fn is_same(file: &Metadata, other: Option<&Metadata>) -> bool {
     }
 }
 
-/// What standard output is, where that can be asked; not for a terminal or another device, which takes both.
+/// The file or pipe that standard output is. A terminal or another device is none, since it takes
+/// text and files alike.
 fn stdout_metadata() -> Option<Metadata> {
     #[cfg(unix)]
     {

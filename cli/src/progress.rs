@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How long a command works before the bar is shown.
+/// For so long, a command works without a bar.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// A progress bar on standard error, which shows itself when something takes longer than [`PATIENCE`].
+/// A progress bar on standard error. It shows itself when something takes longer than [`PATIENCE`].
 pub struct Bar {
     bar: ProgressBar,
     started: Instant,

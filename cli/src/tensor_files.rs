@@ -8,12 +8,14 @@
 //! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | likewise, for text rows; the video's when not given | floats |
 //! | `text_lengths` | | \[B\], valid text tokens; \[\] for one batch item | integers |
 //!
-//! Floats are bf16, f16, f32 or f64. A finite number that its new type cannot hold is an error, as is a tensor of any other name:
-//! nobody would read it.
+//! Floats are bf16, f16, f32 or f64. A finite number that its new type cannot hold is an error. So
+//! is a tensor of any other name, since nobody would read it.
 //!
-//! Names of diffusers' norms may have the path of their layer before them, as in `transformer_blocks.0.attn.norm_q.weight`, if
-//! that is self-attention: `attn` or `attn1`. Its tables say each number twice, for both channels of a pair: \[rows, D\], or
-//! \[rows, H D\] with tables per head. They are taken when both are equal for the pairs of the spec. Extents of 1 do not count.
+//! Norms of diffusers may have the path of their layer before their names, as in
+//! `transformer_blocks.0.attn.norm_q.weight`. It must be the path of self-attention, which is
+//! `attn` or `attn1`. Tables of diffusers say each number twice, for both channels of a pair:
+//! \[rows, D\], or \[rows, H D\] with tables per head. They are taken when both numbers are equal
+//! for the pairs of the spec. Extents of 1 do not count.
 //!
 //! The output is written as `out`, \[B, S, H, D\] in the spec's type, with `lse`, \[B, H, S\].
 
@@ -35,7 +37,7 @@ use safetensors::{Dtype as Stored, SafeTensors};
 
 use crate::output::Output;
 
-/// The tensors of a layer, and what diffusers calls them.
+/// The names of a layer's tensors, and what diffusers calls them.
 const LAYER: [(&str, &str); 14] = [
     ("q", "query"),
     ("k", "key"),
@@ -53,12 +55,12 @@ const LAYER: [(&str, &str); 14] = [
     ("text_lengths", ""),
 ];
 
-/// The tensors of a video.
+/// The names of a video's tensors.
 const VIDEO: [(&str, &str); 1] = [("frames", "")];
 
-/// The name here of a tensor in a file.
+/// The name that this project has for a tensor of a file.
 fn known(names: &[(&'static str, &'static str)], found: &str) -> Option<&'static str> {
-    // Cross-attention, `attn2`, has norms of the same names: so the path counts.
+    // The path counts, since cross-attention (`attn2`) has norms of the same names.
     let parts: Vec<&str> = found.split('.').collect();
     let in_layer = match parts.iter().rposition(|part| ["attn", "attn1"].contains(part)) {
         Some(layer) => parts[layer + 1..].join("."),
@@ -69,20 +71,21 @@ fn known(names: &[(&'static str, &'static str)], found: &str) -> Option<&'static
     name.map(|&(ours, _)| ours)
 }
 
-/// An open file, of whose tensors every one has a name that is known here.
+/// An open file. Every tensor in it has a name that is known here.
 struct File<'a> {
     path: &'a Path,
-    /// By the name here: the name in the file, and the tensor.
+    /// For each name of this project, the name in the file and the tensor.
     tensors: BTreeMap<&'static str, (String, TensorView<'a>)>,
 }
 
-/// Bytes of the number that a file starts with: the size of its header, which is JSON.
+/// Bytes of the number that a file starts with. It is the size of the header, which is JSON.
 const SIZE_BYTES: usize = 8;
 
-/// Largest header that the format allows.
+/// The largest header that the format allows.
 const HEADER_BYTES: u64 = 100_000_000;
 
-/// The bytes of a file, or its first ones if no safetensors file has them: what follows may have no end.
+/// The bytes of a file. Where the first ones are those of no safetensors file, only these are read:
+/// the rest may have no end.
 fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || -> std::io::Result<Vec<u8>> {
         let mut file = std::fs::File::open(path)?;
@@ -143,7 +146,7 @@ impl<'a> File<'a> {
         Ok(file)
     }
 
-    /// What errors call a tensor by: its name in the file, where it is there.
+    /// What errors call a tensor. It is the tensor's name in the file, where the file has it.
     fn subject(&self, name: &str) -> String {
         let found = self.tensors.get(name).map_or(name, |(found, _)| found);
         format!("{}, tensor {found}", self.path.display())
@@ -176,7 +179,8 @@ impl<'a> File<'a> {
         Error::input(self.subject(name), format!("shape {:?}", view.shape()), allowed, mend)
     }
 
-    /// Elements of a tensor of floats, converted by `to`, whose type holds numbers up to `limit`, with a name for it.
+    /// The elements of a tensor of floats, converted by `to`. Their new type holds numbers up to
+    /// `limit`, and errors name it `called`.
     fn floats<T: Copy + Send + Sync>(
         &self,
         name: &str,
@@ -201,25 +205,27 @@ impl<'a> File<'a> {
             None => Ok(converted),
             Some(index) => Err(Error::input(
                 self.subject(name),
-                format!("{:?} at {:?}", value(index), place(index, view.shape())),
+                format!("{:?} at {:?}", value(index), indices(index, view.shape())),
                 format!("numbers up to {limit:?} in size, the largest that {called} holds"),
                 "Scale the tensor down, or have another attention.dtype in the spec; an infinity, if it is meant, is carried",
             )),
         }
     }
 
-    /// Elements as f32.
+    /// The elements of a tensor of floats, as f32.
     fn singles(&self, name: &str, view: &TensorView) -> Result<Vec<f32>> {
         self.floats(name, view, (f32::MAX.into(), "f32"), |value| value as f32, f32::is_finite)
     }
 
-    /// Shape of Q, K or V as [batch, rows, heads, head_dim], and whether its heads come before its rows.
-    fn arrangement(&self, name: &str, spec: &Spec) -> Result<([usize; 4], bool)> {
+    /// The shape of Q, K or V as [batch, rows, heads, head_dim], and whether the file has heads
+    /// before rows.
+    fn layer_shape(&self, name: &str, spec: &Spec) -> Result<([usize; 4], bool)> {
         let view = self.need(name)?;
         let (rows, head_dim) = (spec.layout.sequence() as usize, spec.head_dim as usize);
         let (shape, heads_first) = match *view.shape() {
             [batch, tokens, heads, dim] if dim == head_dim && tokens == rows => {
-                // The order that this file's own names have is documented; who else wrote it is not known.
+                // For the names of this project the order is documented. Others may have written
+                // either order.
                 if heads == rows && self.tensors.get(name).is_some_and(|(found, _)| found != name) {
                     return Err(self.wrong_shape(
                         name,
@@ -251,7 +257,7 @@ impl<'a> File<'a> {
     }
 
     fn tokens(&self, name: &str, spec: &Spec) -> Result<Tokens> {
-        let (shape @ [batch, rows, heads, head_dim], heads_first) = self.arrangement(name, spec)?;
+        let (shape @ [batch, rows, heads, head_dim], heads_first) = self.layer_shape(name, spec)?;
         let view = self.need(name)?;
         let dtype = spec.dtype;
         let bits: Vec<u16> = match (view.dtype(), dtype) {
@@ -285,7 +291,7 @@ impl<'a> File<'a> {
         Ok((norm != Norm::default()).then_some(norm))
     }
 
-    /// A RoPE table: one number for each pair of channels.
+    /// A RoPE table, with one number for each pair of channels.
     fn table(&self, name: &str, spec: &Spec, heads: usize) -> Result<Option<Vec<f32>>> {
         let Some(view) = self.find(name) else { return Ok(None) };
         let Some(rope) = &spec.rope else { return self.singles(name, view).map(Some) };
@@ -355,7 +361,7 @@ impl<'a> File<'a> {
             u32::try_from(value).ok().filter(|&length| length <= most).ok_or_else(|| {
                 Error::input(
                     self.subject(name),
-                    format!("{value} at {:?}", place(index, view.shape())),
+                    format!("{value} at {:?}", indices(index, view.shape())),
                     format!("0 to {most}, the text tokens of spec {}", spec.name),
                     "A length counts the valid text tokens of a batch item, which come first among the text",
                 )
@@ -365,26 +371,28 @@ impl<'a> File<'a> {
     }
 }
 
-/// Extents of a shape that say something.
+/// The extents of a shape that are not 1.
 fn extents(shape: &[usize]) -> impl Iterator<Item = usize> {
     shape.iter().copied().filter(|&extent| extent != 1)
 }
 
-/// Indices of an element.
-fn place(mut index: usize, shape: &[usize]) -> Vec<usize> {
-    let mut place: Vec<usize> = shape.iter().rev().map(|extent| (index % extent, index /= extent).0).collect();
-    place.reverse();
-    place
+/// The indices of an element along each axis.
+fn indices(mut index: usize, shape: &[usize]) -> Vec<usize> {
+    let mut indices: Vec<usize> = shape.iter().rev().map(|extent| (index % extent, index /= extent).0).collect();
+    indices.reverse();
+    indices
 }
 
-/// Q, K, V and what else the file gives, checked against the spec. RoPE tables come from the grid when the file has none. Nothing is
-/// allocated that the file's own bytes do not account for.
+/// Reads Q, K, V and what else the file gives, and checks all of it against the spec.
+///
+/// RoPE tables come from the grid when the file has none. Nothing is allocated that the file's own
+/// bytes do not account for.
 pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
     let bytes = read(path)?;
     let file = File::parse(path, &bytes, &LAYER)?;
-    let ([batch, _, heads, _], _) = file.arrangement("q", spec)?;
+    let ([batch, _, heads, _], _) = file.layer_shape("q", spec)?;
     for name in ["k", "v"] {
-        let (shape, _) = file.arrangement(name, spec)?;
+        let (shape, _) = file.layer_shape(name, spec)?;
         if (shape[0], shape[2]) != (batch, heads) {
             return Err(file.wrong_shape(
                 name,
@@ -420,19 +428,19 @@ fn only_one(file: &File, missing: &str, given: &str) -> Error {
     Error::input(file.subject(missing), format!("only {given}"), "both tables or neither", "Store the other table too")
 }
 
-/// Frames of a video: `[frames, height, width]` RGB pixels.
+/// The frames of a video: `[frames, height, width]` RGB pixels.
 pub struct Frames {
-    /// Frames.
+    /// Number of frames.
     pub count: usize,
     /// Height in pixels.
     pub height: usize,
     /// Width in pixels.
     pub width: usize,
-    /// RGB bytes.
+    /// The bytes of all pixels: red, green, blue.
     pub pixels: Vec<u8>,
 }
 
-/// The tensor `frames`, u8 \[frames, height, width, 3\].
+/// Reads the tensor `frames`, u8 \[frames, height, width, 3\].
 pub fn load_frames(path: &Path) -> Result<Frames> {
     let bytes = read(path)?;
     let file = File::parse(path, &bytes, &VIDEO)?;
@@ -453,7 +461,7 @@ pub fn load_frames(path: &Path) -> Result<Frames> {
     }
 }
 
-/// Writes `out` (and `lse`, \[B, H, S\], where there is one).
+/// Writes `out`, and `lse`, \[B, H, S\], where there is one.
 pub fn save_output(to: &Output, out: &Tokens, lse: Option<&[f32]>) -> Result<()> {
     let dtype = match out.dtype {
         Dtype::Bf16 => Stored::BF16,

@@ -1,17 +1,24 @@
 //! Q, K and V from the pixels of a video, for trying a spec on real content without its model.
 //!
-//! Every frame is cut into the spec's grid of patches, and each patch is averaged to 4 x 4 RGB cells: 48 numbers, centred and
-//! scaled over the video. Fixed random matrices, one for each head, turn them into
+//! Every frame is cut into the spec's grid of patches. Each patch is averaged to 4 x 4 RGB cells,
+//! which make 48 numbers. These are centred and scaled over the video. Fixed random matrices, one
+//! for each head, turn them into
 //!
 //! * V: the patch's content,
-//! * Q and K: the same content, so that patches that look alike attract each other, plus a constant vector on the RoPE pairs of
-//!   one axis. RoPE turns that constant by the token's place, so its product of Q and K depends on the distance along the axis
-//!   and is largest at zero. Heads with an even number hold it on the frame axis: they look at their own and neighbouring frames
-//!   (spatial heads). Heads with an odd number hold it on height and width: they look at their own place in all frames (temporal
-//!   heads). Content makes up a growing part of it from head to head, so no two heads are alike.
+//! * Q and K: the same content, and a constant vector on the RoPE pairs of one axis.
 //!
-//! This is how trained heads come to be of the two kinds, in miniature; it says nothing about a model's quality. A spec without
-//! RoPE gets the rotation done here, as a model without RoPE carries positions in its tokens. Text rows are random.
+//! Content makes patches that look alike attract each other. RoPE turns the constant vector by the
+//! token's position. So its product of Q and K depends on the distance along the axis, and is
+//! largest at distance zero.
+//!
+//! Heads with an even number hold the vector on the frame axis. They look at their own and
+//! neighbouring frames: spatial heads. Heads with an odd number hold it on height and width. They
+//! look at their own patch in all frames: temporal heads. Content makes up a growing part of Q and
+//! K from head to head, so no two heads are alike.
+//!
+//! Trained heads come to be of the two kinds in the same way. It says nothing about a model's
+//! quality. For a spec without RoPE the rotation is done here, since a model without RoPE carries
+//! positions in its tokens. Text rows are random.
 
 use framestride::shapes::spec::{Pairs, Rope, Spec};
 use framestride::{Error, Result};
@@ -22,16 +29,16 @@ use rayon::prelude::*;
 
 use crate::tensor_files::Frames;
 
-/// Cells of a patch along each side.
+/// How many cells a patch has along each side.
 const CELLS: usize = 4;
 
-/// Numbers that describe a patch: cells of RGB.
+/// How many numbers describe a patch: red, green and blue of each cell.
 pub const FEATURES: usize = CELLS * CELLS * 3;
 
-/// Seed of the matrices and of the text.
+/// The seed of the matrices and of the text.
 const SEED: u64 = 0x6672616d65;
 
-/// The grid of a spec, checked against a video.
+/// The grid of a spec. It is checked against a video, which `source` names in errors.
 pub fn grid(spec: &Spec, frames: &Frames, source: &str) -> Result<[usize; 2]> {
     let Some(grid) = spec.grid else {
         return Err(Error::input(
@@ -56,7 +63,8 @@ pub fn grid(spec: &Spec, frames: &Frames, source: &str) -> Result<[usize; 2]> {
     Ok(grid)
 }
 
-/// Patch features, `[frames, patches, FEATURES]`, of the first frames of a video: each feature of mean 0 and deviation 1.
+/// The features of the patches of the first `count` frames, `[frames, patches, FEATURES]`. Each
+/// feature has mean 0 and deviation 1.
 pub fn features(frames: &Frames, count: usize, [grid_height, grid_width]: [usize; 2]) -> Vec<f64> {
     let patches = grid_height * grid_width;
     let mut features: Vec<f64> = (0..count * patches)
@@ -66,7 +74,8 @@ pub fn features(frames: &Frames, count: usize, [grid_height, grid_width]: [usize
             let corner = (patch / grid_width, patch % grid_width);
             (0..FEATURES).map(move |feature| {
                 let (cell, channel) = (feature / 3, feature % 3);
-                // Pixels of the cell, at least one: patches need not be a multiple of four pixels.
+                // A cell has at least one pixel, since patches need not be a multiple of four
+                // pixels.
                 let span = |patch: usize, cell: usize, grid: usize, pixels: usize| {
                     let edge = |cell: usize| (patch * CELLS + cell) * pixels / (grid * CELLS);
                     edge(cell)..edge(cell + 1).max(edge(cell) + 1).min(pixels)
@@ -95,11 +104,14 @@ pub fn features(frames: &Frames, count: usize, [grid_height, grid_width]: [usize
     features
 }
 
-/// Constant vector of a head, of norm 1: pair `i` of an emphasised axis holds sqrt(0.5^i) in its first channel, so that the fastest
-/// turning pairs, which tell near places apart, count most. Height counts three times as much as width: in the temporal layout
-/// patches follow each other along the width, so that a step in height is as far as many in width. Signs alternate, so that a
-/// layer norm's mean takes nothing away.
-fn place_vector(pairs: Pairs, head: usize, head_dim: usize) -> Vec<f64> {
+/// The constant vector of a head, of norm 1.
+///
+/// Pair `i` of an axis that the head looks along holds sqrt(0.5^i) in its first channel. So the
+/// fastest turning pairs count most, which tell near positions apart. Height counts three times as
+/// much as width. In the temporal layout, patches follow each other along the width, so a step in
+/// height is as far as many in width. Signs alternate, so that a layer norm's mean takes nothing
+/// away.
+fn position_vector(pairs: Pairs, head: usize, head_dim: usize) -> Vec<f64> {
     let half = head_dim / 2;
     let mut vector = vec![0.0; head_dim];
     for pair in 0..half {
@@ -119,7 +131,8 @@ fn scale_to(vector: &mut [f64], size: f64) {
     vector.iter_mut().for_each(|x| *x *= size / norm);
 }
 
-/// The inputs of a layer of `heads` heads, one batch item, from the first frames of a video. `source` names it in errors.
+/// The inputs of a layer with `heads` heads and one batch item, made of the first frames of a
+/// video. `source` names it in errors.
 pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Result<Inputs> {
     let grid = grid(spec, frames, source)?;
     let layout = &spec.layout;
@@ -133,14 +146,14 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
     };
     let pairs = turned.rope.map_or(Pairs::Interleaved, |rope| rope.pairs);
     let tables = RopeTables::from_grid(&turned, heads);
-    // `[which, head]`: head_dim x FEATURES. Q and K share theirs.
+    // A matrix is head_dim x FEATURES. Q and K have the same.
     let matrix = |which: u64, head: usize| -> Vec<f64> {
         let mut generator = row_generator(SEED + which, head as u64);
         (0..head_dim * FEATURES).map(|_| normal(&mut generator) / (FEATURES as f64).sqrt()).collect()
     };
     let tokens = |which: u64| {
         let matrices: Vec<Vec<f64>> = (0..heads).map(|head| matrix(which / 2, head)).collect();
-        let places: Vec<Vec<f64>> = (0..heads).map(|head| place_vector(pairs, head, head_dim)).collect();
+        let positions: Vec<Vec<f64>> = (0..heads).map(|head| position_vector(pairs, head, head_dim)).collect();
         let mut tokens = Tokens::zeros(spec.dtype, [1, layout.sequence() as usize, heads, head_dim]);
         tokens.fill(|_, row, head, values| {
             let Some(token) = row.checked_sub(first_video).filter(|&token| token < video) else {
@@ -154,11 +167,11 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
             if which == 2 {
                 return;
             }
-            // Of the squared norm head_dim, 10 to 40 per cent is content.
+            // 10 to 40 per cent of the squared norm, which is head_dim, are content.
             let share = 0.1 * (1 + head / 2 % 4) as f64;
             scale_to(values, (share * head_dim as f64).sqrt());
-            for (value, place) in values.iter_mut().zip(&places[head]) {
-                *value += place * ((1.0 - share) * head_dim as f64).sqrt();
+            for (value, position) in values.iter_mut().zip(&positions[head]) {
+                *value += position * ((1.0 - share) * head_dim as f64).sqrt();
             }
             if spec.rope.is_none() {
                 tables.rotate(&turned, heads, row, head, values, 1.0);
@@ -169,7 +182,8 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
     Ok(Inputs::new([tokens(0), tokens(1), tokens(2)], spec.rope.map(|_| tables)))
 }
 
-/// The video token whose attention is worth a look: of the middle frame, the patch with the strongest contrast inside.
+/// The video token whose attention is worth a look: the patch of the middle frame with the
+/// strongest contrast.
 pub fn interesting_token(features: &[f64], frames: usize) -> usize {
     let patches = features.len() / FEATURES / frames;
     let contrast = |token: &usize| -> f64 {

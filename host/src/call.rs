@@ -1,4 +1,7 @@
-//! What is checked of a call before anything is launched: addresses, strides, overlaps, scale and heads.
+//! What is checked of a call before anything is launched.
+//!
+//! Addresses, strides, overlaps, softmax scale and number of heads are checked. What lies in device
+//! memory is the caller's promise.
 
 use std::ops::Range;
 
@@ -9,9 +12,9 @@ use framestride_shapes::workspace::WorkspacePlan;
 use crate::error::{Error, Result};
 use crate::layer::{HeadTypes, Layer};
 
-/// Extents of q, k, v and out.
+/// The shape of q, k, v and out.
 #[derive(Clone, Copy)]
-pub(crate) struct Shape {
+pub(crate) struct TensorShape {
     pub batch: u32,
     pub rows: u32,
     pub heads: u32,
@@ -21,11 +24,12 @@ pub(crate) struct Shape {
 /// Bytes of one element of q, k, v and out.
 const ELEMENT: u64 = 2;
 
-/// Bytes of the widest access of the kernels.
+/// Bytes of the widest access in the kernels.
 const WIDE: u64 = 16;
 
-impl Shape {
-    /// Extent and stride, in elements, of the three outer dimensions that have more than one index.
+impl TensorShape {
+    /// The extent and the stride, in elements, of the three outer dimensions. Those of extent 1 are
+    /// left out.
     fn dimensions(self, tensor: &Tensor) -> impl Iterator<Item = (u64, u64)> {
         [(self.batch, tensor.batch), (self.rows, tensor.row), (self.heads, tensor.head)]
             .into_iter()
@@ -33,7 +37,7 @@ impl Shape {
             .map(|(extent, stride)| (extent.into(), stride))
     }
 
-    /// Byte range of a tensor, if it ends below 2^64.
+    /// The byte range of a tensor, if it ends below 2^64.
     fn bytes(self, tensor: &Tensor) -> Option<Range<u64>> {
         let mut last = u64::from(self.head_dim) - 1;
         for (extent, stride) in self.dimensions(tensor) {
@@ -45,18 +49,18 @@ impl Shape {
 }
 
 /// Whether every row starts at a multiple of 16 bytes.
-pub(crate) fn is_aligned(tensor: &Tensor, shape: Shape) -> bool {
+pub(crate) fn is_aligned(tensor: &Tensor, shape: TensorShape) -> bool {
     tensor.data.is_multiple_of(WIDE)
         && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / ELEMENT))
 }
 
-/// What lies where in device memory.
+/// A name, and the range of device memory that has it.
 type Region = (String, Range<u64>);
 
-/// Everything that can be seen to be wrong with a call without looking at device memory, but for scale and workspace.
+/// Checks the tensors of a call, and what else it reads and writes.
 pub(crate) fn check_call(
     spec: &Spec,
-    shape: Shape,
+    shape: TensorShape,
     layer: &Layer,
     types: HeadTypes,
     workspace: u64,
@@ -78,7 +82,7 @@ pub(crate) fn check_call(
     let out = tensor("out", &layer.out)?;
     check_disjoint_rows(&layer.out, shape)?;
 
-    // What is read besides Q, K and V.
+    // These regions are read besides Q, K and V.
     let mut read = Vec::new();
     let affine = [
         ("q_norm", Some(layer.q_norm)),
@@ -129,7 +133,7 @@ pub(crate) fn check_call(
         read.push(words_at("text_lengths", layer.text_lengths, 4, shape.batch.into())?);
     }
     if let HeadTypes::Given(address) = types {
-        // Those that an earlier call left in the workspace stay there.
+        // The types that an earlier call left in the workspace may stay there.
         if address != workspace + plan.head_types.start {
             read.push(words_at("head types", address, 4, all_heads)?);
         }
@@ -139,7 +143,8 @@ pub(crate) fn check_call(
         address => Some(words_at("lse", address, 4, all_heads * u64::from(shape.rows))?),
     };
 
-    // Q, K and V are read before out is written, and so may share its memory. Nothing else that is written may be anything else's.
+    // Q, K and V are read before out is written, so they may share its memory. Nothing else that is
+    // written may lie in memory of anything else.
     let workspace = ("workspace".to_owned(), workspace..workspace + plan.bytes);
     for region in read.iter().chain(&projections).chain([&out]).chain(&lse) {
         check_apart(region, &workspace)?;
@@ -153,9 +158,10 @@ pub(crate) fn check_call(
     }
 }
 
-/// Checks how many heads a launch has: any number up to the spec's, all of them when its QK-norm is over all heads.
+/// Checks how many heads a launch has. Any number up to the spec's is allowed, but a QK-norm over
+/// all heads needs all of them.
 ///
-/// `subject` is what an error calls the place where the number was found.
+/// `subject` is what an error calls the thing whose heads are counted.
 pub fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
     let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
     let allowed = if over_heads {
@@ -174,15 +180,17 @@ pub fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checks a softmax scale: see [`Layer::scale`]. An element of a row of root mean square 1 is at most sqrt(head_dim), and the product
-/// of two such rows at most head_dim. Below its normal numbers f32 arithmetic here has only zero.
+/// Checks a softmax scale ([`Layer::scale`]).
+///
+/// An element of a row of root mean square 1 is at most sqrt(head_dim), and the product of two such
+/// rows is at most head_dim. Below its normal numbers, f32 arithmetic in the kernels has only zero.
 pub fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
     let largest = spec.dtype.largest();
     let (log2_e, head_dim) = (std::f32::consts::LOG2_E, spec.head_dim as f32);
     let most = (largest / head_dim.sqrt()).min(f32::MAX / head_dim) / log2_e;
-    // Its product with log2(e), which is above 1, is normal too.
+    // log2(e) is above 1, so the product of the least scale with it is a normal number too.
     let least = f32::MIN_POSITIVE;
-    // NaN lies in no range.
+    // NaN lies in no range, so it is refused.
     if (least..=most).contains(&scale) {
         return Ok(());
     }
@@ -194,13 +202,13 @@ pub fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
     ))
 }
 
-/// The bytes of `words` 4-byte words at an aligned address.
+/// The region of `words` 4-byte words at an address, which must be aligned.
 fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Region> {
     check_address(name, address, alignment)?;
     Ok((name.to_owned(), range_at(name, address, words * 4)?))
 }
 
-/// `bytes` bytes from an address.
+/// The range of `bytes` bytes from an address, which must end below 2^64.
 pub(crate) fn range_at(name: &str, address: u64, bytes: u64) -> Result<Range<u64>> {
     let end = address.checked_add(bytes).ok_or_else(|| {
         Error::input(
@@ -238,8 +246,9 @@ fn check_apart(a: &Region, b: &Region) -> Result<()> {
     ))
 }
 
-/// No element of `out` may have two indices: with the dimensions in order of their strides, each must step over all before it.
-fn check_disjoint_rows(out: &Tensor, shape: Shape) -> Result<()> {
+/// Checks that no element of `out` has two indices. In the order of their strides, each dimension
+/// must step over all before it.
+fn check_disjoint_rows(out: &Tensor, shape: TensorShape) -> Result<()> {
     let mut dimensions: Vec<(u64, u64)> = shape.dimensions(out).collect();
     dimensions.sort_by_key(|&(_, stride)| stride);
     let mut extent = u64::from(shape.head_dim);

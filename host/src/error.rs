@@ -1,4 +1,4 @@
-//! What can go wrong, said so that it can be mended.
+//! What can go wrong, and how it is said: what was found, what is allowed, and how to mend it.
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -7,12 +7,14 @@ use framestride_shapes::manifest::ManifestError;
 use framestride_shapes::spec::SpecError;
 use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
-/// Errors of the library. Nothing here panics on bad input, a missing GPU or a broken file. A message has at most [`MESSAGE_BYTES`]
-/// bytes and no control characters but line ends, whatever file it is about.
+/// An error of this library. Nothing panics on bad input, a missing GPU or a broken file.
+///
+/// A message has at most [`MESSAGE_BYTES`] bytes, and no control characters but line ends, whatever
+/// file it is about.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The spec file is wrong; the message lists every problem with file, line and key.
+    /// The spec is wrong. The message lists every problem with file, line and key.
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// A manifest cannot be read, or is of another version.
@@ -27,19 +29,19 @@ pub enum Error {
         plain(mend, PART_BYTES)
     )]
     Input {
-        /// The argument, or file and key.
+        /// What it is about: an argument, or a file and a key.
         subject: String,
         /// What was found there.
         found: String,
-        /// What would have been right.
+        /// What is allowed there.
         allowed: String,
-        /// What to do about it.
+        /// How to mend it.
         mend: String,
     },
     /// A file could not be read or written.
     #[error("{}: {source}", plain(&path.display().to_string(), PART_BYTES))]
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
@@ -50,11 +52,11 @@ pub enum Error {
     /// A call of the CUDA driver failed.
     #[error("{call} failed with {code}: {}", plain(message, MESSAGE_BYTES - 100))]
     Driver {
-        /// The driver's function.
+        /// The driver's function that failed.
         call: &'static str,
-        /// Its error code.
+        /// The driver's error code.
         code: i32,
-        /// Its message, and the JIT compiler's log where there is one.
+        /// The driver's message, with the log of its compiler where there is one.
         message: String,
     },
     /// The emulator stopped a kernel, or could not read its PTX.
@@ -65,11 +67,12 @@ pub enum Error {
     Build(String),
 }
 
-/// Most bytes of one of the four parts of an [`Error::Input`].
+/// A part of an [`Error::Input`] has at most so many bytes.
 const PART_BYTES: usize = 480;
 
 impl Error {
-    /// An [`Error::Input`].
+    /// Makes an [`Error::Input`].
+    #[must_use]
     pub fn input(subject: impl Display, found: impl Display, allowed: impl Display, mend: impl Display) -> Error {
         Error::Input {
             subject: subject.to_string(),
@@ -79,11 +82,12 @@ impl Error {
         }
     }
 
-    /// An [`Error::File`].
+    /// Makes an [`Error::File`].
+    #[must_use]
     pub fn file(path: impl Into<PathBuf>, source: std::io::Error) -> Error {
         Error::File { path: path.into(), source }
     }
 }
 
-/// Results of this crate.
+/// The result of a function of this library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,18 +1,20 @@
-//! One kernel launch, as data: planned and checked before anything runs.
+//! Launches as data: [`SparseAttention::launches`](crate::SparseAttention::launches) writes them
+//! before anything runs.
 
 use framestride_shapes::launch::{AttentionParams, PackParams, ProfileParams, SelectParams};
 
 /// The kernels of every module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 #[repr(usize)]
 pub enum Kernel {
-    /// Norm, RoPE and reordering into packed images.
+    /// Normalises, rotates and reorders Q, K and V into packed images.
     Pack = 0,
-    /// Attention of the sampled rows under all masks.
+    /// Computes the sampled rows under all masks.
     Profile = 1,
-    /// Errors of the masks and head types.
+    /// Computes the errors of the masks, and chooses the types.
     Select = 2,
-    /// Sparse attention.
+    /// Computes sparse attention.
     Attention = 3,
 }
 
@@ -21,6 +23,7 @@ impl Kernel {
     pub const ALL: [Kernel; 4] = [Kernel::Pack, Kernel::Profile, Kernel::Select, Kernel::Attention];
 
     /// Name of the entry in the PTX.
+    #[must_use]
     pub const fn entry(self) -> &'static str {
         match self {
             Kernel::Pack => "pack",
@@ -31,7 +34,7 @@ impl Kernel {
     }
 
     /// Bytes of the parameter block that the host writes.
-    pub const fn params_bytes(self) -> usize {
+    pub(crate) const fn params_bytes(self) -> usize {
         match self {
             Kernel::Pack => size_of::<PackParams>(),
             Kernel::Profile => size_of::<ProfileParams>(),
@@ -41,7 +44,7 @@ impl Kernel {
     }
 }
 
-/// A parameter block.
+/// The parameter block of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Params {
     Pack(PackParams),
@@ -53,8 +56,8 @@ pub(crate) enum Params {
 impl Params {
     pub fn as_bytes(&self) -> &[u8] {
         fn bytes<T>(params: &T) -> &[u8] {
-            // SAFETY: the four blocks are `repr(C)`, hold integers and floats only, and order them so that there is no padding
-            // (the test below adds up their fields): every byte is initialised.
+            // SAFETY: the blocks are `repr(C)`, and hold integers and floats only, in an order
+            // without padding (the test below adds up their fields). So every byte is initialised.
             unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<T>()) }
         }
         match self {
@@ -92,9 +95,10 @@ impl Launch {
 #[must_use]
 #[non_exhaustive]
 pub struct Launches {
-    /// Packs Q, K and V of all heads. Where types are profiled, all heads are packed in the spatial layout.
+    /// Packs Q, K and V of all heads. Where types are profiled, all heads are packed in the spatial
+    /// layout.
     pub pack: Launch,
-    /// What finds the types of the heads, when they are profiled.
+    /// What finds the types of the heads, where they are profiled.
     pub profiling: Option<Profiling>,
     /// Attention of all heads.
     pub attention: Launch,
@@ -125,7 +129,7 @@ impl Launches {
 mod tests {
     use super::*;
 
-    /// Sizes of the fields, by type: 8-byte words and 4-byte words.
+    /// The sizes of the blocks are those of their fields, 8-byte and 4-byte words.
     #[test]
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;

@@ -7,8 +7,9 @@
 //! Dense             pack(all, spatial layout) -> attention
 //! ```
 //!
-//! Everything is checked before the first launch, and nothing is allocated or waited for: the whole can be captured in a CUDA
-//! graph. What profiling found stays in the workspace ([`SparseAttention::read_profile`]).
+//! Everything is checked before the first launch, and nothing is allocated or waited for. So a
+//! whole layer can be captured in a CUDA graph. What profiling found stays in the workspace
+//! ([`SparseAttention::read_profile`]).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,78 +26,100 @@ use crate::module::Module;
 use crate::plan::profile_splits;
 use crate::workspace::Workspace;
 
-/// Addresses and strides of one layer's tensors, all in device memory.
+/// Addresses and strides of one layer's tensors. All of them lie in device memory.
+///
+/// Strides count elements. Addresses and strides of Q, K, V and the output may be any multiples of
+/// 2 bytes; multiples of 16 bytes are faster.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Layer {
-    /// Q as the projection left it, \[B, S, H, D\] by its strides, in the spec's type.
+    /// Q as the projection left it, neither normalised nor rotated: \[B, S, H, D\] by its strides,
+    /// in the spec's type.
     pub q: Tensor,
-    /// K.
+    /// K, likewise.
     pub k: Tensor,
-    /// V.
+    /// V, likewise.
     pub v: Tensor,
-    /// Output. It may be the memory of q, k or v: those are read before attention writes.
+    /// The output, of the same shape and type. It may be the memory of q, k or v, which are read
+    /// before attention writes.
     pub out: Tensor,
-    /// QK-norm of video rows of Q; addresses of f32, 0 for ones and zeros.
+    /// QK-norm of video rows of Q: addresses of f32. 0 stands for weights of one and biases of
+    /// zero.
     pub q_norm: NormWeights,
-    /// QK-norm of video rows of K.
+    /// QK-norm of video rows of K, likewise.
     pub k_norm: NormWeights,
-    /// QK-norm of text rows of Q; the video's when not given.
+    /// QK-norm of text rows of Q. Without it, text rows get the norm of video rows.
     pub q_norm_text: Option<NormWeights>,
-    /// QK-norm of text rows of K; the video's when not given.
+    /// QK-norm of text rows of K, likewise.
     pub k_norm_text: Option<NormWeights>,
-    /// RoPE cosines, f32, when the spec has RoPE: see [`PackParams::cos`](framestride_shapes::launch::PackParams::cos).
+    /// Address of the RoPE cosines when the spec has RoPE: f32 of the shape
+    /// [`Spec::rope_table_shape`](framestride_shapes::spec::Spec::rope_table_shape), contiguous.
     pub cos: u64,
-    /// RoPE sines.
+    /// Address of the RoPE sines, likewise.
     pub sin: u64,
-    /// Valid text tokens of each batch item, u32 \[B\], at most the spec's; 0 when all text is valid.
+    /// Address of the numbers of valid text tokens, u32 \[B\]. 0 means that all text is valid.
     pub text_lengths: u64,
-    /// Natural log-sum-exp out, f32 \[B, H, S\]; 0 for none.
+    /// Address where the natural log-sum-exp of each row is written, f32 \[B, H, S\]. 0 asks for
+    /// none.
     pub lse: u64,
-    /// Softmax scale; 1 / sqrt(head_dim) when not given. Q is multiplied by scale x log2(e) before it is rounded to the spec's type,
-    /// so in f16 the product with the elements of Q should lie within its normal numbers, 2^-14 to 2^16. Allowed are scales with
-    /// which rows of Q and K of root mean square 1 stay finite.
+    /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
+    ///
+    /// Q is multiplied by scale x log2(e) before it is rounded to the spec's type. So in f16 the
+    /// products with the elements of Q should be normal numbers, 2^-14 to 2^16. Scales are allowed
+    /// with which rows of Q and K of root mean square 1 stay finite.
     pub scale: Option<f32>,
 }
 
 /// Where the type of each head comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HeadTypes {
-    /// Measured in this call.
+    /// This call profiles the heads, and takes what it finds.
     Profiled,
-    /// Every head dense: what the schedule's warm-up asks for, see [`SparseAttention::head_types`].
+    /// Every head is dense. A model's schedule asks for it in its warm-up
+    /// ([`SparseAttention::head_types`]).
     Dense,
-    /// Address of u32 \[B, H\] in device memory, [`HeadType`] values: the embedder's, or those of an earlier call in the same
-    /// workspace, at `head_types` of its [`SparseAttention::plan`].
+    /// The caller gives the types: the address of u32 \[B, H\] in device memory, with the values of
+    /// [`HeadType`].
+    ///
+    /// They may be those that an earlier call left in the same workspace, at `head_types` of its
+    /// [`SparseAttention::workspace_plan`].
     Given(u64),
 }
 
 /// What profiling found for one head.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct HeadProfile {
-    /// Batch item.
+    /// Number of the batch item.
     pub batch: u32,
-    /// Head.
+    /// Number of the head.
     pub head: u32,
     /// Mean squared error of the spatial mask over the sampled rows.
     pub spatial_error: f32,
     /// Mean squared error of the temporal mask.
     pub temporal_error: f32,
-    /// "spatial" or "temporal".
+    /// The type with the lower error: spatial or temporal.
     pub head_type: HeadType,
 }
 
-/// Sparse attention for a batch size and a number of heads.
+/// Sparse attention of a layer, for a batch size and a number of heads.
 pub struct SparseAttention {
     pub(crate) module: Arc<Module>,
     pub(crate) batch: u32,
     pub(crate) heads: u32,
-    /// Parts that profiling divides the keys of a head into.
+    /// Into how many parts profiling divides the keys of a head.
     pub(crate) splits: u32,
     pub(crate) plan: WorkspacePlan,
 }
 
 impl SparseAttention {
-    /// Plans for `batch` items of `heads` heads: any number up to the spec's, all of them when its QK-norm is over all heads.
+    /// Plans a layer for `batch` items of `heads` heads.
+    ///
+    /// Any number of heads up to the spec's is allowed, but a QK-norm over all heads needs all of
+    /// them.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] for a batch or a number of heads that no launch can have.
     pub fn new(module: &Arc<Module>, batch: u32, heads: u32) -> Result<SparseAttention> {
         let spec = module.spec();
         check_heads(spec, heads as usize, "heads")?;
@@ -110,62 +133,77 @@ impl SparseAttention {
         Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, plan })
     }
 
-    /// The module.
+    /// The module with the kernels.
+    #[must_use]
     pub fn module(&self) -> &Arc<Module> {
         &self.module
     }
 
-    /// Bytes of the workspace.
+    /// Bytes that the workspace must have.
+    #[must_use]
     pub fn workspace_bytes(&self) -> u64 {
         self.plan.bytes
     }
 
-    /// Where the parts lie in the workspace.
-    pub fn plan(&self) -> &WorkspacePlan {
+    /// Where everything lies in the workspace.
+    #[must_use]
+    pub fn workspace_plan(&self) -> &WorkspacePlan {
         &self.plan
     }
 
-    /// How the partial results of profiling lie in their part.
+    /// How the partial results of profiling lie in their part of the workspace.
+    #[must_use]
     pub fn profile_plan(&self) -> ProfilePlan {
         self.module.spec().profile_plan(self.splits)
     }
 
-    /// Dense for the calls that the spec's schedule keeps dense, else profiled.
+    /// The types that the spec's schedule asks for: dense during its warm-up, else profiled. Steps
+    /// and layers count from 0.
+    #[must_use]
     pub fn head_types(&self, step: u32, layer: u32) -> HeadTypes {
         if self.module.spec().schedule.is_dense(step, layer) { HeadTypes::Dense } else { HeadTypes::Profiled }
     }
 
-    /// Launches one layer on `stream`: from Q, K and V to the output, without waiting for anything.
+    /// Launches one layer on `stream`, from Q, K and V to the output. It waits for nothing.
     ///
     /// # Errors
-    /// Whatever is wrong with the arguments is said before anything is launched.
+    /// An [`Error::Input`] for whatever is wrong with the arguments; then nothing was launched.
+    /// [`Error::Driver`] or [`Error::Emulator`] when a launch fails.
     ///
     /// # Safety
-    /// Every address in `layer` and `types` is memory of this module's device that holds what its documentation says for as long as
-    /// the work runs, and nobody else writes it or the workspace meanwhile: so two calls that may run at the same time have
-    /// different workspaces. This value and `workspace` outlive the work.
+    /// Every address in `layer` and `types` is memory of this module's device. It holds what its
+    /// documentation says for as long as the work runs. Nobody else writes it or the workspace
+    /// meanwhile: two calls that may run at the same time have different workspaces. This value and
+    /// `workspace` outlive the work.
     pub unsafe fn forward(&self, stream: Stream, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<()> {
         let launches = self.launches(layer, types, workspace)?;
-        // SAFETY: the workspace is memory of this device (checked in `launches`), and the rest is the caller's promise.
+        // SAFETY: the workspace is memory of this device (checked in `launches`), and the rest is
+        // the caller's promise.
         launches.in_order().try_for_each(|launch| unsafe { self.launch(stream, launch) })
     }
 
     /// Launches one kernel of a layer, as [`SparseAttention::launches`] wrote it.
     ///
     /// # Safety
-    /// As for [`SparseAttention::forward`], for the layer and the workspace that `launch` was written for. The launches before it
-    /// in the layer's order have been launched on the same stream.
+    /// As for [`SparseAttention::forward`], for the layer and the workspace that `launch` was
+    /// written for. The launches before it in the layer's order have been launched on the same
+    /// stream.
     pub unsafe fn launch(&self, stream: Stream, launch: &Launch) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.module.device().launch(stream, self.module.loaded(), launch) }
     }
 
-    /// Errors and head types of the last profiled call in `workspace`, `[batch, heads]`, once its work is done.
+    /// Reads what the last profiled call in `workspace` found, for `[batch, heads]`. It waits for
+    /// all work of the device.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] when `workspace` is none of this layer.
     pub fn read_profile(&self, workspace: &Workspace) -> Result<Vec<HeadProfile>> {
         let device = self.module.device();
         workspace.check(device, &self.plan)?;
         let words = |range: &Range<u64>| -> Result<Vec<[u8; 4]>> {
-            // SAFETY: the range lies in the workspace, which is memory of this device (checked above).
+            // SAFETY: the range lies in the workspace, which is memory of this device (checked
+            // above).
             let bytes = unsafe { device.read_address(workspace.address() + range.start, range.end - range.start)? };
             Ok(bytes.as_chunks().0.to_vec())
         };

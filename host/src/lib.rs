@@ -1,23 +1,65 @@
-//! Sparse attention for video diffusion transformers, on kernels made for the model's shape.
+//! Sparse attention for video diffusion transformers, on GPU kernels made for the model's shape.
+//!
+//! One layer takes Q, K and V as a model's projections leave them. It normalises and rotates them,
+//! and finds out whether each head looks along space or along time. Then it computes attention with
+//! the mask of that kind.
 //!
 //! ```no_run
 //! use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
 //!
 //! # fn main() -> framestride::Result<()> {
 //! # let (q, k, v, out, cos, sin) = Default::default();
-//! let device = Device::gpu(0)?; // or the emulator, or a borrowed context: Gpu::borrow
-//! let module = Module::load(&device, &Kernels::shipped("hunyuan_video_720p")?)?; // the driver compiles the PTX here
+//! // Once. The driver compiles the kernels when they are loaded.
+//! let device = Device::gpu(0)?;
+//! let module = Module::load(&device, &Kernels::shipped("hunyuan_video_720p")?)?;
 //! let attention = SparseAttention::new(&module, 1, 24)?; // batch, heads
-//! let workspace = Workspace::allocate(&device, attention.workspace_bytes())?; // or Workspace::borrow
+//! let workspace = Workspace::allocate(&device, attention.workspace_bytes())?;
+//!
+//! // For each step and layer. Q, K, V and the output are device addresses with strides.
 //! # let (step, layer_index) = (0, 0);
-//! // For each step and layer; q, k, v and out are device addresses and strides, nothing is copied or waited for:
 //! let layer = Layer { q, k, v, out, cos, sin, ..Layer::default() };
-//! let types: HeadTypes = attention.head_types(step, layer_index); // dense during the schedule's warm-up
+//! let types: HeadTypes = attention.head_types(step, layer_index); // dense in the warm-up
+//! // SAFETY: the addresses are memory of this GPU, which lives until the work is done.
 //! unsafe { attention.forward(Stream::DEFAULT, &layer, types, &workspace)? };
-//! let found = attention.read_profile(&workspace)?; // if you want to know: waits
+//!
+//! // If you want to know which heads looked where. This waits for the GPU.
+//! let found = attention.read_profile(&workspace)?;
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # What an engine can rely on
+//!
+//! * **Everything is checked before the first launch.** An error says what was found, what is
+//!   allowed and how to mend it. Then nothing was launched.
+//! * **A launch does nothing else.** It allocates no device memory, copies nothing and waits for
+//!   nothing. So a layer can be captured in a CUDA graph.
+//! * **Contexts, streams and memory can be yours**: [`device::Gpu::borrow`], [`Stream::from_raw`]
+//!   and [`Workspace::borrow`]. What is borrowed is never destroyed or freed.
+//! * **A launch may have any batch and any of the heads**, as long as the QK-norm is not over all
+//!   heads.
+//!
+//! `examples/` shows each: one layer, a borrowed context and stream, a CUDA graph.
+//!
+//! # Where what is
+//!
+//! * [`SparseAttention`], [`Layer`], [`HeadTypes`], [`Workspace`]: one layer, and the memory it
+//!   needs.
+//! * [`Kernels`], [`Module`]: kernels that were shipped, built or read from files, and loaded.
+//! * [`device`]: GPUs through the CUDA driver, and the emulator.
+//! * [`launch`]: what one layer launches, for those who want to time or place the launches
+//!   themselves.
+//! * [`call`]: checks of inputs that need no device.
+//! * [`shapes`]: the spec of a model's attention, and all geometry that follows from it.
+//!
+//! # Features
+//!
+//! All are on by default. Without them this crate loads kernels from files and runs them on a GPU.
+//!
+//! * `shipped`: the kernels of the shipped specs are embedded, and need no compiler.
+//! * `build`: kernels of any spec are built when they are asked for, with the device compiler.
+//! * `emulator`: a device without a GPU. It runs the kernels on the CPU, slowly, and reports what a
+//!   GPU forgives.
 #![warn(missing_docs)]
 
 pub mod call;
@@ -34,5 +76,5 @@ pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
 pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
 pub use module::{Kernels, Module};
-pub use plan::profile_splits;
+pub use plan::plan_workspace;
 pub use workspace::Workspace;

@@ -12,7 +12,7 @@ use crate::device::{Device, Loaded};
 use crate::error::{Error, Result};
 use crate::launch::Kernel;
 
-/// The kernels shipped with this crate: name, PTX, manifest.
+/// The kernels of the shipped specs: name, PTX and manifest of each.
 #[cfg(feature = "shipped")]
 const SHIPPED: &[(&str, &str, &str)] = include!(concat!(env!("OUT_DIR"), "/shipped.rs"));
 
@@ -52,7 +52,8 @@ impl Kernels {
 
     /// The kernels of a spec, built with the device compiler: 20 to 40 s the first time.
     ///
-    /// With the feature `shipped`, the embedded ones are taken when they were made from an equal spec.
+    /// With the feature `shipped`, the embedded ones are taken when they were made from an equal
+    /// spec.
     ///
     /// # Errors
     /// [`Error::Build`] when the kernels cannot be built, with what is missing.
@@ -80,7 +81,7 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// Reads `NAME.ptx` and the `NAME.json` beside it.
+    /// Reads `NAME.ptx`, and the manifest `NAME.json` beside it.
     pub fn from_file(ptx: impl AsRef<Path>) -> Result<Kernels> {
         let ptx = ptx.as_ref();
         let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| Error::file(path, error));
@@ -88,13 +89,16 @@ impl Kernels {
         Kernels::parse(&manifest.display().to_string(), &read(ptx)?, &read(&manifest)?)
     }
 
-    /// Checks a manifest against its PTX and against this host: digest, what the PTX was made for, kernels and
-    /// parameter sizes. `file` names it in errors.
+    /// Reads a manifest, and checks it against its PTX and against this library. `file` names it in
+    /// errors.
+    ///
+    /// # Errors
+    /// An error that says whether the digest, the spec, the kernels or their parameters do not fit.
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
         Kernels::new(file, ptx, Manifest::parse(file, manifest)?)
     }
 
-    /// [`Kernels::parse`] for a manifest that is already read.
+    /// [`Kernels::parse`] with a manifest that is already read.
     pub fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
         let resources = check(file, ptx, &manifest)?;
         let spec = manifest.spec()?;
@@ -120,7 +124,8 @@ impl Kernels {
     }
 }
 
-/// Checks PTX and manifest against each other and against this host. Gives what each kernel needs to be launched.
+/// Checks PTX and manifest against each other and against this library. Gives what each kernel
+/// needs to be launched.
 fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[Resources; Kernel::ALL.len()]> {
     let again = "Build the kernels again with this version of framestride";
     let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -154,7 +159,7 @@ fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[Resources; Kerne
     Ok([pack?, profile?, select?, attention?])
 }
 
-/// Kernels of one spec on one device.
+/// The kernels of one spec on one device.
 pub struct Module {
     device: Device,
     spec: Spec,
@@ -164,11 +169,11 @@ pub struct Module {
 }
 
 impl Module {
-    /// Loads kernels on a device. On a GPU the driver compiles the PTX here, and never later.
+    /// Loads kernels on a device. On a GPU the driver compiles the PTX now, and never later.
     ///
     /// # Errors
-    /// An [`Error::Input`] when the GPU or its driver does not run the kernels, [`Error::Driver`] or [`Error::Emulator`] when the
-    /// PTX cannot be loaded.
+    /// An [`Error::Input`] when the GPU or its driver does not run the kernels, [`Error::Driver`]
+    /// or [`Error::Emulator`] when the PTX cannot be loaded.
     pub fn load(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
         let Kernels { ptx, manifest, spec, resources } = kernels;
         let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
@@ -182,7 +187,7 @@ impl Module {
         }))
     }
 
-    /// The device.
+    /// The device that the kernels are on.
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.device

@@ -1,4 +1,4 @@
-//! From a checked call to its launches.
+//! From a checked call to its launches: grids and parameters of the kernels.
 
 use std::ops::Range;
 
@@ -6,8 +6,9 @@ use framestride_shapes::launch::{
     AttentionParams, MOST_SPLITS, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams, pack_warps,
 };
 use framestride_shapes::spec::Spec;
+use framestride_shapes::workspace::WorkspacePlan;
 
-use crate::call::{Shape, check_call, check_scale, is_aligned};
+use crate::call::{TensorShape, check_call, check_scale, is_aligned};
 use crate::error::Result;
 use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
 use crate::layer::{HeadTypes, Layer, SparseAttention};
@@ -21,7 +22,7 @@ impl SparseAttention {
     pub fn launches(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Launches> {
         let spec = self.module.spec();
         let shape =
-            Shape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };
+            TensorShape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };
         let scale = layer.scale.unwrap_or(1.0 / (spec.head_dim as f32).sqrt());
         check_scale(spec, scale)?;
         workspace.check(self.module.device(), &self.plan)?;
@@ -121,23 +122,34 @@ impl SparseAttention {
         })
     }
 
-    /// A launch with the block that the manifest asks for.
+    /// A launch with the block that the manifest says.
     fn write(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {
         let resources = self.module.resources(kernel);
         Launch { kernel, grid, threads: resources.threads, shared_bytes: resources.shared_bytes, params }
     }
 }
 
-/// Parts that profiling divides the keys of a head into, one a block, for `batch` items of `heads` heads on a GPU of so many
-/// multiprocessors: what [`Spec::workspace`] asks for.
-pub fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
+/// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, on a
+/// device with so many multiprocessors.
+///
+/// With it, memory can be planned before a device and kernels are there.
+/// [`SparseAttention::workspace_plan`] is the same for a module.
+#[must_use]
+pub fn plan_workspace(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> WorkspacePlan {
+    spec.workspace(batch, heads, profile_splits(spec, batch, heads, multiprocessors))
+}
+
+/// Into how many parts profiling divides the keys of a head. Each block takes one part.
+pub(crate) fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
     let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
     let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.profile_plan(1).groups);
     splits_of(blocks, multiprocessors.max(1), key_tiles.clamp(1, MOST_SPLITS))
 }
 
-/// A multiprocessor holds one block, so the time is the number of waves of blocks times the keys of a block: the fewest parts within
-/// 5% of the best up to `most` are taken.
+/// The fewest parts, up to `most`, whose time is within 5% of the best.
+///
+/// A multiprocessor holds one block. So the time is the number of waves of blocks times the keys of
+/// a block.
 fn splits_of(blocks: u64, multiprocessors: u32, most: u32) -> u32 {
     let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(multiprocessors.into());
     let time = |splits: u32| waves(splits) as f64 / f64::from(splits);
@@ -151,7 +163,8 @@ mod tests {
 
     #[test]
     fn splits_fill_whole_waves() {
-        // (blocks of one split, multiprocessors, most) -> splits
+        // Each row has the blocks of one split, multiprocessors, the most splits, and the splits
+        // that are expected.
         for (blocks, multiprocessors, most, splits) in
             [(24, 132, 32, 11), (96, 132, 16, 4), (132, 132, 32, 1), (1, 132, 32, 31), (24, 132, 3, 3), (4, 4, 19, 1)]
         {

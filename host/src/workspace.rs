@@ -6,42 +6,49 @@ use crate::call::{check_address, range_at};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 
-/// The one piece of device memory that a layer needs besides its tensors. It may serve all layers of a model in turn.
+/// The one piece of device memory that a layer needs besides its tensors. All layers of a model may
+/// use it in turn.
 pub struct Workspace {
     device: Device,
     address: u64,
     bytes: u64,
-    /// None for borrowed memory.
+    /// `None` for borrowed memory.
     owned: Option<Buffer>,
 }
 
 impl Workspace {
-    /// Allocates.
+    /// Allocates a workspace of `bytes` bytes.
     pub fn allocate(device: &Device, bytes: u64) -> Result<Workspace> {
         let buffer = device.allocate(bytes)?;
         Ok(Workspace { device: device.clone(), address: buffer.address(), bytes, owned: Some(buffer) })
     }
 
-    /// Borrows `bytes` of memory of `device` at `address`, a multiple of 256. Size and alignment are checked at each call; the
-    /// memory is never freed.
+    /// Borrows `bytes` bytes of memory of `device` at `address`, a multiple of 256. They are never
+    /// freed.
+    ///
+    /// Size and alignment are checked at each call.
     ///
     /// # Safety
-    /// The range is memory of `device` for as long as this value lives, and holds nothing that anybody else needs.
+    /// The range is memory of `device` for as long as this value lives, and holds nothing that
+    /// anybody else needs.
+    #[must_use]
     pub unsafe fn borrow(device: &Device, address: u64, bytes: u64) -> Workspace {
         Workspace { device: device.clone(), address, bytes, owned: None }
     }
 
     /// Address of the first byte.
+    #[must_use]
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// The allocation, when it is this value's own.
+    /// The allocation, when this value owns it.
+    #[must_use]
     pub fn buffer(&self) -> Option<&Buffer> {
         self.owned.as_ref()
     }
 
-    /// Whether this is memory of `device`, and holds what is planned.
+    /// Checks that this is memory of `device`, and large enough for the plan.
     pub(crate) fn check(&self, device: &Device, plan: &WorkspacePlan) -> Result<()> {
         if !self.device.is(device) {
             return Err(Error::input(

@@ -219,7 +219,7 @@ fn run_case(
     let layout = &spec.layout;
     let (sequence, head_dim, all_heads) = (layout.sequence() as usize, spec.head_dim as usize, types.len());
     let profiled = if case.types == CaseTypes::Profiled { spec.profile.rows as usize } else { 0 };
-    let plan = attention.plan();
+    let plan = attention.workspace_plan();
     let (whole_heads, rows_of_head) = effort.share(sequence, head_dim, all_heads, profiled);
     let whole_heads = draw_heads(&types, whole_heads, &mut generator);
     let reference = Reference::new(spec, &inputs);

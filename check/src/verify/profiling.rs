@@ -21,7 +21,7 @@ impl Partials {
     /// Copies the results of head `head`, counted over batch x heads, to the host.
     pub fn read(device: &Device, workspace: &Buffer, attention: &SparseAttention, head: u32) -> Result<Partials> {
         let plan = attention.profile_plan();
-        let start = attention.plan().partials.start + plan.offset(head, 0, 0) * 4;
+        let start = attention.workspace_plan().partials.start + plan.offset(head, 0, 0) * 4;
         let bytes = device.read(workspace, start, plan.offset(1, 0, 0) * 4)?;
         Ok(Partials { plan, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
     }

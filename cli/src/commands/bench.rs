@@ -21,20 +21,20 @@ pub struct Bench {
     spec: String,
     #[command(flatten)]
     on: DeviceOptions,
-    /// Rounds, of which each times everything once; medians are shown.
+    /// How many rounds there are. Each times everything once, and medians are shown.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// What is timed.
     #[arg(long, value_enum, num_args = 1.., value_delimiter = ',', default_values_t = Timed::ALL.map(TimedValue))]
     types: Vec<TimedValue>,
-    /// TFLOP/s of a large 16-bit matrix product on this GPU, to show shares of.
+    /// TFLOP/s of a large 16-bit matrix product on this GPU. Attention is shown as a share of it.
     #[arg(long, value_name = "TFLOPS")]
     matmul_tflops: Option<f64>,
-    /// What the random weights of the QK-norm lie around: scores grow with its square.
+    /// The mean of the random weights of the QK-norm. Scores grow with its square.
     #[arg(long, value_name = "WEIGHT", default_value_t = 1.0, conflicts_with = "qkv")]
     qk_norm_weight: f64,
-    /// Waits for a line on standard input before each round and answers it with a line, so that others can take turns on the
-    /// GPU; the result comes when standard input ends.
+    /// Waits for a line on standard input before each round, and answers it with a line. So others
+    /// can take turns on the GPU. The result comes when standard input ends.
     #[arg(long, conflicts_with = "rounds")]
     paced: bool,
     /// Tensors instead of random ones: see `run`.

@@ -4,15 +4,15 @@ use clap::Args;
 use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::Spec;
-use framestride::{Result, profile_splits};
+use framestride::{Result, plan_workspace};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::outcome::Outcome;
 use crate::spec_argument::read_spec;
 
-/// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec, and what it can be expected to gain over
-/// dense attention on an H200.
+/// Computes sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec.
+/// Estimates what it gains over dense attention on an H200.
 #[derive(Args)]
 pub struct Describe {
     /// The spec.
@@ -25,14 +25,14 @@ struct HeadDescription {
     half_width: u32,
     visible_pairs: String,
     density: f64,
-    /// Of the whole layer, were all heads of this type.
+    /// Operations of the whole layer, if all heads had this type.
     flop: f64,
     tiles_skipped: u64,
     tiles_full: u64,
     tiles_edge: u64,
 }
 
-/// Describes a spec.
+/// Computes what follows from a spec.
 pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
     let spec = read_spec(&spec)?;
     let layout = &spec.layout;
@@ -50,8 +50,7 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
         }
     });
     let tiles = spec.tiles();
-    let splits = profile_splits(&spec, spec.batch, spec.heads, MULTIPROCESSORS);
-    let workspace = spec.workspace(spec.batch, spec.heads, splits).bytes;
+    let workspace = plan_workspace(&spec, spec.batch, spec.heads, MULTIPROCESSORS).bytes;
     let mut out = format!(
         "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
         spec.name,
@@ -126,7 +125,7 @@ fn text_of(layout: &Layout) -> String {
     }
 }
 
-/// What a spec can gain, or why it cannot and what to do about it.
+/// What a spec can gain over dense attention, or why it cannot gain, and what to do about it.
 fn gain_text(spec: &Spec, gain: &Gain) -> String {
     let over_dense = format!(
         "{:.2}x, estimated for an H200:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",

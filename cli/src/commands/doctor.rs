@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::outcome::Outcome;
 
-/// Looks at the machine.
+/// Looks for tools and a GPU.
 pub fn doctor() -> Outcome {
     let tools = toolchain::Inventory::new();
     let gpu = Gpu::primary(0);

@@ -1,4 +1,5 @@
-//! The subcommands, one a file: each has its arguments, and a function of the same name that runs it.
+//! The subcommands, one a file. Each file has the arguments, and a function of the subcommand's
+//! name that runs it.
 
 pub mod bench;
 pub mod build;

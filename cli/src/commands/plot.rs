@@ -7,9 +7,9 @@ use framestride::Result;
 use framestride::shapes::layout::HeadType;
 use serde_json::json;
 
-use crate::mask_pictures;
 use crate::outcome::Outcome;
 use crate::output::Output;
+use crate::pictures::masks;
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 
@@ -29,7 +29,7 @@ pub fn plot(Plot { spec: argument, out }: Plot) -> Result<Outcome> {
     let out = Output::new(&out, &[Path::new(&argument)])?;
     let bar = Bar::new();
     bar.say("drawing masks", None);
-    mask_pictures::picture(&spec, &HeadType::ALL).save(&out)?;
+    masks::picture(&spec, &HeadType::ALL).save(&out)?;
     drop(bar);
     let file = out.path().display().to_string();
     let outcome = Outcome::new(format!("wrote {file}\n"), json!({ "files": [file] }), true);

@@ -1,4 +1,5 @@
-//! `framestride run`: one layer on a video or on tensors of a file, compared with the f64 reference.
+//! `framestride run`: one layer on a video or on tensors of a file, compared with the f64
+//! reference.
 
 use std::path::{Path, PathBuf};
 
@@ -13,14 +14,15 @@ use serde_json::json;
 use crate::device_options::{DeviceOptions, check_memory};
 use crate::outcome::{Outcome, to_json};
 use crate::output::Output;
+use crate::pictures::run::RunPictures;
 use crate::progress::Bar;
-use crate::run_pictures::RunPictures;
 use crate::spec_argument::read_spec;
 use crate::tensor_files::{load_frames, load_inputs, save_output};
 use crate::video;
 
-/// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with the f64 reference. Without
-/// either, on random tensors with planted spatial and temporal heads.
+/// Runs one profiled sparse layer on a video's patches or on given tensors, and compares it with
+/// the f64 reference. Without either, it runs on random tensors with planted spatial and temporal
+/// heads.
 #[derive(Args)]
 pub struct Run {
     /// The spec.
@@ -30,23 +32,25 @@ pub struct Run {
     /// Frames: a safetensors file with `frames`, u8 [frames, height, width, 3].
     #[arg(long, value_name = "FILE", conflicts_with = "qkv")]
     video: Option<PathBuf>,
-    /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] or [B, H, S, D] in bf16, f16, f32 or f64; optionally
-    /// `cos`, `sin`, `q_norm.weight`, `q_norm.bias`, the same for `k_norm`, `q_norm_text` and `k_norm_text`, and
-    /// `text_lengths`. The names and table shapes of diffusers are understood too: `query`, `freqs_cos` [S, D],
-    /// `attn.norm_q.weight`, `attn.norm_added_q.weight`. A tensor of any other name is an error.
+    /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] or [B, H, S, D] in bf16, f16,
+    /// f32 or f64. It may have `cos`, `sin`, `text_lengths`, `q_norm.weight` and `q_norm.bias`, and
+    /// the same for `k_norm`, `q_norm_text` and `k_norm_text`. The names and table shapes of
+    /// diffusers are understood too: `query`, `freqs_cos` [S, D], `attn.norm_q.weight`,
+    /// `attn.norm_added_q.weight`. A tensor of any other name is an error.
     #[arg(long, value_name = "FILE")]
     qkv: Option<PathBuf>,
-    /// Softmax scale; 1 / sqrt(head_dim) when not given.
+    /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
     #[arg(long, value_name = "NUMBER")]
     scale: Option<f32>,
-    /// Heads that are dense whatever profiling finds, from 0, such as 0,3.
+    /// Heads that are dense whatever profiling finds, counted from 0, such as 0,3.
     #[arg(long, value_name = "HEADS", value_delimiter = ',')]
     dense_heads: Vec<u32>,
-    /// Valid text tokens of each batch item, such as 77,12, instead of the file's; all when neither says it.
+    /// Valid text tokens of each batch item, such as 77,12, instead of the file's. When neither
+    /// says it, all text is valid.
     #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
     text_lengths: Option<Vec<u32>>,
-    /// Where the output goes; with --qkv, FILE.out.safetensors beside it when not given. /dev/stdout is one: the text then
-    /// goes to standard error.
+    /// Where the output goes. With --qkv, it goes to FILE.out.safetensors beside the tensors when
+    /// this is not given. It may be /dev/stdout: the text then goes to standard error.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Folder for pictures and report.json.
@@ -65,7 +69,8 @@ pub fn run(arguments: Run) -> Result<Outcome> {
     let Run { spec: argument, on, video, qkv, scale, dense_heads, text_lengths, out, report } = arguments;
     let bar = Bar::new();
     let spec = read_spec(&argument)?;
-    // Outputs and inputs first: what is wrong with them is said before anything is built.
+    // Outputs and inputs come first, so that what is wrong with them is said before anything is
+    // built.
     let read: Vec<PathBuf> =
         [&video, &qkv].into_iter().flatten().cloned().chain(on.files()).chain([argument.into()]).collect();
     let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
@@ -102,8 +107,8 @@ pub fn run(arguments: Run) -> Result<Outcome> {
     inputs.check(&spec, "inputs")?;
     check_dense_heads(&dense_heads, inputs.q.heads, "--dense-heads")?;
     let module = on.load(&spec, &device, &bar)?;
-    let place = module.device().name();
-    let progress = |what: &str, part| bar.say(&format!("{what} ({place})"), part);
+    let device_name = module.device().name();
+    let progress = |what: &str, part| bar.say(&format!("{what} ({device_name})"), part);
     let run = layer_run::run_layer(&module, &inputs, &dense_heads, &progress)?;
     let assumed = if qkv.is_some() { assumed(&spec, &inputs) } else { Vec::new() };
     let mut files = Vec::new();
@@ -136,7 +141,7 @@ pub fn run(arguments: Run) -> Result<Outcome> {
     Ok(Outcome { text, ok: run.report.ok, json, aside, unwritten })
 }
 
-/// What a file of tensors left open, and what was taken.
+/// What a file of tensors left open, and what was taken instead.
 fn assumed(spec: &Spec, inputs: &Inputs) -> Vec<String> {
     let mut assumed = Vec::new();
     let norms = [("q_norm", &inputs.q_norm), ("k_norm", &inputs.k_norm)];

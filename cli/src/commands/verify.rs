@@ -11,16 +11,20 @@ use crate::outcome::{Outcome, to_json};
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 
-/// Compares each kernel with the f64 reference, on fresh random inputs, and a profiled layer with itself: run again, it must give
-/// the same bytes. On a GPU so must a CUDA graph of it, replayed up to 1000 times with inputs that change in between, and two
-/// layers on two streams at a time; of large layers, as many as fit some seconds. The emulator has neither graphs nor streams.
+/// Compares each kernel with the f64 reference, on fresh random inputs, and a profiled layer with
+/// itself.
+///
+/// Run again, the layer must give the same bytes. On a GPU so must a CUDA graph of it, which is
+/// replayed up to 1000 times with inputs that change in between, and two layers on two streams at a
+/// time. Of large layers, there are as many runs as fit some seconds. The emulator has neither
+/// graphs nor streams.
 #[derive(Args)]
 pub struct Verify {
     /// The spec.
     spec: String,
     #[command(flatten)]
     on: DeviceOptions,
-    /// Seed of the inputs; from the clock when not given.
+    /// Seed of the inputs. Without it, the clock gives one.
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -32,7 +36,8 @@ pub fn verify(Verify { spec, on, seed }: Verify) -> Result<Outcome> {
     let device = on.choose_for(&spec)?;
     check_memory(&spec, &device)?;
     let module = on.load(&spec, &device, &bar)?;
-    // Different each time unless asked for, and printed, so that what failed once can be had again.
+    // The seed differs each time unless one is given. It is printed, so that a failure can be had
+    // again.
     let clock =
         || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
     let seed = seed.unwrap_or_else(clock);

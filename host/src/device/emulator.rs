@@ -10,13 +10,15 @@ use super::{Buffer, Device, no_room};
 use crate::error::{Error, Result};
 use crate::launch::Launch;
 
-/// Multiprocessors that the emulator claims to have: enough for several persistent blocks, few enough for a small machine.
+/// How many multiprocessors the emulator claims to have. They hold several persistent blocks, and a
+/// small machine can run them.
 pub(super) const MULTIPROCESSORS: u32 = 4;
 
 /// The emulator's memory. Kernels of one emulator share it as kernels of one GPU share theirs.
 pub struct Emulator {
     memory: RwLock<Memory>,
-    /// Seed of the next launch: each launch runs the warps of its blocks in an order of its own.
+    /// The seed of the next launch. Each launch runs the warps of its blocks in an order of its
+    /// own.
     seed: AtomicU64,
 }
 
@@ -25,7 +27,7 @@ impl Emulator {
         Emulator { memory: RwLock::default(), seed: AtomicU64::new(seed) }
     }
 
-    /// A lock whose holder panicked still guards plain bytes, so its poison is ignored.
+    /// The memory. A lock whose holder panicked still guards plain bytes, so its poison is ignored.
     fn memory(&self) -> RwLockReadGuard<'_, Memory> {
         self.memory.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -34,9 +36,13 @@ impl Emulator {
         self.memory.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the emulator may take so much of this machine's memory.
+    /// Checks that this machine has so much memory left.
     ///
-    /// The system grants more than it has, and ends the process that uses it: so it is asked before.
+    /// The system grants more memory than it has, and ends the process that uses it. So it is asked
+    /// before.
+    ///
+    /// # Errors
+    /// An [`Error::Input`] that says how much is left.
     pub fn check_room(&self, bytes: u64) -> Result<()> {
         match available_memory() {
             Some(available) if bytes > available => Err(no_room(bytes, Some(available))),
@@ -49,9 +55,11 @@ impl Emulator {
         self.memory_mut().alloc(bytes, 256).map_err(|_| no_room(bytes, available_memory()))
     }
 
-    /// Allocates `count` pieces of `bytes` bytes at addresses of equal distances, at least `apart` bytes from each other.
+    /// Allocates `count` pieces of `bytes` bytes at addresses of equal distances, at least `apart`
+    /// bytes from each other.
     ///
-    /// With it, tensors can be tested whose offsets do not fit 32 bits. A GPU's addresses cannot be chosen.
+    /// With it, tensors can be tested whose offsets do not fit 32 bits. A GPU's addresses cannot be
+    /// chosen.
     pub fn scatter(self: &Arc<Emulator>, count: usize, bytes: u64, apart: u64) -> Result<Vec<Buffer>> {
         self.check_room(bytes * count as u64)?;
         let mut memory = self.memory_mut();
@@ -111,8 +119,8 @@ pub fn available_memory() -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
         Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
     });
-    // A container has a limit of its own, which the machine's numbers do not show. Cached files make way for whoever needs
-    // their memory.
+    // A container has a limit of its own, which the machine's numbers do not show. Cached files
+    // make way for whoever needs their memory.
     let group = |name: &str| read(&format!("/sys/fs/cgroup/memory.{name}"));
     let number = |name: &str| group(name)?.trim().parse::<u64>().ok();
     let cached = || group("stat")?.lines().find_map(|line| line.strip_prefix("inactive_file "))?.parse::<u64>().ok();

@@ -10,16 +10,16 @@ use super::{Stream, no_room};
 use crate::error::{Error, Result};
 use crate::launch::{Kernel, Launch};
 
-/// First driver with `cuFuncLoad`.
+/// The first driver that has `cuFuncLoad`.
 const EAGER_LOADING: i32 = 12040;
 
-/// A driver's version as people write it.
+/// The version of a driver as people write it: 12080 is "12.8".
 #[must_use]
 pub fn cuda_version(driver: i32) -> String {
     format!("{}.{}", driver / 1000, driver % 1000 / 10)
 }
 
-/// A GPU's context: the device's primary one, retained, or a borrowed one.
+/// A GPU, by its context. The context is the GPU's primary one, or a borrowed one.
 pub struct Gpu {
     context: sys::CUcontext,
     device: sys::CUdevice,
@@ -29,7 +29,8 @@ pub struct Gpu {
     multiprocessors: u32,
 }
 
-// SAFETY: a CUcontext may be made current on any thread, and the driver's functions are thread-safe.
+// SAFETY: a CUcontext may be made current on any thread, and the driver's functions are
+// thread-safe.
 unsafe impl Send for Gpu {}
 // SAFETY: as above; nothing here changes after construction.
 unsafe impl Sync for Gpu {}
@@ -40,7 +41,8 @@ pub(super) fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
         return Ok(());
     }
     let mut text: *const c_char = std::ptr::null();
-    // SAFETY: `text` outlives the call, which points it at a static string of the driver, or leaves it null.
+    // SAFETY: `text` outlives the call, which points it at a static string of the driver, or leaves
+    // it null.
     let message = unsafe {
         let _ = sys::cuGetErrorString(status, &mut text);
         if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
@@ -50,7 +52,8 @@ pub(super) fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
 
 /// Loads and initialises the driver.
 fn driver() -> Result<()> {
-    // SAFETY: probing for the library opens and closes it; cuInit may be called any number of times.
+    // SAFETY: probing for the library opens and closes it; cuInit may be called any number of
+    // times.
     unsafe {
         if !sys::is_culib_present() {
             return Err(Error::NoGpu("the CUDA driver (libcuda) is not installed".into()));
@@ -77,7 +80,8 @@ impl Current {
 impl Drop for Current {
     fn drop(&mut self) {
         let mut context = std::ptr::null_mut();
-        // SAFETY: undoes the push of this value, on the same thread: the type is neither sent nor kept across calls.
+        // SAFETY: undoes the push of this value, on the same thread: the type is neither sent nor
+        // kept across calls.
         let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
     }
 }
@@ -100,7 +104,8 @@ impl Gpu {
         Gpu::describe(context, device, true)
     }
 
-    /// Borrows a context of the caller's.
+    /// Borrows a context of the caller. It is never destroyed, and a thread's current context is
+    /// the same after each call.
     ///
     /// # Safety
     /// `context` is a live `CUcontext` that outlives this value and everything made with it.
@@ -180,7 +185,8 @@ impl Gpu {
     #[must_use]
     pub fn driver_version(&self) -> i32 {
         let mut version = 0;
-        // SAFETY: `version` is a live local. The call cannot fail once the driver is initialised; 0 would mean unknown.
+        // SAFETY: `version` is a live local. The call cannot fail once the driver is initialised; 0
+        // would mean unknown.
         let _ = unsafe { sys::cuDriverGetVersion(&mut version) };
         version
     }
@@ -218,7 +224,8 @@ impl Gpu {
     /// Frees what `allocate` gave, once.
     pub(super) fn free(&self, address: u64) {
         if let Ok(_current) = Current::push(self) {
-            // SAFETY: a buffer has its address from `allocate` of this context, and frees it when it is dropped.
+            // SAFETY: a buffer has its address from `allocate` of this context, and frees it when
+            // it is dropped.
             let _ = unsafe { sys::cuMemFree_v2(address) };
         }
     }
@@ -265,13 +272,15 @@ impl Gpu {
     }
 
     /// # Safety
-    /// Every address in the parameters is memory of this GPU that the kernel may use, and is live until it is done.
+    /// Every address in the parameters is memory of this GPU that the kernel may use, and is live
+    /// until it is done.
     pub(super) unsafe fn launch(&self, stream: Stream, module: &GpuModule, launch: &Launch) -> Result<()> {
         let _current = Current::push(self)?;
         let [x, y, z] = launch.grid;
         let mut parameters = [launch.params.as_bytes().as_ptr() as *mut c_void];
-        // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load), which the driver copies
-        // during the call. What the addresses in it point to is the caller's promise.
+        // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load),
+        // which the driver copies during the call. What the addresses in it point to is the
+        // caller's promise.
         check("cuLaunchKernel", unsafe {
             sys::cuLaunchKernel(
                 module.functions[launch.kernel as usize],
@@ -342,7 +351,7 @@ impl Drop for Event {
 /// The kernels of one PTX text in a context, unloaded on drop.
 pub(crate) struct GpuModule {
     module: sys::CUmodule,
-    /// Indexed by [`Kernel`].
+    /// The entries, indexed by [`Kernel`].
     functions: [sys::CUfunction; Kernel::ALL.len()],
     gpu: Arc<Gpu>,
 }
@@ -353,7 +362,8 @@ unsafe impl Send for GpuModule {}
 unsafe impl Sync for GpuModule {}
 
 impl GpuModule {
-    /// Compiles PTX and loads its kernels, each with the dynamic shared memory that it needs. The compiler's log is in the error.
+    /// Compiles PTX and loads its kernels, each with the dynamic shared memory that it needs. The
+    /// compiler's log is in the error.
     pub(super) fn load(
         gpu: &Arc<Gpu>,
         name: &str,
@@ -372,7 +382,8 @@ impl GpuModule {
             [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
         let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
         let mut module = std::ptr::null_mut();
-        // SAFETY: the image is terminated, and both option arrays have the given length; the log buffer outlives the call.
+        // SAFETY: the image is terminated, and both option arrays have the given length; the log
+        // buffer outlives the call.
         let status = unsafe {
             sys::cuModuleLoadDataEx(
                 &mut module,
@@ -404,12 +415,13 @@ impl GpuModule {
         let mut loaded = GpuModule { module, functions, gpu: Arc::clone(gpu) };
         for ((kernel, function), shared_bytes) in Kernel::ALL.into_iter().zip(&mut loaded.functions).zip(shared_bytes) {
             let entry = text("entry", kernel.entry())?;
-            // SAFETY: the module is loaded, the name terminated, `function` live; the function is used with its own module.
+            // SAFETY: the module is loaded, the name terminated, `function` live; the function is
+            // used with its own module.
             unsafe {
                 check("cuModuleGetFunction", sys::cuModuleGetFunction(function, module, entry.as_ptr()))?;
                 let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 check("cuFuncSetAttribute", sys::cuFuncSetAttribute(*function, attribute, shared_bytes as c_int))?;
-                // Lazy loading would put an allocation into the first launch, which may be under graph capture.
+                // Lazy loading would allocate during the first launch, which a graph may capture.
                 if gpu.driver_version() >= EAGER_LOADING {
                     check("cuFuncLoad", sys::cuFuncLoad(*function))?;
                 }
@@ -422,7 +434,8 @@ impl GpuModule {
 impl Drop for GpuModule {
     fn drop(&mut self) {
         if let Ok(_current) = Current::push(&self.gpu) {
-            // SAFETY: loaded once, in this context; its functions are kept here and used by nobody after this.
+            // SAFETY: loaded once, in this context; its functions are kept here and used by nobody
+            // after this.
             let _ = unsafe { sys::cuModuleUnload(self.module) };
         }
     }

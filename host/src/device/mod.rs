@@ -1,7 +1,11 @@
 //! Where kernels run: a GPU through the CUDA driver, or the PTX emulator on the CPU.
 //!
-//! The driver is loaded when it is first asked for. Without it, every way to a GPU gives [`Error::NoGpu`] with what was found.
-//! A context or a stream of the caller's is borrowed: it is never destroyed. A thread's current context is restored after each call.
+//! [`Device`] also allocates, copies and waits, for programs that have no CUDA library of their
+//! own.
+//!
+//! The driver is loaded when it is first asked for. Without it, every way to a GPU gives
+//! [`Error::NoGpu`] with what was found. A context or a stream of the caller's is borrowed: it is
+//! never destroyed. A thread's current context is restored after each call.
 
 #[cfg(feature = "emulator")]
 mod emulator;
@@ -53,11 +57,13 @@ pub struct Buffer {
 
 impl Buffer {
     /// Address of the first byte, a multiple of 256.
+    #[must_use]
     pub fn address(&self) -> u64 {
         self.address
     }
 
     /// Size in bytes.
+    #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -89,8 +95,8 @@ impl Device {
         Device::emulator_from(1)
     }
 
-    /// [`Device::emulator`] whose launches run the warps of their blocks in the orders of `seed`, `seed + 1` and so on. A fault
-    /// tells the seed of its launch.
+    /// [`Device::emulator`] with another order of execution. Its launches run the warps of their
+    /// blocks in the orders of `seed`, `seed + 1` and so on. A fault tells the seed of its launch.
     #[cfg(feature = "emulator")]
     #[must_use]
     pub fn emulator_from(seed: u64) -> Device {
@@ -108,7 +114,7 @@ impl Device {
         }
     }
 
-    /// Name for people: the GPU's, or "emulator".
+    /// A name for people: the GPU's, or "emulator".
     #[must_use]
     pub fn name(&self) -> String {
         match self {
@@ -161,7 +167,8 @@ impl Device {
         }
     }
 
-    /// Copies `bytes` bytes from `offset` in `buffer` to the host, after all work that was launched before.
+    /// Copies `bytes` bytes from `offset` in `buffer` to the host, after all work that was launched
+    /// before.
     pub fn read(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
         self.check_range(buffer, offset, bytes)?;
         // SAFETY: the range lies in a live allocation of this device (checked above).
@@ -197,7 +204,8 @@ impl Device {
         self.check_range(from, 0, from.bytes)?;
         self.check_range(to, 0, from.bytes)?;
         match self {
-            // SAFETY: both are live allocations here, and the target is no smaller than the source (checked above).
+            // SAFETY: both are live allocations here, and the target is no smaller than the source
+            // (checked above).
             Device::Gpu(gpu) => unsafe { gpu.copy(stream, from.address, to.address, from.bytes) },
             #[cfg(feature = "emulator")]
             Device::Emulator(emulator) => emulator.write(to.address, &emulator.read(from.address, from.bytes)?),
@@ -213,7 +221,8 @@ impl Device {
         }
     }
 
-    /// Milliseconds that `work` takes on the device: between two events on a GPU, by the clock in the emulator.
+    /// The milliseconds that `work` takes on the device. A GPU measures between two events, the
+    /// emulator by the clock.
     pub fn time(&self, stream: Stream, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         match self {
             Device::Gpu(gpu) => gpu.time(stream, work),
@@ -226,7 +235,7 @@ impl Device {
         }
     }
 
-    /// Whether a range lies in a buffer, and the buffer on this device.
+    /// Checks that a range lies in a buffer, and the buffer on this device.
     fn check_range(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<()> {
         if !self.is(&buffer.device) {
             return Err(Error::input(
@@ -247,7 +256,8 @@ impl Device {
         Ok(())
     }
 
-    /// Loads PTX, which the driver compiles here. `shared_bytes` is the dynamic shared memory of each kernel.
+    /// Loads PTX, which the driver compiles here. `shared_bytes` is the dynamic shared memory of
+    /// each kernel.
     pub(crate) fn load(&self, name: &str, ptx: &str, shared_bytes: [u32; Kernel::ALL.len()]) -> Result<Loaded> {
         match self {
             Device::Gpu(gpu) => Ok(Loaded::Gpu(gpu::GpuModule::load(gpu, name, ptx, shared_bytes)?)),
@@ -256,10 +266,11 @@ impl Device {
         }
     }
 
-    /// Launches one kernel: in stream order on a GPU; the emulator runs it to its end.
+    /// Launches one kernel. A GPU runs it in stream order, the emulator runs it to its end now.
     ///
     /// # Safety
-    /// Every address in the parameters is memory of this device that the kernel may use, and is live until it is done.
+    /// Every address in the parameters is memory of this device that the kernel may use, and is
+    /// live until it is done.
     pub(crate) unsafe fn launch(&self, stream: Stream, kernels: &Loaded, launch: &Launch) -> Result<()> {
         match (self, kernels) {
             // SAFETY: the caller's promise.
@@ -277,7 +288,7 @@ impl Device {
     }
 }
 
-/// The error of a device that has too little memory: `free` bytes, where that is known.
+/// The error of a device that has too little memory. It has `free` bytes, where that is known.
 fn no_room(bytes: u64, free: Option<u64>) -> Error {
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     Error::input(

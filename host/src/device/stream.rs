@@ -1,4 +1,4 @@
-//! Streams and graphs: the caller's are borrowed, and a program that has none can have its own.
+//! Streams and graphs. A stream of the caller is borrowed; a program that has none can make one.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -19,7 +19,8 @@ impl Stream {
     /// Borrows a `CUstream` (or `cudaStream_t`, which is the same) of the device's context.
     ///
     /// # Safety
-    /// The handle is a live stream of the context that the work will be launched in, for as long as this value is used.
+    /// The handle is a live stream of the context that the work will be launched in, for as long as
+    /// this value is used.
     #[must_use]
     pub unsafe fn from_raw(handle: *mut c_void) -> Stream {
         Stream(handle as usize)
@@ -32,7 +33,8 @@ impl Stream {
 
 /// A stream that this library made. Neither it nor the default stream waits for the other.
 ///
-/// Dropping it waits for its work, so that no memory that outlives the stream is freed under a kernel.
+/// Dropping it waits for its work, so that no memory that outlives the stream is freed under a
+/// kernel.
 pub struct OwnedStream {
     gpu: Arc<Gpu>,
     stream: sys::CUstream,
@@ -58,13 +60,15 @@ impl OwnedStream {
     /// Captures what `work` launches on this stream as a graph. Nothing of it runs here.
     pub fn capture(&self, work: impl FnOnce(Stream) -> Result<()>) -> Result<Graph> {
         let _current = Current::push(&self.gpu)?;
-        // Other threads may go on allocating and waiting: only this thread's calls are held to what a capture allows.
+        // Other threads may go on allocating and waiting. Only this thread's calls must be such as
+        // a capture allows.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is live, and it is no default stream.
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })?;
         let worked = work(self.borrow());
         let mut captured = Captured(std::ptr::null_mut());
-        // A capture is ended even where `work` failed: a stream that is left capturing is of no use to anybody.
+        // The capture is ended even where `work` failed, since a stream that is left capturing is
+        // of no use.
         // SAFETY: the capture was begun on this thread; the graph is a live local's.
         let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut captured.0) });
         worked?;
@@ -90,7 +94,8 @@ impl Drop for OwnedStream {
     }
 }
 
-/// A captured graph, destroyed on drop while its context is current. It is null when the capture failed.
+/// A captured graph, destroyed on drop while its context is current. It is null when the capture
+/// failed.
 struct Captured(sys::CUgraph);
 
 impl Drop for Captured {
@@ -112,7 +117,8 @@ impl Graph {
     /// Launches all of it, in stream order.
     ///
     /// # Safety
-    /// What was captured may run now: the modules and memory that its launches use are live, and stay so until it is done.
+    /// What was captured may run now: the modules and memory that its launches use are live, and
+    /// stay so until it is done.
     pub unsafe fn launch(&self, stream: Stream) -> Result<()> {
         let _current = Current::push(&self.gpu)?;
         // SAFETY: the graph is live; the rest is the caller's promise.
@@ -123,7 +129,8 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if let Ok(_current) = Current::push(&self.gpu) {
-            // SAFETY: made once, in `capture`; the driver frees one that still runs when it is done.
+            // SAFETY: made once, in `capture`; the driver frees one that still runs when it is
+            // done.
             let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
         }
     }

@@ -1,4 +1,7 @@
-//! A picture to draw and write on.
+//! The pictures that commands draw.
+
+pub mod masks;
+pub mod run;
 
 use std::io::Cursor;
 
@@ -15,7 +18,7 @@ use crate::output::Output;
 const BACKGROUND: Rgb<u8> = Rgb([250, 250, 248]);
 const INK: Rgb<u8> = Rgb([30, 34, 40]);
 
-/// A picture with text.
+/// A picture to draw and write on.
 pub struct Picture(RgbImage);
 
 impl OriginDimensions for Picture {
@@ -47,7 +50,7 @@ impl Picture {
         Picture(RgbImage::from_pixel(width, height, BACKGROUND))
     }
 
-    /// Text with its upper left corner at a point.
+    /// Writes text with its upper left corner at a point.
     pub fn text(&mut self, x: u32, y: u32, text: &str) {
         let ink = Rgb888::new(INK.0[0], INK.0[1], INK.0[2]);
         let style = MonoTextStyle::new(&FONT_7X13, ink);

@@ -1,4 +1,4 @@
-//! Which key tiles each query tile reads, and pictures of it.
+//! Pictures of masks: which key tiles each query tile reads.
 
 use framestride::shapes::layout::{HeadType, Layout};
 use framestride::shapes::spec::Spec;
@@ -6,7 +6,7 @@ use framestride::shapes::tiling::key_tile;
 use image::Rgb;
 use rayon::prelude::*;
 
-use crate::picture::Picture;
+use super::Picture;
 
 /// What becomes of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,14 +16,14 @@ enum Fate {
     Edge,
 }
 
-/// The tiles of one head type, all text valid.
+/// The tiles of one head type. All text is valid.
 struct Tiling<'a> {
     spec: &'a Spec,
     head: HeadType,
 }
 
 impl Tiling<'_> {
-    /// Fate of the tile that a pair of packed rows lies in.
+    /// What becomes of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
         let Tiling { spec, head } = *self;
         match key_tile(&spec.layout, head, spec.tiles(), spec.layout.text_tokens, query, key) {
@@ -33,7 +33,7 @@ impl Tiling<'_> {
         }
     }
 
-    /// Colour of a pair of packed rows.
+    /// The colour of a pair of packed rows.
     fn colour(&self, query: u32, key: u32) -> Rgb<u8> {
         let seen = self.spec.layout.visible(self.head, query, self.spec.layout.text_tokens).sees(key);
         match (self.fate(query, key), seen) {
@@ -50,14 +50,15 @@ const FULL: Rgb<u8> = Rgb([42, 157, 143]);
 const EDGE_SEEN: Rgb<u8> = Rgb([244, 196, 92]);
 const EDGE_HIDDEN: Rgb<u8> = Rgb([160, 92, 60]);
 
-/// Order of rows and columns of a mask picture.
+/// The order of the rows and columns of a picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Model,
     Packed,
 }
 
-/// Side of a mask picture in pixels, and samples a pixel takes along each axis when it covers several tokens.
+/// The side of a picture in pixels, and how many samples a pixel takes along each axis where it
+/// covers several tokens.
 const SIDE: u32 = 480;
 const SAMPLES: u32 = 3;
 
@@ -96,8 +97,8 @@ fn draw_mask(picture: &mut Picture, left: u32, top: u32, tiling: &Tiling, order:
     }
 }
 
-/// A picture of the masks of `heads`: one row for each type, in model order on the left, in packed order on the right; queries go
-/// down, keys to the right.
+/// A picture of the masks of `heads`. Each type has a row, in model order on the left and in packed
+/// order on the right. Queries go down, keys go to the right.
 pub fn picture(spec: &Spec, heads: &[HeadType]) -> Picture {
     const MARGIN: u32 = 16;
     const LINE: u32 = 18;

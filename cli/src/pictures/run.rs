@@ -1,4 +1,4 @@
-//! Pictures of a run: what its heads look at, and their masks.
+//! The pictures of a layer that was run: what its heads look at, and their masks.
 
 use std::path::{Path, PathBuf};
 
@@ -10,24 +10,25 @@ use framestride_check::reference::Reference;
 use framestride_check::tensors::Inputs;
 use image::Rgb;
 
-use crate::mask_pictures;
+use super::{Picture, masks};
 use crate::output::Output;
-use crate::picture::Picture;
 use crate::tensor_files::Frames;
 use crate::video;
 
-/// Longer side of a frame in a picture, at least.
+/// The least length of the longer side of a frame in a picture.
 const FRAME_SIDE: usize = 256;
 
-/// Most heads that get a picture of their attention.
+/// At most so many heads get a picture of their attention.
 const HEADS: usize = 8;
 
-/// The files of a report, in a folder that is made for them.
+/// The files of `--report`, in a folder that is made for them.
 ///
-/// * `attention_head_N.png` (with a video): the frames, with the attention of one query of head N over them. The weights are those
-///   of the f64 reference under the head's mask, which the run was compared with; kernels never have them in memory.
-/// * `mask_TYPE.png` for each head type: in model order and in packed order, tiles coloured by what becomes of them.
-/// * `report.json`: the run's report.
+/// * `attention_head_N.png`, with a video: the frames, with the attention of one query of head N
+///   over them. The weights are those of the f64 reference under the head's mask. Kernels never
+///   have them in memory.
+/// * `mask_TYPE.png` for each head type: its mask in model order and in packed order, coloured by
+///   what becomes of each tile.
+/// * `report.json`: the report of the layer.
 pub struct RunPictures {
     attention: Vec<Output>,
     masks: Vec<(HeadType, Output)>,
@@ -35,7 +36,8 @@ pub struct RunPictures {
 }
 
 impl RunPictures {
-    /// Makes the folder and checks every file before the run; none may be one of `inputs`. With a video, `heads` get a picture.
+    /// Makes the folder, and checks every file before the run. None may be one of `inputs`. With a
+    /// video, `heads` heads get a picture.
     pub fn new(folder: &Path, heads: Option<usize>, inputs: &[&Path]) -> Result<RunPictures> {
         std::fs::create_dir_all(folder).map_err(|error| Error::file(folder, error))?;
         let output = |name: String| Output::new(&folder.join(name), inputs);
@@ -48,12 +50,12 @@ impl RunPictures {
         })
     }
 
-    /// Its files.
+    /// All files.
     pub fn outputs(&self) -> impl Iterator<Item = &Output> {
         self.attention.iter().chain(self.masks.iter().map(|(_, output)| output)).chain([&self.json])
     }
 
-    /// Writes all of it. Gives the files.
+    /// Writes all files, and gives their paths.
     pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &LayerRun, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
         if let Some(frames) = frames {
             let grid = video::grid(spec, frames, "video")?;
@@ -69,7 +71,7 @@ impl RunPictures {
             }
         }
         for (head_type, output) in &self.masks {
-            mask_pictures::picture(spec, &[*head_type]).save(output)?;
+            masks::picture(spec, &[*head_type]).save(output)?;
         }
         let mut json = serde_json::to_string_pretty(&run.report).unwrap_or_default();
         json.push('\n');
@@ -80,7 +82,8 @@ impl RunPictures {
     }
 }
 
-/// All frames in a grid, darkened, with the weights of one query over them; the query's own patch has a frame.
+/// All frames in a grid, darkened, with the weights of one query over them. A rectangle marks the
+/// query's own patch.
 fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &[f64], title: &str) -> Picture {
     const MARGIN: usize = 16;
     const GAP: usize = 8;
@@ -121,8 +124,7 @@ fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &
                 let pixel = [0, 1, 2].map(|channel| frames.pixels[pixel + channel]);
                 // The square root keeps weak weights visible.
                 let heat = (weights[frame * patches + patch[0] * grid[1] + patch[1]] / strongest).sqrt();
-                let place = ((left + x) as u32, (top + LINE + y) as u32);
-                picture.put_pixel(place.0, place.1, overlay(pixel, heat));
+                picture.put_pixel((left + x) as u32, (top + LINE + y) as u32, overlay(pixel, heat));
             }
         }
         if frame == query_frame {
@@ -140,7 +142,8 @@ fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &
     picture
 }
 
-/// A pixel, grey and dark where nothing looks, in its own colours and warm where something does.
+/// The colour of a pixel. It is grey and dark where nothing looks. Where something looks, it is
+/// warm and has its own colours.
 fn overlay(pixel: [u8; 3], heat: f64) -> Rgb<u8> {
     let grey = pixel.iter().map(|&x| f64::from(x)).sum::<f64>() / 3.0;
     let glow = [255.0, 110.0, 20.0];
