@@ -181,7 +181,7 @@ impl Inputs {
         Inputs { scale: Some(RISING_SCALE), ..inputs }
     }
 
-    /// Large V, and Q and K whose queries come in groups of [`GROUP`]. One query of a group alone
+    /// Large V, and Q and K whose queries come in groups of 64. One query of a group alone
     /// decides how the softmax begins, or that it may not go on so.
     ///
     /// All other queries may do without offsets in every tile. What the one does changes from group
@@ -299,7 +299,7 @@ impl Inputs {
     /// their run, with equal weight.
     ///
     /// These are the last visible and the first hidden key, through the spatial mask and through
-    /// the temporal one. [`EDGE_QUERIES`] queries look at where their runs begin, the next at where
+    /// the temporal one. 80 queries look at where their runs begin, the next at where
     /// they end. So whoever moves an edge by one key changes a large part of a row.
     pub fn edges(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
         let layout = spec.layout;

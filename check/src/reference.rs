@@ -279,7 +279,7 @@ pub struct Attended {
     /// errors of the weights make.
     ///
     /// Weights that lie near each other are rounded alike. So neighbouring keys whose scores lie
-    /// within [`ALIKE`] count as one key, with the sum of their values.
+    /// within `ALIKE` count as one key, with the sum of their values.
     pub spread: f64,
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest. It is the size
     /// of the error that independent absolute errors of the weights make.

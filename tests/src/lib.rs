@@ -5,6 +5,7 @@
 //! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the
 //!   softmax under the products, which [`sass`] reads.
 //! * `shipped`: `host/kernels` holds what the builder makes today.
+//! * `engine`: the crates that an engine links, which are few.
 //! * `own_crate`: a user's own device crate (`device/`), with a spelled-out shape and a kernel that
 //!   is written by hand.
 //!
@@ -25,6 +26,7 @@
 //! compared. What ptxas says is compared only under the recorded ptxas.
 #![cfg(test)]
 
+mod engine;
 mod machine_code;
 mod own_crate;
 mod sass;

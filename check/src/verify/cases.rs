@@ -5,6 +5,7 @@ use framestride::shapes::spec::{NormOver, Spec};
 use rand::{Rng, RngExt};
 
 use crate::device_tensors::Arrangement;
+use crate::tensors::Inputs;
 
 /// Where the types of the heads come from in one case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,23 @@ pub enum CaseContent {
     Constant,
     /// [`Inputs::edges`].
     Edges,
+}
+
+impl CaseContent {
+    /// Makes the inputs of a launch with `batch` items of `heads` heads.
+    pub(super) fn make(self, spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let make = match self {
+            CaseContent::Random => Inputs::random,
+            CaseContent::Sudden => Inputs::sudden,
+            CaseContent::Planted => Inputs::planted,
+            CaseContent::Rising => Inputs::rising,
+            CaseContent::Lone => Inputs::lone,
+            CaseContent::Hidden => Inputs::hidden,
+            CaseContent::Constant => Inputs::constant,
+            CaseContent::Edges => Inputs::edges,
+        };
+        make(spec, batch, heads, seed)
+    }
 }
 
 /// How many batch items and heads are launched.

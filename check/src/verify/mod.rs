@@ -44,7 +44,6 @@ use crate::device_tensors::{DeviceLayer, POISON};
 use crate::memory_fit::{self, Free};
 use crate::random::row_generator;
 use crate::reference::{Head, Mask, Reference};
-use crate::tensors::Inputs;
 use crate::{repeatability, tolerance};
 
 /// What `verify` found.
@@ -160,18 +159,8 @@ fn run_case(
     progress: &dyn Fn(f64),
 ) -> Result<Checks> {
     let (spec, device) = (module.spec(), module.device());
-    let make = match case.content {
-        CaseContent::Random => Inputs::random,
-        CaseContent::Sudden => Inputs::sudden,
-        CaseContent::Planted => Inputs::planted,
-        CaseContent::Rising => Inputs::rising,
-        CaseContent::Lone => Inputs::lone,
-        CaseContent::Hidden => Inputs::hidden,
-        CaseContent::Constant => Inputs::constant,
-        CaseContent::Edges => Inputs::edges,
-    };
     progress(0.0);
-    let mut inputs = make(spec, batch as usize, heads as usize, seed);
+    let mut inputs = case.content.make(spec, batch as usize, heads as usize, seed);
     let text = spec.layout.text_tokens;
     let mut generator = row_generator(seed, u64::MAX);
     inputs.text_lengths = case.text.lengths(text, batch, &mut generator);
