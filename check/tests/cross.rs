@@ -1,8 +1,10 @@
-//! Specs that are shipped nowhere, built on the spot: the cross product of what a spec can say, sampled so that every pair of
-//! values of any two keys occurs together in some spec (a pairwise covering, found greedily from a fixed seed).
+//! Specs that are shipped nowhere, built on the spot. They sample the cross product of what a spec
+//! can say. Every pair of values of any two keys occurs together in some spec: a pairwise covering,
+//! found greedily from a fixed seed.
 //!
-//! Each spec runs three layers, so that the pairs also meet dense, given and profiled types, random and rising scores, all lengths
-//! of text and all arrangements. Frame sizes are odd, so that every tile is cut somewhere. Sequences have 60 to 400 tokens.
+//! Each spec runs three layers. So the pairs also meet dense, given and profiled types, random and
+//! rising scores, all lengths of text and all arrangements. Frame sizes are odd, so that every tile
+//! is cut somewhere. Sequences have 60 to 400 tokens.
 
 use std::fmt::Write;
 
@@ -14,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-/// What a spec can say: the keys of a table, and the values each may have.
+/// What a spec can say: the values that each key may have.
 const FACTORS: [&[&str]; 10] = [
     &["head_dim = 64", "head_dim = 128"],
     &["dtype = \"bf16\"", "dtype = \"f16\""],
@@ -30,7 +32,8 @@ const FACTORS: [&[&str]; 10] = [
 
 type Choice = [usize; FACTORS.len()];
 
-/// Rows that hold every pair of values. Each row is the best of 200 random ones at covering what is still missing.
+/// Rows that hold every pair of values. Each row is the best of 200 random ones at covering what is
+/// still missing.
 fn pairwise() -> Vec<Choice> {
     let mut missing: Vec<(usize, usize, usize, usize)> = Vec::new();
     for (a, first) in FACTORS.iter().enumerate() {
@@ -75,7 +78,7 @@ fn toml(index: usize, row: &Choice) -> String {
         let rotates_text = if value(6).is_empty() { "text = false" } else { value(4) };
         write!(text, "[rope]\npairs = \"{}\"\n{rotates_text}\n{}\n", value(3), value(5)).unwrap();
     }
-    // A narrow band and a wide one.
+    // One band is narrow, and one is wide.
     write!(text, "[masks.spatial]\nhalf_width = {}\n[masks.temporal]\nhalf_width_frames = 0.8\n", 2 + 11 * index % 60)
         .unwrap();
     write!(text, "[sink]\n{}\n[profile]\nrows = {}\nseed = {index}\n", value(7), 1 + 24 * (index % 4)).unwrap();
@@ -126,8 +129,8 @@ fn kernels_of_sampled_specs_match_the_reference() {
     assert!(failures.is_empty(), "{} checks failed, the first:\n{}", failures.len(), failures[0]);
 }
 
-/// Specs that met faults, and where there is next to nothing: one frame, in which both masks are of the same tokens, a mask that hides
-/// nothing, one token.
+/// Specs that once met faults, and specs with next to nothing in them. They have one frame, in
+/// which both masks have the same tokens, a mask that hides nothing, or one token.
 const EDGES: [&str; 4] = [
     "name = \"one_frame\"\n[video]\nframes = 1\ntokens_per_frame = 35\n[attention]\nheads = 2\nhead_dim = 64\n
      [masks.spatial]\nhalf_width = 3\n[masks.temporal]\nhalf_width = 35\n",
@@ -141,7 +144,7 @@ const EDGES: [&str; 4] = [
      [masks.spatial]\nhalf_width = 1\n[masks.temporal]\nhalf_width = 1\n",
 ];
 
-/// A spec whose every key is drawn at random, one that its reader accepts.
+/// A spec whose every key is drawn at random, until one is accepted.
 fn random_spec(name: &str, generator: &mut ChaCha8Rng) -> String {
     fn pick<'a>(generator: &mut ChaCha8Rng, values: &[&'a str]) -> &'a str {
         values[generator.random_range(0..values.len())]
@@ -185,7 +188,7 @@ fn random_spec(name: &str, generator: &mut ChaCha8Rng) -> String {
     }
 }
 
-/// Everything that `verify` does passes at the edges, and for two specs that nobody chose.
+/// `verify` passes for specs at the edges, and for two random specs.
 #[test]
 fn edges_and_random_specs_match_the_reference() {
     let seed: u64 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();

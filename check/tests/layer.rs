@@ -1,4 +1,5 @@
-//! Whole layers of the shipped tiny specs in the emulator, against the reference: every case of `verify`, and what it leaves out.
+//! Whole layers of the shipped tiny specs in the emulator, compared with the reference. Every case
+//! of `verify` is run, and what it leaves out.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ fn module(name: &str) -> Arc<Module> {
     Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap()
 }
 
-/// Different each time; printed, so that a failure can be had again.
+/// A seed that differs each time. It is printed, so that a failure can be had again.
 fn fresh_seed() -> u64 {
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into();
     println!("seed {seed}");
@@ -43,7 +44,7 @@ macro_rules! shipped {
 
 shipped!(tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
 
-/// Every arrangement of the inputs into every arrangement of the output.
+/// Every arrangement of the inputs is tried with every arrangement of the output.
 #[test]
 fn arrangements() {
     let cases: Vec<Case> = Arrangement::ALL
@@ -59,7 +60,8 @@ fn arrangements() {
     passes("tiny_text_last", &cases);
 }
 
-/// What is compared of a layer that is too large to be compared whole: some of the rows, but something of every head.
+/// Of a layer that is too large to be compared whole, some rows are compared, and something of
+/// every head.
 #[test]
 fn a_sample() {
     let (module, seed) = (module("tiny_heads_sinks"), fresh_seed());
@@ -77,7 +79,7 @@ fn a_sample() {
                 "errors of the samples",
                 "mean squared errors",
             ];
-            // Of three heads, one of each type is all of them.
+            // Where there are three heads, one of each type are all of them.
             let some = if case.launch_extent(module.spec()) == [1, 3] { 1..check.of + 1 } else { 1..check.of };
             let compared = if sampled.contains(&check.quantity) { some } else { check.of..check.of + 1 };
             assert!(compared.contains(&check.compared), "seed {seed}: {check:?}");
@@ -85,7 +87,7 @@ fn a_sample() {
     }
 }
 
-/// Every mask with every length of text.
+/// Every mask is tried with every length of text.
 #[test]
 fn masks_and_text_lengths() {
     let types = HeadType::ALL.map(CaseTypes::All).into_iter().chain([CaseTypes::Profiled]);
@@ -96,7 +98,7 @@ fn masks_and_text_lengths() {
     passes("tiny_heads_sinks", &cases);
 }
 
-/// Output of one layer.
+/// The output of one layer.
 fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
     let device = module.device();
     let attention = SparseAttention::new(module, inputs.q.batch as u32, inputs.q.heads as u32).unwrap();
@@ -141,7 +143,7 @@ fn in_place() {
     assert_eq!(q.download(device).unwrap().0, apart);
 }
 
-/// What the schedule keeps dense is dense, and borrowed memory serves as a workspace.
+/// Calls that the schedule keeps dense are dense, and borrowed memory serves as a workspace.
 #[test]
 fn the_schedule_and_a_borrowed_workspace() {
     let module = module("tiny_text_rope");
@@ -172,7 +174,7 @@ fn the_schedule_and_a_borrowed_workspace() {
     assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.workspace_plan().head_types.start)), profiled);
 }
 
-/// Heads that are to be dense are, and the others what profiling finds.
+/// Heads that are asked to be dense are dense. The others have the types that profiling finds.
 #[test]
 fn dense_heads() {
     let module = module("tiny_text_last");
@@ -213,7 +215,8 @@ fn nan_is_carried() {
         let mask = framestride_check::reference::Mask::new(&spec.layout, head_type, 10);
         for row in 0..spec.layout.sequence() as usize {
             let found = widen(spec.dtype, out.bits[out.index(0, row, head)]);
-            // 0 x NaN is NaN on the tensor cores: rows of the same tile may catch it, rows beyond may not.
+            // 0 x NaN is NaN on the tensor cores. So rows of the same tile may catch it, and rows
+            // beyond may not.
             if mask.sees(row, sick) {
                 assert!(found.is_nan(), "head {head} row {row}");
             }
@@ -224,7 +227,7 @@ fn nan_is_carried() {
     }
 }
 
-/// Inputs made by hand whose parts do not fit each other.
+/// Inputs that are made by hand, and whose parts do not fit each other, are refused.
 #[test]
 fn inputs_that_contradict_themselves() {
     let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();

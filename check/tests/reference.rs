@@ -1,4 +1,5 @@
-//! The f64 reference against what can be worked out by hand, and the inputs that are made to be of a kind.
+//! The f64 reference is compared with what can be worked out by hand. Inputs that are made for a
+//! purpose serve it.
 
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, Spec};
@@ -17,7 +18,7 @@ fn spec(name: &str) -> Spec {
     Spec::parse(name, text).unwrap()
 }
 
-/// Two independent counts: pair by pair from the rule, and the formula of the spec.
+/// Two independent counts agree: pair by pair from the rule, and by the formula of the spec.
 #[test]
 fn visible_pairs_are_those_of_the_formula() {
     for spec in tiny_specs() {
@@ -28,7 +29,8 @@ fn visible_pairs_are_those_of_the_formula() {
     }
 }
 
-/// Two independent orders: sorted by the rule's positions, and computed by the layout that the kernels use.
+/// Two independent orders agree: sorted by the rule's positions, and computed by the layout that
+/// the kernels use.
 #[test]
 fn packed_order_is_that_of_the_kernels() {
     for spec in tiny_specs() {
@@ -67,7 +69,8 @@ fn equal_scores_average_the_seen_values() {
     }
 }
 
-/// A row's norm gives mean 0 (layer) and mean square 1; over heads, that of the whole token.
+/// A norm gives a row mean 0, if it is a layer norm, and mean square 1. Over all heads, it gives
+/// them to the whole token.
 #[test]
 fn norms_normalise() {
     for spec in tiny_specs().filter(|spec| spec.qk_norm.is_some()) {
@@ -81,14 +84,15 @@ fn norms_normalise() {
                 .map(|head| norm(&reference.row(Operand::Key, 0, row, head)).powi(2) / f64::from(spec.head_dim))
                 .collect();
             let mean = squares.iter().sum::<f64>() / squares.len() as f64;
-            // eps takes a little off.
+            // eps makes the mean square a little less.
             assert!((mean - 1.0).abs() < 1e-3, "{}: {squares:?}", spec.name);
             assert_eq!(squares.iter().all(|square| (square - 1.0).abs() < 1e-3), !over_heads, "{}", spec.name);
         }
     }
 }
 
-/// Products of rotated rows depend on the distance of their tokens alone, and rotating back undoes it.
+/// Products of rotated rows depend on the distance of their tokens alone, and rotating back undoes
+/// it.
 #[test]
 fn rope_is_relative() {
     let spec = spec("tiny_text_last");
@@ -100,7 +104,7 @@ fn rope_is_relative() {
         row
     };
     let product = |a: usize, b: usize| turned(a).iter().zip(turned(b)).map(|(a, b)| a * b).sum::<f64>();
-    // Frames of 23 tokens: (0, 0) to (2, 4) is as far as (1, 7) to (3, 11).
+    // Frames have 23 tokens, so (0, 0) to (2, 4) is as far as (1, 7) to (3, 11).
     assert!((product(0, 50) - product(30, 80)).abs() < 1e-4);
     assert!((product(0, 50) - product(0, 51)).abs() > 1e-2);
     let mut back = turned(77);
@@ -148,8 +152,8 @@ fn planted_heads_are_of_their_type() {
     }
 }
 
-/// An eighth of the rows or so are such that the eps of a norm counts: their mean squares are near it, or zero, and so are the variances,
-/// of heads and of tokens alike.
+/// In about an eighth of the rows, the eps of a norm counts. Their mean squares and variances are
+/// near eps or zero, for heads and for tokens alike.
 #[test]
 fn eps_counts_in_random_inputs() {
     for kind in ["rms", "layer"] {
@@ -177,8 +181,8 @@ fn eps_counts_in_random_inputs() {
     }
 }
 
-/// Sums of the weights of each thread's keys of a key tile, two of each eight, for a row of a dense head without text: what decides on
-/// offsets.
+/// Sums of the weights that each thread has of a row in a key tile: two keys of each eight. They
+/// decide on offsets. The head is dense, without text.
 fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [f64; 4] {
     let last = spec.layout.video_tokens().min(tile.first_row + tile.rows);
     let mut sums = [0.0; 4];
@@ -188,8 +192,9 @@ fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [
     sums
 }
 
-/// The attention kernel begins without offsets where the weights of a first tile allow it. For every spec of more than one tile `verify`
-/// has warpgroups of which a later tile has weights too large.
+/// The attention kernel begins without offsets where the weights of a first tile allow it. For
+/// every spec of more than one tile, `verify` has warpgroups for which weights become too large in
+/// a later tile.
 #[test]
 fn sudden_scores_begin_plain_and_outgrow_it() {
     let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles().key_rows;
@@ -219,8 +224,9 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
     }
 }
 
-/// Of each 64 queries one alone, or two of a kind each, cannot do without an offset: too small, too large, or too large later on. It is in
-/// either half of its warp's rows. Every combination occurs.
+/// Of each 64 queries, one alone cannot do without an offset, or two in different ways. Their
+/// weights are too small, too large, or too large later on. They lie in either half of their warp's
+/// rows. Every combination occurs.
 #[test]
 fn lone_rows_are_alone() {
     let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles().key_rows;
@@ -262,7 +268,8 @@ fn lone_rows_are_alone() {
     }
 }
 
-/// The highest key is hidden from many rows by both masks, weights relative to it vanish in the type, and yet one mask is clearly better.
+/// Both masks hide the highest key from many rows. Weights relative to it vanish in the type, and
+/// yet one mask is clearly better.
 #[test]
 fn a_hidden_key_is_above_all() {
     for spec in tiny_specs().chain([spec("demo")]) {
@@ -290,9 +297,10 @@ fn a_hidden_key_is_above_all() {
     }
 }
 
-/// Maxima of key tiles, in log2 units, in the order in which the attention kernel meets them: many rise by more than a weight may grow before
-/// offsets are lowered, some by more than f32 holds, some tiles lie below what f32 tells from zero, and no mask hides the largest of most
-/// rows.
+/// The maxima of key tiles, in the order in which the attention kernel meets them, rise and fall as
+/// they should. Many rise by more than a weight may grow before offsets are lowered, and some by
+/// more than f32 holds. Some tiles lie below what f32 tells from zero. No mask hides the largest
+/// score of most rows.
 #[test]
 fn rising_scores_rise_and_fall() {
     for spec in tiny_specs().chain([spec("demo")]) {
@@ -325,7 +333,8 @@ fn rising_scores_rise_and_fall() {
                     kept += f64::from(scores.iter().all(|score| score - largest < 22.0));
                 }
             }
-            // Through a mask most rows meet their own key, the largest, in their first tile: some still rise, of no fixed share.
+            // Through a mask most rows meet their own key in their first tile, and its score is the
+            // largest. Some still rise, but no fixed share of them.
             let is_dense = head_type == HeadType::Dense;
             let [risen, overflown, vanished, kept] = [risen, overflown, vanished, kept].map(|count| count / rows);
             let shares = format!("{} {head_type:?}: {risen:.2} {overflown:.2} {vanished:.2} {kept:.2}", spec.name);

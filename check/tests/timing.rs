@@ -1,4 +1,5 @@
-//! What a bench counts and computes, in the emulator: its times mean nothing, everything else does.
+//! What a bench counts and computes, in the emulator. Its times mean nothing there, and everything
+//! else does.
 
 use framestride::shapes::layout::HeadType;
 use framestride::{Device, Kernels, Module};

@@ -10,7 +10,7 @@ use framestride_cli::tensor_files::{load_frames, load_inputs};
 use framestride_cli::video;
 use safetensors::tensor::{Dtype, TensorView};
 
-/// 5 frames of 23 tokens and 24 of text, 2 heads of 64, bf16, rms norm, RoPE.
+/// A spec of 5 frames of 23 tokens, 24 text tokens, 2 heads of 64, bf16, rms norm and RoPE.
 const SPEC: &str = "tiny_text_last";
 
 fn spec(name: &str) -> Spec {
@@ -135,7 +135,7 @@ fn tensor_files() {
     load_inputs(&folder.path().join("good"), &spec).unwrap();
 }
 
-/// A 16-bit or 32-bit type that cannot hold a finite number: tensor, element, number and limit.
+/// A type that cannot hold a finite number is an error that says tensor, element, number and limit.
 #[test]
 fn numbers_that_overflow() {
     let bytes32 = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
@@ -151,7 +151,7 @@ fn numbers_that_overflow() {
         load_inputs(&path, spec)
     };
     let mut messages = String::new();
-    // The element [0, 2, 0, 3].
+    // The number stands at [0, 2, 0, 3].
     let (bf16, f16) = (spec(SPEC), spec("tiny_layer_half"));
     for (spec, value, is_wide) in [
         (&f16, 70000.0, false),
@@ -174,7 +174,7 @@ fn numbers_that_overflow() {
     writeln!(messages, "## a weight\n{error}").unwrap();
     insta::assert_snapshot!(messages.replace(&path.display().to_string(), "qkv.safetensors"));
 
-    // What rounds to the largest number is fine, and an infinity is one on purpose.
+    // A number that rounds to the largest one is taken, and so is an infinity, which is meant.
     let shape = vec![1, f16.layout.sequence() as usize, 1, 128];
     let mut values = vec![65519.0; shape.iter().product()];
     values[7] = f32::INFINITY;
@@ -182,7 +182,7 @@ fn numbers_that_overflow() {
     assert_eq!((inputs.v.bits[6], inputs.v.bits[7]), (0x7bff, 0x7c00));
 }
 
-/// diffusers' names and shapes are the same inputs as those of this project.
+/// The names and shapes of diffusers give the same inputs as those of this project.
 #[test]
 fn tensors_as_diffusers_has_them() {
     let spec = spec(SPEC);
@@ -223,13 +223,13 @@ fn tensors_as_diffusers_has_them() {
     ];
     assert_eq!(load(&theirs).unwrap(), inputs);
 
-    // The other pairs of channels: then the two numbers of a pair differ.
+    // For the other pairs of channels, the two numbers of a pair differ.
     let halves = |table: &[f32]| bytes(&table.chunks(32).flat_map(|row| [row, row].concat()).collect::<Vec<f32>>());
     let mut other = theirs.clone();
     other[3].3 = halves(&tables.cos);
     let error = load(&other).unwrap_err().to_string();
     assert!(error.contains("tensor freqs_cos: found") && error.contains("rope.pairs = \"interleaved\""), "{error}");
-    // Pairs of halves, as Cosmos has them.
+    // These are pairs of halves, as Cosmos has them.
     let half = self::spec("tiny_layer_half");
     assert_eq!(half.rope.unwrap().pairs, framestride::shapes::spec::Pairs::Half);
     let table: Vec<f32> = (0..231 * 64).map(|index| index as f32).collect();
@@ -287,7 +287,8 @@ fn videos() {
     insta::assert_snapshot!(messages);
 }
 
-/// Names and texts of megabytes, and bytes that a terminal would obey.
+/// Names and texts of megabytes, and bytes that a terminal would obey, make short and plain
+/// messages.
 #[test]
 fn messages_stay_small_and_plain() {
     let folder = tempfile::tempdir().unwrap();

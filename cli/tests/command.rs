@@ -65,17 +65,19 @@ fn verify() {
     }
 }
 
-/// Kernels with one wrong instruction: verify must say so, whatever the instruction is for.
+/// Kernels have one wrong instruction. `verify` must say so, whatever the instruction is for.
 #[test]
 fn verify_finds_wrong_kernels() {
     let folder = tempfile::tempdir().unwrap();
     let kernels = Kernels::shipped("tiny_text_last").unwrap();
-    // Position of the body of an entry.
+    // The position of the body of an entry.
     let entry = |name: &str| kernels.ptx().find(&format!(".entry {name}(")).unwrap();
     let changes = [
         ("pack", 0, "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
-        // Exponentials: the weights of a first tile without offsets, 64 a thread; those of another; two factors where offsets are lowered;
-        // the weights of the tile that made that necessary; those of another with offsets. The first must stay positive, or offsets mend it.
+        // These are exponentials, in the order of the text. A thread has 64 weights of a first tile
+        // without offsets, then 64 of another tile. Factors follow, where offsets are lowered, and
+        // the weights of the tile that made it necessary. The last are the weights of another tile
+        // with offsets. The first weights must stay positive, or offsets mend it.
         ("attention", 0, "ex2.approx.ftz.f32", "abs.ftz.f32"),
         ("attention", 64, "ex2.approx.ftz.f32", "neg.ftz.f32"),
         ("attention", 128, "ex2.approx.ftz.f32", "neg.ftz.f32"),
@@ -83,7 +85,7 @@ fn verify_finds_wrong_kernels() {
         ("attention", 202, "ex2.approx.ftz.f32", "neg.ftz.f32"),
         ("attention", 0, "rcp.approx.ftz.f32", "neg.ftz.f32"),
         ("select", 0, "setp.lt.f32", "setp.gt.f32"),
-        // The errors are not stored: what lay in their place stays.
+        // The errors are not stored here, so what lay in their place stays.
         ("select", 0, "st.global", "// st.global"),
     ];
     for (kernel, nth, right, wrong) in changes {
@@ -98,14 +100,14 @@ fn verify_finds_wrong_kernels() {
         let (report, code) =
             json(&["verify", "tiny_text_last", "--device", "emulator", "--seed", "1", "--ptx", path(&file)]);
         assert_eq!((report["ok"].as_bool(), code), (Some(false), 1), "{kernel}: {wrong} for {right}");
-        // What is left to the memory's earlier content is the only thing that another run makes otherwise.
+        // Only a result that depends on what the memory held before differs in another run.
         let mut again =
             report["checks"].as_array().unwrap().iter().filter(|check| check["case"] == "profiled, run again");
         assert_eq!(again.all(|check| check["ok"] == true), !wrong.starts_with("//"), "{kernel}: {wrong} for {right}");
     }
 }
 
-/// Tensors from a file in f32, output beside it, equal to what the library gives for the same tensors.
+/// Tensors of a file in f32 give an output beside it, which equals what the library gives for them.
 #[test]
 fn run_on_tensors() {
     let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
@@ -146,8 +148,8 @@ fn run_on_tensors() {
     assert_eq!(out.tensor("out").unwrap().data(), expected);
 }
 
-/// One NaN in V: every row of the head reads its tile and may be NaN. Nothing is left to compare there, which is no success; the other head
-/// is right.
+/// V has one NaN. Every row of the head reads its tile and may be NaN. Nothing is left to compare
+/// there, which is no success. The other head is right.
 #[test]
 fn run_carries_nan() {
     let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
@@ -171,7 +173,8 @@ fn run_carries_nan() {
     );
 }
 
-/// Whatever of the inputs is not finite is named with its place and value. What it reaches is not compared, and the rest is right.
+/// Every element of the inputs that is not finite is named with its index and value. What it
+/// reaches is not compared, and the rest is right.
 #[test]
 fn run_names_what_is_not_finite() {
     let (folder, spec) = (tempfile::tempdir().unwrap(), tiny());
@@ -206,21 +209,22 @@ fn run_names_what_is_not_finite() {
         ("cos", 1500, &nan, "cos, element 1500, is NaN"),
     ] {
         let (report, code) = run(tensor, element, bits);
-        // What V has reaches all rows of its head.
+        // A value in V reaches all rows of its head.
         let expected = if tensor == "v" { (Some(false), 1) } else { (Some(true), 0) };
         assert_eq!((report["ok"].as_bool(), code), expected, "{report}");
         assert_eq!(report["not_finite"], serde_json::json!([message]));
         let rows = |head: usize| report["heads"][head]["nan_rows"].as_u64().unwrap();
         assert!(rows(1) > 0 && (tensor == "cos" || rows(0) == 0), "{report}");
     }
-    // Every row of K has it: there is nothing left to compare, which is no success.
+    // Every row of K has it. Nothing is left to compare, which is no success.
     let (report, code) = run("k_norm.weight", 5, &f32::INFINITY.to_le_bytes());
     assert_eq!((report["ok"].as_bool(), code), (Some(false), 1), "{report}");
     assert_eq!(report["not_finite"][0], "k_norm.weight, element 5, is inf");
     assert!(report["heads"][0]["reason"].as_str().unwrap().contains("nothing to compare"), "{report}");
 }
 
-/// Weights of 1000 make scores so large that rounding moves any output by more than its size: zeros would pass.
+/// Weights of 1000 make scores so large that rounding moves any output by more than its size. Zeros
+/// would pass.
 #[test]
 fn run_says_what_is_not_comparable() {
     let mut inputs = Inputs::random(&tiny(), 1, 2, 14);
@@ -293,8 +297,8 @@ fn doctor_looks_at_everything() {
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
 
-/// A driver that is older than the kernels' PTX: everybody names the least one, and `auto` takes the emulator. The library only
-/// answers what is asked before a launch.
+/// Where the driver is older than the kernels' PTX, every message names the least driver, and
+/// `auto` takes the emulator. The pretended driver only answers what is asked before a launch.
 #[cfg(target_os = "linux")]
 #[test]
 fn old_drivers() {
@@ -336,7 +340,7 @@ fn old_drivers() {
             assert!(code == 2 && error.contains(least), "{command}, {code}: {error}");
         }
     }
-    // Drivers that do not get as far as a card's name.
+    // These drivers do not get as far as a card's name.
     for (variable, value) in [("FAKE_INIT", "803"), ("FAKE_COUNT", "0"), ("FAKE_RETAIN", "2")] {
         let run = |device: &str| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
@@ -348,7 +352,7 @@ fn old_drivers() {
         assert!(auto.status.success() && error.starts_with("note: on the emulator. no GPU"), "{error}");
         assert_eq!(gpu.status.code(), Some(2), "{variable}");
     }
-    // A card that is as it should be, whose memory is full: bad input, no fault of a kernel.
+    // The memory of a card is full. That is bad input, and no fault of a kernel.
     let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
     assert!(code == 2 && error.contains("device memory"), "{code}: {error}");
     assert!(
@@ -357,7 +361,7 @@ fn old_drivers() {
     );
 }
 
-/// Scale, dense heads and lengths of text as options.
+/// Scale, dense heads and lengths of text are options.
 #[test]
 fn run_with_options() {
     let folder = tempfile::tempdir().unwrap();
@@ -398,7 +402,7 @@ fn run_with_options() {
     }
 }
 
-/// Every command reads a spec from a pipe, which gives its text once.
+/// Every command can read a spec from a pipe, which gives its text once.
 #[cfg(unix)]
 #[test]
 fn specs_from_pipes() {
@@ -440,7 +444,8 @@ fn specs_from_pipes() {
     assert!(String::from_utf8_lossy(&other.stderr).contains("kernels of another spec, named tiny_plain"));
 }
 
-/// Shipped names that a folder or a mistake hides, and arguments that a terminal would obey.
+/// Shipped names are found behind folders and mistakes, and no terminal obeys an argument in a
+/// message.
 #[test]
 fn specs_and_their_names() {
     let folder = tempfile::tempdir().unwrap();
@@ -481,7 +486,8 @@ fn specs_and_their_names() {
     }
 }
 
-/// More memory than there is, asked for by 248 bytes or by a spec: an error before anything is allocated.
+/// A file of 248 bytes or a spec asks for more memory than there is. It is an error before anything
+/// is allocated.
 #[test]
 fn more_memory_than_there_is() {
     let folder = tempfile::tempdir().unwrap();
@@ -492,7 +498,7 @@ fn more_memory_than_there_is() {
     let output = framestride(&["run", "tiny_heads_sinks", "--device", "emulator", "--qkv", path(&file)]);
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(2) && error.contains("1000000 heads"), "{error}");
-    // Q alone has more than a terabyte.
+    // Q alone has more than a terabyte here.
     let spec = folder.path().join("huge.toml");
     let text = "name = 'huge'\n[video]\nframes = 64\ntokens_per_frame = 65536\n[attention]\nheads = 1000\nhead_dim = 128\n\
         [masks.spatial]\nhalf_width = 65536\n[masks.temporal]\nhalf_width = 65536\n";

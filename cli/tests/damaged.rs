@@ -1,4 +1,4 @@
-//! Files that were damaged at random: each is read as what it says or is an error, and nothing else.
+//! Files are damaged at random. Each is read as what it says, or is an error.
 
 use std::fs;
 use std::path::Path;
@@ -11,10 +11,11 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
 
-/// Damaged copies of each file.
+/// Number of damaged copies of each file.
 const COPIES: u64 = 600;
 
-/// Cuts, flips, overwrites, repeats and inserts, in the first `header` bytes for the most part: that is where meaning is.
+/// Cuts, flips, overwrites, repeats and inserts bytes. Most damage is in the first `header` bytes,
+/// which have a meaning.
 fn damage(whole: &[u8], header: usize, generator: &mut Xoshiro256PlusPlus) -> Vec<u8> {
     let mut bytes = whole.to_vec();
     for _ in 0..generator.random_range(1..4) {
@@ -27,7 +28,7 @@ fn damage(whole: &[u8], header: usize, generator: &mut Xoshiro256PlusPlus) -> Ve
             0 => bytes.truncate(at),
             1 => bytes[at] ^= 1 << generator.random_range(0..8),
             2 => bytes[at] = generator.random(),
-            // Digits make other sizes, which is what readers trust.
+            // Another digit makes another size, and readers trust sizes.
             3 => {
                 if let Some(digit) = bytes[at..].iter_mut().find(|byte| byte.is_ascii_digit()) {
                     *digit = b'0' + generator.random_range(0..10u8);
@@ -49,7 +50,7 @@ fn damage(whole: &[u8], header: usize, generator: &mut Xoshiro256PlusPlus) -> Ve
                     .map_or(bytes.len(), |end| digits + end);
                 bytes.splice(digits..end, number.bytes());
             }
-            // The length of a header, or whatever else starts a file.
+            // This damages the length of a header, or whatever else starts a file.
             _ => {
                 let length: u64 = [u64::MAX, 1 << 40, 100_000_001, 0, 2][generator.random_range(0..5)];
                 bytes.iter_mut().zip(length.to_le_bytes()).for_each(|(byte, length)| *byte = length);
@@ -59,7 +60,8 @@ fn damage(whole: &[u8], header: usize, generator: &mut Xoshiro256PlusPlus) -> Ve
     bytes
 }
 
-/// Reads damaged copies; a reader gives the message of its error. Some must be refused, or the damage would be none.
+/// Reads damaged copies. A reader gives the message of its error. Some copies must be refused, or
+/// there was no damage.
 fn survive(whole: &[u8], header: usize, read: impl Fn(&[u8]) -> Option<String>) {
     assert_eq!(read(whole), None, "the whole file is right");
     let mut refused = 0;

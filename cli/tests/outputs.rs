@@ -1,4 +1,5 @@
-//! Where results go, as the command writes them: what stands there is never lost, and what cannot be written is said before the work.
+//! How the command writes its results. What stands at a path is never lost, and a path that cannot
+//! be written is refused before the work.
 #![cfg(target_os = "linux")]
 
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -23,7 +24,7 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The quickest output there is.
+/// The quickest command that writes a file.
 fn plot(out: &Path) -> Output {
     command(&["plot", "tiny_plain", "--out", path(out)]).output().unwrap()
 }
@@ -63,7 +64,7 @@ fn inputs_are_never_outputs() {
     for out in ["qkv.safetensors", "link", "other_name"] {
         refused(&run(&at("qkv.safetensors"), &["--out", path(&at(out))]), "a file that this run reads");
     }
-    // By the name of its own that the output has, and as a picture of the report.
+    // The output's default name and a file of the report are refused too.
     symlink("qkv.safetensors", at("qkv.out.safetensors")).unwrap();
     refused(&run(&at("qkv.safetensors"), &[]), "a file that this run reads");
     fs::create_dir(at("report")).unwrap();
@@ -146,7 +147,7 @@ fn pipes_and_devices_are_written_through() {
     let output =
         quiet.stdout(OpenOptions::new().write(true).open("/dev/null").unwrap()).stderr(Stdio::piped()).output();
     assert!(output.unwrap().stderr.is_empty(), "what is thrown away is not said elsewhere");
-    // Standard output holds the picture and nothing else, be it a pipe or a file.
+    // Standard output holds the picture and nothing else, whether it is a pipe or a file.
     let output = plot(Path::new("/dev/stdout"));
     assert!(output.status.success() && output.stdout.starts_with(PNG) && output.stdout.ends_with(b"IEND\xaeB`\x82"));
     assert!(String::from_utf8_lossy(&output.stderr).contains("wrote /dev/stdout"));
@@ -157,7 +158,7 @@ fn pipes_and_devices_are_written_through() {
     assert_eq!(fs::read(&file).unwrap(), bytes);
 }
 
-/// Kernels are outputs as all others: what stands in their way is said before they are built.
+/// Kernels are outputs as all others. What stands in their way is said before they are built.
 #[test]
 fn kernels_are_outputs() {
     let folder = tempfile::tempdir().unwrap();
@@ -176,7 +177,7 @@ fn kernels_are_outputs() {
     assert_eq!(fs::read_to_string(&spec).unwrap(), *text);
 }
 
-/// A disk that fills up during the run: the report is there all the same.
+/// When a disk fills up during the run, the report is printed all the same.
 #[test]
 fn a_report_is_not_lost_with_the_output() {
     let folder = tempfile::tempdir().unwrap();
@@ -234,7 +235,7 @@ fn every_input_has_an_output_of_its_own() {
     }
 }
 
-/// What standard output does not take is an error, but for a reader that has enough.
+/// It is an error when standard output takes nothing more, except when its reader has enough.
 #[test]
 fn standard_output() {
     for arguments in [

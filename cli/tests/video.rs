@@ -5,7 +5,8 @@ use framestride_check::reference::Reference;
 use framestride_cli::tensor_files::load_frames;
 use framestride_cli::video;
 
-/// Heads made from Big Buck Bunny: even ones spatial, odd ones temporal, each by a clear margin.
+/// Of the heads made from Big Buck Bunny, even ones are spatial and odd ones temporal, each by a
+/// clear margin.
 #[test]
 fn video_makes_heads_of_both_types() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/data/bigbuckbunny_16x72x128.safetensors");

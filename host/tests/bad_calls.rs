@@ -8,7 +8,7 @@ use framestride::shapes::launch::{NormWeights, Tensor};
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
 
-/// 5 frames of 23 tokens and 24 of text, 2 heads of 64, bf16, rms norm, RoPE.
+/// A spec of 5 frames of 23 tokens, 24 text tokens, 2 heads of 64, bf16, rms norm and RoPE.
 const SPEC: &str = "tiny_text_last";
 
 #[test]
@@ -56,19 +56,19 @@ fn manifests() {
     insta::assert_snapshot!(messages);
 }
 
-/// Address and bytes of a workspace.
+/// The address and the bytes of a borrowed workspace.
 struct Borrowed {
     address: u64,
     bytes: u64,
 }
 
-/// A call that would be right, but for what `change` does to it.
+/// Makes a call that would be right without what `change` does to it.
 fn call(
     module: &Arc<Module>,
     change: impl FnOnce(&mut Layer, &mut HeadTypes, &mut Borrowed),
 ) -> framestride::Result<()> {
     let attention = SparseAttention::new(module, 1, 2)?;
-    // No memory behind these addresses: they are only looked at.
+    // There is no memory at these addresses. They are only looked at.
     let tensor = |data| Tensor { data, batch: 139 * 128, row: 128, head: 64 };
     let mut layer = Layer {
         q: tensor(0x10_0000),
@@ -84,8 +84,8 @@ fn call(
     let mut types = HeadTypes::Profiled;
     let mut borrowed = Borrowed { address: 0x100_0000, bytes: attention.workspace_bytes() };
     change(&mut layer, &mut types, &mut borrowed);
-    // SAFETY: the emulator has no memory at any of these addresses and says so instead of touching it; calls that are
-    // refused launch nothing.
+    // SAFETY: the emulator has no memory at any of these addresses, and says so instead of touching
+    // it. Calls that are refused launch nothing.
     unsafe {
         let workspace = Workspace::borrow(module.device(), borrowed.address, borrowed.bytes);
         attention.forward(Stream::DEFAULT, &layer, types, &workspace)
@@ -153,7 +153,7 @@ fn calls() {
     writeln!(messages, "## some heads of a norm over heads\n{error}").unwrap();
     insta::assert_snapshot!(messages);
 
-    // What is right is launched, and only then does the emulator find that there is no memory.
+    // A call that is right is launched. Only then does the emulator find that there is no memory.
     let launched = call(&module, |_, _, _| ()).unwrap_err();
     assert!(matches!(launched, framestride::Error::Emulator(_)), "{launched}");
     let in_place = call(&module, |layer, _, _| layer.out = layer.q).unwrap_err();
@@ -162,7 +162,8 @@ fn calls() {
     assert!(matches!(weighted, framestride::Error::Emulator(_)), "{weighted}");
 }
 
-/// Scales with which a row of root mean square 1 stays finite, and no others: f32's largest number is 2^128, bf16's nearly, f16's 2^16.
+/// Scales are accepted with which a row of root mean square 1 stays finite, and no others. Numbers
+/// end at about 2^128 in f32 and bf16, and at 2^16 in f16.
 #[test]
 fn scales() {
     let finite = |module: &Arc<Module>, scale: f32| {
@@ -226,7 +227,7 @@ fn memory_of_others() {
     assert_eq!(attention.read_profile(&Workspace::allocate(&device, bytes).unwrap()).unwrap().len(), 2);
 }
 
-/// More than there is: an error, and the process lives.
+/// Asking for more memory than there is gives an error, and the process lives.
 #[test]
 fn more_memory_than_there_is() {
     let device = Device::emulator();
