@@ -66,9 +66,8 @@ impl Kernels {
                 return Ok(shipped);
             }
         }
-        let built = framestride_builder::Kernels::from_text(&spec.source.file, &spec.source.text)
-            .build()
-            .map_err(|error| Error::Build(error.to_string()))?;
+        let built =
+            framestride_builder::Kernels::from_parsed(spec).build().map_err(|error| Error::Build(error.to_string()))?;
         let kernels = Kernels::new(&built.name, &built.ptx, built.manifest)?;
         if kernels.spec != *spec {
             return Err(Error::input(

@@ -37,7 +37,7 @@ pub use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::HeadType;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
-use framestride_shapes::spec::{Spec, read_file};
+pub use framestride_shapes::spec::Spec;
 
 mod cache;
 mod cargo;
@@ -65,8 +65,8 @@ use translation::Translation;
 enum Source {
     /// A spec's file.
     File(PathBuf),
-    /// A spec's text, and what messages call it.
-    Text { file: String, text: String },
+    /// A spec that is already read and checked.
+    Parsed(Box<Spec>),
     /// A user's own device crate.
     Crate(PathBuf),
 }
@@ -143,9 +143,9 @@ impl Kernels {
         Kernels::of(paths.into_iter().map(|path| Source::File(path.as_ref().to_path_buf())).collect())
     }
 
-    /// The kernels of a spec that is given as TOML text. Messages call it `file`.
-    pub fn from_text(file: &str, text: &str) -> Kernels {
-        Kernels::of(vec![Source::Text { file: file.into(), text: text.into() }])
+    /// The kernels of a spec that is already read. They are built from the text that it was read from.
+    pub fn from_parsed(spec: &Spec) -> Kernels {
+        Kernels::of(vec![Source::Parsed(Box::new(spec.clone()))])
     }
 
     /// The kernels of a device crate of your own. `path` is its folder or its Cargo.toml.
@@ -246,16 +246,15 @@ impl Kernels {
     /// Checks that each spec has a name of its own, since its files and its folder in the cache
     /// have that name.
     fn check_names(&self, jobs: &[Job]) -> Result<(), BuildError> {
-        let named = |index: usize| match (&jobs[index], &self.sources[index]) {
-            (Job::Spec { name, .. }, Source::File(path)) => Some((name, path.display().to_string())),
-            (Job::Spec { name, .. }, Source::Text { file, .. }) => Some((name, file.clone())),
-            _ => None,
+        let named = |index: usize| match &jobs[index] {
+            Job::Spec(spec) => Some((&spec.name, &spec.source.file)),
+            Job::Crate(_) => None,
         };
         for (second, first) in (0..jobs.len()).flat_map(|second| (0..second).map(move |first| (second, first))) {
             if let (Some((name, first)), Some((other, second))) = (named(first), named(second))
                 && name == other
             {
-                return Err(BuildError::SameName { name: name.clone(), first, second });
+                return Err(BuildError::SameName { name: name.clone(), first: first.clone(), second: second.clone() });
             }
         }
         Ok(())
@@ -270,7 +269,7 @@ impl Kernels {
     ) -> Result<Built, BuildError> {
         let device = match job {
             Job::Crate(path) => DeviceCrate::own(path, self.arch, cache, toolchain)?,
-            Job::Spec { name, text } => DeviceCrate::generate(name, text, self.arch, cache, toolchain)?,
+            Job::Spec(spec) => DeviceCrate::generate(&spec.name, &spec.source.text, self.arch, cache, toolchain)?,
         };
         let name = device.name.clone();
         let tell = |stage: fn(String) -> Progress| {
@@ -284,9 +283,10 @@ impl Kernels {
         let translation = Translation::make(&device, &compiled.ir, self.arch, toolchain)?;
         tell(Progress::Done);
         // A user's own crate states its spec in `attention_kernels!`, or has none.
-        let spec = match &translation.spec {
-            Some(text) => Some(Spec::parse(&format!("attention_kernels! of {name}"), text)?),
-            None => None,
+        let spec = match (&translation.spec, job) {
+            (Some(text), Job::Spec(spec)) if *text == spec.source.text => Some((**spec).clone()),
+            (Some(text), _) => Some(Spec::parse(&format!("attention_kernels! of {name}"), text)?),
+            (None, _) => None,
         };
         let mut manifest = Manifest {
             format: FORMAT,
@@ -321,18 +321,15 @@ impl Kernels {
 
 /// A source that has passed its checks.
 enum Job {
-    Spec { name: String, text: String },
+    Spec(Box<Spec>),
     Crate(PathBuf),
 }
 
 impl Job {
     fn check(source: &Source) -> Result<Job, BuildError> {
         Ok(match source {
-            Source::File(path) => {
-                let text = read_file(path)?;
-                Job::Spec { name: Spec::parse(&path.display().to_string(), &text)?.name, text }
-            }
-            Source::Text { file, text } => Job::Spec { name: Spec::parse(file, text)?.name, text: text.clone() },
+            Source::File(path) => Job::Spec(Box::new(Spec::from_file(path)?)),
+            Source::Parsed(spec) => Job::Spec(spec.clone()),
             Source::Crate(path) => Job::Crate(path.clone()),
         })
     }
@@ -384,7 +381,7 @@ impl BuildScript {
                     watch(&manifest.with_file_name("src"));
                     watch(&manifest);
                 }
-                Source::Text { .. } => {}
+                Source::Parsed(_) => {}
             }
         }
     }

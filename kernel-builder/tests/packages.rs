@@ -4,7 +4,7 @@ use std::env;
 use std::process::Command;
 
 use framestride_builder::toolchain::Inventory;
-use framestride_builder::{BuildError, Kernels};
+use framestride_builder::{BuildError, Kernels, Spec};
 
 /// Set for a child of the test, which looks for the sources that its environment names.
 const CHILD: &str = "FRAMESTRIDE_TEST_WITHOUT_SOURCES";
@@ -17,7 +17,7 @@ fn sources_that_are_missing_are_said_to_be() {
         assert!(!report.can_build() && sources.required && sources.path.is_none());
         assert!(report.to_string().contains("MISSING sources") && report.to_string().contains("/nowhere"), "{report}");
         let spec = include_str!("fixtures/user/shapes/my_model.toml");
-        let error = Kernels::from_text("my_model.toml", spec).build().unwrap_err();
+        let error = Kernels::from_parsed(&Spec::parse("my_model.toml", spec).unwrap()).build().unwrap_err();
         assert!(matches!(error, BuildError::NoSource { .. }), "{error}");
         return;
     }

@@ -377,7 +377,7 @@ impl Spec {
 const MOST_BYTES: u64 = 1 << 20;
 
 /// The text of a spec's file, or why there is none. It is read once, so that a pipe may be one.
-pub fn read_file(path: &Path) -> Result<String, SpecError> {
+fn read_file(path: &Path) -> Result<String, SpecError> {
     let file = path.display().to_string();
     let fail = |found: String, allowed: &str, mend: &str| SpecError {
         problems: vec![Source { file: &file, text: "" }.problem(None, "", found, allowed, mend)],

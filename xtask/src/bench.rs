@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use framestride_builder::Kernels;
+use framestride_builder::{Kernels, Spec};
 use indicatif::ProgressBar;
 
 use crate::{root, setup, step};
@@ -45,10 +45,11 @@ pub fn run() -> Result<(), String> {
 }
 
 fn time(spec: &str, cache: &Path) -> Result<f64, String> {
+    let parsed = Spec::parse("bench.toml", spec).map_err(|error| error.to_string())?;
     let spinner = ProgressBar::new_spinner();
     spinner.enable_steady_tick(Duration::from_millis(100));
     let start = Instant::now();
-    let built = Kernels::from_text("bench.toml", spec).cache_dir(cache).build();
+    let built = Kernels::from_parsed(&parsed).cache_dir(cache).build();
     spinner.finish_and_clear();
     let built = built.map_err(|error| error.to_string())?;
     let seconds = start.elapsed().as_secs_f64();

@@ -37,10 +37,7 @@ pub fn build(Build { spec: argument, arch, out }: Build) -> Result<Outcome> {
     let bar = Bar::new();
     bar.say(&format!("building {}", spec.source.file), None);
     let started = Instant::now();
-    let built = framestride_builder::Kernels::from_text(&spec.source.file, &spec.source.text)
-        .arch(arch)
-        .build()
-        .map_err(build_error)?;
+    let built = framestride_builder::Kernels::from_parsed(&spec).arch(arch).build().map_err(build_error)?;
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
     outputs[0].write(built.ptx.as_bytes())?;
