@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use framestride::device::Buffer;
-use framestride::shapes::launch::{NormWeights, Tensor};
+use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, Error, Layer, Result, Stream};
 use rayon::prelude::*;

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use framestride::device::Buffer;
 use framestride::launch::{Launch, Profiling};
-use framestride::shapes::launch::Tensor;
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{NormKind, NormOver, Spec};
 use framestride::{Device, Error, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
 use rand::seq::SliceRandom;

@@ -42,7 +42,7 @@
 //!   hide. Their rounding errors are then absolute, but small beside [`Dtype::least_masked_sum`],
 //!   which their sum in each split reaches. Splits are merged by the logarithms of their sums.
 
-use framestride::shapes::launch::PROFILE_KEY_ROWS;
+use framestride::shapes::blocks::PROFILE_KEY_ROWS;
 use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
 use ptx_emulator::LARGEST_CUT;
 

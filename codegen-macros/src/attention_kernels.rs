@@ -3,12 +3,11 @@
 //! The spelled-out form is turned into the lines of a TOML file and read by the same parser, so that both forms have the same
 //! keys, defaults and checks; an error of a line is reported at the tokens it came from.
 
-use framestride_shapes::launch::{
-    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, SELECT_SHARED_BYTES, SELECT_THREADS, pack_min_blocks,
-    pack_shared_bytes, pack_warps, profile_shared_bytes,
-};
+use framestride_shapes::blocks::{PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS};
+use framestride_shapes::dtype::Dtype;
 use framestride_shapes::layout::TextPosition;
-use framestride_shapes::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
+use framestride_shapes::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
+use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
 use framestride_shapes::spec::{Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::quote;
@@ -244,7 +243,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
         Dtype::Bf16 => quote!(Bf16),
         Dtype::F16 => quote!(F16),
     };
-    let operators = quote!(#krate::shapes::operators);
+    let norm_rope = quote!(#krate::shapes::norm_rope);
     let qk_norm = match spec.qk_norm {
         None => quote!(None),
         Some(QkNorm { kind, over, eps }) => {
@@ -256,7 +255,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
                 NormOver::Head => quote!(Head),
                 NormOver::Heads => quote!(Heads),
             };
-            quote!(Some(#operators::QkNorm { kind: #operators::NormKind::#kind, over: #operators::NormOver::#over, eps: #eps }))
+            quote!(Some(#norm_rope::QkNorm { kind: #norm_rope::NormKind::#kind, over: #norm_rope::NormOver::#over, eps: #eps }))
         }
     };
     let rope = match spec.rope {
@@ -266,24 +265,26 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
                 Pairs::Interleaved => quote!(Interleaved),
                 Pairs::Half => quote!(Half),
             };
-            quote!(Some(#operators::Rope { pairs: #operators::Pairs::#pairs, text: #text, per_head: #per_head }))
+            quote!(Some(#norm_rope::Rope { pairs: #norm_rope::Pairs::#pairs, text: #text, per_head: #per_head }))
         }
     };
-    let (attention_threads, attention_shared) = (tiles.threads(), tiles.shared_bytes(head_dim));
-    let (pack_threads, pack_blocks) = (32 * pack_warps(heads, head_dim), pack_min_blocks(heads, head_dim));
-    let pack_shared = pack_shared_bytes(heads, head_dim);
-    let profile_shared = profile_shared_bytes(head_dim);
+    let image = spec.image();
+    let pack = PackBlock::new(heads, image);
+    let (pack_threads, pack_blocks, pack_shared) =
+        (pack.threads(), pack.min_blocks, PackShared::new(pack.warps, pack.held_steps).bytes);
+    let (profile_shared, select_shared) = (ProfileShared::new(image).bytes, SelectShared::new().bytes);
+    let (attention_threads, attention_shared) = (tiles.threads(), AttentionShared::new(tiles, image).bytes);
     let rebuilt_for = file.map(|file| {
         quote!(
             const _: &[u8] = include_bytes!(#file);
         )
     });
-    let doc = format!("The shape of `{}`.", spec.name);
+    let doc = format!("The model that `{}` declares.", spec.name);
     quote! {
         #rebuilt_for
 
         #[doc = #doc]
-        pub struct SpecShape;
+        pub struct SpecModel;
 
         #krate::tile_products! {
             pub struct AttentionProducts; element = #element, key_rows = #key_rows, head_dim = #head_dim
@@ -293,7 +294,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
             element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #PROFILE_COLUMNS
         }
 
-        impl #krate::shape::Shape for SpecShape {
+        impl #krate::model::Model for SpecModel {
             const LAYOUT: #krate::shapes::layout::Layout = #krate::shapes::layout::Layout {
                 frames: #frames,
                 tokens_per_frame: #tokens_per_frame,
@@ -305,37 +306,38 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
             };
             const HEADS: u32 = #heads;
             const HEAD_DIM: u32 = #head_dim;
-            const QK_NORM: Option<#operators::QkNorm> = #qk_norm;
-            const ROPE: Option<#operators::Rope> = #rope;
+            const QK_NORM: Option<#norm_rope::QkNorm> = #qk_norm;
+            const ROPE: Option<#norm_rope::Rope> = #rope;
             const PROFILE_ROWS: u32 = #rows;
-            const TILES: #krate::shapes::launch::Tiles =
-                #krate::shapes::launch::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
+            const TILES: #krate::shapes::blocks::Tiles =
+                #krate::shapes::blocks::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
+            type Element = #krate::element::#element;
             type Attention = AttentionProducts;
             type Profile = ProfileProducts;
         }
 
         /// Norm, RoPE and reordering into packed images.
         #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
-        pub unsafe fn pack(params: #krate::shapes::launch::PackParams) {
-            unsafe { #krate::pack::pack::<SpecShape>(&params) }
+        pub unsafe fn pack(params: #krate::shapes::params::PackParams) {
+            unsafe { #krate::pack::pack::<SpecModel>(&params) }
         }
 
         /// Attention of sampled rows under every mask.
         #[#krate::kernel(threads = #PROFILE_THREADS, shared_bytes = #profile_shared)]
-        pub unsafe fn profile(params: #krate::shapes::launch::ProfileParams) {
-            unsafe { #krate::profile::profile::<SpecShape>(&params) }
+        pub unsafe fn profile(params: #krate::shapes::params::ProfileParams) {
+            unsafe { #krate::profile::profile::<SpecModel>(&params) }
         }
 
         /// The choice of each head's mask.
-        #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #SELECT_SHARED_BYTES)]
-        pub unsafe fn select(params: #krate::shapes::launch::SelectParams) {
-            unsafe { #krate::profile::select::<SpecShape>(&params) }
+        #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #select_shared)]
+        pub unsafe fn select(params: #krate::shapes::params::SelectParams) {
+            unsafe { #krate::profile::select::<SpecModel>(&params) }
         }
 
         /// Sparse attention.
         #[#krate::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
-        pub unsafe fn attention(params: #krate::shapes::launch::AttentionParams) {
-            unsafe { #krate::attention::attention::<SpecShape>(&params) }
+        pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
+            unsafe { #krate::attention::sm90::attention::<SpecModel>(&params) }
         }
     }
 }

@@ -3,6 +3,9 @@
 //! PTX ISA 9.7.15.5, wgmma.mma_async. Each group is one `asm!` block (fence, k-steps with descriptors advanced inside, commit), so
 //! that nothing can come between; a wait names the registers it releases, so that no use of them can rise above it.
 
+use framestride_shapes::dtype::Dtype;
+use framestride_shapes::fragment::row_of;
+use framestride_shapes::image::Image;
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::{format_ident, quote};
 use syn::parse::{Parse, ParseStream};
@@ -13,8 +16,8 @@ struct Input {
     kernels: TokenStream,
     visibility: Visibility,
     name: Ident,
-    /// PTX name of the element type, and its Rust type.
-    element: (&'static str, Ident),
+    /// Type of the elements, and its Rust name.
+    element: (Dtype, Ident),
     key_rows: u32,
     head_dim: u32,
     /// Columns of V that the second product takes.
@@ -36,8 +39,8 @@ impl Parse for Input {
                 "element" => {
                     let value: Ident = input.parse()?;
                     element = Some(match value.to_string().as_str() {
-                        "Bf16" => ("bf16", value),
-                        "F16" => ("f16", value),
+                        "Bf16" => (Dtype::Bf16, value),
+                        "F16" => (Dtype::F16, value),
                         _ => return Err(Error::new(value.span(), "element must be Bf16 or F16")),
                     });
                 }
@@ -79,7 +82,8 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { kernels, visibility, name, element: (ptx, element), key_rows, head_dim, columns } = syn::parse2(input)?;
+    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns } =
+        syn::parse2(input)?;
     let (scores, weights, output) =
         (format_ident!("{name}Scores"), format_ident!("{name}Weights"), format_ident!("{name}Output"));
     let scores_fragment = fragment(&kernels, &visibility, &scores, key_rows / 2);
@@ -87,10 +91,11 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let weight_fields = fields("a", key_rows / 4);
     let (even, odd): (Vec<Ident>, Vec<Ident>) =
         fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
-    // Registers of the A operand hold the thread's two rows by turns.
-    let row = (0..key_rows as usize / 4).map(|index| index % 2);
-    let start_scores = start_scores(ptx, key_rows, head_dim);
-    let start_output = start_output(ptx, key_rows, head_dim, columns);
+    // A register of the A operand holds two values of one row.
+    let row = (0..key_rows / 4).map(|index| row_of(2 * index));
+    let image = Image { head_dim, dtype };
+    let start_scores = start_scores(image, key_rows);
+    let start_output = start_output(image, key_rows, columns);
     let none = quote!(0);
     let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", weight_fields.clone())]);
     Ok(quote! {
@@ -203,7 +208,8 @@ fn operand_list(first: u32, count: u32) -> String {
 }
 
 /// S += Q K^T: both operands K-major images, head_dim / 16 k-steps.
-fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
+fn start_scores(image: Image, key_rows: u32) -> TokenStream {
+    let (ptx, head_dim) = (image.dtype.as_str(), image.head_dim);
     let count = key_rows / 2;
     let (q, k) = (format!("{{{count}}}"), format!("{{{}}}", count + 1));
     let mut lines = vec![
@@ -214,8 +220,7 @@ fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
         "wgmma.fence.sync.aligned;".to_string(),
     ];
     for step in 0..head_dim / 16 {
-        // 16 columns are 32 bytes; 64 columns are one atom.
-        let offset = (step % 4 * 32 + step / 4 * 1024) / 16;
+        let offset = image.chunk(0, step * 16 / image.chunk_elements()) / 16;
         lines.push(format!("add.s64 %q, {q}, {offset};"));
         lines.push(format!("add.s64 %k, {k}, {offset};"));
         lines.push(format!(
@@ -232,7 +237,8 @@ fn start_scores(ptx: &str, key_rows: u32, head_dim: u32) -> TokenStream {
 }
 
 /// O += P V: P in registers, V an image read MN-major (transposed), key_rows / 16 k-steps of 16 rows, from `v` on `columns` wide.
-fn start_output(ptx: &str, key_rows: u32, head_dim: u32, columns: u32) -> TokenStream {
+fn start_output(image: Image, key_rows: u32, columns: u32) -> TokenStream {
+    let ptx = image.dtype.as_str();
     let (count, weights) = (columns / 2, key_rows / 4);
     let v = format!("{{{}}}", count + weights);
     let mut lines = vec![
@@ -243,8 +249,7 @@ fn start_output(ptx: &str, key_rows: u32, head_dim: u32, columns: u32) -> TokenS
         "wgmma.fence.sync.aligned;".to_string(),
     ];
     for step in 0..key_rows / 16 {
-        // 16 rows are two rows of atoms, head_dim / 64 atoms each.
-        let offset = step * 2 * (head_dim / 64) * 1024 / 16;
+        let offset = image.chunk(16 * step, 0) / 16;
         lines.push(format!("add.s64 %v, {v}, {offset};"));
         lines.push(format!(
             "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{ptx}.{ptx} {}, {}, %v, %add, 1, 1, 1;",

@@ -2,16 +2,14 @@
 
 use core::arch::asm;
 
-use framestride_shapes::operators::Dtype;
+use framestride_shapes::dtype::Dtype;
 
 /// bf16 or f16; two of them in a register, the first in the low half.
 pub trait Element: Copy {
     /// log2 of the weight of a row's maximum: more than 0 where the exponent is narrow, to keep small weights away from its end.
     const HEADROOM: f32;
-    /// [`Dtype::tile_sums`].
-    const TILE_SUMS: [f32; 2];
-    /// [`Dtype::least_masked_sum`].
-    const LEAST_MASKED_SUM: f32;
+    /// The type, as a spec names it.
+    const DTYPE: Dtype;
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Widens both halves, exactly.
@@ -28,8 +26,7 @@ pub struct F16;
 
 impl Element for Bf16 {
     const HEADROOM: f32 = 0.0;
-    const TILE_SUMS: [f32; 2] = Dtype::Bf16.tile_sums();
-    const LEAST_MASKED_SUM: f32 = Dtype::Bf16.least_masked_sum();
+    const DTYPE: Dtype = Dtype::Bf16;
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
@@ -47,8 +44,7 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     const HEADROOM: f32 = 8.0;
-    const TILE_SUMS: [f32; 2] = Dtype::F16.tile_sums();
-    const LEAST_MASKED_SUM: f32 = Dtype::F16.least_masked_sum();
+    const DTYPE: Dtype = Dtype::F16;
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;

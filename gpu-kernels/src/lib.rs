@@ -1,10 +1,12 @@
 //! The kernels of framestride, in Rust, for NVIDIA GPUs.
 //!
 //! * [`cuda`]: a thin layer over PTX.
+//! * [`model`]: what `attention_kernels!` states of a spec.
 //! * [`pack`](mod@pack): norm, RoPE and reordering into packed images.
 //! * [`profile`]: attention of sampled rows under every mask, and the choice of each head's mask.
-//! * [`attention`]: the sparse attention itself, on [`softmax`] and the generated [`cuda::mma::TileProducts`].
-//! * [`shape`]: what `attention_kernels!` states of a spec.
+//! * [`attention`]: the sparse attention itself.
+//! * [`softmax`] and the generated [`cuda::mma::TileProducts`]: what `profile` and `attention` share.
+//! * [`masks`]: what a head sees.
 //!
 //! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate knows where its sources lie
 //! ([`SOURCES`]), for the builder that compiles them.
@@ -20,14 +22,16 @@ pub mod cuda;
 #[cfg(target_arch = "nvptx64")]
 pub mod element;
 #[cfg(target_arch = "nvptx64")]
+pub mod masks;
+#[cfg(target_arch = "nvptx64")]
+pub mod model;
+#[cfg(target_arch = "nvptx64")]
 pub mod pack;
 #[cfg(target_arch = "nvptx64")]
 pub mod profile;
 #[cfg(target_arch = "nvptx64")]
-pub mod shape;
-#[cfg(target_arch = "nvptx64")]
 pub mod softmax;
-
+#[cfg(target_arch = "nvptx64")]
 #[doc(hidden)]
 pub use framestride_macros as macros;
 pub use framestride_macros::kernel;

@@ -9,29 +9,31 @@
 //! samples, z = batch x heads.
 //!
 //! A mask may hide keys whose scores lie so far above the visible ones that weights relative to all keys lose the visible ones. Where
-//! [`Element::LEAST_MASKED_SUM`] says so for any sample, the block goes over its tiles again for that mask, and hides keys before the
+//! [`Dtype::least_masked_sum`](framestride_shapes::dtype::Dtype::least_masked_sum) says so for any sample, the block goes over its tiles again for that mask, and hides keys before the
 //! softmax, so that the offsets are the mask's own. Each mask's results carry their offsets for that reason.
 //!
 //! select: merges the splits, and compares both masked outputs with the dense one. Grid: z = batch x heads.
 
 use core::ops::Range;
 
-use crate::attention::valid_text;
 use crate::cuda::barrier::{self, Barrier, Slot};
-use crate::cuda::mma::{ATOM_BYTES, Descriptor, Fragment, TileProducts};
+use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
 use crate::cuda::{copy, global, math, shared, thread, warp};
 use crate::element::Element;
-use crate::shape::Shape;
+use crate::model::{Model, valid_text};
 use crate::softmax::{self, Rows};
-use framestride_shapes::launch::{
-    PROFILE_COLUMNS as COLUMNS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_SEEN_BYTES as SEEN_BYTES, PROFILE_THREADS,
-    ProfileParams, ProfilePlan, SAMPLE_ROWS, SELECT_THREADS, SelectParams, profile_stages,
+use framestride_shapes::blocks::{
+    PROFILE_COLUMNS as COLUMNS, PROFILE_CONSUMERS as CONSUMERS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_THREADS,
+    SAMPLE_ROWS, SELECT_THREADS, WARPGROUP, profile_stages,
 };
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, Visible, fragment_of};
+use framestride_shapes::fragment::{self, row_of, thread_keys};
+use framestride_shapes::layout::{HeadType, Layout, Visible};
+use framestride_shapes::params::{PartialsLayout, ProfileParams, SelectParams};
 
+/// Bytes that say which keys of a tile a sample sees: a bit for each, under each candidate mask.
+const SEEN_BYTES: u32 = HeadType::CANDIDATES.len() as u32 * KEY_ROWS / 8;
 const PRODUCER_REGISTERS: u32 = 24;
 const CONSUMER_REGISTERS: u32 = 240;
-const CONSUMERS: u32 = 2;
 /// Numbers of masks in the partial results. A sweep over the tiles has the number of the mask that it is for; the first, for all keys,
 /// also gives the results of both masks.
 const DENSE: u32 = 0;
@@ -39,88 +41,100 @@ const SPATIAL: u32 = 1;
 const TEMPORAL: u32 = 2;
 const MASKS: u32 = 3;
 
-type ElementOf<T> = <<T as Shape>::Profile as TileProducts>::Element;
-
 /// Where samples, tiles and barriers lie in shared memory, and how a block divides its work.
-struct Plan<T>(core::marker::PhantomData<T>);
+struct Plan<M>(core::marker::PhantomData<M>);
 
-impl<T: Shape> Plan<T> {
-    const STAGES: u32 = profile_stages(T::HEAD_DIM);
-    const TILE_BYTES: u32 = KEY_ROWS * T::HEAD_DIM * 2;
+impl<M: Model> Plan<M> {
+    const STAGES: u32 = profile_stages(M::IMAGE);
+    const TILE_BYTES: u32 = M::IMAGE.bytes(KEY_ROWS);
     /// Whether the consumer warpgroups take turns on the tiles, instead of sharing the columns of each.
-    const TURNS: bool = T::HEAD_DIM == COLUMNS;
+    const TURNS: bool = M::HEAD_DIM == COLUMNS;
     /// Warps that read a tile; as many have results in the end.
     const READERS: u32 = if Self::TURNS { 4 } else { CONSUMERS * 4 };
 
+    #[inline(always)]
     fn query() -> u32 {
-        shared::base() + 1024
+        shared::address(M::PROFILE_SHARED.query, 0)
     }
+    #[inline(always)]
     fn key(stage: u32) -> u32 {
-        Self::query() + SAMPLE_ROWS * T::HEAD_DIM * 2 + 2 * stage * Self::TILE_BYTES
+        shared::address(M::PROFILE_SHARED.key, stage)
     }
+    #[inline(always)]
     fn value(stage: u32) -> u32 {
-        Self::key(stage) + Self::TILE_BYTES
+        shared::address(M::PROFILE_SHARED.value, stage)
     }
+    #[inline(always)]
     fn query_image() -> Descriptor {
-        Descriptor::image(Self::query(), T::HEAD_DIM)
+        Descriptor::image(Self::query(), M::ATOMS_BYTES)
     }
+    #[inline(always)]
     fn key_image(slot: Slot) -> Descriptor {
-        Descriptor::image(Self::key(slot.stage), T::HEAD_DIM)
+        Descriptor::image(Self::key(slot.stage), M::ATOMS_BYTES)
     }
     /// From column 64 x `columns` on.
+    #[inline(always)]
     fn value_image(slot: Slot, columns: u32) -> Descriptor {
-        Descriptor::image(Self::value(slot.stage) + columns * ATOM_BYTES, T::HEAD_DIM)
+        Descriptor::image(Self::value(slot.stage) + M::IMAGE.chunk(0, columns * (COLUMNS / 8)), M::ATOMS_BYTES)
     }
     /// Where the producers say which keys a sample sees ([`Visible::keys`]): through the spatial mask, then through the temporal one.
+    #[inline(always)]
     fn seen(stage: u32, sample: u32) -> u32 {
-        Self::key(Self::STAGES) + stage * SEEN_BYTES + sample * 16
+        shared::address(M::PROFILE_SHARED.seen, stage) + sample * SEEN_BYTES
     }
     /// Where the consumers leave the sum of a sample's weights under a mask, for the producers.
+    #[inline(always)]
     fn masked_sum(mask: u32, sample: u32) -> u32 {
-        shared::base() + 512 + ((mask - SPATIAL) * SAMPLE_ROWS + sample) * 4
+        shared::address(M::PROFILE_SHARED.masked_sum, (mask - SPATIAL) * SAMPLE_ROWS + sample)
     }
     /// Where a producer warp says whether the sums of its samples have lost something.
+    #[inline(always)]
     fn verdict(producer_warp: u32) -> u32 {
-        shared::base() + 496 + producer_warp * 4
+        shared::address(M::PROFILE_SHARED.verdict, producer_warp)
     }
     /// Of a sweep: every thread that has results has said what the producers must know, and all are done with the stages.
+    #[inline(always)]
     fn swept() -> Barrier {
-        Barrier::at(3 * Self::STAGES)
+        Barrier::at(M::PROFILE_SHARED.swept, 0)
     }
     /// Of the verdicts.
+    #[inline(always)]
     fn judged() -> Barrier {
-        Barrier::at(3 * Self::STAGES + 1)
+        Barrier::at(M::PROFILE_SHARED.judged, 0)
     }
     /// Of keys, and of what the samples see of them.
+    #[inline(always)]
     fn key_full(stage: u32) -> Barrier {
-        Barrier::at(stage)
+        Barrier::at(M::PROFILE_SHARED.key_full, stage)
     }
+    #[inline(always)]
     fn value_full(stage: u32) -> Barrier {
-        Barrier::at(Self::STAGES + stage)
+        Barrier::at(M::PROFILE_SHARED.value_full, stage)
     }
     /// Of all of the stage.
+    #[inline(always)]
     fn free(stage: u32) -> Barrier {
-        Barrier::at(2 * Self::STAGES + stage)
+        Barrier::at(M::PROFILE_SHARED.free, stage)
     }
 
     /// Sizes of the partial results, for `splits` parts of the keys of a head.
     #[inline(always)]
-    fn partials(splits: u32) -> ProfilePlan {
-        let groups = T::PROFILE_ROWS.div_ceil(SAMPLE_ROWS);
-        ProfilePlan { rows: T::PROFILE_ROWS, groups, splits, head_dim: T::HEAD_DIM }
+    fn partials(splits: u32) -> PartialsLayout {
+        let groups = M::PROFILE_ROWS.div_ceil(SAMPLE_ROWS);
+        PartialsLayout { rows: M::PROFILE_ROWS, groups, splits, head_dim: M::HEAD_DIM }
     }
 }
 
 /// The body of **profile**.
 ///
 /// # Safety
-/// Launched with the table that `attention_kernels!` wrote for `T`; `params` as its documentation says.
+/// Launched with the table that `attention_kernels!` wrote for `M`; `params` as its documentation says.
 #[inline(always)]
-pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
+pub unsafe fn profile<M: Model>(params: &ProfileParams) {
     let (split, group, head) = (thread::block_x(), thread::block_y(), thread::block_z());
     let thread_warp = thread::warp();
-    let valid_text = valid_text::<T>(params.text_lengths, head / params.heads);
-    let end = valid_text + T::LAYOUT.video_tokens();
+    let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
+    let end = valid_text + M::LAYOUT.video_tokens();
     let tiles = end.div_ceil(KEY_ROWS);
     // Splits that differ by one tile at most.
     let (share, rest) = (tiles / params.splits, tiles % params.splits);
@@ -129,28 +143,28 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
 
     if thread::index() == 0 {
         let mut stage = 0;
-        while stage < Plan::<T>::STAGES {
-            Plan::<T>::key_full(stage).init(1 + 4);
-            Plan::<T>::value_full(stage).init(1);
-            Plan::<T>::free(stage).init(Plan::<T>::READERS);
+        while stage < Plan::<M>::STAGES {
+            Plan::<M>::key_full(stage).init(1 + 4);
+            Plan::<M>::value_full(stage).init(1);
+            Plan::<M>::free(stage).init(Plan::<M>::READERS);
             stage += 1;
         }
-        Plan::<T>::swept().init(32 * Plan::<T>::READERS);
-        Plan::<T>::judged().init(4);
+        Plan::<M>::swept().init(32 * Plan::<M>::READERS);
+        Plan::<M>::judged().init(4);
         barrier::publish_initialised();
     }
     thread::sync_block();
 
     if thread_warp < 4 {
         thread::release_registers::<PRODUCER_REGISTERS>();
-        Producer::new::<T>(params, thread_warp, [group, head], valid_text).run::<T>(params, head, tiles);
+        Producer::new::<M>(params, thread_warp, [group, head], valid_text).run::<M>(params, head, tiles);
     } else {
         thread::take_registers::<CONSUMER_REGISTERS>();
         // The first tiles are on their way meanwhile.
-        gather_samples::<T>(params, head, group, valid_text);
+        gather_samples::<M>(params, head, group, valid_text);
         shared::publish_to_async();
         thread::sync_two_warpgroups();
-        consume::<T>(params, thread_warp - 4, [split, group, head], valid_text, tiles);
+        consume::<M>(params, thread_warp - 4, [split, group, head], valid_text, tiles);
     }
 }
 
@@ -159,9 +173,9 @@ pub unsafe fn profile<T: Shape>(params: &ProfileParams) {
 /// # Safety
 /// The producers judge the sums.
 #[inline(always)]
-unsafe fn lost_masks<T: Shape>() -> u32 {
-    Plan::<T>::judged().wait(0);
-    let [a, b, c, d] = shared::load16(Plan::<T>::verdict(0));
+unsafe fn lost_masks<M: Model>() -> u32 {
+    Plan::<M>::judged().wait(0);
+    let [a, b, c, d] = shared::load16(Plan::<M>::verdict(0));
     warp::uniform((a | b) << SPATIAL | (c | d) << TEMPORAL)
 }
 
@@ -193,7 +207,7 @@ struct Producer {
 
 impl Producer {
     #[inline(always)]
-    unsafe fn new<T: Shape>(
+    unsafe fn new<M: Model>(
         params: &ProfileParams,
         producer_warp: u32,
         [group, head]: [u32; 2],
@@ -202,27 +216,27 @@ impl Producer {
         let lane = thread::lane();
         let mask = if producer_warp >= 2 { TEMPORAL } else { SPATIAL };
         let sample = producer_warp % 2 * 32 + lane;
-        let video = sampled_row::<T>(params, head, group, sample);
+        let video = sampled_row::<M>(params, head, group, sample);
         Producer { lane, mask, sample, video, valid_text, slot: Slot::FIRST_FREE }
     }
 
     /// Brings the tiles for every sweep.
     #[inline(always)]
-    unsafe fn run<T: Shape>(mut self, params: &ProfileParams, head: u32, tiles: Range<u32>) {
+    unsafe fn run<M: Model>(mut self, params: &ProfileParams, head: u32, tiles: Range<u32>) {
         let (mut sweep, mut parity, mut lost) = (DENSE, 0, 0);
         while sweep != MASKS {
-            let sees_any = self.bring::<T>(params, head, &tiles);
-            Plan::<T>::swept().wait(parity);
+            let sees_any = self.bring::<M>(params, head, &tiles);
+            Plan::<M>::swept().wait(parity);
             parity ^= 1;
             if sweep == DENSE {
-                let sum = shared::load_f32(Plan::<T>::masked_sum(self.mask, self.sample));
+                let sum = shared::load_f32(Plan::<M>::masked_sum(self.mask, self.sample));
                 // A sum that is no number is lost as well.
-                let is_lost = warp::any(sees_any & !(sum >= ElementOf::<T>::LEAST_MASKED_SUM));
+                let is_lost = warp::any(sees_any & !(sum >= M::Element::DTYPE.least_masked_sum()));
                 if self.lane == 0 {
-                    shared::store_u32(Plan::<T>::verdict(thread::index() / 32), is_lost as u32);
+                    shared::store_u32(Plan::<M>::verdict(thread::index() / 32), is_lost as u32);
                 }
-                Plan::<T>::judged().release(self.lane);
-                lost = lost_masks::<T>();
+                Plan::<M>::judged().release(self.lane);
+                lost = lost_masks::<M>();
             }
             // The consumers may have stored results where tiles come.
             shared::publish_to_async();
@@ -232,33 +246,33 @@ impl Producer {
 
     /// Brings the tiles once. Whether the thread's sample sees any of their keys.
     #[inline(always)]
-    unsafe fn bring<T: Shape>(&mut self, params: &ProfileParams, head: u32, tiles: &Range<u32>) -> bool {
-        let head_bytes = T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
-        let bytes = Plan::<T>::TILE_BYTES;
+    unsafe fn bring<M: Model>(&mut self, params: &ProfileParams, head: u32, tiles: &Range<u32>) -> bool {
+        let head_bytes = M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
+        let bytes = Plan::<M>::TILE_BYTES;
         let mut all_seen = 0;
         let mut tile = tiles.start;
         while tile < tiles.end {
             let (stage, rows) = (self.slot.stage, head_bytes + tile as u64 * bytes as u64);
-            Plan::<T>::free(stage).wait(self.slot.parity);
+            Plan::<M>::free(stage).wait(self.slot.parity);
             if thread::index() == 0 {
-                Plan::<T>::key_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Plan::<T>::key(stage), params.packed_k + rows, bytes, Plan::<T>::key_full(stage));
-                Plan::<T>::value_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Plan::<T>::value(stage), params.packed_v + rows, bytes, Plan::<T>::value_full(stage));
+                Plan::<M>::key_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<M>::key(stage), params.packed_k + rows, bytes, Plan::<M>::key_full(stage));
+                Plan::<M>::value_full(stage).arrive_expecting(bytes);
+                copy::to_shared(Plan::<M>::value(stage), params.packed_v + rows, bytes, Plan::<M>::value_full(stage));
             }
             let first = tile * KEY_ROWS;
             let seen = if self.mask == TEMPORAL {
-                keys_through_temporal::<T>(self.video, self.valid_text, first)
+                keys_through_temporal::<M>(self.video, self.valid_text, first)
             } else {
-                T::LAYOUT.visible(HeadType::Spatial, self.valid_text + self.video, self.valid_text).keys(first)
+                M::LAYOUT.visible(HeadType::Spatial, self.valid_text + self.video, self.valid_text).keys(first)
             };
-            let place = Plan::<T>::seen(stage, self.sample) + (self.mask - SPATIAL) * 8;
+            let place = Plan::<M>::seen(stage, self.sample) + (self.mask - SPATIAL) * 8;
             shared::store_u32(place, seen as u32);
             shared::store_u32(place + 4, (seen >> 32) as u32);
             warp::sync();
-            Plan::<T>::key_full(stage).release(self.lane);
+            Plan::<M>::key_full(stage).release(self.lane);
             all_seen |= seen;
-            self.slot = self.slot.next(Plan::<T>::STAGES);
+            self.slot = self.slot.next(Plan::<M>::STAGES);
             tile += 1;
         }
         all_seen != 0
@@ -267,16 +281,16 @@ impl Producer {
 
 /// [`Visible::keys`] of the sample that is row `video` of the video, through the temporal mask; keys lie in the spatial layout.
 #[inline(always)]
-fn keys_through_temporal<T: Shape>(video: u32, valid_text: u32, first: u32) -> u64 {
-    let Layout { frames, tokens_per_frame, sink_frames, .. } = T::LAYOUT;
+fn keys_through_temporal<M: Model>(video: u32, valid_text: u32, first: u32) -> u64 {
+    let Layout { frames, tokens_per_frame, sink_frames, .. } = M::LAYOUT;
     let position = video % tokens_per_frame * frames + video / tokens_per_frame;
-    let prefix = valid_text + T::LAYOUT.sink_tokens();
+    let prefix = valid_text + M::LAYOUT.sink_tokens();
     let mut frame = (first.saturating_sub(valid_text) / tokens_per_frame).max(sink_frames);
     let mut keys = 0;
     // Of each frame in the tile a run.
     loop {
         let first_token = valid_text + frame * tokens_per_frame;
-        let [start, end] = T::LAYOUT.temporal_patches(position, frame);
+        let [start, end] = M::LAYOUT.temporal_patches(position, frame);
         keys |= Visible { prefix, start: first_token + start, end: first_token + end }.keys(first);
         frame += 1;
         if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
@@ -287,7 +301,7 @@ fn keys_through_temporal<T: Shape>(video: u32, valid_text: u32, first: u32) -> u
 
 /// A consumer warpgroup: all samples of the block, on its own columns or its own tiles. `consumer_warp` counts over both.
 #[inline(always)]
-unsafe fn consume<T: Shape>(
+unsafe fn consume<M: Model>(
     params: &ProfileParams,
     consumer_warp: u32,
     [split, group, head]: [u32; 3],
@@ -296,64 +310,64 @@ unsafe fn consume<T: Shape>(
 ) {
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
-    let columns = if Plan::<T>::TURNS { 0 } else { warpgroup };
-    let samples = [consumer_warp % 4 * 16 + lane / 4, consumer_warp % 4 * 16 + lane / 4 + 8];
-    let end = valid_text + T::LAYOUT.video_tokens();
+    let columns = if Plan::<M>::TURNS { 0 } else { warpgroup };
+    let samples = fragment::thread_rows(consumer_warp % 4 * 16, lane);
+    let end = valid_text + M::LAYOUT.video_tokens();
     let mut consumer = Consumer { lane, warpgroup, columns, samples, end, mask: DENSE };
-    let plan = Plan::<T>::partials(params.splits);
+    let plan = Plan::<M>::partials(params.splits);
     let partial = params.partials + plan.offset(head, group, split) * 4;
     let place = |mask: u32| partial + plan.mask_offset(mask) as u64 * 4;
     // Tiles that went through the stages in earlier sweeps.
     let mut tiles_before = 0;
     let mut lost = 0;
     while consumer.mask != MASKS {
-        let mut results = Results::<T> {
+        let mut results = Results::<M> {
             rows: Rows::new(),
             sums: [[0.0; 2]; 2],
-            outputs: [<T::Profile as TileProducts>::Output::splat(0.0); 3],
+            outputs: [<M::Profile as TileProducts>::Output::splat(0.0); 3],
         };
-        consumer.sweep::<T>(&tiles, tiles_before, &mut results);
+        consumer.sweep::<M>(&tiles, tiles_before, &mut results);
         tiles_before += tiles.end - tiles.start;
-        if Plan::<T>::TURNS {
+        if Plan::<M>::TURNS {
             results.merge_turns(warpgroup);
         }
         // With turns the first warpgroup has the results of both.
-        if !Plan::<T>::TURNS || warpgroup == 0 {
+        if !Plan::<M>::TURNS || warpgroup == 0 {
             let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
             // The quad's lanes hold the sums of their own columns of the tiles.
             let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
             if lane % 4 == 0 && columns == 0 && consumer.mask == DENSE {
                 let mut row = 0;
                 while row < 2 {
-                    shared::store_f32(Plan::<T>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
-                    shared::store_f32(Plan::<T>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
+                    shared::store_f32(Plan::<M>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
+                    shared::store_f32(Plan::<M>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
                     row += 1;
                 }
             }
-            Plan::<T>::swept().arrive();
+            Plan::<M>::swept().arrive();
             // The producers judge the sums meanwhile.
             let store = Store { samples, offset: rows.offset, lane, columns };
-            store.mask::<T>(place(consumer.mask), rows.total(), dense);
+            store.mask::<M>(place(consumer.mask), rows.total(), dense);
             if consumer.mask == DENSE {
-                store.mask::<T>(place(SPATIAL), sums[0], spatial);
-                store.mask::<T>(place(TEMPORAL), sums[1], temporal);
+                store.mask::<M>(place(SPATIAL), sums[0], spatial);
+                store.mask::<M>(place(TEMPORAL), sums[1], temporal);
             }
         }
         if consumer.mask == DENSE {
-            lost = lost_masks::<T>();
+            lost = lost_masks::<M>();
         }
         consumer.mask = next_sweep(consumer.mask, lost);
     }
 }
 
 /// What a thread has found for its two samples.
-struct Results<T: Shape> {
+struct Results<M: Model> {
     /// Of all keys.
     rows: Rows,
     /// Sums of weights under the spatial and the temporal mask.
     sums: [[f32; 2]; 2],
     /// Unnormalised: dense, spatial, temporal.
-    outputs: [<T::Profile as TileProducts>::Output; 3],
+    outputs: [<M::Profile as TileProducts>::Output; 3],
 }
 
 /// Where a consumer warpgroup is: a tile, and the slot that it lies in.
@@ -378,25 +392,25 @@ struct Consumer {
 impl Consumer {
     /// Takes the warpgroup's share of `tiles` into `results`: what counts for all keys there is then of those that the sweep's mask shows.
     #[inline(always)]
-    unsafe fn sweep<T: Shape>(&self, tiles: &Range<u32>, tiles_before: u32, results: &mut Results<T>) {
-        let turn = if Plan::<T>::TURNS { self.warpgroup } else { 0 };
-        let slot = Slot::full(tiles_before + turn, Plan::<T>::STAGES);
+    unsafe fn sweep<M: Model>(&self, tiles: &Range<u32>, tiles_before: u32, results: &mut Results<M>) {
+        let turn = if Plan::<M>::TURNS { self.warpgroup } else { 0 };
+        let slot = Slot::full(tiles_before + turn, Plan::<M>::STAGES);
         let mut place = Place { tile: tiles.start + turn, slot: slot.uniform() };
         if place.tile >= tiles.end {
             return;
         }
-        Plan::<T>::key_full(place.slot.stage).wait(place.slot.parity);
-        let mut scores = self.first_scores::<T>(&place);
-        if results.rows.start_plain::<ElementOf<T>>(&mut scores, self.warpgroup)
-            && self.rounds::<T, false>(&mut place, tiles.end, &mut scores, results)
+        Plan::<M>::key_full(place.slot.stage).wait(place.slot.parity);
+        let mut scores = self.first_scores::<M>(&place);
+        if results.rows.start_plain::<M::Element>(&mut scores, self.warpgroup)
+            && self.rounds::<M, false>(&mut place, tiles.end, &mut scores, results)
         {
             return;
         }
         loop {
             place.slot = place.slot.uniform();
-            scores = self.first_scores::<T>(&place);
+            scores = self.first_scores::<M>(&place);
             results.lower(&mut scores);
-            if self.rounds::<T, true>(&mut place, tiles.end, &mut scores, results) {
+            if self.rounds::<M, true>(&mut place, tiles.end, &mut scores, results) {
                 return;
             }
         }
@@ -404,16 +418,16 @@ impl Consumer {
 
     /// S of the tile at `place`, which is there.
     #[inline(always)]
-    unsafe fn first_scores<T: Shape>(&self, place: &Place) -> <T::Profile as TileProducts>::Scores {
-        let mut scores = <T::Profile as TileProducts>::Scores::splat(0.0);
-        T::Profile::start_scores(&mut scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
+    unsafe fn first_scores<M: Model>(&self, place: &Place) -> <M::Profile as TileProducts>::Scores {
+        let mut scores = <M::Profile as TileProducts>::Scores::splat(0.0);
+        M::Profile::start_scores(&mut scores, Plan::<M>::query_image(), Plan::<M>::key_image(place.slot));
         scores.wait::<0>();
         let seen = if self.mask == DENSE {
             [[0; 2]; 2]
         } else {
             // The stage has been waited for. compute-sanitizer's racecheck does not believe it without a barrier of this warpgroup.
             thread::any_of_warpgroup(false, self.warpgroup);
-            self.seen::<T>(place.slot.stage)
+            self.seen::<M>(place.slot.stage)
         };
         self.hide(&mut scores, place.tile * KEY_ROWS, seen);
         scores
@@ -422,18 +436,18 @@ impl Consumer {
     /// The rounds of [`Consumer::sweep`], from the weights of the tile at `place` on, with the rows' offsets or (`OFFSETS` is false) with
     /// none. False at a tile whose weights are too large, where `place` is then.
     #[inline(always)]
-    unsafe fn rounds<T: Shape, const OFFSETS: bool>(
+    unsafe fn rounds<M: Model, const OFFSETS: bool>(
         &self,
         place: &mut Place,
         end: u32,
-        scores: &mut <T::Profile as TileProducts>::Scores,
-        results: &mut Results<T>,
+        scores: &mut <M::Profile as TileProducts>::Scores,
+        results: &mut Results<M>,
     ) -> bool {
-        let value = |slot: Slot| Plan::<T>::value_image(slot, self.columns);
-        let stride = if Plan::<T>::TURNS { CONSUMERS } else { 1 };
-        let mut seen = self.seen::<T>(place.slot.stage);
+        let value = |slot: Slot| Plan::<M>::value_image(slot, self.columns);
+        let stride = if Plan::<M>::TURNS { CONSUMERS } else { 1 };
+        let mut seen = self.seen::<M>(place.slot.stage);
         loop {
-            Plan::<T>::value_full(place.slot.stage).wait(place.slot.parity);
+            Plan::<M>::value_full(place.slot.stage).wait(place.slot.parity);
             let mut weights = results.weights(scores, seen, self.lane);
             place.tile += stride;
             if place.tile >= end {
@@ -441,24 +455,24 @@ impl Consumer {
                 results.wait_outputs(&mut weights);
                 // All lanes have read what they see of the tile.
                 warp::sync();
-                Plan::<T>::free(place.slot.stage).release(self.lane);
+                Plan::<M>::free(place.slot.stage).release(self.lane);
                 return true;
             }
             let last = place.slot;
-            place.slot = last.next(Plan::<T>::STAGES);
-            if Plan::<T>::TURNS {
-                place.slot = place.slot.next(Plan::<T>::STAGES);
+            place.slot = last.next(Plan::<M>::STAGES);
+            if Plan::<M>::TURNS {
+                place.slot = place.slot.next(Plan::<M>::STAGES);
             }
-            Plan::<T>::key_full(place.slot.stage).wait(place.slot.parity);
+            Plan::<M>::key_full(place.slot.stage).wait(place.slot.parity);
             results.rows.put_offsets::<OFFSETS>(scores);
-            T::Profile::start_scores(scores, Plan::<T>::query_image(), Plan::<T>::key_image(place.slot));
+            M::Profile::start_scores(scores, Plan::<M>::query_image(), Plan::<M>::key_image(place.slot));
             results.start_outputs(&weights, value(last));
-            seen = self.seen::<T>(place.slot.stage);
+            seen = self.seen::<M>(place.slot.stage);
             scores.wait::<3>();
             self.hide(scores, place.tile * KEY_ROWS, seen);
-            let fits = results.rows.absorb::<ElementOf<T>>(scores, self.warpgroup);
+            let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
             results.wait_outputs(&mut weights);
-            Plan::<T>::free(last.stage).release(self.lane);
+            Plan::<M>::free(last.stage).release(self.lane);
             if !fits {
                 return false;
             }
@@ -467,10 +481,10 @@ impl Consumer {
 
     /// What the thread's samples see of the tile in a stage: through the spatial mask, through the temporal one.
     #[inline(always)]
-    unsafe fn seen<T: Shape>(&self, stage: u32) -> [[u64; 2]; 2] {
+    unsafe fn seen<M: Model>(&self, stage: u32) -> [[u64; 2]; 2] {
         let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
-        let [a, b, c, d] = shared::load16(Plan::<T>::seen(stage, self.samples[0]));
-        let [e, f, g, h] = shared::load16(Plan::<T>::seen(stage, self.samples[1]));
+        let [a, b, c, d] = shared::load16(Plan::<M>::seen(stage, self.samples[0]));
+        let [e, f, g, h] = shared::load16(Plan::<M>::seen(stage, self.samples[1]));
         [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
     }
 
@@ -483,19 +497,19 @@ impl Consumer {
         if first + KEY_ROWS > whole_before {
             let seen = match self.mask {
                 DENSE => softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]),
-                SPATIAL => spatial.map(|keys| fragment_of(keys, self.lane % 4)),
-                _ => temporal.map(|keys| fragment_of(keys, self.lane % 4)),
+                SPATIAL => spatial.map(|keys| thread_keys(keys, self.lane)),
+                _ => temporal.map(|keys| thread_keys(keys, self.lane)),
             };
             softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
         }
     }
 }
 
-impl<T: Shape> Results<T> {
+impl<M: Model> Results<M> {
     /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
     #[inline(always)]
-    unsafe fn lower(&mut self, scores: &mut <T::Profile as TileProducts>::Scores) {
-        let rescale = self.rows.lower::<ElementOf<T>>(scores);
+    unsafe fn lower(&mut self, scores: &mut <M::Profile as TileProducts>::Scores) {
+        let rescale = self.rows.lower::<M::Element>(scores);
         let [dense, spatial, temporal] = &mut self.outputs;
         softmax::scale_rows(dense, rescale);
         softmax::scale_rows(spatial, rescale);
@@ -507,33 +521,33 @@ impl<T: Shape> Results<T> {
     #[inline(always)]
     unsafe fn weights(
         &mut self,
-        dense: &<T::Profile as TileProducts>::Scores,
+        dense: &<M::Profile as TileProducts>::Scores,
         [spatial, temporal]: [[u64; 2]; 2],
         lane: u32,
-    ) -> [<T::Profile as TileProducts>::Weights; 3] {
-        let all = T::Profile::weights(dense);
+    ) -> [<M::Profile as TileProducts>::Weights; 3] {
+        let all = M::Profile::weights(dense);
         let [spatial_sum, temporal_sum] = &mut self.sums;
-        let spatial = keep_seen::<T>(dense, &all, self.rows.tile_sum, spatial, lane, spatial_sum);
-        let temporal = keep_seen::<T>(dense, &all, self.rows.tile_sum, temporal, lane, temporal_sum);
+        let spatial = keep_seen::<M>(dense, &all, self.rows.tile_sum, spatial, lane, spatial_sum);
+        let temporal = keep_seen::<M>(dense, &all, self.rows.tile_sum, temporal, lane, temporal_sum);
         [all, spatial, temporal]
     }
 
     /// The three products with V, a group each.
     #[inline(always)]
-    unsafe fn start_outputs(&mut self, weights: &[<T::Profile as TileProducts>::Weights; 3], value: Descriptor) {
+    unsafe fn start_outputs(&mut self, weights: &[<M::Profile as TileProducts>::Weights; 3], value: Descriptor) {
         let [dense, spatial, temporal] = &mut self.outputs;
-        T::Profile::start_output(dense, &weights[0], value);
-        T::Profile::start_output(spatial, &weights[1], value);
-        T::Profile::start_output(temporal, &weights[2], value);
+        M::Profile::start_output(dense, &weights[0], value);
+        M::Profile::start_output(spatial, &weights[1], value);
+        M::Profile::start_output(temporal, &weights[2], value);
     }
 
     /// Waits for all products.
     #[inline(always)]
-    unsafe fn wait_outputs(&mut self, weights: &mut [<T::Profile as TileProducts>::Weights; 3]) {
+    unsafe fn wait_outputs(&mut self, weights: &mut [<M::Profile as TileProducts>::Weights; 3]) {
         let [dense, spatial, temporal] = &mut self.outputs;
-        T::Profile::wait_output(dense, &mut weights[0]);
-        T::Profile::wait_output(spatial, &mut weights[1]);
-        T::Profile::wait_output(temporal, &mut weights[2]);
+        M::Profile::wait_output(dense, &mut weights[0]);
+        M::Profile::wait_output(spatial, &mut weights[1]);
+        M::Profile::wait_output(temporal, &mut weights[2]);
     }
 
     /// Gives the first warpgroup the results of both. They have had different tiles, and so have different offsets.
@@ -542,7 +556,7 @@ impl<T: Shape> Results<T> {
         let Results { rows, sums, outputs: [dense, spatial, temporal] } = self;
         const PER_OUTPUT: u32 = COLUMNS / 2;
         // Where tiles were: a value of one thread lies beside that of the next.
-        let place = |index: u32| Plan::<T>::key(0) + (index * 128 + thread::index() % 128) * 4;
+        let place = |index: u32| Plan::<M>::key(0) + (index * 128 + thread::index() % 128) * 4;
         // Both are done with the tiles.
         thread::sync_two_warpgroups();
         if warpgroup == 1 {
@@ -581,15 +595,15 @@ impl<T: Shape> Results<T> {
             sums[1] = [0, 1].map(|row| add(sums[1][row], row, 6 + row as u32));
             dense.for_each(
                 #[inline(always)]
-                |i, value| *value = add(*value, softmax::row_of(i), 8 + i),
+                |i, value| *value = add(*value, row_of(i), 8 + i),
             );
             spatial.for_each(
                 #[inline(always)]
-                |i, value| *value = add(*value, softmax::row_of(i), 8 + PER_OUTPUT + i),
+                |i, value| *value = add(*value, row_of(i), 8 + PER_OUTPUT + i),
             );
             temporal.for_each(
                 #[inline(always)]
-                |i, value| *value = add(*value, softmax::row_of(i), 8 + 2 * PER_OUTPUT + i),
+                |i, value| *value = add(*value, row_of(i), 8 + 2 * PER_OUTPUT + i),
             );
         }
     }
@@ -597,54 +611,51 @@ impl<T: Shape> Results<T> {
 
 /// Video row, frame-major, of a sample; samples beyond the last repeat it.
 #[inline(always)]
-fn sampled_row<T: Shape>(params: &ProfileParams, head: u32, group: u32, sample: u32) -> u32 {
-    let index = (group * SAMPLE_ROWS + sample).min(T::PROFILE_ROWS - 1);
-    T::LAYOUT.sampled_video_row(params.seed, head, index, T::PROFILE_ROWS)
+fn sampled_row<M: Model>(params: &ProfileParams, head: u32, group: u32, sample: u32) -> u32 {
+    let index = (group * SAMPLE_ROWS + sample).min(M::PROFILE_ROWS - 1);
+    M::LAYOUT.sampled_video_row(params.seed, head, index, M::PROFILE_ROWS)
 }
 
 /// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
 #[inline(always)]
-unsafe fn gather_samples<T: Shape>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
-    let packed_q = params.packed_q + T::LAYOUT.packed_rows() as u64 * (T::HEAD_DIM * 2) as u64 * head as u64;
-    let blocks = T::HEAD_DIM / 64;
-    const THREADS: u32 = CONSUMERS * 128;
+unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
+    let packed_q = params.packed_q + M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
+    const THREADS: u32 = CONSUMERS * WARPGROUP;
     let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
-    while chunk < SAMPLE_ROWS * T::HEAD_DIM / 8 {
-        let (sample, column) = (chunk / (T::HEAD_DIM / 8), chunk % (T::HEAD_DIM / 8));
-        let row = valid_text + sampled_row::<T>(params, head, group, sample);
-        let place = |row: u32| {
-            let atom = row / ATOM_ROWS * blocks + column / 8;
-            atom as u64 * 1024 + (row % ATOM_ROWS * 128 + (column % 8 ^ row % ATOM_ROWS) * 16) as u64
-        };
-        shared::store16(Plan::<T>::query() + place(sample) as u32, global::load16(packed_q + place(row)));
+    let chunks = M::IMAGE.row_chunks();
+    while chunk < SAMPLE_ROWS * chunks {
+        let (sample, column) = (chunk / chunks, chunk % chunks);
+        let row = valid_text + sampled_row::<M>(params, head, group, sample);
+        let from = packed_q + M::IMAGE.chunk(row, column) as u64;
+        shared::store16(Plan::<M>::query() + M::IMAGE.chunk(sample, column), global::load16(from));
         chunk += THREADS;
     }
 }
 
 /// The weights of `seen` keys, rounded; adds them to `sum`. `dense` are those of all keys, `all` the same rounded, `tile_sum` their sum.
 #[inline(always)]
-unsafe fn keep_seen<T: Shape>(
-    dense: &<T::Profile as TileProducts>::Scores,
-    all: &<T::Profile as TileProducts>::Weights,
+unsafe fn keep_seen<M: Model>(
+    dense: &<M::Profile as TileProducts>::Scores,
+    all: &<M::Profile as TileProducts>::Weights,
     tile_sum: [f32; 2],
     seen: [u64; 2],
     lane: u32,
     sum: &mut [f32; 2],
-) -> <T::Profile as TileProducts>::Weights {
+) -> <M::Profile as TileProducts>::Weights {
     let is_whole = |keys: u64| keys == 0 || keys == u64::MAX;
     if warp::any(!(is_whole(seen[0]) & is_whole(seen[1]))) {
         let mut masked = *dense;
-        let own = seen.map(|keys| fragment_of(keys, lane % 4));
+        let own = seen.map(|keys| thread_keys(keys, lane));
         softmax::replace_unseen(&mut masked, own, 0.0);
         masked.for_each(
             #[inline(always)]
-            |i, weight| sum[softmax::row_of(i)] += *weight,
+            |i, weight| sum[row_of(i)] += *weight,
         );
-        T::Profile::weights(&masked)
+        M::Profile::weights(&masked)
     } else {
         // Most tiles are wholly inside or outside of what a row sees.
         *sum = [0, 1].map(|row| if seen[row] != 0 { sum[row] + tile_sum[row] } else { sum[row] });
-        T::Profile::and_rows(all, seen.map(|keys| if keys != 0 { u32::MAX } else { 0 }))
+        M::Profile::and_rows(all, seen.map(|keys| if keys != 0 { u32::MAX } else { 0 }))
     }
 }
 
@@ -659,7 +670,7 @@ struct Store {
 impl Store {
     /// Writes offsets, sums and unnormalised outputs under one mask, `place` being where the mask's begin.
     #[inline(always)]
-    unsafe fn mask<T: Shape>(&self, place: u64, sums: [f32; 2], output: &mut impl Fragment) {
+    unsafe fn mask<M: Model>(&self, place: u64, sums: [f32; 2], output: &mut impl Fragment) {
         let Store { samples, offset, lane, columns } = *self;
         if lane % 4 == 0 && columns == 0 {
             let mut row = 0;
@@ -669,12 +680,12 @@ impl Store {
                 row += 1;
             }
         }
-        let column = columns * COLUMNS + 2 * (lane % 4);
+        let column = columns * COLUMNS + fragment::first_column(lane);
         output.for_each_group(
             #[inline(always)]
             |group, [a, b, c, d]| {
                 let row =
-                    |row: usize| place + (2 * SAMPLE_ROWS + samples[row] * T::HEAD_DIM + group * 8 + column) as u64 * 4;
+                    |row: usize| place + (2 * SAMPLE_ROWS + samples[row] * M::HEAD_DIM + group * 8 + column) as u64 * 4;
                 global::store_f32x2(row(0), [*a, *b]);
                 global::store_f32x2(row(1), [*c, *d]);
             },
@@ -687,16 +698,16 @@ impl Store {
 /// # Safety
 /// As [`profile`], after it on the same stream.
 #[inline(always)]
-pub unsafe fn select<T: Shape>(params: &SelectParams) {
+pub unsafe fn select<M: Model>(params: &SelectParams) {
     let head = thread::block_z();
     let (own_warp, lane) = (thread::warp(), thread::lane());
     let mut errors = [0.0f32; 2];
     let mut row = own_warp;
-    while row < T::PROFILE_ROWS {
-        let merge = Merge::of::<T>(params, head, row, lane);
+    while row < M::PROFILE_ROWS {
+        let merge = Merge::of::<M>(params, head, row, lane);
         let mut column = lane * 2;
-        while column < T::HEAD_DIM {
-            let [dense, spatial, temporal] = merge.columns::<T>(column);
+        while column < M::HEAD_DIM {
+            let [dense, spatial, temporal] = merge.columns::<M>(column);
             let distance = |masked: [f32; 2], error: f32| {
                 let distance = [masked[0] - dense[0], masked[1] - dense[1]];
                 math::fma(distance[0], distance[0], math::fma(distance[1], distance[1], error))
@@ -723,7 +734,7 @@ pub unsafe fn select<T: Shape>(params: &SelectParams) {
             total[1] += shared::load_f32(shared::base() + other * 8 + 4);
             other += 1;
         }
-        let mean = total.map(|error| error * (1.0 / (T::PROFILE_ROWS * T::HEAD_DIM) as f32));
+        let mean = total.map(|error| error * (1.0 / (M::PROFILE_ROWS * M::HEAD_DIM) as f32));
         global::store_f32x2(params.errors + head as u64 * 8, mean);
         let head_type = if mean[1] < mean[0] { HeadType::Temporal } else { HeadType::Spatial };
         global::store_u32(params.head_types + head as u64 * 4, head_type as u32);
@@ -751,7 +762,7 @@ unsafe fn reduce(mut values: [f32; 3], add: impl Fn(f32, f32) -> f32) -> [f32; 3
 struct Merge {
     /// First f32 of the first split.
     partials: u64,
-    plan: ProfilePlan,
+    plan: PartialsLayout,
     sample: u32,
     /// By which the outputs of the lane's split are multiplied, under dense, spatial and temporal; 0 where it has nothing to add.
     factors: [f32; 3],
@@ -759,8 +770,8 @@ struct Merge {
 
 impl Merge {
     #[inline(always)]
-    unsafe fn of<T: Shape>(params: &SelectParams, head: u32, row: u32, lane: u32) -> Merge {
-        let plan = Plan::<T>::partials(params.splits);
+    unsafe fn of<M: Model>(params: &SelectParams, head: u32, row: u32, lane: u32) -> Merge {
+        let plan = Plan::<M>::partials(params.splits);
         let (group, sample) = (row / SAMPLE_ROWS, row % SAMPLE_ROWS);
         let partials = params.partials + plan.offset(head, group, 0) * 4;
         let own = |index: u32| partials + (lane * plan.split_floats() + index + sample) as u64 * 4;
@@ -796,7 +807,7 @@ impl Merge {
 
     /// Columns `column` and `column + 1` of the output under each mask.
     #[inline(always)]
-    unsafe fn columns<T: Shape>(&self, column: u32) -> [[f32; 2]; 3] {
+    unsafe fn columns<M: Model>(&self, column: u32) -> [[f32; 2]; 3] {
         // So many splits' loads are in flight together. A lane without a split has factors of 0: its turn repeats the last split's values.
         const AT_ONCE: usize = 4;
         let mut outputs = [[0.0f32; 2]; 3];
@@ -806,7 +817,7 @@ impl Merge {
             let mut i = 0;
             while i < AT_ONCE {
                 let split = (first + i as u32).min(self.plan.splits - 1) * self.plan.split_floats();
-                let own = self.sample * T::HEAD_DIM + column;
+                let own = self.sample * M::HEAD_DIM + column;
                 let load = |mask: u32| {
                     let place = split + self.plan.mask_offset(mask) + 2 * SAMPLE_ROWS + own;
                     global::load_f32x2(self.partials + place as u64 * 4)

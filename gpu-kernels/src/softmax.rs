@@ -2,7 +2,7 @@
 //!
 //! * **Plain**: the weight of a score s is 2^s, and between the two stands nothing but the exponential. f32 and bf16 hold it for any score
 //!   up to about a hundred on either side of 0. Rows begin so if the sums of their weights of a first tile are in
-//!   [`Element::TILE_SUMS`].
+//!   [`Dtype::tile_sums`](framestride_shapes::dtype::Dtype::tile_sums).
 //! * **With offsets**: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
 //!   an offset of the row. Accumulators of the scores start from the offsets, so that the tensor cores add them.
 //!
@@ -14,6 +14,7 @@
 use crate::cuda::mma::Fragment;
 use crate::cuda::{math, thread, warp};
 use crate::element::Element;
+use framestride_shapes::fragment::{self, column_of, row_of};
 use framestride_shapes::layout::Visible;
 
 /// The offset of a row that has seen nothing: with any finite score the weight is infinite, with a hidden one (-inf) exactly 0.
@@ -45,7 +46,7 @@ impl Rows {
     /// The whole warpgroup comes here; `warpgroup` is its number in the block.
     #[inline(always)]
     pub unsafe fn start_plain<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let [least, most] = E::TILE_SUMS;
+        let [least, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
         // Not a number does not fit.
         let fits = |sum: f32| (sum >= least) & (sum <= most);
@@ -73,7 +74,7 @@ impl Rows {
     /// As for [`Rows::start_plain`].
     #[inline(always)]
     pub unsafe fn absorb<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let [_, most] = E::TILE_SUMS;
+        let [_, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
         // Not a number is too large as well.
         if thread::any_of_warpgroup(!(sum[0] <= most) | !(sum[1] <= most), warpgroup) {
@@ -137,12 +138,6 @@ fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
     sum
 }
 
-/// Which of the thread's two rows value `index` of a fragment belongs to.
-#[inline(always)]
-pub fn row_of(index: u32) -> usize {
-    (index / 2 % 2) as usize
-}
-
 /// Multiplies each row of a fragment by its factor.
 #[inline(always)]
 pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
@@ -152,13 +147,13 @@ pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
     );
 }
 
-/// Which keys of a tile the thread's rows see, a bit each as [`Visible::fragment_keys`] says: `first` is the packed row of the first
-/// of the tile's `tile_rows` keys, `rows` what the thread's rows see.
+/// Which keys of a tile the thread's rows see ([`fragment::seen_keys`]): `first` is the packed row of the first of the tile's
+/// `tile_rows` keys, `rows` what the thread's rows see.
 #[inline(always)]
 pub fn seen_keys(first: u32, tile_rows: u32, lane: u32, rows: [Visible; 2]) -> [u64; 2] {
     rows.map(
         #[inline(always)]
-        |row| row.fragment_keys(first + 2 * (lane % 4), tile_rows),
+        |row| fragment::seen_keys(row, first, tile_rows, lane),
     )
 }
 
@@ -170,7 +165,7 @@ pub fn replace_unseen(fragment: &mut impl Fragment, seen: [u64; 2], replacement:
     fragment.for_each(
         #[inline(always)]
         |i, value| {
-            let key = i / 4 * 2 + i % 2;
+            let key = column_of(i);
             if seen[row_of(i)][(key / 32) as usize] & 1 << key % 32 == 0 {
                 *value = replacement;
             }

@@ -11,7 +11,7 @@ use std::error::Error;
 
 use cudarc::driver::{CudaContext, DevicePtr};
 use framestride::device::Gpu;
-use framestride::shapes::launch::Tensor;
+use framestride::shapes::params::Tensor;
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use framestride::device::{Gpu, OwnedStream};
-use framestride::shapes::launch::Tensor;
+use framestride::shapes::params::Tensor;
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, Result, SparseAttention, Workspace};
 
 fn main() -> Result<()> {

@@ -5,7 +5,7 @@
 //! ```
 
 use framestride::device::Gpu;
-use framestride::shapes::launch::Tensor;
+use framestride::shapes::params::Tensor;
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, Result, SparseAttention, Stream, Workspace};
 
 fn main() -> Result<()> {

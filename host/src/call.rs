@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use framestride_shapes::launch::Tensor;
+use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, NormOver, Spec};
 use framestride_shapes::workspace::WorkspacePlan;
 

@@ -1,7 +1,7 @@
 //! Launches as data: [`SparseAttention::launches`](crate::SparseAttention::launches) writes them
 //! before anything runs.
 
-use framestride_shapes::launch::{AttentionParams, PackParams, ProfileParams, SelectParams};
+use framestride_shapes::params::{AttentionParams, PackParams, ProfileParams, SelectParams};
 
 /// The kernels of every module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

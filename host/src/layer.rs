@@ -14,8 +14,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use framestride_shapes::launch::{NormWeights, ProfilePlan, Tensor};
 use framestride_shapes::layout::HeadType;
+use framestride_shapes::params::{NormWeights, PartialsLayout, Tensor};
 use framestride_shapes::workspace::WorkspacePlan;
 
 use crate::call::check_heads;
@@ -153,8 +153,8 @@ impl SparseAttention {
 
     /// How the partial results of profiling lie in their part of the workspace.
     #[must_use]
-    pub fn profile_plan(&self) -> ProfilePlan {
-        self.module.spec().profile_plan(self.splits)
+    pub fn partials(&self) -> PartialsLayout {
+        self.module.spec().partials(self.splits)
     }
 
     /// The types that the spec's schedule asks for: dense during its warm-up, else profiled. Steps

@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use framestride_shapes::launch::{
-    AttentionParams, MOST_SPLITS, PROFILE_KEY_ROWS, PackParams, PackPass, ProfileParams, SelectParams, pack_warps,
-};
+use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock};
+use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::workspace::WorkspacePlan;
 
@@ -62,7 +61,7 @@ impl SparseAttention {
                 aligned: aligned.into(),
                 reserved: 0,
             });
-            let warps = pack_warps(spec.heads, spec.head_dim);
+            let warps = PackBlock::new(spec.heads, spec.image()).warps;
             self.write(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, batch], params)
         };
         let attention = || {
@@ -108,7 +107,7 @@ impl SparseAttention {
                 splits,
                 reserved: 0,
             });
-            let groups = spec.profile_plan(splits).groups;
+            let groups = spec.partials(splits).groups;
             Profiling {
                 profile: self.write(Kernel::Profile, [splits, groups, batch * heads], profile),
                 select: self.write(Kernel::Select, [1, 1, batch * heads], select),
@@ -142,7 +141,7 @@ pub fn plan_workspace(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32)
 /// Into how many parts profiling divides the keys of a head. Each block takes one part.
 pub(crate) fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
     let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
-    let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.profile_plan(1).groups);
+    let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.partials(1).groups);
     splits_of(blocks, multiprocessors.max(1), key_tiles.clamp(1, MOST_SPLITS))
 }
 

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use framestride::shapes::launch::{NormWeights, Tensor};
+use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
 

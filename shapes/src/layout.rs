@@ -14,6 +14,8 @@
 //! Everything is plain `u32` arithmetic without panics, so that the kernels compile it with the shape as constants. The valid
 //! text length is an argument everywhere: it is known only at launch, and differs between batch items.
 
+use crate::image::ATOM_ROWS;
+
 /// How a head attends. The values are what kernels read from the device array of head types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -29,6 +31,9 @@ pub enum HeadType {
 impl HeadType {
     /// All types, indexed by their value.
     pub const ALL: [HeadType; 3] = [HeadType::Dense, HeadType::Spatial, HeadType::Temporal];
+
+    /// The types that profiling chooses from, in the order in which it tries them: of equal errors the first wins.
+    pub const CANDIDATES: [HeadType; 2] = [HeadType::Spatial, HeadType::Temporal];
 
     /// Name for people and reports.
     pub const fn name(self) -> &'static str {
@@ -58,9 +63,6 @@ pub enum TextPosition {
     /// After the video tokens.
     Last,
 }
-
-/// Rows of a swizzle atom: packed rows are copied and addressed in multiples of it (PTX ISA, 128-byte swizzle mode).
-pub const ATOM_ROWS: u32 = 8;
 
 /// Zero rows behind each packed head, so that a tile that starts at any token may be copied whole: no tile has more rows.
 pub const PAD_ROWS: u32 = 192;
@@ -113,34 +115,6 @@ impl Visible {
         }
         before(self.prefix, first) | (before(self.end, first) & !before(self.start, first))
     }
-
-    /// Which keys are seen of those that a thread has in its row of a tensor-core tile of `tile_rows` keys (a multiple of 8, less than
-    /// 256), two of each eight: bit b is for packed row `first + b / 2 * 8 + b % 2`, where `first` is the thread's first key.
-    #[inline(always)]
-    pub const fn fragment_keys(self, first: u32, tile_rows: u32) -> u64 {
-        /// The keys before packed row `bound`.
-        #[inline(always)]
-        const fn before(bound: u32, first: u32, tile_rows: u32) -> u64 {
-            let rows = bound.saturating_sub(first);
-            let rows = if rows < tile_rows { rows } else { tile_rows };
-            let odd = if rows % 8 < 2 { rows % 8 } else { 2 };
-            (1 << (rows / 8 * 2 + odd)) - 1
-        }
-        before(self.prefix, first, tile_rows)
-            | (before(self.end, first, tile_rows) & !before(self.start, first, tile_rows))
-    }
-}
-
-/// Of [`Visible::keys`] those that lane `quad_lane` of a quad has, as [`Visible::fragment_keys`] of its first key says it.
-#[inline(always)]
-pub const fn fragment_of(keys: u64, quad_lane: u32) -> u64 {
-    /// The lowest two bits of each byte, together: the product has byte b's at 18 + 2 b, where no other term is.
-    #[inline(always)]
-    const fn gather(word: u32) -> u32 {
-        (word & 0x0303_0303).wrapping_mul(1 | 1 << 6 | 1 << 12 | 1 << 18) >> 18 & 0xff
-    }
-    let [low, high] = [keys as u32, (keys >> 32) as u32];
-    (gather(low >> (2 * quad_lane)) | gather(high >> (2 * quad_lane)) << 8) as u64
 }
 
 /// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the rows' runs and what lies between them) and `all`

@@ -3,8 +3,11 @@
 //! * [`arch`]: the families of GPUs that kernels exist for. `no_std`.
 //! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees. `no_std`: the kernels
 //!   compile this very code, and the host plans with it.
-//! * [`launch`]: the parameter blocks that the host writes and the kernels read. `no_std`.
-//! * [`operators`]: QK-norm, RoPE and the type of the elements. `no_std`.
+//! * [`dtype`], [`image`]: the elements, and where each byte of a packed image lies. `no_std`.
+//! * [`norm_rope`]: QK-norm and RoPE. `no_std`.
+//! * [`params`]: the parameter blocks that the host writes and the kernels read. `no_std`.
+//! * [`blocks`], [`shared`]: how the kernels' blocks are made, and what lies where in their shared memory. `no_std`.
+//! * [`fragment`]: which element of a tensor-core tile a register holds. `no_std`.
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
 //! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
@@ -16,15 +19,20 @@
 #![warn(missing_docs)]
 
 pub mod arch;
+pub mod blocks;
 #[cfg(feature = "std")]
 pub mod density;
+pub mod dtype;
+pub mod fragment;
 #[cfg(feature = "std")]
 pub mod gain;
-pub mod launch;
+pub mod image;
 pub mod layout;
 #[cfg(feature = "serde")]
 pub mod manifest;
-pub mod operators;
+pub mod norm_rope;
+pub mod params;
+pub mod shared;
 #[cfg(feature = "std")]
 pub mod spec;
 #[cfg(feature = "std")]

@@ -102,7 +102,7 @@ pub struct Kernel {
 pub struct Param {
     /// Name in the source.
     pub name: String,
-    /// Rust type: a primitive, or a block of [`crate::launch`].
+    /// Rust type: a primitive, or a block of [`crate::params`].
     #[serde(rename = "type")]
     pub ty: String,
     /// Byte offset in the parameter space.

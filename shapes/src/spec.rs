@@ -129,14 +129,17 @@ mod schema;
 use std::io::Read;
 use std::path::Path;
 
-pub use crate::operators::{Dtype, NormKind, NormOver, Pairs, QkNorm, Rope};
+pub use crate::dtype::Dtype;
+pub use crate::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
 pub use error::{Problem, SpecError};
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
 
+use crate::blocks::{SAMPLE_ROWS, Tiles};
 use crate::density;
-use crate::launch::{ProfilePlan, SAMPLE_ROWS, Tiles};
-use crate::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::image::{ATOM_ROWS, Image};
+use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::params::PartialsLayout;
 use crate::tiling::{TileCounts, count_tiles};
 use crate::workspace::WorkspacePlan;
 use error::Source;
@@ -361,15 +364,20 @@ impl Spec {
         if self.rope.is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
     }
 
-    /// Sizes of profiling with the keys in `splits` parts.
-    pub const fn profile_plan(&self, splits: u32) -> ProfilePlan {
+    /// The rows that packed Q, K and V consist of.
+    pub const fn image(&self) -> Image {
+        Image { head_dim: self.head_dim, dtype: self.dtype }
+    }
+
+    /// Where the partial results of profiling lie, with the keys in `splits` parts.
+    pub const fn partials(&self, splits: u32) -> PartialsLayout {
         let rows = self.profile.rows;
-        ProfilePlan { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim: self.head_dim }
+        PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim: self.head_dim }
     }
 
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts of the keys.
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspacePlan {
-        WorkspacePlan::new(&self.layout, self.head_dim, batch, heads, self.profile_plan(splits))
+        WorkspacePlan::new(&self.layout, self.image(), batch, heads, self.partials(splits))
     }
 }
 
@@ -532,7 +540,8 @@ fn read_spec(r: &mut Reader) -> Option<Spec> {
 
     // From here on a layout is needed.
     let head_dim = head_dim?;
-    check_sizes(r, frames?, tokens_per_frame?, text_tokens?, head_dim, heads?, batch?, rope?)?;
+    let image = Image { head_dim, dtype: dtype.unwrap_or(Dtype::Bf16) };
+    check_sizes(r, frames?, tokens_per_frame?, text_tokens?, image, heads?, batch?, rope?)?;
     let mut layout = Layout {
         frames: frames?,
         tokens_per_frame: tokens_per_frame?,
@@ -626,15 +635,16 @@ fn check_sizes(
     frames: u32,
     tokens_per_frame: u32,
     text_tokens: u32,
-    head_dim: u32,
+    image: Image,
     heads: u32,
     batch: u32,
     rope: Option<Rope>,
 ) -> Option<()> {
     let video = u64::from(frames) * u64::from(tokens_per_frame);
     let sequence = video + u64::from(text_tokens);
-    // Kernels count the bytes of a packed head in 32 bits: [`Layout::packed_rows`] rows, whole atoms of them, of 16-bit elements.
-    let most_rows = u64::from(u32::MAX) / (u64::from(head_dim) * 2) - u64::from(PAD_ROWS);
+    let head_dim = image.head_dim;
+    // Kernels count the bytes of a packed head in 32 bits: those of [`Layout::packed_rows`] rows, whole atoms of them.
+    let most_rows = u64::from(u32::MAX / image.bytes(1)) - u64::from(PAD_ROWS);
     let most = most_rows - most_rows % u64::from(ATOM_ROWS);
     if sequence > most {
         r.report(

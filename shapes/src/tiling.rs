@@ -2,7 +2,7 @@
 //!
 //! The kernel asks [`Layout`] the same questions at run time; nothing here is given to it.
 
-use crate::launch::Tiles;
+use crate::blocks::Tiles;
 use crate::layout::{HeadType, Layout, RangeVisible};
 
 /// A query tile of one head, and the key tiles that it reads. All others are skipped.

@@ -2,8 +2,9 @@
 
 use core::ops::Range;
 
-use crate::launch::{ProfilePlan, SCHEDULE_BYTES, packed_bytes};
-use crate::layout::Layout;
+use crate::image::Image;
+use crate::layout::{HeadType, Layout};
+use crate::params::{PartialsLayout, SCHEDULE_BYTES};
 
 /// Every part starts at a multiple of this many bytes, given an allocation that does (`cudaMalloc` promises as much). Packed
 /// tensors are read by bulk copies into swizzle atoms, which ask for less.
@@ -15,19 +16,19 @@ pub const ALIGNMENT: u64 = 256;
 /// `head_types`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkspacePlan {
-    /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`packed_bytes`].
+    /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`image`](crate::image).
     pub packed_q: Range<u64>,
     /// Packed K, likewise.
     pub packed_k: Range<u64>,
     /// Packed V, likewise.
     pub packed_v: Range<u64>,
-    /// Partial results of profiling, f32, see [`ProfilePlan`].
+    /// Partial results of profiling, f32, see [`PartialsLayout`].
     pub partials: Range<u64>,
     /// Mean squared errors of the masks, f32 \[batch, heads, 2\]: spatial, temporal.
     pub errors: Range<u64>,
     /// Head types, u32 \[batch, heads\].
     pub head_types: Range<u64>,
-    /// What the blocks of attention share their work by, see [`AttentionParams::schedule`](crate::launch::AttentionParams).
+    /// What the blocks of attention share their work by, see [`AttentionParams::schedule`](crate::params::AttentionParams).
     pub schedule: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,
@@ -35,18 +36,18 @@ pub struct WorkspacePlan {
 
 impl WorkspacePlan {
     /// Places the parts for `batch` items of `heads` heads.
-    pub fn new(layout: &Layout, head_dim: u32, batch: u32, heads: u32, profile: ProfilePlan) -> WorkspacePlan {
+    pub fn new(layout: &Layout, image: Image, batch: u32, heads: u32, partials: PartialsLayout) -> WorkspacePlan {
         let mut bytes = 0;
         let mut place = |size: u64| {
             let start = bytes;
             bytes = (start + size).next_multiple_of(ALIGNMENT);
             start..start + size
         };
-        let packed = packed_bytes(layout, head_dim, batch, heads);
         let all_heads = u64::from(batch) * u64::from(heads);
+        let packed = all_heads * u64::from(image.bytes(layout.packed_rows()));
         let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
-        let partials = place(profile.bytes(all_heads));
-        let errors = place(all_heads * 2 * 4);
+        let partials = place(partials.bytes(all_heads));
+        let errors = place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
         WorkspacePlan { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
     }

@@ -30,8 +30,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
-use framestride::shapes::launch::SCHEDULE_BYTES;
 use framestride::shapes::layout::{HeadType, Layout};
+use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
 use packed_heads::{HeadIndex, PackedHead, packed_rows};
 use profiling::{Choice, Partials, Sampled, check_choices};

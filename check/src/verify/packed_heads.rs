@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use framestride::shapes::layout::{ATOM_ROWS, PAD_ROWS};
-use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use framestride::shapes::image::{ATOM_ROWS, CHUNK_BYTES, Image};
+use framestride::shapes::layout::PAD_ROWS;
+use framestride::shapes::spec::{NormKind, NormOver, Spec};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 
@@ -80,7 +81,7 @@ impl PackedHead<'_> {
         let dim = self.spec.head_dim as usize;
         let group = ATOM_ROWS as usize;
         bytes
-            .par_chunks_exact(group * dim * 2)
+            .par_chunks_exact(self.spec.image().bytes(ATOM_ROWS) as usize)
             .enumerate()
             .with_min_len(4)
             .map_init(
@@ -88,7 +89,7 @@ impl PackedHead<'_> {
                 |found, (index, bytes)| {
                     let mut worst = Worst::new();
                     for row in 0..group {
-                        decode(self.spec.dtype, bytes, row, found);
+                        decode(self.spec.image(), bytes, row, found);
                         self.compare_row(operand, first + index * group + row, found, &mut worst);
                     }
                     worst
@@ -140,8 +141,9 @@ impl PackedHead<'_> {
         let group = ATOM_ROWS as usize;
         let mut rows = vec![0.0; order.len() * dim];
         rows.par_chunks_exact_mut(dim).zip(&packed_of).with_min_len(64).for_each(|(values, &packed)| {
-            let bytes = &image[packed / group * group * dim * 2..][..group * dim * 2];
-            decode(self.spec.dtype, bytes, packed % group, values);
+            let group_bytes = self.spec.image().bytes(ATOM_ROWS) as usize;
+            let bytes = &image[packed / group * group_bytes..][..group_bytes];
+            decode(self.spec.image(), bytes, packed % group, values);
             if operand == 0 {
                 values.iter_mut().for_each(|x| *x /= self.inputs.query_scale());
             }
@@ -150,13 +152,12 @@ impl PackedHead<'_> {
     }
 }
 
-/// Reads one row of a group of [`ATOM_ROWS`] packed rows. An atom has 8 rows of 64 columns, and its
-/// 16-byte chunks stand at chunk ^ row.
-fn decode(dtype: Dtype, group: &[u8], row: usize, values: &mut [f64]) {
-    for (chunk, values) in values.chunks_exact_mut(8).enumerate() {
-        let start = chunk / 8 * 1024 + row * 128 + ((chunk % 8) ^ row) * 16;
-        for (value, &bytes) in values.iter_mut().zip(group[start..][..16].as_chunks::<2>().0) {
-            *value = widen(dtype, u16::from_le_bytes(bytes));
+/// Reads one row of a group of [`ATOM_ROWS`] packed rows, which are an image of their own.
+fn decode(image: Image, group: &[u8], row: usize, values: &mut [f64]) {
+    for (chunk, values) in values.chunks_exact_mut(image.chunk_elements() as usize).enumerate() {
+        let start = image.chunk(row as u32, chunk as u32) as usize;
+        for (value, &bytes) in values.iter_mut().zip(group[start..][..CHUNK_BYTES as usize].as_chunks().0) {
+            *value = widen(image.dtype, u16::from_le_bytes(bytes));
         }
     }
 }

@@ -1,8 +1,9 @@
 //! What the kernels profile and select leave, compared with the reference.
 
 use framestride::device::Buffer;
-use framestride::shapes::launch::{ProfilePlan, SAMPLE_ROWS};
+use framestride::shapes::blocks::SAMPLE_ROWS;
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::params::PartialsLayout;
 use framestride::shapes::spec::{Dtype, Profile};
 use framestride::{Device, HeadProfile, Result, SparseAttention};
 
@@ -11,28 +12,28 @@ use crate::checks::{Check, Worst, row_error};
 use crate::reference::{ProfileErrors, distance, norm};
 use crate::tolerance;
 
-/// Partial results of profiling for one head, as [`ProfilePlan`] says where they lie.
+/// Partial results of profiling for one head, where [`PartialsLayout`] says that they lie.
 pub struct Partials {
-    plan: ProfilePlan,
+    layout: PartialsLayout,
     floats: Vec<f32>,
 }
 
 impl Partials {
     /// Copies the results of head `head`, counted over batch x heads, to the host.
     pub fn read(device: &Device, workspace: &Buffer, attention: &SparseAttention, head: u32) -> Result<Partials> {
-        let plan = attention.profile_plan();
-        let start = attention.workspace_plan().partials.start + plan.offset(head, 0, 0) * 4;
-        let bytes = device.read(workspace, start, plan.offset(1, 0, 0) * 4)?;
-        Ok(Partials { plan, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
+        let layout = attention.partials();
+        let start = attention.workspace_plan().partials.start + layout.offset(head, 0, 0) * 4;
+        let bytes = device.read(workspace, start, layout.offset(1, 0, 0) * 4)?;
+        Ok(Partials { layout, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
     }
 
     /// One sample's output and natural log-sum-exp under one mask, merged over all splits.
     fn merge(&self, sample: u32, mask: usize) -> (Vec<f64>, f64) {
-        let (dim, row) = (self.plan.head_dim as usize, (sample % SAMPLE_ROWS) as usize);
-        let splits: Vec<&[f32]> = (0..self.plan.splits)
-            .map(|split| &self.floats[self.plan.offset(0, sample / SAMPLE_ROWS, split) as usize..])
+        let (dim, row) = (self.layout.head_dim as usize, (sample % SAMPLE_ROWS) as usize);
+        let splits: Vec<&[f32]> = (0..self.layout.splits)
+            .map(|split| &self.floats[self.layout.offset(0, sample / SAMPLE_ROWS, split) as usize..])
             .collect();
-        let first = self.plan.mask_offset(mask as u32) as usize;
+        let first = self.layout.mask_offset(mask as u32) as usize;
         let [sums, outputs] = [1, 2].map(|part| first + part * SAMPLE_ROWS as usize);
         let offset = |split: &[f32]| f64::from(split[first + row]);
         let sum = |split: &[f32]| f64::from(split[sums + row]);
@@ -92,11 +93,11 @@ impl Sampled {
                 if mask == 0 {
                     dense.clone_from(&out);
                 }
-                moved[mask] += (tolerance::merged_row(partials.plan.splits, row) * norm(&out)).powi(2);
+                moved[mask] += (tolerance::merged_row(partials.layout.splits, row) * norm(&out)).powi(2);
                 distances[mask] += distance(&out, &dense).powi(2);
             }
         }
-        let count = (expected.rows.len() * partials.plan.head_dim as usize) as f64;
+        let count = (expected.rows.len() * partials.layout.head_dim as usize) as f64;
         let root_mean = |square: f64| (square / count).sqrt();
         let size = expected.dense_rms.max(f64::MIN_POSITIVE);
         let mut tolerances = [0.0; 2];

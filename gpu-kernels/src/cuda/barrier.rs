@@ -4,16 +4,17 @@
 
 use super::{shared, warp};
 use core::arch::asm;
+use framestride_shapes::shared::Barriers;
 
-/// A barrier at byte `8 * index` of the block's shared memory.
+/// A barrier in the block's shared memory.
 #[derive(Clone, Copy)]
 pub struct Barrier(u32);
 
 impl Barrier {
-    /// The barrier with this index.
+    /// Barrier `index` of those that lie beside each other.
     #[inline(always)]
-    pub fn at(index: u32) -> Barrier {
-        Barrier(shared::base() + 8 * index)
+    pub fn at(barriers: Barriers, index: u32) -> Barrier {
+        Barrier(shared::base() + barriers.at(index))
     }
 
     /// Its address in shared memory.

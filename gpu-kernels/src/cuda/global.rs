@@ -56,6 +56,16 @@ pub unsafe fn load_f32x4(address: u64) -> [f32; 4] {
     [f32::from_bits(a), f32::from_bits(b), f32::from_bits(c), f32::from_bits(d)]
 }
 
+/// Loads eight f32.
+///
+/// # Safety
+/// As [`load16`], of both halves.
+#[inline(always)]
+pub unsafe fn load_f32x8(address: u64) -> [f32; 8] {
+    let ([a, b, c, d], [e, f, g, h]) = (load_f32x4(address), load_f32x4(address + 16));
+    [a, b, c, d, e, f, g, h]
+}
+
 /// Loads a u32.
 ///
 /// # Safety

@@ -1,26 +1,23 @@
 //! Warpgroup matrix products (9.7.15, wgmma): operand descriptors, and what the generated fragments and products offer.
 //!
-//! A warpgroup is four warps, the first of a number divisible by four. An m64nN accumulator lies in registers: thread t holds, for
-//! each group g of 8 columns, four values: columns 8 g + 2 (t % 4) and the next, of rows r and r + 8, with
-//! r = 16 (t / 32) + (t % 32) / 4 (t counted in the warpgroup). In a [`Fragment`] value 4 g + 2 i + j is row r + 8 i,
-//! column 8 g + 2 (t % 4) + j.
+//! A warpgroup is four warps, the first of a number divisible by four. Which element of an accumulator each register holds is said in
+//! [`fragment`](framestride_shapes::fragment).
 
-/// Bytes from 8 rows of 64 two-byte elements to the next such block: one 128-byte-swizzle atom.
-pub const ATOM_BYTES: u32 = 1024;
+use framestride_shapes::image::ATOM_BYTES;
 
-/// A matrix in shared memory, as packed images have it: atoms of 8 rows by 64 columns; `head_dim / 64` of them beside each other,
-/// then the next 8 rows.
+/// A tile of an [image](framestride_shapes::image) in shared memory, as an operand of products.
 #[derive(Clone, Copy)]
 pub struct Descriptor(pub u64);
 
 impl Descriptor {
-    /// Rows of the image from `address` (1024-byte aligned), used with its rows as M or N and its columns as K (K-major: Q and
-    /// K), or with its rows as K and its columns as N (MN-major: V). Both need the same fields: the stride offset leads to the
-    /// next 8 rows, the leading offset (read only when MN-major) to the next 64 columns.
+    /// The tile at `address`, which is aligned to an atom.
+    ///
+    /// Q and K are used with rows as M or N and columns as K (K-major), V with rows as K and columns as N (MN-major). Both need the
+    /// same fields: the stride offset leads to the next row of atoms, the leading offset (read only when MN-major) to the next atom.
     #[inline(always)]
-    pub fn image(address: u32, head_dim: u32) -> Descriptor {
+    pub fn image(address: u32, atoms_bytes: u32) -> Descriptor {
         const SWIZZLE_128: u64 = 1 << 62;
-        let row_stride = (ATOM_BYTES * (head_dim / 64) / 16) as u64;
+        let row_stride = (atoms_bytes / 16) as u64;
         let column_stride = (ATOM_BYTES / 16) as u64;
         Descriptor((address as u64 & 0x3_ffff) >> 4 | column_stride << 16 | row_stride << 32 | SWIZZLE_128)
     }

@@ -1,6 +1,7 @@
 //! The block's dynamic shared memory: 32-bit addresses from its first byte, which is 1024-byte aligned (5.1.6, Shared State Space).
 
 use core::arch::{asm, global_asm};
+use framestride_shapes::shared::Parts;
 
 global_asm!(".extern .shared .align 1024 .b8 dyn_smem[];");
 
@@ -11,6 +12,12 @@ pub fn base() -> u32 {
     // SAFETY: the symbol is declared above.
     unsafe { asm!("mov.u32 {}, dyn_smem;", out(reg32) address, options(pure, nomem, nostack)) };
     address
+}
+
+/// Address of part `index`.
+#[inline(always)]
+pub fn address(parts: Parts, index: u32) -> u32 {
+    (base() + parts.region) + (parts.offset + index * parts.distance)
 }
 
 /// Stores 16 bytes.

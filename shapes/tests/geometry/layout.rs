@@ -1,6 +1,8 @@
 //! The packed order and what its rows see.
 
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, Layout, PAD_ROWS, TextPosition, Visible, fragment_of};
+use framestride_shapes::fragment::{seen_keys, thread_keys};
+use framestride_shapes::image::ATOM_ROWS;
+use framestride_shapes::layout::{HeadType, Layout, PAD_ROWS, TextPosition, Visible};
 use proptest::prelude::*;
 
 use crate::rule::{self, Token};
@@ -223,10 +225,12 @@ proptest! {
         let far = if far { u32::MAX - 1000 } else { 0 };
         let [prefix, start, end] = bounds.map(|bound| bound + far);
         let (visible, first) = (Visible { prefix, start, end }, first + far);
-        let bits = visible.fragment_keys(first, groups * 8);
-        for key in 0..64 {
-            let seen = key < groups * 2 && visible.sees(first + key / 2 * 8 + key % 2);
-            prop_assert_eq!(bits >> key & 1 != 0, seen, "key {}", key);
+        for lane in 0..32 {
+            let bits = seen_keys(visible, first, groups * 8, lane);
+            for key in 0..64 {
+                let seen = key < groups * 2 && visible.sees(first + lane % 4 * 2 + key / 2 * 8 + key % 2);
+                prop_assert_eq!(bits >> key & 1 != 0, seen, "lane {}, key {}", lane, key);
+            }
         }
     }
 
@@ -240,8 +244,8 @@ proptest! {
         for key in 0..64 {
             prop_assert_eq!(keys >> key & 1 != 0, visible.sees(first + key), "key {}", key);
         }
-        for lane in 0..4 {
-            prop_assert_eq!(fragment_of(keys, lane), visible.fragment_keys(first + 2 * lane, 64), "lane {}", lane);
+        for lane in 0..32 {
+            prop_assert_eq!(thread_keys(keys, lane), seen_keys(visible, first, 64, lane), "lane {}", lane);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Properties of the geometry that kernels and host share, each against the rule in its naive form (`rule`), on random small
 //! layouts; the same code on the shipped shapes and the largest ones, where an overflow would panic; and what launches ask for.
 
+mod blocks;
 mod density;
-mod launch;
+mod image;
 mod layout;
 mod rule;
 mod tiling;

@@ -1,7 +1,8 @@
 //! Tiles visit every visible pair exactly once.
 
-use framestride_shapes::launch::Tiles;
-use framestride_shapes::layout::{ATOM_ROWS, HeadType, PAD_ROWS};
+use framestride_shapes::blocks::Tiles;
+use framestride_shapes::image::ATOM_ROWS;
+use framestride_shapes::layout::{HeadType, PAD_ROWS};
 use framestride_shapes::tiling::{TileCounts, count_tiles, key_tile, query_tiles};
 use proptest::prelude::*;
 

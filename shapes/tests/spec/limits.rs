@@ -1,6 +1,5 @@
 //! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is refused and names the limit.
 
-use framestride_shapes::launch::packed_bytes;
 use framestride_shapes::layout::{HeadType, Layout, PAD_ROWS};
 use framestride_shapes::spec::Spec;
 
@@ -49,7 +48,7 @@ fn bytes_of_a_packed_head_are_counted_in_32_bits() {
         let limit = format!("a sequence of at most {most} tokens with head_dim {head_dim}");
         for text in [0, 1, 5000] {
             let spec = read(most - text, text, 1, head_dim, "").unwrap_or_else(|error| panic!("{error}"));
-            let bytes = packed_bytes(&spec.layout, head_dim, 1, 1);
+            let bytes = u64::from(spec.layout.packed_rows()) * u64::from(head_dim) * 2;
             assert!(u32::try_from(bytes).is_ok(), "{bytes}");
             ask(&spec.layout);
             // Without a walk over 10^10 tiles.
@@ -75,7 +74,7 @@ fn rows_of_all_heads_are_counted_in_32_bits() {
         assert!(most.checked_mul(layout.packed_rows()).is_some());
         // Partial results of the finest profiling, and the whole workspace.
         let groups =
-            read(tokens, text, most, 128, "[profile]\nrows = 1024\n").map_or(1, |spec| spec.profile_plan(32).groups);
+            read(tokens, text, most, 128, "[profile]\nrows = 1024\n").map_or(1, |spec| spec.partials(32).groups);
         assert!(most.checked_mul(groups * 32).is_some());
         assert!(spec.workspace(1, most, 32).bytes > u64::from(most) * u64::from(layout.packed_rows()) * 3 * 256);
         refused(read(tokens, text, most + 1, 128, ""), &most.to_string());

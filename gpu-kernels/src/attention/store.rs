@@ -1,0 +1,111 @@
+//! Writing the output of a query tile, divided by the sums of its weights, where the model wants it.
+
+use super::work::Work;
+use crate::cuda::mma::{Fragment, TileProducts};
+use crate::cuda::{global, math, warp};
+use crate::element::Element;
+use crate::model::Model;
+use crate::softmax::Rows;
+use framestride_shapes::image::CHUNK_BYTES;
+use framestride_shapes::params::AttentionParams;
+
+/// Writes the thread's two rows, divided by their sums, to the model's order. `thread_rows` are their packed rows.
+///
+/// # Safety
+/// All lanes of the warp come here, after the last product.
+#[inline(always)]
+pub unsafe fn store<M: Model>(
+    params: &AttentionParams,
+    work: &Work<M>,
+    output: &mut <M::Attention as TileProducts>::Output,
+    rows: &Rows,
+    thread_rows: [u32; 2],
+    lane: u32,
+) {
+    // What depends on the lane alone is for here, not for registers all through the tiles.
+    let lane = math::opaque(lane);
+    let seen_end = work.valid_text + M::LAYOUT.video_tokens();
+    let (item, head) = (work.head / params.heads, work.head % params.heads);
+    let total = rows.total();
+    let mut address = [0u64; 2];
+    let mut factor = [0.0f32; 2];
+    let mut row = 0;
+    while row < 2 {
+        let packed = thread_rows[row];
+        if packed < M::LAYOUT.sequence() {
+            let model_row = M::LAYOUT.query_order().model_row(work.head_type, packed, work.valid_text);
+            let out = &params.out;
+            address[row] = out.data
+                + (item as u64 * out.batch + model_row as u64 * out.row + head as u64 * out.head)
+                    * M::Element::DTYPE.bytes() as u64
+                + (lane % 4 * CHUNK_BYTES) as u64;
+            let live = packed < seen_end;
+            if live {
+                factor[row] = math::reciprocal(total[row]);
+            }
+            if params.lse != 0 && lane % 4 == 0 {
+                let lse = (math::log2(total[row]) - rows.offset[row]) * core::f32::consts::LN_2;
+                let lse = if live { lse } else { f32::NEG_INFINITY };
+                global::store_f32(
+                    params.lse + (work.head as u64 * M::LAYOUT.sequence() as u64 + model_row as u64) * 4,
+                    lse,
+                );
+            }
+        }
+        row += 1;
+    }
+    // Four groups of 8 columns at a time. Lane q of a quad holds two columns of each; after transposing the quad it holds all 8 of
+    // group q, a chunk of 16 bytes.
+    let mut pairs = [[0u32; 4]; 2];
+    output.for_each_group(
+        #[inline(always)]
+        |group, values| {
+            let [a, b, c, d] = values.map(|value| *value);
+            // A row of invalid text is zero whatever it summed; 0 x NaN would not be.
+            let scaled = |x: f32, row: usize| if factor[row] == 0.0 { 0.0 } else { x * factor[row] };
+            let slot = (group % 4) as usize;
+            pairs[0][slot] = M::Element::pack(scaled(a, 0), scaled(b, 0));
+            pairs[1][slot] = M::Element::pack(scaled(c, 1), scaled(d, 1));
+            if slot == 3 {
+                let offset = (group / 4 * 4 * CHUNK_BYTES) as u64;
+                store_chunk(address[0], offset, transpose_quad(pairs[0], lane), params.aligned);
+                store_chunk(address[1], offset, transpose_quad(pairs[1], lane), params.aligned);
+            }
+        },
+    );
+}
+
+/// Stores 16 bytes of a row; a row that does not exist has address 0.
+#[inline(always)]
+unsafe fn store_chunk(address: u64, offset: u64, chunk: [u32; 4], aligned: u32) {
+    if address != 0 {
+        if aligned != 0 {
+            global::store16(address + offset, chunk);
+        } else {
+            global::store16_unaligned(address + offset, chunk);
+        }
+    }
+}
+
+/// Lane q of each quad gives value g to lane g and gets, as value q', what lane q' held as value q.
+#[inline(always)]
+unsafe fn transpose_quad(mut x: [u32; 4], lane: u32) -> [u32; 4] {
+    // Two butterfly rounds: across bit 1, then bit 0, of lane and index.
+    let high = lane & 2 != 0;
+    let (a, b) = if high { (x[0], x[1]) } else { (x[2], x[3]) };
+    let (a, b) = (warp::exchange(a, 2), warp::exchange(b, 2));
+    if high {
+        (x[0], x[1]) = (a, b);
+    } else {
+        (x[2], x[3]) = (a, b);
+    }
+    let odd = lane & 1 != 0;
+    let (a, b) = if odd { (x[0], x[2]) } else { (x[1], x[3]) };
+    let (a, b) = (warp::exchange(a, 1), warp::exchange(b, 1));
+    if odd {
+        (x[0], x[2]) = (a, b);
+    } else {
+        (x[1], x[3]) = (a, b);
+    }
+    x
+}

@@ -1,0 +1,41 @@
+//! One query tile of one head: what a block works on at a time.
+
+use super::order;
+use crate::cuda::global;
+use crate::masks::band::Band;
+use crate::model::{Model, valid_text};
+use framestride_shapes::layout::HeadType;
+use framestride_shapes::params::AttentionParams;
+
+/// One query tile of one head.
+pub struct Work<M> {
+    /// Over batch x heads.
+    pub head: u32,
+    /// How the head attends.
+    pub head_type: HeadType,
+    /// Valid text tokens of the head's batch item.
+    pub valid_text: u32,
+    /// Packed row of its first query.
+    pub first_row: u32,
+    /// What it sees.
+    pub mask: Band<M>,
+}
+
+impl<M: Model> Work<M> {
+    /// Query tile `index` of a launch.
+    ///
+    /// # Safety
+    /// `params` is as its documentation says.
+    #[inline(always)]
+    pub unsafe fn at(params: &AttentionParams, index: u32) -> Work<M> {
+        let (head, tile) = order::head_and_tile::<M>(params, index);
+        let head_type = if params.head_types == 0 {
+            HeadType::Dense
+        } else {
+            HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4))
+        };
+        let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
+        let first_row = tile * M::TILES.query_rows;
+        Work { head, head_type, valid_text, first_row, mask: Band::new(head_type, valid_text, first_row) }
+    }
+}

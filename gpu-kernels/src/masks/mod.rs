@@ -1,0 +1,43 @@
+//! What a head sees. Kernels ask a mask four questions, and nothing else:
+//!
+//! 1. which key tiles does this query tile read ([`Mask::tiles`]),
+//! 2. in which order ([`Mask::first_key`]),
+//! 3. is a tile seen whole ([`Mask::sees_all`]),
+//! 4. which keys of a tile does this row see ([`Mask::seen_keys`]).
+//!
+//! [`band`] has the one mask that there is: a prefix and one run of the packed order.
+
+pub mod band;
+
+/// The mask of one head for one query tile.
+pub trait Mask: Copy {
+    /// What the rows of a warp see.
+    type Warp: Copy;
+    /// What the two rows of a thread see.
+    type Thread: Copy;
+
+    /// Key tiles that the query tile reads.
+    fn tiles(&self) -> u32;
+
+    /// First packed row of the key tile that is read after `index` others.
+    fn first_key(&self, index: u32) -> u32;
+
+    /// What the 16 rows of a warp see, of which `first_row` is the first packed row.
+    fn warp(&self, first_row: u32) -> Self::Warp;
+
+    /// What the two rows of a thread see, which are packed rows `rows`.
+    fn thread(&self, rows: [u32; 2]) -> Self::Thread;
+
+    /// Whether every row of the warp sees every key of the tile from packed row `first` on.
+    fn sees_all(warp: &Self::Warp, first: u32) -> bool;
+
+    /// Which of its keys of that tile the thread in lane `lane` sees with each of its rows, as
+    /// [`fragment::seen_keys`](framestride_shapes::fragment::seen_keys) says it.
+    fn seen_keys(thread: &Self::Thread, first: u32, lane: u32) -> [u64; 2];
+
+    /// Itself, in registers of which ptxas sees that all lanes have the same ([`uniform`](crate::cuda::warp::uniform)).
+    ///
+    /// # Safety
+    /// All lanes of the warp come here with the mask of one query tile.
+    unsafe fn uniform(self) -> Self;
+}

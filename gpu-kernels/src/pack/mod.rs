@@ -1,0 +1,141 @@
+//! **pack**: QK-norm, RoPE and reordering in one pass over Q, K and V.
+//!
+//! One warp a row: a token's heads of Q, K or V. It starts copies of all of the row to shared memory at once, which is enough in
+//! flight to hide the latency of memory and lets a norm over all heads see the row before it is written; then each head's part is
+//! normed ([`norm`]), rotated ([`rope`]), scaled (Q) and stored where the head's layout wants it in its
+//! [image](framestride_shapes::image). A lane reads only what it has copied itself ([`row`]), so that warps never wait for each
+//! other. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
+
+mod norm;
+mod rope;
+mod row;
+
+use crate::cuda::{global, shared, thread, warp};
+use crate::element::{self, Element};
+use crate::model::{Model, valid_text};
+use framestride_shapes::image::CHUNK_BYTES;
+use framestride_shapes::layout::HeadType;
+use framestride_shapes::params::{NormWeights, PackParams, PackPass};
+use norm::{Affine, Statistic, head_statistic, norm_over_heads, token_statistic};
+use rope::{Rotation, rotates_per_head, rotates_text};
+use row::{Head, Heads, Held, chunk};
+
+/// The kernel's body.
+///
+/// # Safety
+/// Launched with the table that `attention_kernels!` wrote for `M`; `params` as its documentation says.
+#[inline(always)]
+pub unsafe fn pack<M: Model>(params: &PackParams) {
+    // Rows that read the same tables of RoPE are near each other: blocks start in the order of x, y, z, so three in a row take some
+    // tokens, one a warp, of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have
+    // Q and K of half of the tokens, whose tables L1 has, and one has V.
+    let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
+    if block == 0 && thread::index() == 0 {
+        global::store_u32(params.schedule, 0);
+        global::store_u32(params.schedule + 4, 0);
+    }
+    // A division by what might be zero would come with a branch to a trap.
+    core::hint::assert_unchecked(params.batch != 0);
+    let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);
+    let (own_warp, warps) = (thread::warp(), M::PACK.warps);
+    let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
+    let row = group * warps + row;
+    let (source, packed, norm, text_norm) = match operand {
+        Q => (params.q, params.packed_q, params.q_norm, params.q_norm_text),
+        K => (params.k, params.packed_k, params.k_norm, params.k_norm_text),
+        _ => (params.v, params.packed_v, NormWeights::default(), NormWeights::default()),
+    };
+
+    let valid_text = valid_text::<M>(params.text_lengths, item);
+    let text = row.wrapping_sub(M::LAYOUT.first_text_row());
+    let is_text = text < M::LAYOUT.text_tokens;
+    let is_padding = row >= M::LAYOUT.sequence();
+    // Packed rows of padding and of invalid text are zero.
+    let blank = is_padding || (is_text && text >= valid_text);
+    let norm = if is_text { text_norm } else { norm };
+    let normed = M::QK_NORM.is_some() && operand != V && !blank;
+    let rotated = M::ROPE.is_some() && operand != V && !blank && (rotates_text::<M>() || !is_text);
+    let rope_row = if rotates_text::<M>() { row } else { row.wrapping_sub(M::LAYOUT.first_video_row()) };
+
+    let chunk = chunk::<M>();
+    let element_bytes = M::Element::DTYPE.bytes() as u64;
+    let mut heads = Heads {
+        count: params.heads,
+        source: source.data
+            + (item as u64 * source.batch + row as u64 * source.row + (chunk * 8) as u64) * element_bytes,
+        stride: source.head * element_bytes,
+        aligned: params.aligned != 0,
+        types: if params.head_types == 0 { 0 } else { params.head_types + (item * params.heads) as u64 * 4 },
+        only_temporal: params.pass == PackPass::Temporal as u32,
+        blank,
+        all_read: normed && norm_over_heads::<M>(),
+        held: Held {
+            address: shared::address(M::PACK_SHARED.held, own_warp) + thread::lane() * CHUNK_BYTES,
+            first: u32::MAX,
+            temporal: 0,
+            written: 0,
+            read: 0,
+        },
+    };
+
+    // What all heads of the token share stays in registers.
+    let token_affine =
+        if normed && !norm_over_heads::<M>() { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
+    let scale = if operand == Q { params.scale_log2 } else { 1.0 };
+    let token_rotation = if rotated && !rotates_per_head::<M>() {
+        Rotation::load::<M>(params, rope_row, chunk).scaled(scale)
+    } else {
+        Rotation::IDENTITY
+    };
+    let token_statistic =
+        if normed && norm_over_heads::<M>() { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
+    let image_bytes = M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64;
+    let place = |head_type: HeadType| {
+        let order = if operand == Q { M::LAYOUT.query_order() } else { M::LAYOUT };
+        let packed_row = if is_padding { row } else { order.packed_row(head_type, row, valid_text) };
+        M::IMAGE.chunk(packed_row, chunk)
+    };
+    let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
+
+    heads.each::<M>(
+        #[inline(always)]
+        |Head { index, temporal, written, mut values, .. }| {
+            if operand != V && warp::any(written) {
+                // Lanes without a head go with the others, since all exchange values.
+                let head = if written { index } else { 0 };
+                let mut x = element::widen::<M::Element>(values);
+                if normed {
+                    x = if norm_over_heads::<M>() {
+                        Affine::load::<M>(norm, head * M::HEAD_DIM + chunk * 8).apply(x, token_statistic)
+                    } else {
+                        token_affine.apply(x, head_statistic::<M>(x))
+                    };
+                }
+                if rotated {
+                    let rotation = if rotates_per_head::<M>() {
+                        Rotation::load::<M>(params, rope_row * params.heads + head, chunk).scaled(scale)
+                    } else {
+                        token_rotation
+                    };
+                    x = rotation.apply::<M>(x);
+                } else {
+                    x = x.map(
+                        #[inline(always)]
+                        |x| x * scale,
+                    );
+                }
+                values = element::narrow::<M::Element>(x);
+            }
+            if written {
+                let image = packed + (item * params.heads + index) as u64 * image_bytes;
+                let place = if temporal { temporal_place } else { spatial_place };
+                global::store16(image + place as u64, values);
+            }
+        },
+    );
+}
+
+/// Operands, and the block of three that has V.
+const Q: u32 = 0;
+const K: u32 = 1;
+const V: u32 = 2;

@@ -1,0 +1,155 @@
+//! The heads of one row, as the lanes of its warp see them: read once, held in shared memory.
+
+use crate::cuda::{copy, global, shared, thread, warp};
+use crate::model::Model;
+use framestride_shapes::blocks::PACK_STEP_BYTES;
+use framestride_shapes::layout::HeadType;
+
+/// Lanes of one head, 8 elements each.
+#[inline(always)]
+fn head_lanes<M: Model>() -> u32 {
+    M::IMAGE.row_chunks()
+}
+
+/// Heads of one step of the warp.
+#[inline(always)]
+fn heads_at_once<M: Model>() -> u32 {
+    32 / head_lanes::<M>()
+}
+
+/// Which of a head's lanes this is.
+#[inline(always)]
+pub fn chunk<M: Model>() -> u32 {
+    thread::lane() % head_lanes::<M>()
+}
+
+/// The heads of one row, as a lane sees them: in each step 16 bytes of one, beside those that the other lanes see.
+pub struct Heads {
+    /// Heads of the launch.
+    pub count: u32,
+    /// Address of the lane's 16 bytes of head 0, and bytes from one head to the next.
+    pub source: u64,
+    pub stride: u64,
+    pub aligned: bool,
+    /// Address of the item's head types; 0 when all heads are spatial.
+    pub types: u64,
+    /// Whether only temporal heads are written.
+    pub only_temporal: bool,
+    /// Whether the row is zero, whatever the tensor holds.
+    pub blank: bool,
+    /// Whether heads that are not written are read too.
+    pub all_read: bool,
+    /// The part of the row that is held in shared memory.
+    pub held: Held,
+}
+
+/// Up to 32 steps in shared memory. Bit i of a mask is for step `first` + i.
+pub struct Held {
+    /// Shared address of the lane's 16 bytes of the first step.
+    pub address: u32,
+    pub first: u32,
+    /// Whose head is temporal.
+    pub temporal: u32,
+    /// Whose head is written.
+    pub written: u32,
+    /// Whose head is read; of the others nothing is held.
+    pub read: u32,
+}
+
+/// A lane's part of one head.
+pub struct Head {
+    pub index: u32,
+    pub temporal: bool,
+    pub written: bool,
+    pub read: bool,
+    /// Eight elements; zero when they are not read.
+    pub values: [u32; 4],
+}
+
+impl Heads {
+    /// Calls `f` with every head, as often in all lanes.
+    #[inline(always)]
+    pub unsafe fn each<M: Model>(&mut self, mut f: impl FnMut(Head)) {
+        let steps = self.count.div_ceil(heads_at_once::<M>());
+        let mut first = 0;
+        while first < steps {
+            let count = M::PACK.held_steps.min(steps - first);
+            // Held from the last time when the whole row has room.
+            if self.held.first != first {
+                self.hold::<M>(first, count);
+            }
+            let held = &self.held;
+            let mut index = head_of::<M>(first);
+            let mut i = 0;
+            while i < count {
+                let is = |mask: u32| mask >> i & 1 != 0;
+                let read = is(held.read);
+                let values = if read { shared::load16(held.address + i * PACK_STEP_BYTES) } else { [0; 4] };
+                f(Head { index, temporal: is(held.temporal), written: is(held.written), read, values });
+                index += heads_at_once::<M>();
+                i += 1;
+            }
+            first += count;
+        }
+    }
+
+    /// Brings `count` steps from `first` on to shared memory.
+    #[inline(always)]
+    unsafe fn hold<M: Model>(&mut self, first: u32, count: u32) {
+        let (mut present, mut temporal) = (0, 0);
+        let mut i = 0;
+        while i < M::PACK.held_steps {
+            // Each lane of a head looks at another step.
+            let head = head_of::<M>(first + i + chunk::<M>());
+            let is_present = head < self.count;
+            let is_temporal = is_present
+                && self.types != 0
+                && global::load_u32(self.types + head as u64 * 4) == HeadType::Temporal as u32;
+            let seen =
+                |by_lane: u32| (by_lane >> (thread::lane() - chunk::<M>()) & ((1 << head_lanes::<M>()) - 1)) << i;
+            present |= seen(warp::ballot(is_present));
+            temporal |= seen(warp::ballot(is_temporal));
+            i += head_lanes::<M>();
+        }
+        let written = if self.only_temporal { temporal } else { present };
+        let read = if self.all_read { present } else { written };
+        self.held = Held { first, temporal, written, read: if self.blank { 0 } else { read }, ..self.held };
+
+        if self.aligned {
+            self.each_read::<M>(
+                count,
+                #[inline(always)]
+                |to, from| copy::start16(to, from),
+            );
+            copy::wait_started();
+        } else {
+            self.each_read::<M>(
+                count,
+                #[inline(always)]
+                |to, from| shared::store16(to, global::load16_unaligned(from)),
+            );
+        }
+    }
+
+    /// Calls `f` with the shared and the global address of the lane's 16 bytes, for each of `count` steps that is read.
+    #[inline(always)]
+    unsafe fn each_read<M: Model>(&self, count: u32, f: impl Fn(u32, u64)) {
+        let mut to = self.held.address;
+        let mut from = self.source + head_of::<M>(self.held.first) as u64 * self.stride;
+        let mut i = 0;
+        while i < count {
+            if self.held.read >> i & 1 != 0 {
+                f(to, from);
+            }
+            to += PACK_STEP_BYTES;
+            from += heads_at_once::<M>() as u64 * self.stride;
+            i += 1;
+        }
+    }
+}
+
+/// The head of a step in this lane; one behind the last when there is none.
+#[inline(always)]
+fn head_of<M: Model>(step: u32) -> u32 {
+    step * heads_at_once::<M>() + thread::lane() / head_lanes::<M>()
+}

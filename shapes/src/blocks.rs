@@ -1,0 +1,117 @@
+//! How the blocks of the four kernels are made: threads, tiles, stages. `no_std`. What lies in their shared memory is said in
+//! [`shared`](crate::shared).
+
+use crate::arch::Arch;
+use crate::image::{CHUNK_BYTES, Image};
+use crate::shared::PackShared;
+
+/// Threads of a warpgroup, the four warps that multiply together.
+pub const WARPGROUP: u32 = 128;
+
+/// Rows that a warpgroup multiplies at once (m64).
+pub const WARPGROUP_ROWS: u32 = 64;
+
+/// Tile sizes of **attention**.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Rows of a query tile: 64 for each consumer warpgroup.
+    pub query_rows: u32,
+    /// Rows of a key tile, a multiple of 16 up to [`PAD_ROWS`](crate::layout::PAD_ROWS).
+    pub key_rows: u32,
+    /// Key and value tiles in flight.
+    pub stages: u32,
+}
+
+impl Tiles {
+    /// | head dim | query | key | stages | why |
+    /// | --- | --- | --- | --- | --- |
+    /// | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
+    /// | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
+    pub const fn for_head_dim(head_dim: u32) -> Tiles {
+        if head_dim == 64 {
+            Tiles { query_rows: 192, key_rows: 128, stages: 4 }
+        } else {
+            Tiles { query_rows: 128, key_rows: 176, stages: 2 }
+        }
+    }
+
+    /// Consumer warpgroups.
+    pub const fn consumers(&self) -> u32 {
+        self.query_rows / WARPGROUP_ROWS
+    }
+
+    /// Threads of a block: the consumers and one producer warpgroup.
+    pub const fn threads(&self) -> u32 {
+        (self.consumers() + 1) * WARPGROUP
+    }
+}
+
+/// Bytes that a warp of **pack** takes in one step: a chunk for each lane.
+pub const PACK_STEP_BYTES: u32 = 32 * CHUNK_BYTES;
+
+/// The most steps that a warp of **pack** holds in shared memory: 14 KiB, a whole row of 56 heads of 128. A multiprocessor then has
+/// room for two blocks.
+const MOST_HELD_STEPS: u32 = 28;
+
+/// Registers of a thread of **pack**.
+const PACK_REGISTERS: u32 = 64;
+
+/// A block of **pack**, whose warps take one row each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackBlock {
+    /// Steps that a warp holds in shared memory: a whole row, if it has room.
+    pub held_steps: u32,
+    /// Warps: eight, or four where more rows have room on a multiprocessor that way.
+    pub warps: u32,
+    /// Blocks that a multiprocessor holds.
+    pub min_blocks: u32,
+}
+
+impl PackBlock {
+    /// For a model of so many heads.
+    pub const fn new(heads: u32, image: Image) -> PackBlock {
+        let steps = (heads * image.bytes(1)).div_ceil(PACK_STEP_BYTES);
+        let held_steps = if steps < MOST_HELD_STEPS { steps } else { MOST_HELD_STEPS };
+        let (four, eight) = (PackBlock::of_warps(4, held_steps), PackBlock::of_warps(8, held_steps));
+        if four.warps * four.min_blocks > eight.warps * eight.min_blocks { four } else { eight }
+    }
+
+    /// As many such blocks as have room on a multiprocessor, both in its shared memory and in its registers.
+    const fn of_warps(warps: u32, held_steps: u32) -> PackBlock {
+        let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = Arch::SM_90A;
+        let room = shared_bytes / (reserved_shared_bytes + PackShared::new(warps, held_steps).bytes);
+        let most = registers / PACK_REGISTERS / (32 * warps);
+        PackBlock { held_steps, warps, min_blocks: if room < most { room } else { most } }
+    }
+
+    /// Threads of a block.
+    pub const fn threads(&self) -> u32 {
+        32 * self.warps
+    }
+}
+
+/// Sampled rows of one block of **profile**: what a warpgroup multiplies at once.
+pub const SAMPLE_ROWS: u32 = WARPGROUP_ROWS;
+
+/// Consumer warpgroups of **profile**.
+pub const PROFILE_CONSUMERS: u32 = 2;
+
+/// Threads of a block of **profile**: the consumers and one producer warpgroup.
+pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
+
+/// Keys of a tile of **profile**.
+pub const PROFILE_KEY_ROWS: u32 = 64;
+
+/// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of that width.
+pub const PROFILE_COLUMNS: u32 = 64;
+
+/// The most parts that **profile** splits the keys of a head into: **select** gives each to a lane.
+pub const MOST_SPLITS: u32 = 32;
+
+/// Key and value tiles of **profile** in flight, which take 192 KiB.
+pub const fn profile_stages(image: Image) -> u32 {
+    192 * 1024 / (2 * image.bytes(PROFILE_KEY_ROWS))
+}
+
+/// Threads of a block of **select**.
+pub const SELECT_THREADS: u32 = 1024;
