@@ -2,7 +2,7 @@
 //!
 //! A build holds two locks: that of its key, which builds share, and that of its crate, which it
 //! has alone. A lock lies beside the part that it is for and is never removed. Its time of change
-//! says when that part was last used.
+//! says when that part was last used. A compiled `core` counts as a key.
 //!
 //! When the cache is larger than [`MOST_BYTES`], the parts that were used least lately are removed:
 //! crates one by one, and whole keys. A part that is in use stays.

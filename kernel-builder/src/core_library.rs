@@ -66,10 +66,9 @@ pub(crate) struct CoreLibrary {
 impl CoreLibrary {
     /// Compiles `core`, or takes the one that is there.
     pub fn make(cache: &Path, toolchain: &Toolchain, arch: Arch) -> Result<CoreLibrary, BuildError> {
-        let compiler =
-            [env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &toolchain.sysroot.to_string_lossy(), arch.name]
-                .map(String::from);
-        let key = digest(compiler.iter().map(String::as_str).chain(OPTIONS));
+        let compiler = toolchain.sysroot.to_string_lossy();
+        let made_by = [env!("CARGO_PKG_VERSION"), &toolchain.rustc_version, &compiler, arch.name];
+        let key = digest(made_by.into_iter().chain(OPTIONS));
         let sysroot = cache.join("builds").join(format!("core-{}", &key[..16]));
         let lock = cache::hold(&sysroot, false)?;
         create(&sysroot)?;

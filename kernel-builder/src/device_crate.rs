@@ -111,10 +111,9 @@ impl DeviceCrate {
     pub fn compile(&self, toolchain: &Toolchain) -> Result<Compiled, BuildError> {
         let ir = self.work.join("device.ll");
         let mut answer = self.run_cargo(toolchain, &ir)?;
-        if self.generated && answer.is_failure_of_cargo() {
-            // The lock file of an earlier build may name versions that a vendored source no longer
-            // has.
-            let versions = self.manifest.with_file_name("Cargo.lock");
+        let versions = self.manifest.with_file_name("Cargo.lock");
+        if self.generated && answer.is_failure_of_cargo() && versions.is_file() {
+            // An earlier build may have locked versions that a vendored source no longer has.
             fs::remove_file(&versions).map_err(at("remove", &versions))?;
             answer = self.run_cargo(toolchain, &ir)?;
         }

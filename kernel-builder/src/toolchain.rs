@@ -12,10 +12,8 @@
 //! It must be Rust 1.96 or later with the `rust-src` component. `opt` and `llc` must be of LLVM 22
 //! or later, and not older than rustc's own LLVM, because they read the IR that rustc writes.
 
-use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsStr;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -23,7 +21,13 @@ use framestride_shapes::text::plain;
 use serde::Serialize;
 
 use crate::error::said;
-use crate::packages::Packages;
+
+mod cuda_tools;
+mod inventory;
+
+pub(crate) use cuda_tools::cuda_version;
+pub use cuda_tools::{CUDA_PACKAGES, CudaTools, setup_folder};
+pub use inventory::{Finding, Inventory};
 
 /// The oldest usable Rust. It is the first whose LLVM accepts launch bounds as function attributes.
 pub const MINIMUM_RUST: (u32, u32) = (1, 96);
@@ -33,9 +37,6 @@ pub const MINIMUM_LLVM: u32 = 22;
 pub const RUSTUP_INSTALL: &str = "rustup toolchain install 1.96.0 --profile minimal -c rust-src -c llvm-tools";
 /// How Debian provides one.
 pub const DEBIAN_INSTALL: &str = "apt-get install -y --no-install-recommends rustc-web rust-web-src cargo-web llvm-22";
-/// The Python packages that hold ptxas and the disassembler.
-pub const CUDA_PACKAGES: [&str; 2] = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-nvdisasm"];
-
 /// Environment variables that change what is found. A build script runs again when one of them
 /// changes.
 pub const VARIABLES: [&str; 8] = [
@@ -263,173 +264,12 @@ fn output(tool: &Path, arguments: &[&str]) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
 
-/// NVIDIA's assembler and disassembler. Neither is needed to build kernels.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct CudaTools {
-    /// Makes machine code of PTX, and reports registers, stack and spills.
-    pub ptxas: Option<PathBuf>,
-    /// Lists the machine code that ptxas makes.
-    pub nvdisasm: Option<PathBuf>,
-}
-
-impl CudaTools {
-    /// Looks in `FRAMESTRIDE_PTXAS` (ptxas only), `FRAMESTRIDE_CUDA_BIN`, the PATH, `CUDA_HOME`,
-    /// `CUDA_PATH`, `/usr/local/cuda`, and the place where `cargo xtask test` installs them
-    /// ([`setup_folder`]).
-    pub fn find() -> CudaTools {
-        let mut folders: Vec<PathBuf> = named("FRAMESTRIDE_CUDA_BIN").into_iter().collect();
-        folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
-        folders.extend(["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(named).map(|home| home.join("bin")));
-        folders.push("/usr/local/cuda/bin".into());
-        folders.extend(setup_folder().and_then(|folder| venv_cuda_bin(&folder)));
-        let find = |name: &str| folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
-        CudaTools {
-            ptxas: named("FRAMESTRIDE_PTXAS").filter(|path| path.is_file()).or_else(|| find("ptxas")),
-            nvdisasm: find("nvdisasm"),
-        }
-    }
-}
-
-/// Folder of the Python virtual environment with [`CUDA_PACKAGES`]; `None` without a cache folder.
-pub fn setup_folder() -> Option<PathBuf> {
-    cache_folder().map(|folder| folder.join("cuda-tools"))
-}
-
-/// The folder of the tools in a Python virtual environment:
-/// `lib/python3.11/site-packages/nvidia/cu13/bin`.
-fn venv_cuda_bin(venv: &Path) -> Option<PathBuf> {
-    let entries = venv.join("lib").read_dir().ok()?;
-    entries.flatten().map(|entry| entry.path().join("site-packages/nvidia/cu13/bin")).find(|path| path.is_dir())
-}
-
 /// The folder in which builds are kept between runs: `FRAMESTRIDE_CACHE`, else
 /// `$XDG_CACHE_HOME/framestride`, else `~/.cache/framestride`.
 pub fn cache_folder() -> Option<PathBuf> {
     named("FRAMESTRIDE_CACHE")
         .or_else(|| named("XDG_CACHE_HOME").map(|folder| folder.join("framestride")))
         .or_else(|| named("HOME").map(|home| home.join(".cache/framestride")))
-}
-
-fn cuda_mend() -> String {
-    format!("`cargo xtask test` installs it; or: pip install {}", CUDA_PACKAGES.join(" "))
-}
-
-/// The tools that this machine has, for `framestride doctor`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Inventory {
-    /// One for each tool.
-    pub findings: Vec<Finding>,
-    /// The compilers that were found but cannot be used, if none can.
-    pub rejected: Vec<Rejected>,
-}
-
-/// One tool of a [`Inventory`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// Its name.
-    pub tool: &'static str,
-    /// What it is used for.
-    pub purpose: &'static str,
-    /// Whether building kernels needs it.
-    pub required: bool,
-    /// Where it is; `None` if it is missing.
-    pub path: Option<PathBuf>,
-    /// Its version, if it is there.
-    pub version: Option<String>,
-    /// How to get it, if it is missing.
-    pub mend: Option<String>,
-}
-
-impl Inventory {
-    /// Looks at this machine.
-    pub fn new() -> Inventory {
-        let (toolchain, rejected) = match find() {
-            Ok(toolchain) => (Some(toolchain), Vec::new()),
-            Err(error) => (None, error.rejected),
-        };
-        let compiler = |tool, purpose, path: fn(&Toolchain) -> &PathBuf, version: fn(&Toolchain) -> &str| Finding {
-            tool,
-            purpose,
-            required: true,
-            path: toolchain.as_ref().map(|toolchain| path(toolchain).clone()),
-            version: toolchain.as_ref().map(|toolchain| version(toolchain).to_string()),
-            mend: toolchain.is_none().then(|| format!("{RUSTUP_INSTALL}   (or: {DEBIAN_INSTALL})")),
-        };
-        let sources = Packages::find().map(|sources| sources.kernels().to_path_buf());
-        let tools = CudaTools::find();
-        let cuda = |tool, purpose, path: &Option<PathBuf>| Finding {
-            tool,
-            purpose,
-            required: false,
-            path: path.clone(),
-            version: path.as_ref().and_then(|path| cuda_version(path)),
-            mend: path.is_none().then(cuda_mend),
-        };
-        Inventory {
-            findings: vec![
-                compiler("rustc", "compiles the kernels, with rust-src", |t| &t.rustc, |t| &t.rustc_version),
-                compiler("cargo", "builds core and the device crate", |t| &t.cargo, |t| &t.rustc_version),
-                compiler("opt", "optimises the finished IR", |t| &t.opt, |t| &t.llvm_version),
-                compiler("llc", "writes the PTX", |t| &t.llc, |t| &t.llvm_version),
-                Finding {
-                    tool: "sources",
-                    purpose: "of the kernels, the macros, the shapes",
-                    required: true,
-                    path: sources.as_ref().ok().cloned(),
-                    version: None,
-                    mend: sources.err().map(|error| error.to_string()),
-                },
-                cuda("ptxas", "reports registers, stack and spills", &tools.ptxas),
-                cuda("nvdisasm", "lists machine code, for tests", &tools.nvdisasm),
-            ],
-            rejected,
-        }
-    }
-
-    /// Whether kernels can be built here.
-    pub fn can_build(&self) -> bool {
-        self.findings.iter().all(|finding| !finding.required || finding.path.is_some())
-    }
-}
-
-impl Default for Inventory {
-    fn default() -> Inventory {
-        Inventory::new()
-    }
-}
-
-impl fmt::Display for Inventory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for finding in &self.findings {
-            let mark = match (&finding.path, finding.required) {
-                (Some(_), _) => "found",
-                (None, true) => "MISSING",
-                (None, false) => "absent",
-            };
-            let version = finding.version.as_deref().unwrap_or("");
-            let place =
-                finding.path.as_deref().map(|path| format!("{version}  {}", path.display())).unwrap_or_default();
-            let line = format!("{mark:<8}{:<10}{:<37}{place}", finding.tool, finding.purpose);
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        // Tools that are installed together are named together.
-        let mends: BTreeSet<&str> = self.findings.iter().filter_map(|finding| finding.mend.as_deref()).collect();
-        for mend in mends {
-            let tools = self.findings.iter().filter(|finding| finding.mend.as_deref() == Some(mend));
-            let tools: Vec<&str> = tools.map(|finding| finding.tool).collect();
-            writeln!(f, "to get {}: {mend}", tools.join(", "))?;
-        }
-        // The tools of a compiler are found together or not at all.
-        let no_compiler = self.findings.first().is_some_and(|finding| finding.path.is_none());
-        if no_compiler { writeln!(f, "{}", list(&self.rejected)) } else { Ok(()) }
-    }
-}
-
-/// `13.0.88` of "Cuda compilation tools, release 13.0, V13.0.88".
-pub(crate) fn cuda_version(tool: &Path) -> Option<String> {
-    let text = output(tool, &["--version"]).ok()?;
-    let version = text.split(", V").nth(1)?;
-    Some(version.split(|c: char| !c.is_ascii_digit() && c != '.').next()?.to_string())
 }
 
 /// Removes from a command what cargo tells a build script about the crate that it builds, because
