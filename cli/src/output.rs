@@ -93,9 +93,9 @@ impl Output {
         match (&self.target, &other.target) {
             (Target::File(own, _), Target::File(others, _)) => {
                 // A file that does not exist yet has no identity, but its folder has.
-                let place =
+                let location =
                     |file: &Path| (fs::canonicalize(folder_of(file)).ok(), file.file_name().map(ToOwned::to_owned));
-                place(own) == place(others)
+                location(own) == location(others)
             }
             (Target::Stdout, Target::Stdout) => true,
             _ => false,

@@ -185,9 +185,8 @@ impl SparseAttention {
     /// Launches one kernel of a layer, as [`SparseAttention::launches`] wrote it.
     ///
     /// # Safety
-    /// As for [`SparseAttention::forward`], for the layer and the workspace that `launch` was
-    /// written for. The launches before it in the layer's order have been launched on the same
-    /// stream.
+    /// This value wrote `launch`. Its layer and workspace are as [`SparseAttention::forward`] asks
+    /// for. The launches before it in the layer's order have been launched on the same stream.
     pub unsafe fn launch(&self, stream: Stream, launch: &Launch) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.module.device().launch(stream, self.module.loaded(), launch) }
@@ -197,7 +196,7 @@ impl SparseAttention {
     /// all work of the device.
     ///
     /// # Errors
-    /// An [`Error::Input`] when `workspace` is none of this layer.
+    /// An [`Error::Input`] when `workspace` is too small, or memory of another device.
     pub fn read_profile(&self, workspace: &Workspace) -> Result<Vec<HeadProfile>> {
         let device = self.module.device();
         workspace.check(device, &self.plan)?;

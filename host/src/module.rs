@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use framestride_shapes::arch::Arch;
-use framestride_shapes::manifest::{Kernel as Resources, Manifest, Mismatch};
+use framestride_shapes::manifest::{KernelResources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
 
@@ -23,7 +23,7 @@ pub struct Kernels {
     manifest: Manifest,
     spec: Spec,
     /// What each kernel needs to be launched, indexed by [`Kernel`].
-    resources: [Resources; Kernel::ALL.len()],
+    resources: [KernelResources; Kernel::ALL.len()],
 }
 
 impl Kernels {
@@ -125,7 +125,7 @@ impl Kernels {
 
 /// Checks PTX and manifest against each other and against this library. Gives what each kernel
 /// needs to be launched.
-fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[Resources; Kernel::ALL.len()]> {
+fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[KernelResources; Kernel::ALL.len()]> {
     let again = "Build the kernels again with this version of framestride";
     let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
     if digest != manifest.ptx_sha256 {
@@ -164,7 +164,7 @@ pub struct Module {
     spec: Spec,
     manifest: Manifest,
     loaded: Loaded,
-    resources: [Resources; Kernel::ALL.len()],
+    resources: [KernelResources; Kernel::ALL.len()],
 }
 
 impl Module {
@@ -208,7 +208,7 @@ impl Module {
         &self.loaded
     }
 
-    pub(crate) fn resources(&self, kernel: Kernel) -> &Resources {
+    pub(crate) fn resources(&self, kernel: Kernel) -> &KernelResources {
         &self.resources[kernel as usize]
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use framestride_shapes::manifest::{Kernel, Param, Ptxas};
+use framestride_shapes::manifest::{KernelResources, Param, Ptxas};
 use serde::{Deserialize, Serialize};
 
 use crate::device_crate::{DeviceCrate, digest};
@@ -87,7 +87,7 @@ impl Translation {
     }
 
     /// The kernels for the manifest, in the order of the PTX.
-    pub fn kernels(&self) -> Vec<Kernel> {
+    pub fn kernels(&self) -> Vec<KernelResources> {
         let kernel = |table: &LaunchTable| {
             let places = ptx::params(self.ptx(), &table.entry).unwrap_or_default();
             let params = table.params.iter().zip(&places).map(|(param, &(offset, bytes))| Param {
@@ -96,7 +96,7 @@ impl Translation {
                 offset,
                 bytes,
             });
-            Kernel {
+            KernelResources {
                 entry: table.entry.clone(),
                 threads: table.threads,
                 min_blocks: table.min_blocks,

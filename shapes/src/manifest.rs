@@ -56,7 +56,7 @@ pub struct Manifest {
     /// SHA-256 of the PTX file, 64 lower-case hexadecimal digits.
     pub ptx_sha256: String,
     /// The kernels, in the order of the PTX.
-    pub kernels: Vec<Kernel>,
+    pub kernels: Vec<KernelResources>,
     /// Exact densities of the head types; `null` without a spec.
     #[serde(deserialize_with = "Option::deserialize")]
     pub densities: Option<Densities>,
@@ -79,7 +79,7 @@ pub struct Compiler {
 /// One kernel's launch table and resources.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Kernel {
+pub struct KernelResources {
     /// Name of the entry in the PTX.
     pub entry: String,
     /// Threads of a block.
@@ -148,7 +148,7 @@ struct Statement<'a> {
     name: &'a str,
     spec: &'a Option<String>,
     arch: &'a str,
-    kernels: Vec<Kernel>,
+    kernels: Vec<KernelResources>,
     densities: Option<Densities>,
     workspace_bytes: Option<u64>,
 }
@@ -216,7 +216,7 @@ impl Manifest {
     }
 
     /// The kernel of an entry.
-    pub fn kernel(&self, entry: &str) -> Option<&Kernel> {
+    pub fn kernel(&self, entry: &str) -> Option<&KernelResources> {
         self.kernels.iter().find(|kernel| kernel.entry == entry)
     }
 
@@ -255,7 +255,7 @@ impl Manifest {
             name: &self.name,
             spec: &self.spec,
             arch: &self.arch,
-            kernels: self.kernels.iter().map(|kernel| Kernel { ptxas: None, ..kernel.clone() }).collect(),
+            kernels: self.kernels.iter().map(|kernel| KernelResources { ptxas: None, ..kernel.clone() }).collect(),
             densities: self.densities,
             workspace_bytes: self.workspace_bytes,
         }

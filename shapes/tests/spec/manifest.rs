@@ -1,7 +1,7 @@
 //! The manifest beside a PTX file, and the workspace whose size it names.
 
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::manifest::{Compiler, Densities, FORMAT, Kernel, Manifest, Param, Ptxas};
+use framestride_shapes::manifest::{Compiler, Densities, FORMAT, KernelResources, Manifest, Param, Ptxas};
 use framestride_shapes::models;
 use framestride_shapes::spec::Spec;
 
@@ -19,7 +19,7 @@ fn manifest() -> Manifest {
         arch: "sm_90a".into(),
         compiler: Compiler { rustc: "1.96.0 (0123456)".into(), llvm: "22.1.2".into() },
         ptx_sha256: "0123456789abcdef".repeat(4),
-        kernels: vec![Kernel {
+        kernels: vec![KernelResources {
             entry: "attention".into(),
             threads: 512,
             min_blocks: 1,
