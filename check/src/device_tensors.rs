@@ -33,6 +33,9 @@ pub enum Arrangement {
     Scattered,
 }
 
+/// Bytes of an element: [`Tokens`] holds elements of 16 bits.
+const ELEMENT: usize = size_of::<u16>();
+
 /// Least distance of scattered rows in bytes.
 pub const APART: u64 = 1 << 28;
 
@@ -107,7 +110,7 @@ impl Arrangement {
 pub(crate) fn layer_bytes(shape: [usize; 4], arrangement: Arrangement, out: Arrangement) -> u64 {
     let elements = |role, arrangement: Arrangement| arrangement.strides(role, shape).all as u64;
     let inputs = if arrangement == Arrangement::PackedQkv { &[Role::Q][..] } else { &[Role::Q, Role::K, Role::V] };
-    2 * (inputs.iter().map(|&role| elements(role, arrangement)).sum::<u64>() + elements(Role::Out, out))
+    ELEMENT as u64 * (inputs.iter().map(|&role| elements(role, arrangement)).sum::<u64>() + elements(Role::Out, out))
 }
 
 impl Strides {
@@ -171,15 +174,15 @@ impl DeviceTensor {
                     "Take another arrangement",
                 ));
             };
-            let memory = emulator.scatter(batch * heads * rows, strides.row as u64 * 2, apart)?;
+            let memory = emulator.scatter(batch * heads * rows, (strides.row * ELEMENT) as u64, apart)?;
             if let [first, second, ..] = &memory[..] {
-                strides.row = ((second.address() - first.address()) / 2) as usize;
+                strides.row = (second.address() - first.address()) as usize / ELEMENT;
                 strides.head = rows * strides.row;
                 strides.batch = heads * strides.head;
             }
             memory
         } else {
-            vec![device.allocate(strides.all as u64 * 2)?]
+            vec![device.allocate((strides.all * ELEMENT) as u64)?]
         };
         memory.iter().try_for_each(|piece| device.fill(Stream::DEFAULT, piece, POISON))?;
         Ok(DeviceTensor { memory: Arc::new(memory), strides, shape, dtype })
@@ -207,7 +210,7 @@ impl DeviceTensor {
     pub fn tensor(&self) -> Tensor {
         let strides = self.strides;
         Tensor {
-            data: self.memory[0].address() + strides.first as u64 * 2,
+            data: self.memory[0].address() + (strides.first * ELEMENT) as u64,
             batch: strides.batch as u64,
             row: strides.row as u64,
             head: strides.head as u64,
@@ -244,7 +247,7 @@ fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
         return memory.iter().enumerate().try_for_each(|(piece, buffer)| {
             let index = tokens.index(piece / rows / heads, piece % rows, piece / rows % heads);
             let row: Vec<u8> = tokens.bits[index..][..dim].iter().flat_map(|bits| bits.to_le_bytes()).collect();
-            device.write(buffer, strides.first as u64 * 2, &row)
+            device.write(buffer, (strides.first * ELEMENT) as u64, &row)
         });
     };
     // A unit is what lies together of one token: all of its heads, or one head where a head's rows
@@ -253,12 +256,12 @@ fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
     let by_head = strides.head > strides.row;
     let rows_of_head = strides.head / strides.row;
     let (unit, units) = if by_head { (strides.row, heads * rows_of_head) } else { (strides.row, rows) };
-    let most = (STAGE / 2 / unit).clamp(1, units);
-    let mut stage = vec![POISON; most * unit * 2];
+    let most = (STAGE / ELEMENT / unit).clamp(1, units);
+    let mut stage = vec![POISON; most * unit * ELEMENT];
     for item in 0..batch {
         for start in (0..units).step_by(most) {
-            let stage = &mut stage[..most.min(units - start) * unit * 2];
-            stage.par_chunks_exact_mut(unit * 2).enumerate().with_min_len(64).for_each(|(index, bytes)| {
+            let stage = &mut stage[..most.min(units - start) * unit * ELEMENT];
+            stage.par_chunks_exact_mut(unit * ELEMENT).enumerate().with_min_len(64).for_each(|(index, bytes)| {
                 let index = start + index;
                 let (row, heads) = if by_head {
                     (index % rows_of_head, index / rows_of_head..index / rows_of_head + 1)
@@ -272,13 +275,14 @@ fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
                     for (head, number) in heads.clone().zip(0..) {
                         let first = tensor.strides.first + number * tensor.strides.head * usize::from(!by_head);
                         let bits = &tokens.bits[tokens.index(item, row, head)..][..dim];
-                        for (bytes, bits) in bytes[first * 2..].as_chunks_mut::<2>().0.iter_mut().zip(bits) {
+                        for (bytes, bits) in bytes[first * ELEMENT..].as_chunks_mut::<ELEMENT>().0.iter_mut().zip(bits)
+                        {
                             *bytes = bits.to_le_bytes();
                         }
                     }
                 }
             });
-            device.write(buffer, ((item * strides.batch + start * unit) * 2) as u64, stage)?;
+            device.write(buffer, ((item * strides.batch + start * unit) * ELEMENT) as u64, stage)?;
         }
     }
     Ok(())
@@ -292,13 +296,13 @@ pub struct HostCopy<'a> {
 }
 
 impl HostCopy<'_> {
-    fn row_bytes(&self, batch: usize, row: usize, head: usize) -> &[[u8; 2]] {
+    fn row_bytes(&self, batch: usize, row: usize, head: usize) -> &[[u8; ELEMENT]] {
         let DeviceTensor { strides, shape: [_, rows, heads, dim], .. } = self.tensor;
         let (bytes, index) = match &self.pieces[..] {
             [bytes] => (bytes, strides.index(batch, row, head)),
             pieces => (&pieces[(batch * heads + head) * rows + row], strides.first),
         };
-        bytes[index * 2..][..dim * 2].as_chunks().0
+        bytes[index * ELEMENT..][..dim * ELEMENT].as_chunks().0
     }
 
     /// One row of one head.
@@ -315,10 +319,10 @@ impl HostCopy<'_> {
 
     /// Number of elements of the tensor that are still [`POISON`].
     pub fn unwritten(&self) -> usize {
-        self.sum_rows(|row| row.iter().map(|&element| usize::from(element == [POISON; 2])).sum())
+        self.sum_rows(|row| row.iter().map(|&element| usize::from(element == [POISON; ELEMENT])).sum())
     }
 
-    fn sum_rows(&self, count: impl Fn(&[[u8; 2]]) -> usize + Sync) -> usize {
+    fn sum_rows(&self, count: impl Fn(&[[u8; ELEMENT]]) -> usize + Sync) -> usize {
         let [batch, rows, heads, _] = self.tensor.shape;
         let tokens = (0..batch * rows).into_par_iter().with_min_len(64);
         let of_token = |token| (0..heads).map(|head| count(self.row_bytes(token / rows, token % rows, head))).sum();

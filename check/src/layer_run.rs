@@ -138,7 +138,7 @@ pub fn run_layer(
         // Select writes the types, and the second pack is the first to read them.
         if let (Kernel::Select, Some(buffer)) = (kernel, workspace.buffer()) {
             for index in (0..batch).flat_map(|item| dense_heads.iter().map(move |&head| item * heads + head as usize)) {
-                device.write(buffer, attention.workspace_plan().head_types.start + index as u64 * 4, &dense)?;
+                device.write(buffer, attention.workspace_layout().head_types.start + index as u64 * 4, &dense)?;
             }
         }
     }
@@ -179,11 +179,12 @@ pub fn run_layer(
         } else {
             None
         };
+        let [spatial_error, temporal_error] = profile.errors.map(f64::from);
         results.push(HeadResult {
             batch: profile.batch,
             head: profile.head,
-            spatial_error: profile.spatial_error.into(),
-            temporal_error: profile.temporal_error.into(),
+            spatial_error,
+            temporal_error,
             mask: profile.head_type.name(),
             density: spec.density(profile.head_type),
             rel_error,

@@ -2,7 +2,7 @@
 
 use framestride::device::available_memory;
 use framestride::shapes::spec::{NormOver, Spec};
-use framestride::{Device, Error, Result, plan_workspace};
+use framestride::{Device, Error, Result, workspace_layout};
 
 use crate::device_tensors::{Arrangement, layer_bytes};
 
@@ -77,11 +77,6 @@ impl Free {
     }
 }
 
-/// Bytes of Q in a launch of so many batch items and heads.
-fn tensor(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
-    u64::from(batch) * u64::from(heads) * u64::from(spec.layout.sequence()) * u64::from(spec.head_dim) * 2
-}
-
 /// Shape of Q in a launch.
 fn shape(spec: &Spec, [batch, heads]: [u32; 2]) -> [usize; 4] {
     [batch, spec.layout.sequence(), heads, spec.head_dim].map(|extent| extent as usize)
@@ -109,7 +104,7 @@ fn on_device(
 ) -> u64 {
     let [batch, heads] = extent;
     let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + tables(spec, heads);
-    layers * layer + workspaces * plan_workspace(spec, batch, heads, device.multiprocessors()).bytes
+    layers * layer + workspaces * workspace_layout(spec, batch, heads, device.multiprocessors()).bytes
 }
 
 /// What a layer needs that is compared with the f64 reference.
@@ -118,21 +113,23 @@ fn on_device(
 /// packed and not, with what masks say of each of its rows.
 pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangements: [Arrangement; 2]) -> Need {
     let [batch, heads] = extent;
-    let row = u64::from(spec.head_dim);
-    let one_head = u64::from(spec.layout.sequence()) * (3 * 8 * row + 3 * 2 * row + 8 * 64);
+    let (row, tensor) = (u64::from(spec.head_dim), spec.tensor_bytes(batch, heads));
+    let of_row = 3 * 8 * row + 3 * u64::from(spec.dtype.bytes()) * row + 8 * 64;
+    let one_head = u64::from(spec.layout.sequence()) * of_row;
     let statistics = 2 * 16 * u64::from(batch) * u64::from(spec.layout.sequence());
     // Q, K and V take at least three tensors, so the rest bounds the output in its arrangement.
-    let out =
-        layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor(spec, extent));
-    let host = 3 * tensor(spec, extent) + tables(spec, heads) + out + log_sums(spec, extent) + statistics + one_head;
+    let out = layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor);
+    let host = 3 * tensor + tables(spec, heads) + out + log_sums(spec, extent) + statistics + one_head;
     Need { device: on_device(spec, device, extent, arrangements, [1, 1]), host }
 }
 
 /// What layers need that are compared with themselves. `counts` are those of layers and workspaces,
 /// and the host keeps `results`.
 pub(crate) fn repeated(spec: &Spec, device: &Device, extent: [u32; 2], counts: [u64; 2], results: u64) -> Need {
-    let inputs = 3 * tensor(spec, extent) + tables(spec, extent[1]);
-    let results = (results + 1) * (tensor(spec, extent) + log_sums(spec, extent));
+    let [batch, heads] = extent;
+    let tensor = spec.tensor_bytes(batch, heads);
+    let inputs = 3 * tensor + tables(spec, heads);
+    let results = (results + 1) * (tensor + log_sums(spec, extent));
     let arrangements = [Arrangement::TokensFirst; 2];
     Need { device: on_device(spec, device, extent, arrangements, counts), host: inputs + results }
 }

@@ -258,7 +258,8 @@ pub struct Head {
     pub valid_text: usize,
     key_norms: Vec<f64>,
     value_norms: Vec<f64>,
-    masks: [Mask; 3],
+    /// The rule of each type, indexed by the type's value.
+    masks: [Mask; HeadType::ALL.len()],
 }
 
 /// Scores that are no further apart may have weights that are rounded the same way. It is the
@@ -290,22 +291,32 @@ pub struct Attended {
     pub keys: usize,
 }
 
-/// What profiling finds for one head: mean squared errors of both masks over the sampled rows.
+/// Rows of one query under the mask of each type, indexed by the type's value.
+pub type UnderEachMask = [Attended; HeadType::ALL.len()];
+
+/// What profiling finds for one head, over the sampled rows.
 #[derive(Clone, Debug)]
 pub struct ProfileErrors {
-    /// Errors of the spatial mask and of the temporal one.
-    pub errors: [f64; 2],
+    /// The mean squared error of each of [`HeadType::CANDIDATES`].
+    pub errors: [f64; HeadType::CANDIDATES.len()],
     /// Root mean square of the dense output over the same rows.
     pub dense_rms: f64,
-    /// The dense, spatial and temporal rows that they were computed from, for the tolerance.
-    pub rows: Vec<[Attended; 3]>,
+    /// The rows that the errors were computed from, for the tolerance.
+    pub rows: Vec<UnderEachMask>,
 }
 
 impl ProfileErrors {
-    /// The type with the lower error. It is spatial when both are equal.
+    /// The type with the lowest error.
     pub fn head_type(&self) -> HeadType {
-        if self.errors[1] < self.errors[0] { HeadType::Temporal } else { HeadType::Spatial }
+        least(self.errors)
     }
+}
+
+/// The candidate with the lowest error. Of equal errors the first wins.
+pub(crate) fn least<T: Copy + PartialOrd>(errors: [T; HeadType::CANDIDATES.len()]) -> HeadType {
+    let [first, others @ ..] = HeadType::CANDIDATES;
+    let lower = |(least, error), (candidate, other)| if other < error { (candidate, other) } else { (least, error) };
+    others.into_iter().zip(errors.into_iter().skip(1)).fold((first, errors[0]), lower).0
 }
 
 impl Head {
@@ -429,7 +440,7 @@ impl Head {
             TextPosition::First => layout.text_tokens as usize,
             TextPosition::Last => 0,
         };
-        let rows: Vec<[Attended; 3]> = (0..samples)
+        let rows: Vec<UnderEachMask> = (0..samples)
             .into_par_iter()
             .map(|index| {
                 let row = first_video + layout.sampled_video_row(seed, head_index, index, samples) as usize;
@@ -438,12 +449,13 @@ impl Head {
             })
             .collect();
         let count = (rows.len() * self.head_dim) as f64;
-        let error = |mask: usize| {
-            let row = |row: &[Attended; 3]| distance(&row[mask].out, &row[0].out).powi(2);
+        let dense = HeadType::Dense as usize;
+        let error = |candidate: HeadType| {
+            let row = |row: &UnderEachMask| distance(&row[candidate as usize].out, &row[dense].out).powi(2);
             rows.iter().map(row).sum::<f64>() / count
         };
-        let dense = rows.iter().map(|row| norm(&row[0].out).powi(2)).sum::<f64>() / count;
-        ProfileErrors { errors: [error(1), error(2)], dense_rms: dense.sqrt(), rows }
+        let square = rows.iter().map(|row| norm(&row[dense].out).powi(2)).sum::<f64>() / count;
+        ProfileErrors { errors: HeadType::CANDIDATES.map(error), dense_rms: square.sqrt(), rows }
     }
 }
 

@@ -184,7 +184,7 @@ impl LaunchedLayers {
 
     /// Where each of [`QUANTITIES`] lies.
     fn quantities<'a>(&self, lane: Lane<'a>) -> [(&'a Buffer, Range<u64>); 4] {
-        let ([out, lse], plan) = (lane.layer.results(), self.attention.workspace_plan());
+        let ([out, lse], plan) = (lane.layer.results(), self.attention.workspace_layout());
         let in_workspace = |range: &Range<u64>| (lane.workspace, range.clone());
         [(out, 0..out.bytes()), (lse, 0..lse.bytes()), in_workspace(&plan.errors), in_workspace(&plan.head_types)]
     }

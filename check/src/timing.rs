@@ -186,6 +186,9 @@ pub const SAMPLE_MILLISECONDS: f64 = 20.0;
 /// How often the work of a sample may run.
 const RUNS: RangeInclusive<u32> = 1..=500;
 
+/// Bytes of an element of the random values.
+const ELEMENT: usize = size_of::<u16>();
+
 /// How many random values fill Q, how many K and how many V, over and over. The number is odd, so
 /// that no two rows are equal.
 const POOL: usize = (1 << 24) + 1;
@@ -224,7 +227,7 @@ impl Bench {
             Some(inputs) => BenchInputs::given(device, spec, inputs)?,
             None => BenchInputs::random(device, spec, options.qk_norm_weight)?,
         };
-        let [batch, sequence, heads, head_dim] = inputs.shape;
+        let [batch, _, heads, _] = inputs.shape;
         let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
         let all_heads = batch * heads;
         let types: Vec<u8> =
@@ -241,7 +244,7 @@ impl Bench {
         unsafe { attention.forward(Stream::DEFAULT, &inputs.layer, HeadTypes::Profiled, &workspace)? };
         device.synchronize()?;
         let after = free_memory(device)?;
-        let tensor_bytes = (batch * sequence * heads * head_dim * 2) as u64;
+        let tensor_bytes = spec.tensor_bytes(batch as u32, heads as u32);
         let beyond_bytes = before.zip(after).map(|(before, after)| before.saturating_sub(after));
         let memory = Memory {
             tensor_bytes,
@@ -308,7 +311,7 @@ impl Bench {
             let all = launches(HeadTypes::Profiled)?;
             let pack = all.pack;
             if let Some(Profiling { profile, select, repack, .. }) = all.profiling {
-                let partials = &self.attention.workspace_plan().partials;
+                let partials = &self.attention.workspace_layout().partials;
                 let partial_bytes = partials.end - partials.start;
                 items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
                 items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));
@@ -482,9 +485,9 @@ impl BenchInputs {
         let elements = batch * sequence * heads * head_dim;
         let mut tensor = |which: u64| -> Result<Tensor> {
             let pool = pool(spec, elements.min(POOL), which);
-            let buffer = device.allocate(elements as u64 * 2)?;
-            for offset in (0..elements * 2).step_by(pool.len()) {
-                device.write(&buffer, offset as u64, &pool[..pool.len().min(elements * 2 - offset)])?;
+            let buffer = device.allocate((elements * ELEMENT) as u64)?;
+            for offset in (0..elements * ELEMENT).step_by(pool.len()) {
+                device.write(&buffer, offset as u64, &pool[..pool.len().min(elements * ELEMENT - offset)])?;
             }
             let row = heads * head_dim;
             let strides = [sequence * row, row, head_dim].map(|stride| stride as u64);
@@ -519,10 +522,10 @@ impl BenchInputs {
 /// has values of its own.
 fn pool(spec: &Spec, elements: usize, which: u64) -> Vec<u8> {
     const CHUNK: usize = 1 << 14;
-    let mut bytes = vec![0; elements * 2];
-    bytes.par_chunks_mut(CHUNK * 2).enumerate().for_each(|(chunk, bytes)| {
+    let mut bytes = vec![0; elements * ELEMENT];
+    bytes.par_chunks_mut(CHUNK * ELEMENT).enumerate().for_each(|(chunk, bytes)| {
         let mut generator = row_generator(which, chunk as u64);
-        for element in bytes.as_chunks_mut::<2>().0 {
+        for element in bytes.as_chunks_mut::<ELEMENT>().0 {
             *element = narrow(spec.dtype, normal(&mut generator)).to_le_bytes();
         }
     });

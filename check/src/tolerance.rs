@@ -43,10 +43,11 @@
 //!   which their sum in each split reaches. Splits are merged by the logarithms of their sums.
 
 use framestride::shapes::blocks::PROFILE_KEY_ROWS;
+use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
 use ptx_emulator::LARGEST_CUT;
 
-use crate::reference::{Attended, ProfileErrors, norm};
+use crate::reference::{Attended, ProfileErrors, UnderEachMask, norm};
 
 /// How many standard deviations a sum of independent roundings may lie away from zero.
 pub const DEVIATIONS: f64 = 3.0;
@@ -207,11 +208,12 @@ fn sampled_weight_error(dtype: Dtype, row: &Attended, is_masked: bool) -> f64 {
     own_offsets.max(weight_flush(dtype) / f64::from(dtype.least_masked_sum()) * (row.lse - row.maximum).exp())
 }
 
-/// Tolerance of a sample's row of **profile** under one mask, before it is rounded. `mask` is 0 for
-/// dense, 1 for spatial, 2 for temporal, and `rows` are the sample's rows under each.
-pub fn sampled_row(dtype: Dtype, rows: &[Attended; 3], mask: usize) -> f64 {
-    let row = &rows[mask];
-    let (deviation, systematic) = output_error(dtype, row, &rows[0], sampled_weight_error(dtype, row, mask > 0));
+/// Tolerance of a sample's row of **profile** under the mask of one type, before it is rounded.
+/// `rows` are the sample's rows under each mask.
+pub fn sampled_row(dtype: Dtype, rows: &UnderEachMask, mask: HeadType) -> f64 {
+    let (row, dense) = (&rows[mask as usize], &rows[HeadType::Dense as usize]);
+    let weight_error = sampled_weight_error(dtype, row, mask != HeadType::Dense);
+    let (deviation, systematic) = output_error(dtype, row, dense, weight_error);
     (DEVIATIONS * deviation + systematic) / norm(&row.out).max(f64::MIN_POSITIVE)
 }
 
@@ -227,20 +229,21 @@ pub fn root_mean(count: f64) -> f64 {
     count / 2.0 * F32
 }
 
-/// Tolerance of the root mean squared error of **profile** under one mask (1 spatial, 2 temporal),
-/// relative to the dense output's root mean square.
-pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, mask: usize) -> f64 {
+/// Tolerance of the root mean squared error of **profile** for one candidate, relative to the dense
+/// output's root mean square.
+pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, candidate: HeadType) -> f64 {
     let (mut variance, mut systematic, mut count) = (0.0, 0.0, 0.0);
     for rows in &profile.rows {
-        for row_mask in [0, mask] {
-            let row = &rows[row_mask];
-            let weight_error = sampled_weight_error(dtype, row, row_mask > 0);
-            let (deviation, fixed) = output_error(dtype, row, &rows[0], weight_error);
+        let dense = &rows[HeadType::Dense as usize];
+        for mask in [HeadType::Dense, candidate] {
+            let row = &rows[mask as usize];
+            let weight_error = sampled_weight_error(dtype, row, mask != HeadType::Dense);
+            let (deviation, fixed) = output_error(dtype, row, dense, weight_error);
             let merged = fixed + logarithm_error(row) * norm(&row.out);
             variance += deviation * deviation;
             systematic += merged * merged;
         }
-        count += rows[0].out.len() as f64;
+        count += dense.out.len() as f64;
     }
     // Merging splits and summing squares make at most one rounding for each row and element.
     let sums = count * F32;

@@ -171,7 +171,10 @@ fn the_schedule_and_a_borrowed_workspace() {
         placed.out.download(device).unwrap().0
     };
     let profiled = forward(HeadTypes::Profiled);
-    assert_eq!(forward(HeadTypes::Given(workspace.address() + attention.workspace_plan().head_types.start)), profiled);
+    assert_eq!(
+        forward(HeadTypes::Given(workspace.address() + attention.workspace_layout().head_types.start)),
+        profiled
+    );
 }
 
 /// Heads that are asked to be dense are dense. The others have the types that profiling finds.

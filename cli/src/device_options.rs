@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use framestride::device::Gpu;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
-use framestride::{Device, Error, Kernels, Module, Result, plan_workspace};
+use framestride::{Device, Error, Kernels, Module, Result, workspace_layout};
 
 use crate::progress::Bar;
 
@@ -96,9 +96,8 @@ impl DeviceOptions {
 /// it, and the workspace.
 pub fn check_memory(spec: &Spec, device: &Device) -> Result<()> {
     let Device::Emulator(emulator) = device else { return Ok(()) };
-    let rows = u64::from(spec.batch) * u64::from(spec.heads) * u64::from(spec.layout.sequence());
-    let tensor = rows * u64::from(spec.head_dim) * 2;
-    let workspace = plan_workspace(spec, spec.batch, spec.heads, device.multiprocessors());
+    let tensor = spec.tensor_bytes(spec.batch, spec.heads);
+    let workspace = workspace_layout(spec, spec.batch, spec.heads, device.multiprocessors());
     emulator.check_room(8 * tensor + workspace.bytes)
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, NormOver, Spec};
-use framestride_shapes::workspace::WorkspacePlan;
+use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::error::{Error, Result};
 use crate::layer::{HeadTypes, Layer};
@@ -19,10 +19,9 @@ pub(crate) struct TensorShape {
     pub rows: u32,
     pub heads: u32,
     pub head_dim: u32,
+    /// Bytes of an element.
+    pub element: u64,
 }
-
-/// Bytes of one element of q, k, v and out.
-const ELEMENT: u64 = 2;
 
 /// Bytes of the widest access in the kernels.
 const WIDE: u64 = 16;
@@ -43,7 +42,7 @@ impl TensorShape {
         for (extent, stride) in self.dimensions(tensor) {
             last = last.checked_add((extent - 1).checked_mul(stride)?)?;
         }
-        let bytes = last.checked_add(1)?.checked_mul(ELEMENT)?;
+        let bytes = last.checked_add(1)?.checked_mul(self.element)?;
         Some(tensor.data..tensor.data.checked_add(bytes)?)
     }
 }
@@ -51,7 +50,7 @@ impl TensorShape {
 /// Whether every row starts at a multiple of 16 bytes.
 pub(crate) fn is_aligned(tensor: &Tensor, shape: TensorShape) -> bool {
     tensor.data.is_multiple_of(WIDE)
-        && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / ELEMENT))
+        && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / shape.element))
 }
 
 /// A name, and the range of device memory that has it.
@@ -64,10 +63,10 @@ pub(crate) fn check_call(
     layer: &Layer,
     types: HeadTypes,
     workspace: u64,
-    plan: &WorkspacePlan,
+    layout: &WorkspaceLayout,
 ) -> Result<()> {
     let tensor = |name: &str, tensor: &Tensor| -> Result<Region> {
-        check_address(name, tensor.data, ELEMENT)?;
+        check_address(name, tensor.data, shape.element)?;
         let bytes = shape.bytes(tensor).ok_or_else(|| {
             Error::input(
                 format!("{name}, strides"),
@@ -134,7 +133,7 @@ pub(crate) fn check_call(
     }
     if let HeadTypes::Given(address) = types {
         // The types that an earlier call left in the workspace may stay there.
-        if address != workspace + plan.head_types.start {
+        if address != workspace + layout.head_types.start {
             read.push(words_at("head types", address, 4, all_heads)?);
         }
     }
@@ -145,7 +144,7 @@ pub(crate) fn check_call(
 
     // Q, K and V are read before out is written, so they may share its memory. Nothing else that is
     // written may lie in memory of anything else.
-    let workspace = ("workspace".to_owned(), workspace..workspace + plan.bytes);
+    let workspace = ("workspace".to_owned(), workspace..workspace + layout.bytes);
     for region in read.iter().chain(&projections).chain([&out]).chain(&lse) {
         check_apart(region, &workspace)?;
     }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{NormWeights, PartialsLayout, Tensor};
-use framestride_shapes::workspace::WorkspacePlan;
+use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::call::check_heads;
 use crate::device::Stream;
@@ -82,7 +82,7 @@ pub enum HeadTypes {
     /// [`HeadType`].
     ///
     /// They may be those that an earlier call left in the same workspace, at `head_types` of its
-    /// [`SparseAttention::workspace_plan`].
+    /// [`SparseAttention::workspace_layout`].
     Given(u64),
 }
 
@@ -94,11 +94,9 @@ pub struct HeadProfile {
     pub batch: u32,
     /// Number of the head.
     pub head: u32,
-    /// Mean squared error of the spatial mask over the sampled rows.
-    pub spatial_error: f32,
-    /// Mean squared error of the temporal mask.
-    pub temporal_error: f32,
-    /// The type with the lower error: spatial or temporal.
+    /// The mean squared error over the sampled rows of each of [`HeadType::CANDIDATES`].
+    pub errors: [f32; HeadType::CANDIDATES.len()],
+    /// The candidate with the lowest error.
     pub head_type: HeadType,
 }
 
@@ -109,7 +107,7 @@ pub struct SparseAttention {
     pub(crate) heads: u32,
     /// Into how many parts profiling divides the keys of a head.
     pub(crate) splits: u32,
-    pub(crate) plan: WorkspacePlan,
+    pub(crate) workspace: WorkspaceLayout,
 }
 
 impl SparseAttention {
@@ -129,8 +127,8 @@ impl SparseAttention {
             return Err(Error::input("batch", batch, allowed, "Split the batch over several calls"));
         }
         let splits = profile_splits(spec, batch, heads, module.device().multiprocessors());
-        let plan = spec.workspace(batch, heads, splits);
-        Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, plan })
+        let workspace = spec.workspace(batch, heads, splits);
+        Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, workspace })
     }
 
     /// The module with the kernels.
@@ -142,13 +140,13 @@ impl SparseAttention {
     /// Bytes that the workspace must have.
     #[must_use]
     pub fn workspace_bytes(&self) -> u64 {
-        self.plan.bytes
+        self.workspace.bytes
     }
 
     /// Where everything lies in the workspace.
     #[must_use]
-    pub fn workspace_plan(&self) -> &WorkspacePlan {
-        &self.plan
+    pub fn workspace_layout(&self) -> &WorkspaceLayout {
+        &self.workspace
     }
 
     /// How the partial results of profiling lie in their part of the workspace.
@@ -199,23 +197,22 @@ impl SparseAttention {
     /// An [`Error::Input`] when `workspace` is too small, or memory of another device.
     pub fn read_profile(&self, workspace: &Workspace) -> Result<Vec<HeadProfile>> {
         let device = self.module.device();
-        workspace.check(device, &self.plan)?;
+        workspace.check(device, &self.workspace)?;
         let words = |range: &Range<u64>| -> Result<Vec<[u8; 4]>> {
             // SAFETY: the range lies in the workspace, which is memory of this device (checked
             // above).
             let bytes = unsafe { device.read_address(workspace.address() + range.start, range.end - range.start)? };
             Ok(bytes.as_chunks().0.to_vec())
         };
-        let (errors, types) = (words(&self.plan.errors)?, words(&self.plan.head_types)?);
+        let (errors, types) = (words(&self.workspace.errors)?, words(&self.workspace.head_types)?);
         Ok(types
             .iter()
-            .zip(errors.as_chunks::<2>().0)
+            .zip(errors.as_chunks::<{ HeadType::CANDIDATES.len() }>().0)
             .zip(0..)
-            .map(|((&head_type, &[spatial, temporal]), index)| HeadProfile {
+            .map(|((&head_type, &errors), index)| HeadProfile {
                 batch: index / self.heads,
                 head: index % self.heads,
-                spatial_error: f32::from_le_bytes(spatial),
-                temporal_error: f32::from_le_bytes(temporal),
+                errors: errors.map(f32::from_le_bytes),
                 head_type: HeadType::from_u32(u32::from_le_bytes(head_type)),
             })
             .collect())

@@ -76,5 +76,5 @@ pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
 pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
 pub use module::{Kernels, Module};
-pub use plan::plan_workspace;
+pub use plan::workspace_layout;
 pub use workspace::Workspace;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock};
 use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams};
 use framestride_shapes::spec::Spec;
-use framestride_shapes::workspace::WorkspacePlan;
+use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::call::{TensorShape, check_call, check_scale, is_aligned};
 use crate::error::Result;
@@ -20,17 +20,22 @@ impl SparseAttention {
     /// An [`Error::Input`](crate::Error::Input) for whatever is wrong with the arguments.
     pub fn launches(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Launches> {
         let spec = self.module.spec();
-        let shape =
-            TensorShape { batch: self.batch, rows: spec.layout.sequence(), heads: self.heads, head_dim: spec.head_dim };
+        let shape = TensorShape {
+            batch: self.batch,
+            rows: spec.layout.sequence(),
+            heads: self.heads,
+            head_dim: spec.head_dim,
+            element: spec.dtype.bytes().into(),
+        };
         let scale = layer.scale.unwrap_or(1.0 / (spec.head_dim as f32).sqrt());
         check_scale(spec, scale)?;
-        workspace.check(self.module.device(), &self.plan)?;
-        check_call(spec, shape, layer, types, workspace.address(), &self.plan)?;
+        workspace.check(self.module.device(), &self.workspace)?;
+        check_call(spec, shape, layer, types, workspace.address(), &self.workspace)?;
 
         let part = |range: &Range<u64>| workspace.address() + range.start;
-        let packed = [&self.plan.packed_q, &self.plan.packed_k, &self.plan.packed_v].map(part);
+        let packed = [&self.workspace.packed_q, &self.workspace.packed_k, &self.workspace.packed_v].map(part);
         let (batch, heads, splits) = (self.batch, self.heads, self.splits);
-        let own_types = part(&self.plan.head_types);
+        let own_types = part(&self.workspace.head_types);
         let (pack_types, attention_types) = match types {
             HeadTypes::Profiled => (0, own_types),
             HeadTypes::Dense => (0, 0),
@@ -53,7 +58,7 @@ impl SparseAttention {
                 packed_q: packed[0],
                 packed_k: packed[1],
                 packed_v: packed[2],
-                schedule: part(&self.plan.schedule),
+                schedule: part(&self.workspace.schedule),
                 batch,
                 heads,
                 scale_log2: scale * std::f32::consts::LOG2_E,
@@ -73,7 +78,7 @@ impl SparseAttention {
                 lse: layer.lse,
                 head_types: attention_types,
                 text_lengths: layer.text_lengths,
-                schedule: part(&self.plan.schedule),
+                schedule: part(&self.workspace.schedule),
                 batch,
                 heads,
                 aligned: is_aligned(&layer.out, shape).into(),
@@ -85,7 +90,7 @@ impl SparseAttention {
             self.write(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
         };
         let profiling = || {
-            let (partials, errors) = (part(&self.plan.partials), part(&self.plan.errors));
+            let (partials, errors) = (part(&self.workspace.partials), part(&self.workspace.errors));
             let profile = Params::Profile(ProfileParams {
                 packed_q: packed[0],
                 packed_k: packed[1],
@@ -132,9 +137,9 @@ impl SparseAttention {
 /// device with so many multiprocessors.
 ///
 /// With it, memory can be planned before a device and kernels are there.
-/// [`SparseAttention::workspace_plan`] is the same for a module.
+/// [`SparseAttention::workspace_layout`] is the same for a module.
 #[must_use]
-pub fn plan_workspace(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> WorkspacePlan {
+pub fn workspace_layout(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> WorkspaceLayout {
     spec.workspace(batch, heads, profile_splits(spec, batch, heads, multiprocessors))
 }
 

@@ -1,6 +1,6 @@
 //! The memory that a layer needs besides its tensors.
 
-use framestride_shapes::workspace::{ALIGNMENT, WorkspacePlan};
+use framestride_shapes::workspace::{ALIGNMENT, WorkspaceLayout};
 
 use crate::call::{check_address, range_at};
 use crate::device::{Buffer, Device};
@@ -48,8 +48,8 @@ impl Workspace {
         self.owned.as_ref()
     }
 
-    /// Checks that this is memory of `device`, and large enough for the plan.
-    pub(crate) fn check(&self, device: &Device, plan: &WorkspacePlan) -> Result<()> {
+    /// Checks that this is memory of `device`, and large enough for the layout.
+    pub(crate) fn check(&self, device: &Device, layout: &WorkspaceLayout) -> Result<()> {
         if !self.device.is(device) {
             return Err(Error::input(
                 "workspace",
@@ -58,15 +58,15 @@ impl Workspace {
                 "Allocate it on the device that the module was loaded on",
             ));
         }
-        if self.bytes < plan.bytes {
+        if self.bytes < layout.bytes {
             return Err(Error::input(
                 "workspace",
                 format!("{} bytes", self.bytes),
-                format!("at least {}", plan.bytes),
+                format!("at least {}", layout.bytes),
                 "SparseAttention::workspace_bytes gives the size",
             ));
         }
         check_address("workspace", self.address, ALIGNMENT)?;
-        range_at("workspace", self.address, plan.bytes).map(drop)
+        range_at("workspace", self.address, layout.bytes).map(drop)
     }
 }

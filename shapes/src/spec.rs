@@ -141,7 +141,7 @@ use crate::image::{ATOM_ROWS, Image};
 use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
 use crate::params::PartialsLayout;
 use crate::tiling::{TileCounts, count_tiles};
-use crate::workspace::WorkspacePlan;
+use crate::workspace::WorkspaceLayout;
 use error::Source;
 use keys::{GRID_Z, Key, find};
 use read::Reader;
@@ -351,6 +351,12 @@ impl Spec {
         most_heads(self.layout.packed_rows() as u64) as u32
     }
 
+    /// Bytes of Q, and so of K, V and the output, in a launch with `batch` items of `heads` heads.
+    pub fn tensor_bytes(&self, batch: u32, heads: u32) -> u64 {
+        let rows = u64::from(batch) * u64::from(self.layout.sequence()) * u64::from(heads);
+        rows * u64::from(self.head_dim * self.dtype.bytes())
+    }
+
     /// Rows of the RoPE tables: the video rows, or all rows of the model's order when text is rotated too.
     pub fn rope_rows(&self) -> u32 {
         let rotates_text = self.rope.is_some_and(|rope| rope.text);
@@ -376,8 +382,8 @@ impl Spec {
     }
 
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts of the keys.
-    pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspacePlan {
-        WorkspacePlan::new(&self.layout, self.image(), batch, heads, self.partials(splits))
+    pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
+        WorkspaceLayout::new(&self.layout, self.image(), batch, heads, self.partials(splits))
     }
 }
 

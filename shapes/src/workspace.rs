@@ -15,7 +15,7 @@ pub const ALIGNMENT: u64 = 256;
 /// Made by [`crate::spec::Spec::workspace`]; nothing in it outlives a layer except, for whoever wants to look, `errors` and
 /// `head_types`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkspacePlan {
+pub struct WorkspaceLayout {
     /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`image`](crate::image).
     pub packed_q: Range<u64>,
     /// Packed K, likewise.
@@ -34,9 +34,9 @@ pub struct WorkspacePlan {
     pub bytes: u64,
 }
 
-impl WorkspacePlan {
+impl WorkspaceLayout {
     /// Places the parts for `batch` items of `heads` heads.
-    pub fn new(layout: &Layout, image: Image, batch: u32, heads: u32, partials: PartialsLayout) -> WorkspacePlan {
+    pub fn new(layout: &Layout, image: Image, batch: u32, heads: u32, partials: PartialsLayout) -> WorkspaceLayout {
         let mut bytes = 0;
         let mut place = |size: u64| {
             let start = bytes;
@@ -49,6 +49,6 @@ impl WorkspacePlan {
         let partials = place(partials.bytes(all_heads));
         let errors = place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
-        WorkspacePlan { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
+        WorkspaceLayout { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
     }
 }

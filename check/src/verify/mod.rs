@@ -208,7 +208,7 @@ fn run_case(
     let layout = &spec.layout;
     let (sequence, head_dim, all_heads) = (layout.sequence() as usize, spec.head_dim as usize, types.len());
     let profiled = if case.types == CaseTypes::Profiled { spec.profile.rows as usize } else { 0 };
-    let plan = attention.workspace_plan();
+    let plan = attention.workspace_layout();
     let (whole_heads, rows_of_head) = effort.share(sequence, head_dim, all_heads, profiled);
     let whole_heads = draw_heads(&types, whole_heads, &mut generator);
     let reference = Reference::new(spec, &inputs);
@@ -233,7 +233,7 @@ fn run_case(
         let mut image = Vec::new();
         for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
             for piece in &pieces {
-                let row_bytes = head_dim as u64 * 2;
+                let row_bytes = u64::from(spec.head_dim * spec.dtype.bytes());
                 let start = part.start + (index * packed.rows() + piece.start) as u64 * row_bytes;
                 let bytes = device.read(buffer, start, piece.len() as u64 * row_bytes)?;
                 let worst = std::mem::replace(&mut packs[operand], Worst::new());

@@ -9,7 +9,7 @@ use framestride::{Device, HeadProfile, Result, SparseAttention};
 
 use super::packed_heads::HeadIndex;
 use crate::checks::{Check, Worst, row_error};
-use crate::reference::{ProfileErrors, distance, norm};
+use crate::reference::{ProfileErrors, distance, least, norm};
 use crate::tolerance;
 
 /// Partial results of profiling for one head, where [`PartialsLayout`] says that they lie.
@@ -22,13 +22,13 @@ impl Partials {
     /// Copies the results of head `head`, counted over batch x heads, to the host.
     pub fn read(device: &Device, workspace: &Buffer, attention: &SparseAttention, head: u32) -> Result<Partials> {
         let layout = attention.partials();
-        let start = attention.workspace_plan().partials.start + layout.offset(head, 0, 0) * 4;
+        let start = attention.workspace_layout().partials.start + layout.offset(head, 0, 0) * 4;
         let bytes = device.read(workspace, start, layout.offset(1, 0, 0) * 4)?;
         Ok(Partials { layout, floats: bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() })
     }
 
     /// One sample's output and natural log-sum-exp under one mask, merged over all splits.
-    fn merge(&self, sample: u32, mask: usize) -> (Vec<f64>, f64) {
+    fn merge(&self, sample: u32, mask: HeadType) -> (Vec<f64>, f64) {
         let (dim, row) = (self.layout.head_dim as usize, (sample % SAMPLE_ROWS) as usize);
         let splits: Vec<&[f32]> = (0..self.layout.splits)
             .map(|split| &self.floats[self.layout.offset(0, sample / SAMPLE_ROWS, split) as usize..])
@@ -70,7 +70,7 @@ impl Sampled {
     }
 
     /// Compares one head with the reference. Gives the type that the reference chooses, or none
-    /// where its two errors are no further apart than their tolerances.
+    /// where its errors are no further apart than their tolerances.
     pub fn compare(
         &mut self,
         dtype: Dtype,
@@ -79,48 +79,60 @@ impl Sampled {
         found: &HeadProfile,
         index: HeadIndex,
     ) -> Option<HeadType> {
-        let name = |mask: usize| ["all keys", "spatial mask", "temporal mask"][mask];
+        let name = |mask: HeadType| match mask {
+            HeadType::Dense => "all keys".into(),
+            mask => format!("{} mask", mask.name()),
+        };
         // Sums of squares over the samples, under each mask: the distance of the merged output to
         // the dense one, and its error.
-        let (mut distances, mut moved) = ([0.0; 3], [0.0; 3]);
+        let (mut distances, mut moved) = ([0.0; HeadType::ALL.len()], [0.0; HeadType::ALL.len()]);
         for (sample, rows) in (0..).zip(&expected.rows) {
             let mut dense = Vec::new();
-            for (mask, row) in rows.iter().enumerate() {
+            for (mask, row) in HeadType::ALL.into_iter().zip(rows) {
                 let (out, lse) = partials.merge(sample, mask);
                 let location = || format!("batch {}, head {}, sample {sample}, {}", index.item, index.head, name(mask));
                 self.outputs.add(row_error(&out, &row.out), tolerance::sampled_row(dtype, rows, mask), location);
                 self.sums.add((lse - row.lse).exp_m1().abs(), tolerance::weight_sum(row.out.len(), row), location);
-                if mask == 0 {
+                if mask == HeadType::Dense {
                     dense.clone_from(&out);
                 }
-                moved[mask] += (tolerance::merged_row(partials.layout.splits, row) * norm(&out)).powi(2);
-                distances[mask] += distance(&out, &dense).powi(2);
+                moved[mask as usize] += (tolerance::merged_row(partials.layout.splits, row) * norm(&out)).powi(2);
+                distances[mask as usize] += distance(&out, &dense).powi(2);
             }
         }
         let count = (expected.rows.len() * partials.layout.head_dim as usize) as f64;
         let root_mean = |square: f64| (square / count).sqrt();
         let size = expected.dense_rms.max(f64::MIN_POSITIVE);
-        let mut tolerances = [0.0; 2];
-        for (number, found) in [found.spatial_error, found.temporal_error].into_iter().enumerate() {
-            let (mask, found) = (number + 1, f64::from(found).sqrt());
+        let tolerances = HeadType::CANDIDATES.map(|mask| tolerance::profile_error(dtype, expected, mask));
+        let of_candidates = found.errors.into_iter().zip(expected.errors).zip(tolerances);
+        for (mask, ((found, reference), tolerance)) in HeadType::CANDIDATES.into_iter().zip(of_candidates) {
+            let found = f64::from(found).sqrt();
             let location = || format!("batch {}, head {}, {}", index.item, index.head, name(mask));
-            tolerances[number] = tolerance::profile_error(dtype, expected, mask);
-            let error = (found - expected.errors[number].sqrt()).abs() / size;
-            self.errors.keep_worse(error, tolerances[number], location);
-            let error = (found - root_mean(distances[mask])).abs() / size;
+            let error = (found - reference.sqrt()).abs() / size;
+            self.errors.keep_worse(error, tolerance, location);
+            let error = (found - root_mean(distances[mask as usize])).abs() / size;
             // By the triangle inequality, the distance of two rows moves by no more than both of
             // them do.
-            let moved = root_mean(moved[0]) + root_mean(moved[mask]) + tolerance::root_mean(count) * found;
+            let moved = root_mean(moved[HeadType::Dense as usize])
+                + root_mean(moved[mask as usize])
+                + tolerance::root_mean(count) * found;
             self.merged.keep_worse(error, moved / size, location);
         }
         self.errors.compared += 1;
         self.merged.compared += 1;
-        let gap = (expected.errors[0].sqrt() - expected.errors[1].sqrt()).abs() / size;
-        (gap > tolerances[0] + tolerances[1]).then(|| expected.head_type())
+        // The reference chooses clearly when its choice is better than every other candidate.
+        let chosen = expected.head_type();
+        let of_candidates = || HeadType::CANDIDATES.into_iter().zip(expected.errors).zip(tolerances);
+        let (_, own) = of_candidates().find(|((candidate, _), _)| *candidate == chosen)?;
+        let least = expected.errors.into_iter().fold(f64::INFINITY, f64::min);
+        let is_worse = |((candidate, error), tolerance): ((HeadType, f64), f64)| {
+            candidate == chosen || (error.sqrt() - least.sqrt()) / size > own + tolerance
+        };
+        of_candidates().all(is_worse).then_some(chosen)
     }
 
     pub fn checks(self, case: &str) -> [Check; 4] {
-        let rows = (self.heads as u64 * u64::from(self.samples) * 3, "rows");
+        let rows = (self.heads as u64 * u64::from(self.samples) * HeadType::ALL.len() as u64, "rows");
         let heads = (self.heads as u64, "heads");
         [
             self.outputs.check("profile", case, "sampled outputs", rows),
@@ -135,12 +147,12 @@ impl Sampled {
 pub struct Choice<'a> {
     pub index: HeadIndex,
     pub profile: &'a HeadProfile,
-    /// The type that the reference chooses, where it was asked. The inner `None` means that its two
-    /// errors are too near.
+    /// The type that the reference chooses, where it was asked. The inner `None` means that its
+    /// errors are too near to each other.
     pub clear: Option<Option<HeadType>>,
 }
 
-/// Checks the types of heads. Each must be the type of the device's own lower error, and that of
+/// Checks the types of heads. Each must be the type of the device's own lowest error, and that of
 /// the reference where it has one.
 ///
 /// Planted heads without a reference must be of the planted type, if the reference saw heads of
@@ -151,11 +163,11 @@ pub fn check_choices(choices: &[Choice], planted: bool) -> Worst {
         let mut seen = choices.iter().filter(|choice| plant(choice.index) == kind).filter_map(|choice| choice.clear);
         seen.next() == Some(Some(kind)) && seen.all(|clear| clear == Some(kind))
     };
-    let plain = [HeadType::Spatial, HeadType::Temporal].into_iter().filter(|&kind| planted && is_plain(kind));
+    let plain = HeadType::CANDIDATES.into_iter().filter(|&kind| planted && is_plain(kind));
     let plain: Vec<HeadType> = plain.collect();
     let mut worst = Worst::new();
     for Choice { index, profile, clear } in choices {
-        let own = if profile.temporal_error < profile.spatial_error { HeadType::Temporal } else { HeadType::Spatial };
+        let own = least(profile.errors);
         let expected = match clear {
             Some(clear) => *clear,
             None => Some(plant(*index)).filter(|kind| plain.contains(kind)),

@@ -4,7 +4,7 @@ use clap::Args;
 use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::Spec;
-use framestride::{Result, plan_workspace};
+use framestride::{Result, workspace_layout};
 use serde::Serialize;
 use serde_json::json;
 
@@ -50,7 +50,7 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
         }
     });
     let tiles = spec.tiles();
-    let workspace = plan_workspace(&spec, spec.batch, spec.heads, MULTIPROCESSORS).bytes;
+    let workspace = workspace_layout(&spec, spec.batch, spec.heads, MULTIPROCESSORS).bytes;
     let mut out = format!(
         "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}\n",
         spec.name,
