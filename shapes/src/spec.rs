@@ -1,8 +1,10 @@
 //! The spec: the shape of one model's attention, written in TOML.
 //!
-//! A spec says what a model's self-attention looks like: how many tokens, heads and channels, what happens to Q and K before the
-//! product, and how wide the masks are that replace the dense one. Kernels are generated for one spec and know it as constants;
-//! what differs from call to call (batch, the valid length of the text, strides, which heads) is given at launch.
+//! A spec says what a model's self-attention looks like. It has the numbers of tokens, heads and
+//! channels, and what happens to Q and K before the product. It says how wide the masks are that
+//! replace the dense one. Kernels are generated for one spec and know it as constants. What differs
+//! from call to call is given at launch: the batch, the valid length of the text, strides, and the
+//! heads.
 //!
 //! ```
 //! use framestride_shapes::{layout::HeadType, spec::Spec};
@@ -62,48 +64,56 @@
 //!
 //! # Key by key
 //!
-//! Tokens are counted after patching: a latent frame of 90 x 160 in patches of 2 x 2 has a `grid` of \[45, 80\] and 3600
-//! `tokens_per_frame`. With F `frames`, P `tokens_per_frame` and T text tokens, the sequence has S = F P + T tokens, of which the
-//! N = F P video tokens lie frame by frame.
+//! Tokens are counted after patching. A latent frame of 90 x 160 in patches of 2 x 2 has a `grid`
+//! of \[45, 80\] and 3600 `tokens_per_frame`. With F `frames`, P `tokens_per_frame` and T text
+//! tokens, the sequence has S = F P + T tokens. Its N = F P video tokens lie frame by frame.
 //!
 //! * **`video.grid`** must multiply to `tokens_per_frame`. Nothing but pictures needs it.
-//! * **`text`** is for models that attend over video and text together (HunyuanVideo, CogVideoX). Models with cross-attention
-//!   to the text (Wan, LTX-Video, Cosmos) leave it out. `tokens` is the padded length; how many of them are valid is given at
-//!   launch, for each batch item. Text sees everything and is seen by everything.
-//! * **`attention.batch`** is what plans and reports assume (2 with classifier-free guidance). A launch may have another batch,
-//!   and any subset of the heads.
-//! * **`qk_norm.over`** is the extent of one statistic: `"head"` for the `head_dim` channels of each head, `"heads"` for all
-//!   heads x head_dim channels of a token, as models have it that normalise before they split the heads (Wan, LTX-Video). A
-//!   launch of such a model needs all heads.
-//! * **`qk_norm.eps`** must be one that f32 holds: from 1.2e-38 to 1.
-//! * **`rope.pairs`** names the channels that rotate together: `"interleaved"` for (2i, 2i + 1), `"half"` for
-//!   (i, i + head_dim / 2).
-//! * **`rope.text`** says that the tables have rows for the text too, in the order of the model. Without it text is not rotated.
-//! * **`masks`**: see below.
+//! * **`text`** is for models that attend over video and text together (HunyuanVideo, CogVideoX).
+//!   Models with cross-attention to the text (Wan, LTX-Video, Cosmos) leave it out. `tokens` is the
+//!   padded length. How many of them are valid is given at launch, for each batch item. Text sees
+//!   everything and is seen by everything.
+//! * **`attention.batch`** is what plans and reports assume. It is 2 with classifier-free guidance.
+//!   A launch may have another batch, and any subset of the heads.
+//! * **`qk_norm.over`** is the extent of one statistic. `"head"` takes the `head_dim` channels of
+//!   each head, `"heads"` takes all heads x head_dim channels of a token. Models have the latter
+//!   that normalise before they split the heads (Wan, LTX-Video). A launch of such a model needs
+//!   all heads.
+//! * **`qk_norm.eps`** must be a number that f32 holds: from 1.2e-38 to 1.
+//! * **`rope.pairs`** names the channels that rotate together: `"interleaved"` for (2i, 2i + 1),
+//!   `"half"` for (i, i + head_dim / 2).
+//! * **`rope.text`** says that the tables have rows for the text too, in the order of the model.
+//!   Without it, text is not rotated.
+//! * **`masks`** are explained below.
 //! * **`sink.frames`** are fewer than `video.frames`.
-//! * **`profile.rows`** is 1 to 1024 and at most N; kernels take rows in groups of 64, so that 64 cost as much as 1. The default
-//!   is 64, or N when that is less.
-//! * **`schedule`** is answered by [`Schedule::is_dense`]: the first `dense_steps` steps and, in all steps, the first
-//!   `dense_layers` layers stay dense. Without the table no call does.
+//! * **`profile.rows`** is 1 to 1024 and at most N. Kernels take rows in groups of 64, so 64 cost
+//!   as much as 1. The default is 64, or N when that is less.
+//! * **`schedule`** is answered by [`Schedule::is_dense`]. The first `dense_steps` steps stay
+//!   dense, and in all steps the first `dense_layers` layers. Without the table no call stays
+//!   dense.
 //!
 //! # Widths and densities
 //!
-//! The position of the video token at place p of frame f is `f P + p` in the spatial layout and `p F + f` in the temporal one. A
-//! query sees a key when either is text, or the key lies in a sink frame, or their positions in the head's layout differ by less
-//! than the half width. A width is given in exactly one of three ways:
+//! Take the video token at place p of frame f. Its position is `f P + p` in the spatial layout and
+//! `p F + f` in the temporal one. A query sees a key when either is text, or when the key lies in a
+//! sink frame. It also sees the key when their positions in the head's layout differ by less than
+//! the half width. A width is given in exactly one of three ways:
 //!
-//! * **`half_width`**, in tokens (positions), 1 to N. With 1 a token sees only itself, with N all.
-//! * **`half_width_frames`**, in frames' worth of tokens: one unit is P positions, rounded to the nearest whole token. In the spatial
-//!   layout that is a frame. In the temporal layout the same P positions are P / F places with all F frames of each. So one
-//!   number makes a mask of the same size in both.
-//! * **`density`**, the wanted part of all S² pairs that is visible, above 0 and at most 1. It counts everything visible, text and
-//!   sinks included, exactly ([`crate::density`]); the half width with the nearest density is used. Text, sinks and each token
-//!   itself take a least part; a density below it is an error that names it.
+//! * **`half_width`** counts tokens (positions), 1 to N. With 1 a token sees only itself, with N it
+//!   sees all.
+//! * **`half_width_frames`** counts frames' worth of tokens. One unit is P positions, rounded to
+//!   the nearest whole token. In the spatial layout that is a frame. In the temporal layout the
+//!   same P positions are P / F places with all F frames of each. So one number makes a mask of the
+//!   same size in both.
+//! * **`density`** is the wanted part of all S² pairs that is visible, above 0 and at most 1. It
+//!   counts everything visible, text and sinks included, exactly ([`crate::density`]). The half
+//!   width with the nearest density is used. Text, sinks and each token itself take a least part. A
+//!   density below it is an error that names it.
 //!
 //! # Errors
 //!
-//! All problems of a file come in one [`SpecError`], in the order of the file. Each names file, line, column and key, says what
-//! was found and what is allowed, and how to mend it:
+//! All problems of a file come in one [`SpecError`], in the order of the file. Each names file,
+//! line, column and key. It says what was found, what is allowed, and how to mend it:
 //!
 //! ```text
 //! error: `video.frames` is 0
@@ -115,8 +125,9 @@
 //!   = mend: write for example `frames = 33`: latent frames
 //! ```
 //!
-//! Unknown keys are errors too. Sizes are limited by the kernels' 32-bit arithmetic: a packed head has less than 4 GiB, which is
-//! 16,777,016 tokens of head dim 128 or 33,554,232 of 64, and batch x heads is at most [`Spec::most_launch_heads`].
+//! Unknown keys are errors too. Sizes are limited by the kernels' 32-bit arithmetic. A packed head
+//! has less than 4 GiB, which is 16,777,016 tokens of head dim 128 or 33,554,232 of 64. Batch x
+//! heads is at most [`Spec::most_launch_heads`].
 //!
 //! `shapes/spec.schema.json` is the JSON schema of all this, for editors.
 
@@ -146,7 +157,8 @@ use error::Source;
 use keys::{GRID_Z, Key, find};
 use read::Reader;
 
-/// A validated spec. Every number in it fits the `u32` arithmetic of [`Layout`] and the grids of the kernels.
+/// A validated spec. Every number in it fits the `u32` arithmetic of [`Layout`] and the grids of
+/// the kernels.
 ///
 /// Two specs are equal when they say the same, whatever their comments and their files are.
 #[derive(Clone, Debug)]
@@ -157,9 +169,9 @@ pub struct Spec {
     pub layout: Layout,
     /// `attention.head_dim`: 64 or 128.
     pub head_dim: u32,
-    /// `attention.heads` of the model; a launch may be given any subset.
+    /// `attention.heads` of the model. A launch may have any subset.
     pub heads: u32,
-    /// `attention.batch` that is planned for; a launch may be given another.
+    /// `attention.batch` that is planned for. A launch may have another.
     pub batch: u32,
     /// `attention.dtype`.
     pub dtype: Dtype,
@@ -169,9 +181,9 @@ pub struct Spec {
     pub qk_norm: Option<QkNorm>,
     /// `[rope]`.
     pub rope: Option<Rope>,
-    /// `[masks.spatial]` as written; the half width in tokens is in `layout`.
+    /// `[masks.spatial]` as written. The half width in tokens is in `layout`.
     pub spatial: Width,
-    /// `[masks.temporal]` as written; the half width in tokens is in `layout`.
+    /// `[masks.temporal]` as written. The half width in tokens is in `layout`.
     pub temporal: Width,
     /// `[profile]`.
     pub profile: Profile,
@@ -225,41 +237,43 @@ impl PartialEq for Spec {
     }
 }
 
-/// Width of a mask as a spec gives it.
+/// The width of a mask, as a spec gives it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Width {
-    /// Wanted visible pairs over S².
+    /// The wanted visible pairs over S².
     Density(f64),
-    /// Half width in tokens.
+    /// The half width in tokens.
     Tokens(u32),
-    /// Half width in frames' worth of tokens: `tokens_per_frame` positions each, in both layouts.
+    /// The half width in frames' worth of tokens. Each is `tokens_per_frame` positions, in both
+    /// layouts.
     Frames(f64),
 }
 
-/// Online profiling.
+/// How heads are profiled in each call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Profile {
-    /// Query rows sampled from each head, 1 to 1024.
+    /// How many query rows are sampled from each head, 1 to 1024.
     pub rows: u32,
-    /// Seed of the draw.
+    /// The seed of the draw.
     pub seed: u64,
 }
 
-/// Which calls of a video's denoising stay dense. All zero without a `[schedule]`: none do.
+/// Which calls of a video's denoising stay dense. Without a `[schedule]` all numbers are zero, and
+/// no call does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
-    /// Denoising steps.
+    /// How many denoising steps there are.
     pub steps: u32,
-    /// Attention layers.
+    /// How many attention layers there are.
     pub layers: u32,
-    /// Leading steps that stay dense.
+    /// How many leading steps stay dense.
     pub dense_steps: u32,
-    /// Leading layers that stay dense in every step.
+    /// How many leading layers stay dense in every step.
     pub dense_layers: u32,
 }
 
 impl Schedule {
-    /// Whether the call of `layer` in `step`, both from 0, stays dense.
+    /// Whether the call of `layer` in `step` stays dense. Both count from 0.
     pub const fn is_dense(&self, step: u32, layer: u32) -> bool {
         step < self.dense_steps || layer < self.dense_layers
     }
@@ -288,8 +302,10 @@ impl Spec {
         reader.finish(spec).map_err(|problems| SpecError { problems })
     }
 
-    /// Reads and checks several files, whose names must differ since they name the files made from them. Problems of all files
-    /// are reported together.
+    /// Reads and checks several files, and reports the problems of all together.
+    ///
+    /// The names of the specs must differ, since the files that are made from them have these
+    /// names.
     pub fn from_files(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<Spec>, SpecError> {
         let mut specs: Vec<(String, Spec)> = Vec::new();
         let mut problems = Vec::new();
@@ -324,29 +340,34 @@ impl Spec {
         Tiles::for_head_dim(self.head_dim)
     }
 
-    /// Visible pairs of one head of one batch item, all text valid.
+    /// Visible pairs of one head of one batch item. All text is valid.
     pub fn visible_pairs(&self, head: HeadType) -> u128 {
         density::visible_pairs(&self.layout, head)
     }
 
-    /// Visible pairs over S²: 1 for a dense head.
+    /// Visible pairs over S². It is 1 for a dense head.
     pub fn density(&self, head: HeadType) -> f64 {
         density::density_of_width(&self.layout, head, self.layout.half_width(head))
     }
 
-    /// Floating-point operations of one head of one batch item on its visible pairs: two products of `head_dim` multiply-adds
-    /// each, so 4 x pairs x head_dim. Dense heads have 4 S² head_dim.
+    /// Floating-point operations of one head of one batch item on its visible pairs: 4 x pairs x
+    /// head_dim.
+    ///
+    /// A pair has two products of `head_dim` multiply-adds. Dense heads have 4 S² head_dim
+    /// operations.
     pub fn flops(&self, head: HeadType) -> u128 {
         4 * self.visible_pairs(head) * u128::from(self.head_dim)
     }
 
-    /// Tiles of the attention kernel that one head visits and skips, all text valid.
+    /// Tiles of the attention kernel that one head visits and skips. All text is valid.
     pub fn tile_counts(&self, head: HeadType) -> TileCounts {
         count_tiles(&self.layout, head, self.tiles(), self.layout.text_tokens)
     }
 
-    /// The most batch x heads that one launch may be given: the third extent of a CUDA grid, and as many packed rows as the
-    /// kernels' `u32` counts. A spec's own are within it.
+    /// The most batch x heads that one launch may have. A spec's own are within it.
+    ///
+    /// The third extent of a CUDA grid limits it, and so does the number of packed rows that the
+    /// kernels' `u32` counts.
     pub const fn most_launch_heads(&self) -> u32 {
         most_heads(self.layout.packed_rows() as u64) as u32
     }
@@ -357,14 +378,15 @@ impl Spec {
         rows * u64::from(self.head_dim * self.dtype.bytes())
     }
 
-    /// Rows of the RoPE tables: the video rows, or all rows of the model's order when text is rotated too.
+    /// Rows of the RoPE tables. They are the video rows, or all rows of the model's order when text
+    /// is rotated too.
     pub fn rope_rows(&self) -> u32 {
         let rotates_text = self.rope.is_some_and(|rope| rope.text);
         self.layout.video_tokens() + if rotates_text { self.layout.text_tokens } else { 0 }
     }
 
-    /// Shape of each RoPE table for a launch of `heads` heads: `[rows, head_dim / 2]`, or `[rows, heads, head_dim / 2]` where each
-    /// head has its own.
+    /// The shape of each RoPE table for a launch of `heads` heads. It is `[rows, head_dim / 2]`, or
+    /// `[rows, heads, head_dim / 2]` where each head has its own.
     pub fn rope_table_shape(&self, heads: u32) -> Vec<u32> {
         let (rows, half) = (self.rope_rows(), self.head_dim / 2);
         if self.rope.is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
@@ -381,16 +403,17 @@ impl Spec {
         PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim: self.head_dim }
     }
 
-    /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts of the keys.
+    /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts
+    /// of the keys.
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
         WorkspaceLayout::new(&self.layout, self.image(), batch, heads, self.partials(splits))
     }
 }
 
-/// Most bytes of a spec.
+/// A spec has at most so many bytes.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// The text of a spec's file, or why there is none. It is read once, so that a pipe may be one.
+/// The text of a spec's file. The file is read once, so that it may be a pipe.
 fn read_file(path: &Path) -> Result<String, SpecError> {
     let file = path.display().to_string();
     let fail = |found: String, allowed: &str, mend: &str| SpecError {
@@ -411,7 +434,7 @@ fn read_file(path: &Path) -> Result<String, SpecError> {
         let valid = error.utf8_error().valid_up_to();
         let byte = error.as_bytes()[valid];
         let text = String::from_utf8_lossy(error.as_bytes());
-        // Up to `valid`, the text with replacements is the text itself.
+        // Up to `valid`, the text with replacements equals the text itself.
         let problem = Source { file: &file, text: &text }.problem(
             Some(valid..valid + 1),
             "",
@@ -424,7 +447,7 @@ fn read_file(path: &Path) -> Result<String, SpecError> {
 }
 
 fn duplicate_name(source: Source, name: &str, first: &str) -> Problem {
-    // The spec was parsed before: this finds the place of its name again.
+    // The spec was parsed before. This finds where its name stands.
     let span = Reader::new(source).ok().map(|reader| reader.span(NAME));
     source.problem(
         span,
@@ -481,7 +504,8 @@ const TEMPORAL: WidthKeys = WidthKeys {
     frames: find("masks.temporal.half_width_frames"),
 };
 
-/// Reads all keys, even after problems, and then checks what concerns several keys as far as they could be read.
+/// Reads all keys, even after problems, and then checks what concerns several keys as far as they
+/// could be read.
 fn read_spec(r: &mut Reader) -> Option<Spec> {
     let name = r.name(NAME);
     let frames = r.integer32(FRAMES);
@@ -583,7 +607,7 @@ fn read_spec(r: &mut Reader) -> Option<Spec> {
 fn read_width(r: &mut Reader, keys: &WidthKeys) -> Option<Width> {
     let all = [keys.density, keys.tokens, keys.frames];
     let given: Vec<&Key> = all.into_iter().filter(|key| r.has(key)).collect();
-    // Each is read whatever the others are, so that a wrong value is reported too.
+    // Each is read whatever the others are, so that every wrong value is reported.
     let density = r.number(keys.density).map(Width::Density);
     let tokens = r.integer32(keys.tokens).map(Width::Tokens);
     let frames = r.number(keys.frames).map(Width::Frames);
@@ -649,7 +673,8 @@ fn check_sizes(
     let video = u64::from(frames) * u64::from(tokens_per_frame);
     let sequence = video + u64::from(text_tokens);
     let head_dim = image.head_dim;
-    // Kernels count the bytes of a packed head in 32 bits: those of [`Layout::packed_rows`] rows, whole atoms of them.
+    // Kernels count the bytes of a packed head in 32 bits. It has [`Layout::packed_rows`] rows,
+    // which are whole atoms.
     let most_rows = u64::from(u32::MAX / image.bytes(1)) - u64::from(PAD_ROWS);
     let most = most_rows - most_rows % u64::from(ATOM_ROWS);
     if sequence > most {
@@ -696,13 +721,15 @@ fn check_sizes(
     Some(())
 }
 
-/// The most heads over the batch of one launch: the third extent of a grid, and rows that `u32` counts.
+/// The most heads over the batch of one launch. The third extent of a grid and the rows that `u32`
+/// counts limit it.
 const fn most_heads(packed_rows: u64) -> u64 {
     let countable = u32::MAX as u64 / packed_rows;
     if countable < GRID_Z { countable } else { GRID_Z }
 }
 
-/// Sampled rows, which cannot be more than the video's: the default is then all of them.
+/// The number of sampled rows. It cannot be more than that of video rows; then the default is all
+/// of them.
 fn check_rows(r: &mut Reader, rows: Option<u32>, video: u32) -> Option<u32> {
     let rows = rows?;
     if rows <= video {
@@ -720,7 +747,7 @@ fn check_rows(r: &mut Reader, rows: Option<u32>, video: u32) -> Option<u32> {
     None
 }
 
-/// The half width in tokens of a mask of an otherwise finished layout.
+/// The half width of a mask in tokens. The rest of the layout is finished.
 fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) -> Option<u32> {
     let video = layout.video_tokens();
     match width {
@@ -739,7 +766,7 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
             if tokens >= 1.0 && frames <= f64::from(layout.frames) {
                 return Some(tokens as u32);
             }
-            // Half a token is rounded to one.
+            // Half a token is rounded to one token.
             let least = rounded_up(0.5 / f64::from(layout.tokens_per_frame));
             r.report(
                 keys.frames,
@@ -766,7 +793,7 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
     }
 }
 
-/// A least value to six digits, rounded up so that what a message says can be written.
+/// A least value, rounded up to six digits. So the number that a message gives is allowed itself.
 fn rounded_up(least: f64) -> f64 {
     (least * 1e6).ceil() / 1e6
 }

@@ -1,39 +1,44 @@
-//! What is wrong with a spec, for people: all of it at once, each problem with its place and its mend.
+//! What is wrong with a spec, for people. All problems come at once, each with its place and its
+//! mend.
 
 use core::fmt;
 use core::ops::Range;
 
 use crate::text::{MESSAGE_BYTES, plain};
 
-/// Longest line that is shown.
+/// A longer line is not shown.
 const LINE_BYTES: usize = 200;
 
-/// Everything that is wrong with one spec, or with a set of them. `Display` prints all of it, over several lines, as far as
-/// [`MESSAGE_BYTES`] go.
+/// Everything that is wrong with one spec, or with a set of them.
+///
+/// `Display` prints all of it over several lines, up to [`MESSAGE_BYTES`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecError {
-    /// At least one, in the order of the file.
+    /// The problems, at least one, in the order of the file.
     pub problems: Vec<Problem>,
 }
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The file, as its reader was given it.
+    /// The file, by the name that its reader was given.
     pub file: String,
-    /// Line, from 1; 0 when the problem has no place in the text (a file that cannot be read).
+    /// Line, counted from 1. It is 0 when the problem has no place in the text, as in a file that
+    /// cannot be read.
     pub line: u32,
-    /// Column in characters, from 1; 0 when the problem has no place.
+    /// Column in characters, counted from 1. It is 0 when the problem has no place.
     pub column: u32,
-    /// Dotted path of the key or table, as in `video.frames`; empty for what concerns the whole file.
+    /// Dotted path of the key or table, as in `video.frames`. It is empty for what concerns the
+    /// whole file.
     pub key: String,
-    /// What was found: completes "`key` ...", or stands alone without a key.
+    /// What was found. It completes "`key` ...", or stands alone without a key.
     pub found: String,
     /// What may stand there.
     pub allowed: String,
     /// How to mend it.
     pub mend: String,
-    /// The line's text and the characters of it that are meant; none for a blank or a very long line.
+    /// The text of the line, and the characters of it that are meant. A blank or very long line has
+    /// none.
     excerpt: Option<(String, Range<usize>)>,
 }
 
@@ -44,7 +49,7 @@ impl fmt::Display for SpecError {
         let mut text = String::new();
         for (i, problem) in self.problems.iter().enumerate() {
             let (line, problem) = (if i > 0 { "\n" } else { "" }, problem.to_string());
-            // Room for how many are left.
+            // There must be room to say how many are left.
             if text.len() + problem.len() + 40 > MESSAGE_BYTES && i > 0 {
                 text += &format!("\nand {} more problems\n", self.problems.len() - i);
                 break;
@@ -86,7 +91,7 @@ pub(crate) struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// A problem at a byte range of the text, or of the whole file.
+    /// A problem at a byte range of the text, or one of the whole file.
     pub fn problem(
         &self,
         span: Option<Range<usize>>,
@@ -117,7 +122,8 @@ impl Source<'_> {
         problem.line = before.matches('\n').count() as u32 + 1;
         problem.column = column as u32 + 1;
         if !line.trim().is_empty() && line.len() <= LINE_BYTES {
-            // Tabs and their like have no certain width on a terminal: one space keeps the marks under what they mean.
+            // Tabs have no certain width on a terminal. One space keeps the marks under what they
+            // mean.
             problem.excerpt = Some((line.replace(char::is_control, " "), meant));
         }
         problem

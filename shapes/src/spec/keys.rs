@@ -1,12 +1,14 @@
-//! Every table and key of the spec: its type, range, default and meaning. The parser reads only keys of this list (a constant
-//! lookup: another key does not compile), refuses all others, and the JSON schema is made from it.
+//! Every table and key of the spec, with its type, range, default and meaning.
+//!
+//! The parser reads only keys of this list, and refuses all others. It looks them up in constants,
+//! so that another key does not compile. The JSON schema is made from this list too.
 
 use super::{Dtype, NormKind, NormOver, Pairs, text_position_name};
 use crate::layout::TextPosition;
 
 /// A table of the spec.
 pub(crate) struct Table {
-    /// Dotted path, `""` for the top of the file.
+    /// Dotted path. It is `""` for the top of the file.
     pub path: &'static str,
     /// Whether a spec must have it.
     pub required: bool,
@@ -16,13 +18,13 @@ pub(crate) struct Table {
 
 /// A key of a [`Table`].
 pub(crate) struct Key {
-    /// Dotted path.
+    /// Dotted path of the key.
     pub path: &'static str,
-    /// Type and range.
+    /// Type and range of its value.
     pub kind: Kind,
-    /// What happens without it.
+    /// What happens when it is not written.
     pub presence: Presence,
-    /// Meaning, as a noun phrase.
+    /// Its meaning, as a noun phrase.
     pub doc: &'static str,
     /// A sensible value, as TOML.
     pub example: &'static str,
@@ -30,27 +32,27 @@ pub(crate) struct Key {
 
 /// Type and range of a value.
 pub(crate) enum Kind {
-    /// String of `a` to `z`, `0` to `9` and `_`, 1 to [`NAME_LENGTH`] of them.
+    /// A string of 1 to [`NAME_LENGTH`] characters: `a` to `z`, `0` to `9` and `_`.
     Name,
-    /// Integer, both ends allowed.
+    /// An integer in a range. Both ends are allowed.
     Integer(u64, u64),
     /// One of these integers.
     IntegerOf(&'static [u64]),
-    /// Integer or float above the first and at most the second.
+    /// An integer or float above the first number and at most the second.
     Number(f64, f64),
     /// One of these strings.
     Choice(&'static [&'static str]),
     /// `true` or `false`.
     Boolean,
-    /// Two integers, both ends allowed.
+    /// Two integers in a range. Both ends are allowed.
     Pair(u64, u64),
 }
 
 /// What happens when a key is not written.
 pub(crate) enum Presence {
-    /// An error, when its table is there.
+    /// It is an error, when its table is there.
     Required,
-    /// This value, as TOML.
+    /// It has this value, as TOML.
     Default(&'static str),
     /// It is not used.
     Optional,
@@ -58,13 +60,14 @@ pub(crate) enum Presence {
     OneOfTable,
 }
 
-/// Longest name: it becomes part of file names.
+/// The most characters of a name, which becomes part of file names.
 pub(crate) const NAME_LENGTH: usize = 64;
 
-/// Largest count of tokens or frames; a packed head must fit 4 GiB, which is checked beside.
+/// The largest number of tokens or frames. Whether a packed head fits 4 GiB is checked besides.
 const COUNT: u64 = (1 << 25) - 1;
 
-/// Largest count of heads or batch items, and of their product: the third extent of a CUDA grid.
+/// The largest number of heads or batch items, and of their product. It is the third extent of a
+/// CUDA grid.
 pub(crate) const GRID_Z: u64 = 65_535;
 
 pub(crate) const TABLES: &[Table] = &[
@@ -150,7 +153,7 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     key(
         "qk_norm.eps",
-        // Below the least normal f32 the kernels would round it away.
+        // The kernels would round a smaller number away, which is no normal f32.
         Kind::Number(f32::MIN_POSITIVE as f64, 1.0),
         Presence::Default("1e-6"),
         "term that keeps the norm's divisor from zero",
@@ -232,7 +235,8 @@ const fn key(path: &'static str, kind: Kind, presence: Presence, doc: &'static s
     Key { path, kind, presence, doc, example }
 }
 
-/// The key of a path. Called in constants, so that a path that is not in the list is a compile error.
+/// The key of a path. It is called in constants, so that a path that is not in the list is a
+/// compile error.
 pub(crate) const fn find(path: &str) -> &'static Key {
     const fn equal(a: &[u8], b: &[u8]) -> bool {
         if a.len() != b.len() {
@@ -263,17 +267,17 @@ fn split(path: &'static str) -> (&'static str, &'static str) {
 }
 
 impl Table {
-    /// Path of the table that it stands in; none for the top of the file.
+    /// Path of the table that it stands in. The top of the file has none.
     pub fn parent(&self) -> Option<&'static str> {
         (!self.path.is_empty()).then(|| split(self.path).0)
     }
 
-    /// Its name there.
+    /// Its name in that table.
     pub fn name(&self) -> &'static str {
         split(self.path).1
     }
 
-    /// Its keys.
+    /// The keys in it.
     pub fn keys(&self) -> impl Iterator<Item = &'static Key> + use<> {
         let path = self.path;
         KEYS.iter().filter(move |key| key.table() == path)

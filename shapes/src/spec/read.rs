@@ -1,4 +1,6 @@
-//! Reads typed values of known keys out of a TOML tree that remembers where everything stood, and collects what is wrong.
+//! Reads typed values of known keys from a TOML tree, and collects what is wrong.
+//!
+//! The tree remembers where everything stands in the text.
 
 use core::ops::Range;
 
@@ -19,8 +21,9 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Parses the text and reports every table and key that does not belong there. Fails when it is not TOML: what follows from a
-    /// broken tree would only mislead.
+    /// Parses the text, and reports every table and key that does not belong there.
+    ///
+    /// It fails when the text is not TOML, since problems of a broken tree would only mislead.
     pub fn new(source: Source<'a>) -> Result<Reader<'a>, Vec<Problem>> {
         let (root, errors) = DeTable::parse_recoverable(source.text);
         if !errors.is_empty() {
@@ -44,7 +47,7 @@ impl<'a> Reader<'a> {
         Ok(reader)
     }
 
-    /// Ends the reading: `value`, unless something was wrong. Problems are in the order of the file.
+    /// Ends the reading. Gives `value`, or what was wrong, in the order of the file.
     pub fn finish<T>(mut self, value: Option<T>) -> Result<T, Vec<Problem>> {
         let missing = self.missing_tables();
         self.problems.extend(missing);
@@ -55,7 +58,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reports what is wrong with a key, at its value.
+    /// Reports what is wrong with a key. The problem has the place of the key's value.
     pub fn report(&mut self, key: &Key, found: impl Into<String>, allowed: impl Into<String>, mend: impl Into<String>) {
         let span = self.span(key);
         self.problems.push(self.source.problem(Some(span), key.path, found, allowed, mend));
@@ -66,12 +69,13 @@ impl<'a> Reader<'a> {
         self.table(path).is_some()
     }
 
-    /// Whether a key is written, with whatever value.
+    /// Whether a key is written, whatever its value is.
     pub fn has(&self, key: &Key) -> bool {
         self.table(key.table()).is_some_and(|(table, _)| table.contains_key(key.name()))
     }
 
-    /// Where a key's value stands; without it, its table; without that, the top of the file.
+    /// Where a key's value stands. Without a value it is the place of its table, or the top of the
+    /// file.
     pub fn span(&self, key: &Key) -> Span {
         match self.table(key.table()) {
             Some((table, span)) => table.get(key.name()).map_or(span, |value| value.span()),
@@ -79,7 +83,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// An integer.
+    /// Reads an integer.
     pub fn integer(&mut self, key: &Key) -> Option<u64> {
         self.read(key, |value| {
             let integer = integer(value)?;
@@ -92,12 +96,12 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// [`Reader::integer`] of a key whose range fits.
+    /// Reads an integer of a key whose range fits `u32`.
     pub fn integer32(&mut self, key: &Key) -> Option<u32> {
         self.integer(key).and_then(|value| u32::try_from(value).ok())
     }
 
-    /// Two integers.
+    /// Reads two integers.
     pub fn pair(&mut self, key: &Key) -> Option<[u32; 2]> {
         self.read(key, |value| {
             let Kind::Pair(least, most) = key.kind else { return None };
@@ -113,7 +117,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// An integer or a float.
+    /// Reads an integer or a float.
     pub fn number(&mut self, key: &Key) -> Option<f64> {
         self.read(key, |value| {
             let number = match value {
@@ -121,17 +125,17 @@ impl<'a> Reader<'a> {
                 _ => value.as_float()?.as_str().parse().ok()?,
             };
             let Kind::Number(least, most) = key.kind else { return None };
-            // Zero itself is never allowed, any other bound is.
+            // Zero itself is never allowed. Any other bound is.
             (number <= most && number >= least && number > 0.0).then_some(number)
         })
     }
 
-    /// True or false.
+    /// Reads true or false.
     pub fn boolean(&mut self, key: &Key) -> Option<bool> {
         self.read(key, |value| value.as_bool())
     }
 
-    /// A name.
+    /// Reads a name.
     pub fn name(&mut self, key: &Key) -> Option<String> {
         self.read(key, |value| {
             let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
@@ -140,7 +144,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// One of `values`, which `name` names as the key's list does.
+    /// Reads one of `values`. `name` gives the name of each, as it stands in the key's list.
     pub fn choice<T: Copy>(&mut self, key: &Key, values: &[T], name: fn(T) -> &'static str) -> Option<T> {
         self.read(key, |value| {
             let found = value.as_str()?;
@@ -148,10 +152,11 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Reads a key with `parse`, or its default; what `parse` refuses is reported.
+    /// Reads a key with `parse`, or takes its default. What `parse` refuses is reported.
     fn read<T>(&mut self, key: &Key, parse: impl Fn(&DeValue) -> Option<T>) -> Option<T> {
         let Some((table, span)) = self.table(key.table()) else {
-            // A missing table is reported as a whole; an optional one has the defaults of its keys.
+            // A missing table is reported as a whole. An optional table has the defaults of its
+            // keys.
             return match key.presence {
                 Presence::Default(text) => default(text, parse),
                 Presence::Required | Presence::Optional | Presence::OneOfTable => None,
@@ -181,9 +186,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A table and where it stands.
+    /// A table, and where it stands.
     fn table(&self, path: &str) -> Option<(&DeTable<'a>, Span)> {
-        // The root's own span is the whole file: its problems belong to the first line.
+        // The root's own span is the whole file, so its problems belong to the first line.
         let mut found = (self.root.get_ref(), 0..0);
         for name in path.split('.').filter(|name| !name.is_empty()) {
             let value = found.0.get(name)?;
@@ -219,7 +224,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A name that the spec does not have, and the nearest that it has.
+    /// The problem of a name that the spec does not have. It tells the nearest name that the spec
+    /// has.
     fn unknown(&self, table: &Table, name: &Spanned<DeString>, value: &DeValue, path: &str) -> Problem {
         let known: Vec<&str> = table.keys().map(Key::name).chain(table.tables().map(Table::name)).collect();
         let mend = match nearest(name.get_ref(), known.iter().copied()) {
@@ -236,7 +242,8 @@ impl<'a> Reader<'a> {
         )
     }
 
-    /// Required tables that are not there. A table without keys of its own is only the parent of others.
+    /// Reports required tables that are not there. A table without keys of its own is only the
+    /// parent of others.
     fn missing_tables(&self) -> Vec<Problem> {
         let required = TABLES.iter().filter(|table| table.required && table.keys().next().is_some());
         let missing = required.filter(|table| !self.written(table)).map(|table| {
@@ -255,7 +262,8 @@ impl<'a> Reader<'a> {
         missing.collect()
     }
 
-    /// Whether something stands at a table's path or in place of a table above it (which is reported on its own).
+    /// Whether something stands at a table's path, or in place of a table above it. The latter is
+    /// reported on its own.
     fn written(&self, table: &Table) -> bool {
         let mut tree = self.root.get_ref();
         for name in table.path.split('.').filter(|name| !name.is_empty()) {
@@ -279,7 +287,7 @@ fn default<T>(text: &'static str, parse: impl Fn(&DeValue) -> Option<T>) -> Opti
     DeValue::parse(text).ok().and_then(|value| parse(value.get_ref()))
 }
 
-/// A non-negative integer of up to 64 bits.
+/// Reads a non-negative integer of up to 64 bits.
 fn integer(value: &DeValue) -> Option<u64> {
     let integer = value.as_integer()?;
     u64::from_str_radix(integer.as_str(), integer.radix()).ok()

@@ -6,8 +6,8 @@ use super::keys::{Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
 
 /// The JSON schema (draft 2020-12) of a spec: what `shapes/spec.schema.json` holds.
 ///
-/// It says of each key what the parser asks of it alone. What concerns several keys (a grid that matches the tokens of a frame, a
-/// density that text and sinks leave room for) only the parser knows.
+/// It says what the parser asks of each key alone. Only the parser knows what concerns several
+/// keys, such as a grid that matches the tokens of a frame.
 pub fn json_schema() -> Value {
     let mut schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -71,7 +71,7 @@ fn key_schema(key: &Key) -> Value {
     if let Presence::Default(text) = key.presence
         && let Ok(default) = serde_json::from_str::<Value>(text)
     {
-        // Defaults are TOML literals of a kind that JSON writes alike.
+        // Defaults are TOML literals of a kind that JSON writes in the same way.
         schema["default"] = default;
     }
     schema
