@@ -313,60 +313,57 @@ unsafe fn consume<M: Model>(
     let columns = if Plan::<M>::TURNS { 0 } else { warpgroup };
     let samples = fragment::thread_rows(consumer_warp % 4 * 16, lane);
     let end = valid_text + M::LAYOUT.video_tokens();
-    let mut consumer = Consumer { lane, warpgroup, columns, samples, end, mask: DENSE };
+    let consumer = Consumer { lane, warpgroup, columns, samples, end };
     let plan = Plan::<M>::partials(params.splits);
     let partial = params.partials + plan.offset(head, group, split) * 4;
     let place = |mask: u32| partial + plan.mask_offset(mask) as u64 * 4;
-    // Tiles that went through the stages in earlier sweeps.
+    // With turns the first warpgroup has the results of both.
+    let has_results = !Plan::<M>::TURNS || warpgroup == 0;
+
+    let mut results = consumer.sweep::<M, false>(DENSE, &tiles, 0);
+    if has_results {
+        let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
+        // The quad's lanes hold the sums of their own columns of the tiles.
+        let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
+        if lane % 4 == 0 && columns == 0 {
+            let mut row = 0;
+            while row < 2 {
+                shared::store_f32(Plan::<M>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
+                shared::store_f32(Plan::<M>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
+                row += 1;
+            }
+        }
+        Plan::<M>::swept().arrive();
+        // The producers judge the sums meanwhile.
+        let store = Store { samples, offset: rows.offset, lane, columns };
+        store.mask::<M>(place(DENSE), rows.total(), dense);
+        store.mask::<M>(place(SPATIAL), sums[0], spatial);
+        store.mask::<M>(place(TEMPORAL), sums[1], temporal);
+    }
+    let lost = lost_masks::<M>();
+
     let mut tiles_before = 0;
-    let mut lost = 0;
-    while consumer.mask != MASKS {
-        let mut results = Results::<M> {
-            rows: Rows::new(),
-            sums: [[0.0; 2]; 2],
-            outputs: [<M::Profile as TileProducts>::Output::splat(0.0); 3],
-        };
-        consumer.sweep::<M>(&tiles, tiles_before, &mut results);
+    let mut mask = next_sweep(DENSE, lost);
+    while mask != MASKS {
         tiles_before += tiles.end - tiles.start;
-        if Plan::<M>::TURNS {
-            results.merge_turns(warpgroup);
-        }
-        // With turns the first warpgroup has the results of both.
-        if !Plan::<M>::TURNS || warpgroup == 0 {
-            let Results { rows, sums, outputs: [dense, spatial, temporal] } = &mut results;
-            // The quad's lanes hold the sums of their own columns of the tiles.
-            let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
-            if lane % 4 == 0 && columns == 0 && consumer.mask == DENSE {
-                let mut row = 0;
-                while row < 2 {
-                    shared::store_f32(Plan::<M>::masked_sum(SPATIAL, samples[row]), sums[0][row]);
-                    shared::store_f32(Plan::<M>::masked_sum(TEMPORAL, samples[row]), sums[1][row]);
-                    row += 1;
-                }
-            }
+        let mut results = consumer.sweep::<M, true>(mask, &tiles, tiles_before);
+        if has_results {
             Plan::<M>::swept().arrive();
-            // The producers judge the sums meanwhile.
-            let store = Store { samples, offset: rows.offset, lane, columns };
-            store.mask::<M>(place(consumer.mask), rows.total(), dense);
-            if consumer.mask == DENSE {
-                store.mask::<M>(place(SPATIAL), sums[0], spatial);
-                store.mask::<M>(place(TEMPORAL), sums[1], temporal);
-            }
+            let store = Store { samples, offset: results.rows.offset, lane, columns };
+            store.mask::<M>(place(mask), results.rows.total(), &mut results.outputs[0]);
         }
-        if consumer.mask == DENSE {
-            lost = lost_masks::<M>();
-        }
-        consumer.mask = next_sweep(consumer.mask, lost);
+        mask = next_sweep(mask, lost);
     }
 }
 
-/// What a thread has found for its two samples.
+/// What a thread has found for its two samples in a sweep: over all keys, or (where `MASKED` says so in what follows) over those that one
+/// mask shows. The latter has one output, the first, and no other sums than those of `rows`.
 struct Results<M: Model> {
-    /// Of all keys.
+    /// Offsets and sums of weights of the sweep's keys.
     rows: Rows,
     /// Sums of weights under the spatial and the temporal mask.
     sums: [[f32; 2]; 2],
-    /// Unnormalised: dense, spatial, temporal.
+    /// Unnormalised: the sweep's keys, and those of them that the spatial and the temporal mask show.
     outputs: [<M::Profile as TileProducts>::Output; 3],
 }
 
@@ -385,14 +382,39 @@ struct Consumer {
     samples: [u32; 2],
     /// Of the video.
     end: u32,
-    /// What the sweep is for: all keys, or what one mask shows of them.
-    mask: u32,
 }
 
 impl Consumer {
-    /// Takes the warpgroup's share of `tiles` into `results`: what counts for all keys there is then of those that the sweep's mask shows.
+    /// The results of `tiles`, through which `tiles_before` tiles have gone before in earlier sweeps. With `MASKED`, hidden keys of `mask`
+    /// count for nothing.
     #[inline(always)]
-    unsafe fn sweep<M: Model>(&self, tiles: &Range<u32>, tiles_before: u32, results: &mut Results<M>) {
+    unsafe fn sweep<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        tiles: &Range<u32>,
+        tiles_before: u32,
+    ) -> Results<M> {
+        let mut results = Results::<M> {
+            rows: Rows::new(),
+            sums: [[0.0; 2]; 2],
+            outputs: [<M::Profile as TileProducts>::Output::splat(0.0); 3],
+        };
+        self.take_in::<M, MASKED>(mask, tiles, tiles_before, &mut results);
+        if Plan::<M>::TURNS {
+            results.merge_turns::<MASKED>(self.warpgroup);
+        }
+        results
+    }
+
+    /// Takes the warpgroup's share of `tiles` into `results`.
+    #[inline(always)]
+    unsafe fn take_in<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        tiles: &Range<u32>,
+        tiles_before: u32,
+        results: &mut Results<M>,
+    ) {
         let turn = if Plan::<M>::TURNS { self.warpgroup } else { 0 };
         let slot = Slot::full(tiles_before + turn, Plan::<M>::STAGES);
         let mut place = Place { tile: tiles.start + turn, slot: slot.uniform() };
@@ -400,17 +422,17 @@ impl Consumer {
             return;
         }
         Plan::<M>::key_full(place.slot.stage).wait(place.slot.parity);
-        let mut scores = self.first_scores::<M>(&place);
+        let mut scores = self.first_scores::<M, MASKED>(mask, &place);
         if results.rows.start_plain::<M::Element>(&mut scores, self.warpgroup)
-            && self.rounds::<M, false>(&mut place, tiles.end, &mut scores, results)
+            && self.rounds::<M, MASKED, false>(mask, &mut place, tiles.end, &mut scores, results)
         {
             return;
         }
         loop {
             place.slot = place.slot.uniform();
-            scores = self.first_scores::<M>(&place);
-            results.lower(&mut scores);
-            if self.rounds::<M, true>(&mut place, tiles.end, &mut scores, results) {
+            scores = self.first_scores::<M, MASKED>(mask, &place);
+            results.lower::<MASKED>(&mut scores);
+            if self.rounds::<M, MASKED, true>(mask, &mut place, tiles.end, &mut scores, results) {
                 return;
             }
         }
@@ -418,26 +440,31 @@ impl Consumer {
 
     /// S of the tile at `place`, which is there.
     #[inline(always)]
-    unsafe fn first_scores<M: Model>(&self, place: &Place) -> <M::Profile as TileProducts>::Scores {
+    unsafe fn first_scores<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        place: &Place,
+    ) -> <M::Profile as TileProducts>::Scores {
         let mut scores = <M::Profile as TileProducts>::Scores::splat(0.0);
         M::Profile::start_scores(&mut scores, Plan::<M>::query_image(), Plan::<M>::key_image(place.slot));
         scores.wait::<0>();
-        let seen = if self.mask == DENSE {
-            [[0; 2]; 2]
-        } else {
+        let seen = if MASKED {
             // The stage has been waited for. compute-sanitizer's racecheck does not believe it without a barrier of this warpgroup.
             thread::any_of_warpgroup(false, self.warpgroup);
             self.seen::<M>(place.slot.stage)
+        } else {
+            [[0; 2]; 2]
         };
-        self.hide(&mut scores, place.tile * KEY_ROWS, seen);
+        self.hide::<MASKED>(mask, &mut scores, place.tile * KEY_ROWS, seen);
         scores
     }
 
-    /// The rounds of [`Consumer::sweep`], from the weights of the tile at `place` on, with the rows' offsets or (`OFFSETS` is false) with
+    /// The rounds of [`Consumer::take_in`], from the weights of the tile at `place` on, with the rows' offsets or (`OFFSETS` is false) with
     /// none. False at a tile whose weights are too large, where `place` is then.
     #[inline(always)]
-    unsafe fn rounds<M: Model, const OFFSETS: bool>(
+    unsafe fn rounds<M: Model, const MASKED: bool, const OFFSETS: bool>(
         &self,
+        mask: u32,
         place: &mut Place,
         end: u32,
         scores: &mut <M::Profile as TileProducts>::Scores,
@@ -448,11 +475,11 @@ impl Consumer {
         let mut seen = self.seen::<M>(place.slot.stage);
         loop {
             Plan::<M>::value_full(place.slot.stage).wait(place.slot.parity);
-            let mut weights = results.weights(scores, seen, self.lane);
+            let mut weights = results.weights::<MASKED>(scores, seen, self.lane);
             place.tile += stride;
             if place.tile >= end {
-                results.start_outputs(&weights, value(place.slot));
-                results.wait_outputs(&mut weights);
+                results.start_outputs::<MASKED>(&weights, value(place.slot));
+                results.wait_outputs::<MASKED>(&mut weights);
                 // All lanes have read what they see of the tile.
                 warp::sync();
                 Plan::<M>::free(place.slot.stage).release(self.lane);
@@ -466,12 +493,17 @@ impl Consumer {
             Plan::<M>::key_full(place.slot.stage).wait(place.slot.parity);
             results.rows.put_offsets::<OFFSETS>(scores);
             M::Profile::start_scores(scores, Plan::<M>::query_image(), Plan::<M>::key_image(place.slot));
-            results.start_outputs(&weights, value(last));
+            results.start_outputs::<MASKED>(&weights, value(last));
             seen = self.seen::<M>(place.slot.stage);
-            scores.wait::<3>();
-            self.hide(scores, place.tile * KEY_ROWS, seen);
+            // The products that have been started since may go on.
+            if MASKED {
+                scores.wait::<1>();
+            } else {
+                scores.wait::<3>();
+            }
+            self.hide::<MASKED>(mask, scores, place.tile * KEY_ROWS, seen);
             let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
-            results.wait_outputs(&mut weights);
+            results.wait_outputs::<MASKED>(&mut weights);
             Plan::<M>::free(last.stage).release(self.lane);
             if !fits {
                 return false;
@@ -488,19 +520,23 @@ impl Consumer {
         [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
     }
 
-    /// Sets the scores of the keys that the sweep leaves out to -inf: those behind the video, which nobody sees, or those that its mask
-    /// hides. `seen` is that of the tile.
+    /// Sets the scores of the keys that the sweep leaves out to -inf: those behind the video, which nobody sees, or those that `mask` hides.
+    /// `seen` is that of the tile.
     #[inline(always)]
-    fn hide(&self, scores: &mut impl Fragment, first: u32, [spatial, temporal]: [[u64; 2]; 2]) {
+    fn hide<const MASKED: bool>(
+        &self,
+        mask: u32,
+        scores: &mut impl Fragment,
+        first: u32,
+        [spatial, temporal]: [[u64; 2]; 2],
+    ) {
         let end = self.end;
-        let whole_before = if self.mask == DENSE { end } else { 0 };
-        if first + KEY_ROWS > whole_before {
-            let seen = match self.mask {
-                DENSE => softmax::seen_keys(first, KEY_ROWS, self.lane, [Visible { prefix: end, start: end, end }; 2]),
-                SPATIAL => spatial.map(|keys| thread_keys(keys, self.lane)),
-                _ => temporal.map(|keys| thread_keys(keys, self.lane)),
-            };
-            softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
+        if MASKED {
+            let keys = if mask == SPATIAL { spatial } else { temporal };
+            softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, self.lane)), f32::NEG_INFINITY);
+        } else if first + KEY_ROWS > end {
+            let rows = [Visible { prefix: end, start: end, end }; 2];
+            softmax::replace_unseen(scores, softmax::seen_keys(first, KEY_ROWS, self.lane, rows), f32::NEG_INFINITY);
         }
     }
 }
@@ -508,51 +544,64 @@ impl Consumer {
 impl<M: Model> Results<M> {
     /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
     #[inline(always)]
-    unsafe fn lower(&mut self, scores: &mut <M::Profile as TileProducts>::Scores) {
+    unsafe fn lower<const MASKED: bool>(&mut self, scores: &mut <M::Profile as TileProducts>::Scores) {
         let rescale = self.rows.lower::<M::Element>(scores);
         let [dense, spatial, temporal] = &mut self.outputs;
         softmax::scale_rows(dense, rescale);
-        softmax::scale_rows(spatial, rescale);
-        softmax::scale_rows(temporal, rescale);
-        self.sums = self.sums.map(|sum| [sum[0] * rescale[0], sum[1] * rescale[1]]);
+        if !MASKED {
+            softmax::scale_rows(spatial, rescale);
+            softmax::scale_rows(temporal, rescale);
+            self.sums = self.sums.map(|sum| [sum[0] * rescale[0], sum[1] * rescale[1]]);
+        }
     }
 
-    /// Rounds the weights of a tile: dense, spatial and temporal. Adds those that the last two keep to their sums.
+    /// Rounds the weights of a tile for each output. Adds those that the spatial and the temporal mask keep to their sums.
     #[inline(always)]
-    unsafe fn weights(
+    unsafe fn weights<const MASKED: bool>(
         &mut self,
         dense: &<M::Profile as TileProducts>::Scores,
         [spatial, temporal]: [[u64; 2]; 2],
         lane: u32,
     ) -> [<M::Profile as TileProducts>::Weights; 3] {
         let all = M::Profile::weights(dense);
+        if MASKED {
+            return [all; 3];
+        }
         let [spatial_sum, temporal_sum] = &mut self.sums;
         let spatial = keep_seen::<M>(dense, &all, self.rows.tile_sum, spatial, lane, spatial_sum);
         let temporal = keep_seen::<M>(dense, &all, self.rows.tile_sum, temporal, lane, temporal_sum);
         [all, spatial, temporal]
     }
 
-    /// The three products with V, a group each.
+    /// The products with V, a group for each output.
     #[inline(always)]
-    unsafe fn start_outputs(&mut self, weights: &[<M::Profile as TileProducts>::Weights; 3], value: Descriptor) {
+    unsafe fn start_outputs<const MASKED: bool>(
+        &mut self,
+        weights: &[<M::Profile as TileProducts>::Weights; 3],
+        value: Descriptor,
+    ) {
         let [dense, spatial, temporal] = &mut self.outputs;
         M::Profile::start_output(dense, &weights[0], value);
-        M::Profile::start_output(spatial, &weights[1], value);
-        M::Profile::start_output(temporal, &weights[2], value);
+        if !MASKED {
+            M::Profile::start_output(spatial, &weights[1], value);
+            M::Profile::start_output(temporal, &weights[2], value);
+        }
     }
 
     /// Waits for all products.
     #[inline(always)]
-    unsafe fn wait_outputs(&mut self, weights: &mut [<M::Profile as TileProducts>::Weights; 3]) {
+    unsafe fn wait_outputs<const MASKED: bool>(&mut self, weights: &mut [<M::Profile as TileProducts>::Weights; 3]) {
         let [dense, spatial, temporal] = &mut self.outputs;
         M::Profile::wait_output(dense, &mut weights[0]);
-        M::Profile::wait_output(spatial, &mut weights[1]);
-        M::Profile::wait_output(temporal, &mut weights[2]);
+        if !MASKED {
+            M::Profile::wait_output(spatial, &mut weights[1]);
+            M::Profile::wait_output(temporal, &mut weights[2]);
+        }
     }
 
     /// Gives the first warpgroup the results of both. They have had different tiles, and so have different offsets.
     #[inline(always)]
-    unsafe fn merge_turns(&mut self, warpgroup: u32) {
+    unsafe fn merge_turns<const MASKED: bool>(&mut self, warpgroup: u32) {
         let Results { rows, sums, outputs: [dense, spatial, temporal] } = self;
         const PER_OUTPUT: u32 = COLUMNS / 2;
         // Where tiles were: a value of one thread lies beside that of the next.
@@ -572,14 +621,16 @@ impl<M: Model> Results<M> {
                 #[inline(always)]
                 |i, value| shared::store_f32(place(8 + i), *value),
             );
-            spatial.for_each(
-                #[inline(always)]
-                |i, value| shared::store_f32(place(8 + PER_OUTPUT + i), *value),
-            );
-            temporal.for_each(
-                #[inline(always)]
-                |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
-            );
+            if !MASKED {
+                spatial.for_each(
+                    #[inline(always)]
+                    |i, value| shared::store_f32(place(8 + PER_OUTPUT + i), *value),
+                );
+                temporal.for_each(
+                    #[inline(always)]
+                    |i, value| shared::store_f32(place(8 + 2 * PER_OUTPUT + i), *value),
+                );
+            }
         }
         thread::sync_two_warpgroups();
         if warpgroup == 0 {
@@ -597,14 +648,16 @@ impl<M: Model> Results<M> {
                 #[inline(always)]
                 |i, value| *value = add(*value, row_of(i), 8 + i),
             );
-            spatial.for_each(
-                #[inline(always)]
-                |i, value| *value = add(*value, row_of(i), 8 + PER_OUTPUT + i),
-            );
-            temporal.for_each(
-                #[inline(always)]
-                |i, value| *value = add(*value, row_of(i), 8 + 2 * PER_OUTPUT + i),
-            );
+            if !MASKED {
+                spatial.for_each(
+                    #[inline(always)]
+                    |i, value| *value = add(*value, row_of(i), 8 + PER_OUTPUT + i),
+                );
+                temporal.for_each(
+                    #[inline(always)]
+                    |i, value| *value = add(*value, row_of(i), 8 + 2 * PER_OUTPUT + i),
+                );
+            }
         }
     }
 }
@@ -704,10 +757,16 @@ pub unsafe fn select<M: Model>(params: &SelectParams) {
     let mut errors = [0.0f32; 2];
     let mut row = own_warp;
     while row < M::PROFILE_ROWS {
-        let merge = Merge::of::<M>(params, head, row, lane);
+        let sample = Sample::of::<M>(params, head, row);
         let mut column = lane * 2;
+        // The first outputs are on their way while the factors are computed.
+        let mut values = sample.values::<M>(column, 0);
+        let factors = sample.factors(lane);
         while column < M::HEAD_DIM {
-            let [dense, spatial, temporal] = merge.columns::<M>(column);
+            if column >= 64 {
+                values = sample.values::<M>(column, 0);
+            }
+            let [dense, spatial, temporal] = sample.merge::<M>(column, values, factors);
             let distance = |masked: [f32; 2], error: f32| {
                 let distance = [masked[0] - dense[0], masked[1] - dense[1]];
                 math::fma(distance[0], distance[0], math::fma(distance[1], distance[1], error))
@@ -758,26 +817,37 @@ unsafe fn reduce(mut values: [f32; 3], add: impl Fn(f32, f32) -> f32) -> [f32; 3
     values
 }
 
-/// One sample's results in all splits: each lane knows about one split.
-struct Merge {
+/// The results of one sample in all splits.
+struct Sample {
     /// First f32 of the first split.
     partials: u64,
     plan: PartialsLayout,
+    /// The sample, of its group.
     sample: u32,
-    /// By which the outputs of the lane's split are multiplied, under dense, spatial and temporal; 0 where it has nothing to add.
-    factors: [f32; 3],
 }
 
-impl Merge {
+/// So many splits' outputs are loaded together.
+const SPLITS_AT_ONCE: usize = 2;
+
+/// Columns `column` and `column + 1` of the outputs of some splits, under dense, spatial and temporal.
+type Values = [[[f32; 2]; 3]; SPLITS_AT_ONCE];
+
+impl Sample {
     #[inline(always)]
-    unsafe fn of<M: Model>(params: &SelectParams, head: u32, row: u32, lane: u32) -> Merge {
+    fn of<M: Model>(params: &SelectParams, head: u32, row: u32) -> Sample {
         let plan = Plan::<M>::partials(params.splits);
-        let (group, sample) = (row / SAMPLE_ROWS, row % SAMPLE_ROWS);
-        let partials = params.partials + plan.offset(head, group, 0) * 4;
-        let own = |index: u32| partials + (lane * plan.split_floats() + index + sample) as u64 * 4;
+        let partials = params.partials + plan.offset(head, row / SAMPLE_ROWS, 0) * 4;
+        Sample { partials, plan, sample: row % SAMPLE_ROWS }
+    }
+
+    /// By which the outputs of a split are multiplied, under dense, spatial and temporal, 0 where it has nothing to add: those of the
+    /// split with the lane's number.
+    #[inline(always)]
+    unsafe fn factors(&self, lane: u32) -> [f32; 3] {
+        let own = |index: u32| self.partials + (lane * self.plan.split_floats() + index + self.sample) as u64 * 4;
         let (mut offsets, mut sums) = ([0.0; 3], [0.0; 3]);
-        if lane < params.splits {
-            let load = |mask: u32, index: u32| global::load_f32(own(plan.mask_offset(mask) + index));
+        if lane < self.plan.splits {
+            let load = |mask: u32, index: u32| global::load_f32(own(self.plan.mask_offset(mask) + index));
             offsets = [load(DENSE, 0), load(SPATIAL, 0), load(TEMPORAL, 0)];
             sums = [load(DENSE, SAMPLE_ROWS), load(SPATIAL, SAMPLE_ROWS), load(TEMPORAL, SAMPLE_ROWS)];
         }
@@ -794,50 +864,57 @@ impl Merge {
             |mask| math::exp2(log_sums[mask] - largest[mask]),
         );
         let totals = reduce(shares, |sum, share| sum + share);
-        let factors = [0, 1, 2].map(
+        [0, 1, 2].map(
             #[inline(always)]
             |mask| {
                 // A division in full precision would be a call.
                 let factor = shares[mask] * math::reciprocal(totals[mask]) * math::reciprocal(sums[mask]);
                 if has_any[mask] { factor } else { 0.0 }
             },
-        );
-        Merge { partials, plan, sample, factors }
+        )
     }
 
-    /// Columns `column` and `column + 1` of the output under each mask.
+    /// Loads the [`Values`] of splits from `first` on. Behind the last split that one's come again.
     #[inline(always)]
-    unsafe fn columns<M: Model>(&self, column: u32) -> [[f32; 2]; 3] {
-        // So many splits' loads are in flight together. A lane without a split has factors of 0: its turn repeats the last split's values.
-        const AT_ONCE: usize = 4;
+    unsafe fn values<M: Model>(&self, column: u32, first: u32) -> Values {
+        let mut values = [[[0.0f32; 2]; 3]; SPLITS_AT_ONCE];
+        let mut i = 0;
+        while i < SPLITS_AT_ONCE {
+            let split = (first + i as u32).min(self.plan.splits - 1) * self.plan.split_floats();
+            let own = self.sample * M::HEAD_DIM + column;
+            let load = |mask: u32| {
+                let place = split + self.plan.mask_offset(mask) + 2 * SAMPLE_ROWS + own;
+                global::load_f32x2(self.partials + place as u64 * 4)
+            };
+            values[i] = [load(DENSE), load(SPATIAL), load(TEMPORAL)];
+            i += 1;
+        }
+        values
+    }
+
+    /// Columns `column` and `column + 1` of the output under each mask. `values` are those of the first splits, `factors` what
+    /// [`Sample::factors`] gave each lane: 0 in lanes without a split, so that repeated values add nothing.
+    #[inline(always)]
+    unsafe fn merge<M: Model>(&self, column: u32, mut values: Values, factors: [f32; 3]) -> [[f32; 2]; 3] {
         let mut outputs = [[0.0f32; 2]; 3];
         let mut first = 0;
-        while first < self.plan.splits {
-            let mut values = [[[0.0f32; 2]; 3]; AT_ONCE];
+        loop {
             let mut i = 0;
-            while i < AT_ONCE {
-                let split = (first + i as u32).min(self.plan.splits - 1) * self.plan.split_floats();
-                let own = self.sample * M::HEAD_DIM + column;
-                let load = |mask: u32| {
-                    let place = split + self.plan.mask_offset(mask) + 2 * SAMPLE_ROWS + own;
-                    global::load_f32x2(self.partials + place as u64 * 4)
-                };
-                values[i] = [load(DENSE), load(SPATIAL), load(TEMPORAL)];
-                i += 1;
-            }
-            i = 0;
-            while i < AT_ONCE {
+            while i < SPLITS_AT_ONCE {
                 let factors = [0, 1, 2].map(
                     #[inline(always)]
-                    |mask| warp::broadcast(self.factors[mask], first + i as u32),
+                    |mask| warp::broadcast(factors[mask], first + i as u32),
                 );
                 let add =
                     |mask: usize, half: usize| math::fma(factors[mask], values[i][mask][half], outputs[mask][half]);
                 outputs = [[add(0, 0), add(0, 1)], [add(1, 0), add(1, 1)], [add(2, 0), add(2, 1)]];
                 i += 1;
             }
-            first += AT_ONCE as u32;
+            first += SPLITS_AT_ONCE as u32;
+            if first >= self.plan.splits {
+                return outputs;
+            }
+            values = self.values::<M>(column, first);
         }
-        outputs
     }
 }
