@@ -262,9 +262,9 @@ pub struct Head {
     masks: [Mask; HeadType::ALL.len()],
 }
 
-/// Scores that are no further apart may have weights that are rounded the same way. It is the
-/// distance of neighbouring bf16 numbers, and those of f16 are nearer.
-const ALIKE: f64 = 1.0 / 128.0;
+/// Scores that are no further apart may have weights that are rounded the same way. Such weights
+/// differ by at most a quarter of the distance of two neighbouring bf16 numbers.
+const ALIKE: f64 = 1.0 / 1024.0;
 
 /// One row of attention, and what bounds the error of computing it with rounded weights (see
 /// [`crate::tolerance`]).
@@ -279,8 +279,8 @@ pub struct Attended {
     /// sqrt(sum over keys of weight^2 |v|^2). It is the size of the error that independent relative
     /// errors of the weights make.
     ///
-    /// Weights that lie near each other are rounded alike. So neighbouring keys whose scores lie
-    /// within `ALIKE` count as one key, with the sum of their values.
+    /// Weights that lie near each other are rounded alike. So keys whose scores lie within `ALIKE`
+    /// count as one key, with the sum of their values.
     pub spread: f64,
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest. It is the size
     /// of the error that independent absolute errors of the weights make.
@@ -399,35 +399,41 @@ impl Head {
         // f64::max drops NaN. The sum below brings it back, so NaN in the inputs reaches every row
         // that sees it.
         let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = seen.iter().map(|&key| (scores[key] - maximum).exp()).collect();
+        // Keys whose scores lie in the same step become neighbours.
+        let step = |key: usize| ((maximum - scores[key]) / ALIKE) as u32;
+        let mut seen: Vec<(u32, u32)> = seen.iter().map(|&key| (step(key), key as u32)).collect();
+        seen.sort_unstable();
+        let weights: Vec<f64> = seen.iter().map(|&(_, key)| (scores[key as usize] - maximum).exp()).collect();
         let sum: f64 = weights.iter().sum();
         attended.lse = maximum + sum.ln();
         attended.maximum = maximum;
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
         let (mut square, mut flat) = (0.0, 0.0);
-        let (mut rest, mut rest_weights) = (&seen[..], &weights[..]);
-        while let Some(&first) = rest.first() {
-            let alike = rest.iter().take_while(|&&key| (scores[key] - scores[first]).abs() <= ALIKE).count();
-            // NaN is not even like itself, so a run has at least one key.
-            let (run, others) = rest.split_at(alike.max(1));
-            let (run_weights, other_weights) = rest_weights.split_at(run.len());
-            for (&key, weight) in run.iter().zip(run_weights) {
-                let value = &self.values[key * self.head_dim..][..self.head_dim];
+        let mut values = vec![0.0; self.head_dim];
+        let mut rest = &weights[..];
+        for run in seen.chunk_by(|(a, _), (b, _)| a == b) {
+            let (run_weights, others) = rest.split_at(run.len());
+            for (&(_, key), weight) in run.iter().zip(run_weights) {
+                let value = &self.values[key as usize * self.head_dim..][..self.head_dim];
                 let weight = weight / sum;
                 for (out, value) in attended.out.iter_mut().zip(value) {
                     *out += weight * value;
                 }
-                flat += self.value_norms[key].powi(2);
-                attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key]);
+                flat += self.value_norms[key as usize].powi(2);
+                attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key as usize]);
             }
-            let size = if run.len() == 1 {
-                self.value_norms[first]
+            let size = if let [(_, key)] = *run {
+                self.value_norms[key as usize]
             } else {
-                let value = |d: usize| run.iter().map(|key| self.values[key * self.head_dim + d]).sum::<f64>();
-                (0..self.head_dim).map(|d| value(d).powi(2)).sum::<f64>().sqrt()
+                values.fill(0.0);
+                for &(_, key) in run {
+                    let value = &self.values[key as usize * self.head_dim..][..self.head_dim];
+                    values.iter_mut().zip(value).for_each(|(sum, value)| *sum += value);
+                }
+                norm(&values)
             };
             square += (run_weights[0] / sum * size).powi(2);
-            (rest, rest_weights) = (others, other_weights);
+            rest = others;
         }
         attended.spread = square.sqrt();
         attended.flat_spread = flat.sqrt() / sum;
