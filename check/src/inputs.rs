@@ -211,8 +211,9 @@ impl Inputs {
                 resize(values, 1.0);
             };
             let mut generator = quick_generator(seed, Drawn::Parts, (head * groups + video / GROUP) as u64 | 1 << 63);
-            let turn = head * groups + video / GROUP + (seed % 8) as usize;
-            let (kind, half) = (turn % 4, turn / 4 % 2);
+            // Each head begins with another kind, so that each kind is in a whole group of some head.
+            let kind = (head + video / GROUP + (seed % 4) as usize) % 4;
+            let half = (head * groups + video / GROUP) / 4 % 2;
             // The row of the one query, and the same row of the next warp.
             let [one, next] = {
                 let [warp, row] = [4, 8].map(|rows| generator.random_range(0..rows));
