@@ -60,7 +60,7 @@ fn device(toolchain: &Toolchain) -> Result<(), String> {
     Arch::ALL.into_iter().try_for_each(|arch| {
         let options = device_options(toolchain, arch).map_err(|error| error.to_string())?;
         let documentation = options.iter().map(String::as_str).filter(|option| option.starts_with("--sysroot"));
-        let documentation: Vec<&str> = documentation.chain(["-Dwarnings"]).collect();
+        let documentation: Vec<&str> = documentation.chain(["-Dwarnings", "--document-private-items"]).collect();
         let cargo = |command: &str, manifest: &str| {
             let mut cargo = cargo(toolchain);
             cargo.args([command, "--quiet", "--lib", "--target", "nvptx64-nvidia-cuda", "--manifest-path", manifest]);
