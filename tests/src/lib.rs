@@ -4,6 +4,7 @@
 //!   table, report of ptxas and instructions. Of two small specs the whole PTX is kept.
 //! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the
 //!   softmax under the products, which [`sass`] reads.
+//! * `documents`: links between the pages of the repository.
 //! * `shipped`: `host/kernels` holds what the builder makes today.
 //! * `engine`: the crates that an engine links, which are few.
 //! * `own_crate`: a user's own device crate (`device/`), with a spelled-out shape and a kernel that
@@ -26,6 +27,7 @@
 //! compared. What ptxas says is compared only under the recorded ptxas.
 #![cfg(test)]
 
+mod documents;
 mod engine;
 mod machine_code;
 mod own_crate;
