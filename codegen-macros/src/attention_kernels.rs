@@ -1,7 +1,9 @@
-//! `attention_kernels!`: a spec, read from its file or spelled out, as constants and kernel entries.
+//! `attention_kernels!`: turns a spec, from its file or spelled out, into constants and kernel
+//! entries.
 //!
-//! The spelled-out form is turned into the lines of a TOML file and read by the same parser, so that both forms have the same
-//! keys, defaults and checks; an error of a line is reported at the tokens it came from.
+//! The spelled-out form becomes the lines of a TOML file, which the same parser reads. So both
+//! forms have the same keys, defaults and checks. An error of a line is reported at the tokens that
+//! it came from.
 
 use framestride_shapes::blocks::{PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS};
 use framestride_shapes::dtype::Dtype;
@@ -39,9 +41,9 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
 /// What the macro was given.
 struct Shape {
     spec: Spec,
-    /// The spec as TOML, which the builder takes out of the LLVM IR and copies to the manifest.
+    /// The spec as TOML. The builder takes it out of the LLVM IR and copies it to the manifest.
     text: String,
-    /// The file it stands in, which the crate must be rebuilt for.
+    /// The file in which it stands. When that changes, the crate must be built again.
     file: Option<String>,
 }
 
@@ -57,7 +59,7 @@ fn from_file(input: ParseStream) -> Result<Shape> {
     let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
     let file = root.join(path.value());
     let spec = Spec::from_file(&file).map_err(|error| {
-        // The path as the user wrote it, not where this build happens to stand.
+        // Messages have the path as the user wrote it, not where this build happens to stand.
         let lines = error.problems.iter().map(|problem| match problem.line {
             0 => format!("{}: {}", path.value(), message(problem).trim_start()),
             line => format!("{}:{line}: {}", path.value(), message(problem)),
@@ -111,7 +113,7 @@ impl Entry {
     }
 }
 
-/// The lines of a TOML file, and where each came from.
+/// The lines of a TOML file, and the tokens that each came from.
 #[derive(Default)]
 struct Lines {
     tables: Vec<(String, Vec<(String, Span)>)>,
@@ -156,7 +158,7 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
     let mut named = false;
     for entry in input.parse_terminated(Entry::parse, Token![,])? {
         let name = entry.name.to_string();
-        // A table whose kind stands before its braces: `rope = half { text = true }`.
+        // The kind of such a table stands before its braces: `rope = half { text = true }`.
         let table = match name.as_str() {
             "text" => Some(("text".to_string(), Some("position"))),
             "qk_norm" => Some(("qk_norm".to_string(), Some("kind"))),
@@ -216,7 +218,7 @@ fn message(problem: &Problem) -> String {
     format!("{} {}; allowed: {}; {}", problem.key, problem.found, problem.allowed, problem.mend)
 }
 
-/// Each problem of a spec, at the tokens that its line came from.
+/// Reports each problem of a spec at the tokens that its line came from.
 fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     let mut errors = error.problems.iter().map(|problem| {
         let span = spans.get((problem.line as usize).wrapping_sub(1)).copied().unwrap_or(whole);
@@ -227,7 +229,7 @@ fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     all
 }
 
-/// The shape's constants and the four entries. `krate` is the path of `framestride_kernels`.
+/// The model's constants and the entries. `krate` is the path of `framestride_kernels`.
 fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream {
     let layout = &spec.layout;
     let text_position = match layout.text_position {
@@ -272,7 +274,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
     let pack = PackBlock::new(heads, image);
     let (pack_threads, pack_blocks, pack_shared) =
         (pack.threads(), pack.min_blocks, PackShared::new(pack.warps, pack.held_steps).bytes);
-    let (profile_shared, select_shared) = (ProfileShared::new(image).bytes, SelectShared::new().bytes);
+    let (profile_shared, select_shared) = (ProfileShared::new(image).bytes, SelectShared::new(SELECT_THREADS).bytes);
     let (attention_threads, attention_shared) = (tiles.threads(), AttentionShared::new(tiles, image).bytes);
     let rebuilt_for = file.map(|file| {
         quote!(

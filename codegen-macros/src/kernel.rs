@@ -1,8 +1,11 @@
-//! `#[kernel]`: an `extern "ptx-kernel"` entry and its row of the launch table.
+//! `#[kernel]`: makes a function an `extern "ptx-kernel"` entry, and writes its row of the launch
+//! table.
 //!
-//! The row is a JSON object in a static named `framestride_launch_<entry>`. The builder takes it out of the LLVM IR, writes the
-//! launch bounds that rustc cannot express, and copies it to the manifest: the two cannot disagree.
+//! The row is a JSON object in a static named `framestride_launch_<entry>`. The builder takes it
+//! out of the LLVM IR, writes the launch bounds that rustc cannot express, and copies it to the
+//! manifest. So entry and manifest cannot disagree.
 
+use framestride_shapes::arch::Arch;
 use proc_macro2::{Literal, TokenStream};
 use quote::{ToTokens, format_ident, quote};
 use syn::spanned::Spanned;
@@ -34,11 +37,11 @@ fn parse_bounds(arguments: TokenStream) -> Result<Bounds> {
         };
         let value: LitInt = meta.value()?.parse()?;
         let (name, number) = (meta.path.to_token_stream(), value.base10_parse::<u32>()?);
+        let arch = Arch::default();
         let allowed = match name.to_string().as_str() {
-            "threads" => 1..=1024,
-            "min_blocks" => 1..=32,
-            // Shared memory of a Hopper block (CUDA C++ Programming Guide, technical specifications).
-            _ => 0..=232_448,
+            "threads" => 1..=arch.block_threads,
+            "min_blocks" => 1..=arch.blocks,
+            _ => 0..=arch.block_shared_bytes,
         };
         if !allowed.contains(&number) {
             let message = format!("{name} = {number} is out of range: {} to {}", allowed.start(), allowed.end());
@@ -92,7 +95,7 @@ fn valid_parameters(function: &ItemFn) -> Result<Vec<(String, String)>> {
         .collect()
 }
 
-/// A type as the manifest names it: a block of parameters by its own name, wherever it lies.
+/// The manifest's name of a type. A block of parameters has its own name, wherever it lies.
 fn type_name(ty: &Type) -> String {
     match ty {
         Type::Path(TypePath { qself: None, path }) => path.segments.last().to_token_stream().to_string(),

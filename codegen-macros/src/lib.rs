@@ -1,16 +1,16 @@
-//! Procedural macros for GPU kernels: what Rust cannot say.
+//! Procedural macros for GPU kernels: they write what Rust cannot say.
 //!
 //! | macro | writes |
 //! | --- | --- |
 //! | [`kernel`] | an entry point, and its row of the launch table |
-//! | [`tile_products!`] | register fragments of one named field a register, and the wgmma groups on them |
+//! | [`tile_products!`] | register fragments, with one named field for each register, and the groups of wgmma on them |
 //! | [`attention_kernels!`] | a spec as constants, and the entries of its kernels |
 //!
-//! `framestride_kernels` hands them on, and puts its own path and a `;` before the input of the last two: what they write finds the
-//! crate under whatever name its user has given it.
+//! `framestride_kernels` hands them on. It puts its own path and a `;` before the input of the last
+//! two, so what they write finds the crate under whatever name its user has given it.
 //!
-//! Each is `parse -> valid -> expand` in a module of its own. They contain no arithmetic of the kernels (that is in `gpu-kernels`)
-//! and no geometry (that is in `shapes`).
+//! Each macro has a module of its own, which parses, checks and expands. None has arithmetic of the
+//! kernels, which is in `gpu-kernels`, or geometry, which is in `shapes`.
 
 mod attention_kernels;
 mod kernel;
@@ -20,7 +20,7 @@ use proc_macro::TokenStream;
 use quote::ToTokens;
 use syn::parse::ParseStream;
 
-/// The path of `framestride_kernels` that stands before the input.
+/// Reads the path of `framestride_kernels`, which stands before the input.
 fn kernels_crate(input: ParseStream) -> syn::Result<proc_macro2::TokenStream> {
     let path = input.call(syn::Path::parse_mod_style)?;
     input.parse::<syn::Token![;]>()?;
@@ -34,36 +34,43 @@ fn kernels_crate(input: ParseStream) -> syn::Result<proc_macro2::TokenStream> {
 /// pub unsafe fn scale(data: u64, factor: f32, count: u32) { ... }
 /// ```
 ///
-/// `threads` of a block is required; `min_blocks` per multiprocessor (1) bounds the registers; `shared_bytes` (0) is the dynamic
-/// shared memory. The builder reads the three from the launch table and writes them into the entry and the manifest. The
-/// function must be `unsafe`, return nothing, and take arguments by value; it may use the whole of `framestride_kernels::cuda`.
+/// * `threads` of a block must be given.
+/// * `min_blocks` on a multiprocessor (1 by default) bounds the registers.
+/// * `shared_bytes` (0 by default) is the dynamic shared memory.
+///
+/// The builder reads the three from the launch table and writes them into the entry and the
+/// manifest. The function must be `unsafe`, return nothing, and take arguments by value. It may use
+/// all of `framestride_kernels::cuda`.
 #[proc_macro_attribute]
 pub fn kernel(arguments: TokenStream, item: TokenStream) -> TokenStream {
     kernel::expand(arguments.into(), item.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
-/// Makes a type with the products of a flash-attention step on the tensor cores, and its register fragments.
+/// Makes a type with the products of a flash-attention step on the tensor cores, and its register
+/// fragments.
 ///
 /// ```ignore
 /// tile_products! { pub struct Products; element = Bf16, key_rows = 176, head_dim = 128 }
 /// ```
 ///
-/// (`framestride_kernels::tile_products!` gives its own path first.) `Products` implements `framestride_kernels::cuda::mma::TileProducts`: S = Q Kᵀ of 64 queries by `key_rows` keys (a multiple of
-/// 16 up to 256) and O += P V of `head_dim` (64 or 128) columns, or of `columns = 64` of them where that is given. `element` is
-/// `Bf16` or `F16`.
+/// `Products` implements `framestride_kernels::cuda::mma::TileProducts`. The first product is S = Q
+/// Kᵀ, of 64 queries by `key_rows` keys, a multiple of 16 up to 256. The second is O += P V, of
+/// `head_dim` columns (64 or 128), or of `columns = 64` of them where that is given. `element` is
+/// `Bf16` or `F16`. (`framestride_kernels::tile_products!` gives its own path first.)
 #[proc_macro]
 pub fn tile_products(input: TokenStream) -> TokenStream {
     tile_products::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
-/// Writes the kernels of a spec: `pack`, `profile`, `select` and `attention`, compiled for its shape. Once in a crate.
+/// Writes the kernels of a spec: `pack`, `profile`, `select` and `attention`, compiled for its
+/// model. A crate may use it once.
 ///
 /// ```ignore
 /// attention_kernels!(spec = "shapes/my.toml");
 /// ```
 ///
-/// The path is relative to the crate's `Cargo.toml`. Or the shape is spelled out, with the keys of the TOML file; tables become
-/// braces, and what has a default there has it here:
+/// The path is relative to the crate's `Cargo.toml`. Or the spec is spelled out, with the keys of
+/// the TOML file. Tables become braces, and defaults are those of the file:
 ///
 /// ```ignore
 /// attention_kernels!(
@@ -78,7 +85,8 @@ pub fn attention_kernels(input: TokenStream) -> TokenStream {
     attention_kernels::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
-/// Folder of this package, as it lay when this was compiled: what a constant is in other crates.
+/// Folder of this package, as it lay when this was compiled. Other crates have a constant for that,
+/// which a crate of macros cannot export.
 #[proc_macro]
 pub fn folder(_: TokenStream) -> TokenStream {
     proc_macro::TokenTree::from(proc_macro::Literal::string(env!("CARGO_MANIFEST_DIR"))).into()
@@ -86,7 +94,8 @@ pub fn folder(_: TokenStream) -> TokenStream {
 
 #[cfg(test)]
 mod tests {
-    //! What the macros write, as a person reads it. Review changes with `cargo insta review`.
+    //! These snapshots show what the macros write as a person reads it. Review changes with `cargo
+    //! insta review`.
 
     use proc_macro2::TokenStream;
     use quote::quote;
@@ -108,7 +117,7 @@ mod tests {
         insta::assert_snapshot!(pretty(crate::kernel::expand(bounds, item)));
     }
 
-    /// The smallest tile: every line of a larger one is a longer version of one of these.
+    /// This is the smallest tile. Every line of a larger one is a longer version of one of these.
     #[test]
     fn tile_products() {
         let input = quote! { ::framestride_kernels; pub struct Products; element = Bf16, key_rows = 32, head_dim = 64 };

@@ -1,7 +1,8 @@
-//! `tile_products!`: fragments and the two groups of wgmma of a flash-attention step.
+//! `tile_products!`: writes fragments, and the two groups of wgmma of a flash-attention step.
 //!
-//! PTX ISA 9.7.15.5, wgmma.mma_async. Each group is one `asm!` block (fence, k-steps with descriptors advanced inside, commit), so
-//! that nothing can come between; a wait names the registers it releases, so that no use of them can rise above it.
+//! (PTX ISA 9.7.15.5, wgmma.mma_async.) Each group is one `asm!` block (fence, k-steps whose
+//! descriptors advance inside it, commit), so that nothing can come between. A wait names the
+//! registers that it releases, so that no use of them can rise above it.
 
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::fragment::row_of;
@@ -148,12 +149,12 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
     })
 }
 
-/// Field names: one for each register.
+/// Names of fields, one for each register.
 fn fields(prefix: &str, count: u32) -> Vec<Ident> {
     (0..count).map(|index| Ident::new(&format!("{prefix}{index}"), Span::call_site())).collect()
 }
 
-/// A struct of one f32 field a register, with unrolled visits.
+/// A struct with an f32 field for each register, and unrolled visits of them.
 fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
     let registers = fields("r", count);
     let index = 0..count;
@@ -189,7 +190,8 @@ fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count:
     }
 }
 
-/// A wait that names the registers it releases: as operands in a comment, which costs nothing and orders every use of them.
+/// A wait that names the registers that it releases. They are operands in a comment, which costs
+/// nothing and orders every use of them.
 fn wait(pending: TokenStream, released: &[(&str, Vec<Ident>)]) -> TokenStream {
     let count: usize = released.iter().map(|(_, registers)| registers.len()).sum();
     let mentions: Vec<String> = (0..count).map(|index| format!("{{{index}}}")).collect();
@@ -207,7 +209,7 @@ fn operand_list(first: u32, count: u32) -> String {
     format!("{{{{{}}}}}", list.join(", "))
 }
 
-/// S += Q K^T: both operands K-major images, head_dim / 16 k-steps.
+/// S += Q K^T, in head_dim / 16 k-steps. Both operands are K-major images.
 fn start_scores(image: Image, key_rows: u32) -> TokenStream {
     let (ptx, head_dim) = (image.dtype.as_str(), image.head_dim);
     let count = key_rows / 2;
@@ -236,7 +238,8 @@ fn start_scores(image: Image, key_rows: u32) -> TokenStream {
     }
 }
 
-/// O += P V: P in registers, V an image read MN-major (transposed), key_rows / 16 k-steps of 16 rows, from `v` on `columns` wide.
+/// O += P V, in key_rows / 16 k-steps of 16 rows. P is in registers, and V is an image that is read
+/// MN-major (transposed), `columns` wide.
 fn start_output(image: Image, key_rows: u32, columns: u32) -> TokenStream {
     let ptx = image.dtype.as_str();
     let (count, weights) = (columns / 2, key_rows / 4);

@@ -1,18 +1,19 @@
-//! The two-byte element types of Q, K, V and O.
+//! The element types of Q, K, V and O.
 
 use core::arch::asm;
 
 use framestride_shapes::dtype::Dtype;
 
-/// bf16 or f16; two of them in a register, the first in the low half.
+/// bf16 or f16. A register holds two of them, the first in its low half.
 pub trait Element: Copy {
-    /// log2 of the weight of a row's maximum: more than 0 where the exponent is narrow, to keep small weights away from its end.
+    /// log2 of the weight that a row's maximum gets. It is more than 0 where the exponent is
+    /// narrow, to keep small weights away from its end.
     const HEADROOM: f32;
     /// The type, as a spec names it.
     const DTYPE: Dtype;
     /// Rounds two f32 to nearest even.
     fn pack(low: f32, high: f32) -> u32;
-    /// Widens both halves, exactly.
+    /// Widens both halves. This is exact.
     fn unpack(pair: u32) -> [f32; 2];
 }
 
@@ -30,7 +31,7 @@ impl Element for Bf16 {
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
-        // SAFETY: arithmetic on registers.
+        // SAFETY: this is arithmetic on registers.
         unsafe {
             asm!("cvt.rn.bf16x2.f32 {}, {}, {};", out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack))
         };
@@ -48,7 +49,7 @@ impl Element for F16 {
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let pair: u32;
-        // SAFETY: arithmetic on registers.
+        // SAFETY: this is arithmetic on registers.
         unsafe {
             asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack))
         };
@@ -57,7 +58,7 @@ impl Element for F16 {
     #[inline(always)]
     fn unpack(pair: u32) -> [f32; 2] {
         let (low, high): (f32, f32);
-        // SAFETY: arithmetic on registers.
+        // SAFETY: this is arithmetic on registers.
         unsafe {
             asm!(
                 "{{ .reg .b16 %l, %h; mov.b32 {{%l, %h}}, {2}; cvt.f32.f16 {0}, %l; cvt.f32.f16 {1}, %h; }}",
@@ -68,14 +69,14 @@ impl Element for F16 {
     }
 }
 
-/// The eight elements of 16 bytes, widened.
+/// Widens the eight elements of 16 bytes.
 #[inline(always)]
 pub fn widen<E: Element>(chunk: [u32; 4]) -> [f32; 8] {
     let [[a, b], [c, d], [e, f], [g, h]] = chunk.map(E::unpack);
     [a, b, c, d, e, f, g, h]
 }
 
-/// Eight values, rounded into 16 bytes.
+/// Rounds eight values into 16 bytes.
 #[inline(always)]
 pub fn narrow<E: Element>(x: [f32; 8]) -> [u32; 4] {
     [E::pack(x[0], x[1]), E::pack(x[2], x[3]), E::pack(x[4], x[5]), E::pack(x[6], x[7])]

@@ -3,16 +3,18 @@
 //! * [`cuda`]: a thin layer over PTX.
 //! * [`model`]: what `attention_kernels!` states of a spec.
 //! * [`pack`](mod@pack): norm, RoPE and reordering into packed images.
-//! * [`profile`]: attention of sampled rows under every mask, and the choice of each head's mask.
+//! * [`profile`]: attention of sampled rows under every mask, by which heads are classified.
 //! * [`attention`]: the sparse attention itself.
-//! * [`softmax`] and the generated [`cuda::mma::TileProducts`]: what `profile` and `attention` share.
+//! * [`softmax`] and the generated [`cuda::mma::TileProducts`]: what `profile` and `attention`
+//!   share.
 //! * [`masks`]: what a head sees.
 //!
-//! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate knows where its sources lie
-//! ([`SOURCES`]), for the builder that compiles them.
+//! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate has
+//! only `SOURCES`, which tells the builder where the sources lie.
 #![cfg_attr(target_arch = "nvptx64", no_std, feature(asm_experimental_arch, stmt_expr_attributes))]
 #![warn(missing_docs)]
-// Every function that touches the device is unsafe as a whole; its contract is in its documentation.
+// Every function that touches the device is unsafe as a whole, and its documentation has its
+// contract.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 #[cfg(target_arch = "nvptx64")]
@@ -37,7 +39,8 @@ pub use framestride_macros as macros;
 pub use framestride_macros::kernel;
 pub use framestride_shapes as shapes;
 
-/// [`macros::attention_kernels!`], which this crate's path is given to: its user may have given the crate another name.
+/// [`macros::attention_kernels!`]. It is given the path of this crate, because its user may have
+/// given the crate another name.
 #[macro_export]
 macro_rules! attention_kernels {
     ($($shape:tt)*) => { $crate::macros::attention_kernels! { $crate; $($shape)* } };
@@ -49,8 +52,9 @@ macro_rules! tile_products {
     ($($tile:tt)*) => { $crate::macros::tile_products! { $crate; $($tile)* } };
 }
 
-/// Folders of the packages that kernels are compiled from, this one, the macros and the shapes, as they lay when this was compiled.
-/// cargo keeps packages beside each other or apart, as they come from a checkout, a registry or a vendor's folder.
+/// Folders of the packages that kernels are compiled from (this one, the macros and the shapes), as
+/// they lay when this was compiled. cargo keeps packages beside each other or apart, depending on
+/// whether they come from a checkout, a registry or a vendor's folder.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const SOURCES: [(&str, &str); 3] = [
     ("gpu-kernels", env!("CARGO_MANIFEST_DIR")),
@@ -61,7 +65,9 @@ pub const SOURCES: [(&str, &str); 3] = [
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
-    // Aborts at once: `immediate-abort` leaves nothing to say, and no path of these kernels leads here.
-    // SAFETY: ends the kernel.
+    // This aborts at once. With `immediate-abort` there is nothing to say, and no path of these
+    // kernels leads here.
+    //
+    // SAFETY: the instruction ends the kernel.
     unsafe { core::arch::asm!("trap;", options(noreturn)) }
 }

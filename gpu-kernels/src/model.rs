@@ -1,4 +1,5 @@
-//! What `attention_kernels!` states of a spec, as constants that the kernels are compiled for, and what follows from them.
+//! What `attention_kernels!` states of a spec, as constants that the kernels are compiled for, and
+//! what follows from them.
 
 use crate::cuda::global;
 use crate::cuda::mma::TileProducts;
@@ -29,7 +30,8 @@ pub trait Model {
     type Element: Element;
     /// Products of the attention kernel, on key tiles of `TILES.key_rows`.
     type Attention: TileProducts<Element = Self::Element>;
-    /// Products of the profile kernel, on key tiles of [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS).
+    /// Products of the profile kernel, on key tiles of
+    /// [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS).
     type Profile: TileProducts<Element = Self::Element>;
 
     /// The rows of packed Q, K and V.

@@ -1,15 +1,22 @@
-//! Softmax over key tiles in powers of two, without a running maximum. Packed Q is scaled so that a score is an exponent of two.
+//! Softmax over key tiles in powers of two, without a running maximum. Packed Q is scaled so that a
+//! score is an exponent of two.
 //!
-//! * **Plain**: the weight of a score s is 2^s, and between the two stands nothing but the exponential. f32 and bf16 hold it for any score
-//!   up to about a hundred on either side of 0. Rows begin so if the sums of their weights of a first tile are in
+//! Rows begin in one of two ways:
+//!
+//! * **Plain**: the weight of a score s is 2^s, and nothing but the exponential stands between the
+//!   two. f32 and bf16 hold it for any score up to about a hundred on either side of 0. Rows begin
+//!   so if the sums of a first tile's weights are in
 //!   [`Dtype::tile_sums`](framestride_shapes::dtype::Dtype::tile_sums).
-//! * **With offsets**: online softmax (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1) with weights 2^(s + offset) relative to
-//!   an offset of the row. Accumulators of the scores start from the offsets, so that the tensor cores add them.
+//! * **With offsets**: this is online softmax (Milakov and Gimelshein 2018; FlashAttention-2,
+//!   section 3.1) with weights 2^(s + offset). Each row has an offset of its own. Accumulators of
+//!   the scores start from the offsets, so that the tensor cores add them.
 //!
-//! In both, weights may grow from tile to tile. Only when they grow too large is the maximum looked for and the offset lowered; with
-//! scores that vary little from tile to tile that is never. Otherwise threads exchange one bit a tile: whether all is well.
+//! Either way, weights may grow from tile to tile. Only when they grow too large is the maximum
+//! looked for and the offset lowered. With scores that vary little from tile to tile, that never
+//! happens. Otherwise threads exchange one bit for each tile: whether all is well.
 //!
-//! A thread of a warpgroup holds two query rows of an m64 fragment ([`crate::cuda::mma`]); the four lanes of a quad share them.
+//! A thread of a warpgroup holds two query rows of a [`fragment`](framestride_shapes::fragment),
+//! which the four lanes of a quad share.
 
 use crate::cuda::mma::Fragment;
 use crate::cuda::{math, thread, warp};
@@ -17,38 +24,41 @@ use crate::element::Element;
 use framestride_shapes::fragment::{self, column_of, row_of};
 use framestride_shapes::layout::Visible;
 
-/// The offset of a row that has seen nothing: with any finite score the weight is infinite, with a hidden one (-inf) exactly 0.
+/// The offset of a row that has seen nothing. With any finite score the weight is then infinite,
+/// and with a hidden one (-inf) it is exactly 0.
 const NOTHING_SEEN: f32 = 1e30;
 
-/// Running offset and sum of this thread's two rows: the weight of a score is 2^(score + offset).
+/// Offset and sum of this thread's two rows. The weight of a score is 2^(score + offset).
 #[derive(Clone, Copy)]
 pub struct Rows {
-    /// The same in all lanes of the quad; 0 while rows are plain.
+    /// The offsets. They are the same in all lanes of a quad, and 0 while rows are plain.
     pub offset: [f32; 2],
-    /// Sum of the weights in this thread's own columns; [`Rows::total`] adds the quad's.
+    /// The sum of the weights in this thread's own columns. [`Rows::total`] adds those of the quad.
     pub sum: [f32; 2],
-    /// Of that, the last tile's.
+    /// The part of `sum` that the last tile added.
     pub tile_sum: [f32; 2],
 }
 
 impl Rows {
-    /// Nothing seen.
+    /// Rows that have seen nothing.
     #[inline(always)]
     pub fn new() -> Rows {
         Rows { offset: [NOTHING_SEEN; 2], sum: [0.0; 2], tile_sum: [0.0; 2] }
     }
 
-    /// Turns a first tile of scores into plain weights and takes them in, unless for some row of the warpgroup these are too large, or so
-    /// small that the type might lose others beside them: then it gives false, in all threads of the warpgroup, and nothing is taken in. The
-    /// scores are lost: compute them again for [`Rows::lower`].
+    /// Turns a first tile of scores into plain weights and takes them in.
+    ///
+    /// If the weights of some row of the warpgroup are too large, or so small that the type might
+    /// lose others beside them, nothing is taken in. Then it gives false in all threads of the
+    /// warpgroup. The scores are lost: compute them again for [`Rows::lower`].
     ///
     /// # Safety
-    /// The whole warpgroup comes here; `warpgroup` is its number in the block.
+    /// The whole warpgroup comes here. `warpgroup` is its number in the block.
     #[inline(always)]
     pub unsafe fn start_plain<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
         let [least, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
-        // Not a number does not fit.
+        // What is not a number does not fit.
         let fits = |sum: f32| (sum >= least) & (sum <= most);
         if thread::any_of_warpgroup(!(fits(sum[0]) & fits(sum[1])), warpgroup) {
             return false;
@@ -57,7 +67,8 @@ impl Rows {
         true
     }
 
-    /// Puts the rows' offsets, or zeros for plain rows, where the products of queries and keys are added to them.
+    /// Puts the rows' offsets where the products of queries and keys will be added to them. For
+    /// plain rows (`OFFSETS` is false) it puts zeros.
     #[inline(always)]
     pub fn put_offsets<const OFFSETS: bool>(&self, scores: &mut impl Fragment) {
         scores.for_each(
@@ -66,9 +77,12 @@ impl Rows {
         );
     }
 
-    /// Turns a tile of scores, which hold [the offsets](Rows::put_offsets), into weights and takes them in, unless they are too large for
-    /// some row of the warpgroup: then it gives false, in all threads of the warpgroup, and nothing is taken in. The scores are lost: compute
-    /// them again for [`Rows::lower`].
+    /// Turns a tile of scores, which hold [the offsets](Rows::put_offsets), into weights and takes
+    /// them in.
+    ///
+    /// If they are too large for some row of the warpgroup, nothing is taken in. Then it gives
+    /// false in all threads of the warpgroup. The scores are lost: compute them again for
+    /// [`Rows::lower`].
     ///
     /// # Safety
     /// As for [`Rows::start_plain`].
@@ -76,7 +90,7 @@ impl Rows {
     pub unsafe fn absorb<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
         let [_, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
-        // Not a number is too large as well.
+        // What is not a number is too large as well.
         if thread::any_of_warpgroup(!(sum[0] <= most) | !(sum[1] <= most), warpgroup) {
             return false;
         }
@@ -85,9 +99,12 @@ impl Rows {
         true
     }
 
-    /// Lowers the offsets of rows where this tile of scores has weights of more than 2^[`HEADROOM`](Element::HEADROOM), so that the largest is
-    /// that. Turns the scores, which do not hold the offsets, into weights and takes them in. Returns the factors by which everything
-    /// weighted before must be multiplied.
+    /// Lowers the offsets of rows in which this tile has weights of more than
+    /// 2^[`HEADROOM`](Element::HEADROOM), so that the largest weight is that.
+    ///
+    /// The scores do not hold the offsets. They are turned into weights, which are taken in.
+    /// Multiply everything that was weighted before by the factors that this returns, one for each
+    /// row.
     ///
     /// # Safety
     /// All lanes of the warp come here.
@@ -114,7 +131,7 @@ impl Rows {
         rescale
     }
 
-    /// Sums of all weights of the two rows.
+    /// The sums of all weights of the two rows.
     ///
     /// # Safety
     /// All lanes of the warp come here.
@@ -124,7 +141,7 @@ impl Rows {
     }
 }
 
-/// Turns exponents of two into weights; the sums of both rows.
+/// Turns exponents of two into weights. Returns the sums of both rows.
 #[inline(always)]
 fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
     let mut sum = [0.0; 2];
@@ -147,8 +164,8 @@ pub fn scale_rows(fragment: &mut impl Fragment, factors: [f32; 2]) {
     );
 }
 
-/// Which keys of a tile the thread's rows see ([`fragment::seen_keys`]): `first` is the packed row of the first of the tile's
-/// `tile_rows` keys, `rows` what the thread's rows see.
+/// Which keys of a tile the thread's rows see ([`fragment::seen_keys`]). The tile has `tile_rows`
+/// keys from packed row `first` on, and `rows` is what the thread's rows see.
 #[inline(always)]
 pub fn seen_keys(first: u32, tile_rows: u32, lane: u32, rows: [Visible; 2]) -> [u64; 2] {
     rows.map(
@@ -157,16 +174,16 @@ pub fn seen_keys(first: u32, tile_rows: u32, lane: u32, rows: [Visible; 2]) -> [
     )
 }
 
-/// Replaces what belongs to unseen keys.
+/// Replaces the values that belong to keys which are not seen.
 #[inline(always)]
 pub fn replace_unseen(fragment: &mut impl Fragment, seen: [u64; 2], replacement: f32) {
-    // Words, since one instruction (R2P) makes predicates of seven of their bits.
+    // These are words, since one instruction (R2P) makes predicates of seven bits of a word.
     let seen = seen.map(|bits| [bits as u32, (bits >> 32) as u32]);
     fragment.for_each(
         #[inline(always)]
         |i, value| {
             let key = column_of(i);
-            if seen[row_of(i)][(key / 32) as usize] & 1 << key % 32 == 0 {
+            if seen[row_of(i)][(key / 32) as usize] & (1 << (key % 32)) == 0 {
                 *value = replacement;
             }
         },

@@ -8,7 +8,7 @@ use framestride_shapes::spec::SpecError;
 use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
 use crate::convergence::Parted;
-use crate::finish::FinishError;
+use crate::llvm_ir::FinishError;
 use crate::toolchain::ToolchainError;
 
 /// Why there is no PTX. The message names the file, says what was found, and how to mend it. It has

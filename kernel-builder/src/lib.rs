@@ -19,7 +19,7 @@
 //! 1. A device crate of a few lines is generated ([`Kernels::from_spec`]), or a user's own is taken
 //!    ([`Kernels::from_crate`]).
 //! 2. A nested cargo compiles it to LLVM IR with the compiler that [`toolchain::find`] finds.
-//! 3. The IR is finished: [`finish`] adds launch bounds and makes assembly convergent.
+//! 3. The IR is finished: [`llvm_ir`] adds launch bounds and makes assembly convergent.
 //! 4. LLVM optimises it and translates it to PTX, and [`convergence`] checks the lanes of each
 //!    warp.
 //! 5. If ptxas is installed, its report goes into the manifest.
@@ -46,7 +46,7 @@ mod core_library;
 mod device_crate;
 mod error;
 mod files;
-pub mod finish;
+pub mod llvm_ir;
 mod packages;
 pub mod ptx;
 pub mod ptxas;

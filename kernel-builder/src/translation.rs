@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::device_crate::{DeviceCrate, digest};
 use crate::error::{at, said};
 use crate::files::write_atomically;
-use crate::finish::{self, LaunchTable};
+use crate::llvm_ir::{self, LaunchTable};
 use crate::toolchain::{self, CudaTools, Toolchain};
 use crate::{Arch, BuildError, convergence, ptx, ptxas};
 
@@ -41,7 +41,7 @@ impl Translation {
     pub fn make(device: &DeviceCrate, ir: &Path, arch: Arch, toolchain: &Toolchain) -> Result<Translation, BuildError> {
         let text = fs::read_to_string(ir).map_err(at("read", ir))?;
         let finished =
-            finish::finish(&text, arch).map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
+            llvm_ir::finish(&text, arch).map_err(|source| BuildError::Finish { name: device.name.clone(), source })?;
         let (opt_flags, llc_flags) = (flags(arch, None), flags(arch, Some(arch.ptx_version)));
         let flags = opt_flags.iter().chain(&llc_flags).map(String::as_str);
         let made_from = digest([finished.ir.as_str(), &toolchain.llvm_version].into_iter().chain(flags));

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use framestride_builder::finish::FinishError;
+use framestride_builder::llvm_ir::FinishError;
 use framestride_builder::{Arch, BuildError, Built, Kernels, ptx};
 
 /// A copy of the fixture whose library is changed by `edit`. It always lies at the same place in

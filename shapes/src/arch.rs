@@ -1,19 +1,22 @@
 //! The families of GPUs that kernels exist for. `no_std`.
 //!
-//! [`Arch::ALL`] is the table, and each family is one row of it. A new family gets its row here, its products in the macros, and
-//! its kernel bodies beside those of the others; everything else reads the row.
+//! [`Arch::ALL`] is the table, and each family is one row of it. A new family gets its row here,
+//! its products in the macros, and its kernel bodies beside those of the others; everything else
+//! reads the row.
 
 /// A family of GPUs that one set of kernel bodies serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Arch {
-    /// The family's name for every compiler: rustc's `target-cpu`, LLVM's `-mcpu`, ptxas's `-arch` and `.target` in PTX.
+    /// The family's name for every compiler: rustc's `target-cpu`, LLVM's `-mcpu`, ptxas's `-arch`
+    /// and `.target` in PTX.
     pub name: &'static str,
     /// GPUs of the family, for messages.
     pub gpus: &'static str,
     /// The least and the greatest compute capability (major, minor) that runs the kernels.
     pub capabilities: [(u32, u32); 2],
-    /// Version (major, minor) of the PTX that is written: old enough for the drivers in use, new enough for the instructions.
+    /// Version (major, minor) of the PTX that is written: old enough for the drivers in use, new
+    /// enough for the instructions.
     pub ptx_version: (u32, u32),
     /// The first driver that compiles this PTX, as CUDA counts drivers: 12030 is 12.3.
     pub least_driver: i32,
@@ -39,7 +42,8 @@ pub struct Arch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Copies {
-    /// The copy engine brings whole tiles (`cp.async.bulk`), and a producer warpgroup asks for them.
+    /// The copy engine brings whole tiles (`cp.async.bulk`), and a producer warpgroup asks for
+    /// them.
     Bulk,
 }
 

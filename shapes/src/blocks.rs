@@ -1,5 +1,5 @@
-//! How the blocks of the four kernels are made: threads, tiles, stages. `no_std`. What lies in their shared memory is said in
-//! [`shared`](crate::shared).
+//! How the blocks of the four kernels are made: their threads, tiles and stages. `no_std`. What
+//! lies in their shared memory is said in [`shared`](crate::shared).
 
 use crate::arch::Arch;
 use crate::image::{CHUNK_BYTES, Image};
@@ -14,7 +14,7 @@ pub const WARPGROUP_ROWS: u32 = 64;
 /// Tile sizes of **attention**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Rows of a query tile: 64 for each consumer warpgroup.
+    /// Rows of a query tile. Each consumer warpgroup has 64 of them.
     pub query_rows: u32,
     /// Rows of a key tile, a multiple of 16 up to [`PAD_ROWS`](crate::layout::PAD_ROWS).
     pub key_rows: u32,
@@ -46,11 +46,11 @@ impl Tiles {
     }
 }
 
-/// Bytes that a warp of **pack** takes in one step: a chunk for each lane.
+/// Bytes that a warp of **pack** takes in one step, a chunk for each lane.
 pub const PACK_STEP_BYTES: u32 = 32 * CHUNK_BYTES;
 
-/// The most steps that a warp of **pack** holds in shared memory: 14 KiB, a whole row of 56 heads of 128. A multiprocessor then has
-/// room for two blocks.
+/// The most steps that a warp of **pack** holds in shared memory. They are 14 KiB, a whole row of
+/// 56 heads of 128, and a multiprocessor then has room for two blocks.
 const MOST_HELD_STEPS: u32 = 28;
 
 /// Registers of a thread of **pack**.
@@ -61,14 +61,15 @@ const PACK_REGISTERS: u32 = 64;
 pub struct PackBlock {
     /// Steps that a warp holds in shared memory: a whole row, if it has room.
     pub held_steps: u32,
-    /// Warps: eight, or four where more rows have room on a multiprocessor that way.
+    /// Warps of the block. There are eight, or four where a multiprocessor has room for more rows
+    /// that way.
     pub warps: u32,
     /// Blocks that a multiprocessor holds.
     pub min_blocks: u32,
 }
 
 impl PackBlock {
-    /// For a model of so many heads.
+    /// Makes the block for a model of so many heads.
     pub const fn new(heads: u32, image: Image) -> PackBlock {
         let steps = (heads * image.bytes(1)).div_ceil(PACK_STEP_BYTES);
         let held_steps = if steps < MOST_HELD_STEPS { steps } else { MOST_HELD_STEPS };
@@ -76,7 +77,8 @@ impl PackBlock {
         if four.warps * four.min_blocks > eight.warps * eight.min_blocks { four } else { eight }
     }
 
-    /// As many such blocks as have room on a multiprocessor, both in its shared memory and in its registers.
+    /// A block of so many warps. A multiprocessor holds as many as have room in its shared memory
+    /// and in its registers.
     const fn of_warps(warps: u32, held_steps: u32) -> PackBlock {
         let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = Arch::SM_90A;
         let room = shared_bytes / (reserved_shared_bytes + PackShared::new(warps, held_steps).bytes);
@@ -90,7 +92,7 @@ impl PackBlock {
     }
 }
 
-/// Sampled rows of one block of **profile**: what a warpgroup multiplies at once.
+/// Sampled rows of one block of **profile**, which a warpgroup multiplies at once.
 pub const SAMPLE_ROWS: u32 = WARPGROUP_ROWS;
 
 /// Consumer warpgroups of **profile**.
@@ -102,10 +104,11 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
 
-/// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of that width.
+/// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of
+/// that width.
 pub const PROFILE_COLUMNS: u32 = 64;
 
-/// The most parts that **profile** splits the keys of a head into: **select** gives each to a lane.
+/// The most parts that **profile** splits the keys of a head into. **select** gives each to a lane.
 pub const MOST_SPLITS: u32 = 32;
 
 /// Key and value tiles of **profile** in flight, which take 192 KiB.

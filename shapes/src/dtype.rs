@@ -1,4 +1,5 @@
-//! The types of the elements of Q, K, V and the output. `no_std`: a spec states the type, and the kernels are compiled for it.
+//! The types of the elements of Q, K, V and the output. `no_std`: a spec states the type, and the
+//! kernels are compiled for it.
 
 /// Type of Q, K, V and the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,11 +39,12 @@ impl Dtype {
         }
     }
 
-    /// The least and the greatest sum that a thread's weights of a key tile may have, `[least, most]`.
+    /// The least and the greatest sum that a thread's weights of a key tile may have, `[least,
+    /// most]`.
     ///
-    /// A first tile must reach `least` if the weights are to be 2^score; no tile may exceed `most`. bf16 has the exponents of f32: it
-    /// tells weights from zero down to 2^-126, and 2^96 times a V of up to 2^15 leaves room for sums. Normal numbers of f16 begin
-    /// at 2^-14 and end below 2^16.
+    /// A first tile must reach `least` if the weights are to be 2^score; no tile may exceed `most`.
+    /// bf16 has the exponents of f32: it tells weights from zero down to 2^-126, and 2^96 times a V
+    /// of up to 2^15 leaves room for sums. Normal numbers of f16 begin at 2^-14 and end below 2^16.
     pub const fn tile_sums(self) -> [f32; 2] {
         match self {
             Dtype::Bf16 => [power(-60), power(96)],
@@ -52,9 +54,10 @@ impl Dtype {
 
     /// The least sum of weights under a mask that profiling trusts.
     ///
-    /// Profiling weighs the keys that a mask shows relative to all keys. Where their weights in a split come to less than this, it
-    /// weighs them again, relative to the mask's own keys. A weight that is too small for the normal numbers of f16 changes by
-    /// 2^-25 at most, which is 2^-19 of this sum. bf16 has room for more.
+    /// Profiling weighs the keys that a mask shows relative to all keys. Where their weights in a
+    /// split come to less than this, it weighs them again, relative to the mask's own keys. A
+    /// weight that is too small for the normal numbers of f16 changes by 2^-25 at most, which is
+    /// 2^-19 of this sum. bf16 has room for more.
     pub const fn least_masked_sum(self) -> f32 {
         match self {
             Dtype::Bf16 => power(-60),

@@ -1,8 +1,9 @@
 //! Which element of a tensor-core tile a register holds. `no_std`.
 //!
-//! A warpgroup's accumulator has 64 rows, 16 for each of its four warps, and as many columns as the product. The thread of lane t
-//! holds two rows of its warp, `t / 4` and `t / 4 + 8`, and of each group of 8 columns the two that begin at `2 (t % 4)`. Of a tile
-//! of keys, columns are keys. The four lanes that hold parts of the same rows are a **quad**.
+//! A warpgroup's accumulator has 64 rows, 16 for each of its four warps, and as many columns as the
+//! product. The thread of lane t holds two rows of its warp, `t / 4` and `t / 4 + 8`, and of each
+//! group of 8 columns the two that begin at `2 (t % 4)`. Of a tile of keys, columns are keys. The
+//! four lanes that hold parts of the same rows are a **quad**.
 //!
 //! ```text
 //! registers of a thread, group by group of 8 columns:
@@ -33,15 +34,18 @@ pub const fn row_of(index: u32) -> usize {
     (index / 2 % 2) as usize
 }
 
-/// Which of the columns that the thread holds in a row register `index` belongs to, two in each group.
+/// Which of the columns that the thread holds in a row register `index` belongs to, two in each
+/// group.
 #[inline(always)]
 pub const fn column_of(index: u32) -> u32 {
     index / 4 * 2 + index % 2
 }
 
-/// The keys of a tile that a row sees, as far as one thread holds them: bit [`column_of`] of a register is set if its key is seen.
+/// The keys of a tile that a row sees, as far as one thread holds them: bit [`column_of`] of a
+/// register is set if its key is seen.
 ///
-/// `row` is what the row sees. The tile has `tile_rows` keys (a multiple of 8 below 256) from packed row `first` on.
+/// `row` is what the row sees. The tile has `tile_rows` keys (a multiple of 8 below 256) from
+/// packed row `first` on.
 #[inline(always)]
 pub const fn seen_keys(row: Visible, first: u32, tile_rows: u32, lane: u32) -> u64 {
     /// The keys before packed row `bound`.
@@ -59,7 +63,8 @@ pub const fn seen_keys(row: Visible, first: u32, tile_rows: u32, lane: u32) -> u
 /// The same keys of a tile of 64, taken from those of a whole row of 64 keys ([`Visible::keys`]).
 #[inline(always)]
 pub const fn thread_keys(keys: u64, lane: u32) -> u64 {
-    /// The lowest two bits of each byte, together: the product has byte b's at 18 + 2 b, where no other term is.
+    /// The lowest two bits of each byte, together: the product has byte b's at 18 + 2 b, where no
+    /// other term is.
     #[inline(always)]
     const fn gather(word: u32) -> u32 {
         (word & 0x0303_0303).wrapping_mul(1 | 1 << 6 | 1 << 12 | 1 << 18) >> 18 & 0xff

@@ -1,10 +1,12 @@
 //! Where the bytes of a packed image lie. `no_std`.
 //!
-//! **pack** writes Q, K and V of each head as an **image**: the form in which tensor cores read a matrix from shared memory. Rows
-//! that begin at a multiple of [`ATOM_ROWS`] are a tile, and a tile is copied to shared memory as it lies.
+//! **pack** writes Q, K and V of each head as an **image**: the form in which tensor cores read a
+//! matrix from shared memory. Rows that begin at a multiple of [`ATOM_ROWS`] are a tile, and a tile
+//! is copied to shared memory as it lies.
 //!
-//! An image consists of **atoms** of 8 rows by 128 bytes, which are 64 elements of two bytes. The atoms of rows 0 to 7 come first,
-//! from left to right, then those of rows 8 to 15. With head dim 128 they are
+//! An image consists of **atoms** of 8 rows by 128 bytes, which are 64 elements of two bytes. The
+//! atoms of rows 0 to 7 come first, from left to right, then those of rows 8 to 15. With head dim
+//! 128 they are
 //!
 //! ```text
 //!               columns 0..64   columns 64..128
@@ -12,8 +14,9 @@
 //! rows 8..16       atom 2           atom 3
 //! ```
 //!
-//! In an atom a row is 128 contiguous bytes, eight **chunks** of 16. Chunk c of row r stands at place c ^ r, so that one chunk of
-//! all eight rows lies in different banks (PTX ISA, 128-byte swizzle mode):
+//! In an atom a row is 128 contiguous bytes, eight **chunks** of 16. Chunk c of row r stands at
+//! place c ^ r, so that one chunk of all eight rows lies in different banks (PTX ISA, 128-byte
+//! swizzle mode):
 //!
 //! ```text
 //! place    0  1  2  3  4  5  6  7

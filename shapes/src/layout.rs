@@ -1,41 +1,47 @@
-//! Orders of the tokens of one head, and the keys that a query sees.
+//! Orders of the tokens of one head, and the keys that a query sees. `no_std`.
 //!
-//! Words: `frames` (F) latent frames of `tokens_per_frame` (P) tokens, N = F P video tokens, T text tokens, S = N + T.
+//! Words: F is the number of latent frames (`frames`), and each has P tokens (`tokens_per_frame`).
+//! There are N = F P video tokens, T text tokens, and S = N + T in all.
 //!
-//! * **Model order**: text first or last, video frame-major.
-//! * **Position** of video token (f, p): `f P + p` in the spatial layout, `p F + f` in the temporal one.
-//! * **Rule**: a query sees a key when either is text, or the key lies in a sink frame, or their positions differ by less than
-//!   the half width. Text beyond the valid length of its batch item is seen by nobody.
-//! * **Packed order of keys**: `[valid text | sink-frame tokens | the other video tokens ("body") | invalid text | padding]`, video
-//!   tokens by position. In it, what any query sees is a prefix (text and sinks) and one contiguous run of the body.
-//! * **Packed order of queries**: the same without setting sinks apart, so that neighbours in a query tile are neighbours in
-//!   position and see nearly the same keys: [`Layout::query_order`].
+//! * **Model order**: text stands first or last, and the video is frame-major.
+//! * **Position** of video token (f, p): it is `f P + p` in the spatial layout, and `p F + f` in
+//!   the temporal one.
+//! * **Rule**: a query sees a key when either is text, when the key lies in a sink frame, or when
+//!   their positions differ by less than the half width. Nobody sees text beyond the valid length
+//!   of its batch item.
+//! * **Packed order of keys**: `[valid text | sink-frame tokens | the other video tokens | invalid
+//!   text | padding]`. Video tokens stand by position, and those outside sink frames are the
+//!   **body**. In this order a query sees a prefix (text and sinks) and one contiguous run of the
+//!   body.
+//! * **Packed order of queries** ([`Layout::query_order`]): it is the same, but does not set sinks
+//!   apart. Neighbours in a query tile are neighbours in position and see nearly the same keys.
 //!
-//! Everything is plain `u32` arithmetic without panics, so that the kernels compile it with the shape as constants. The valid
-//! text length is an argument everywhere: it is known only at launch, and differs between batch items.
+//! All of it is `u32` arithmetic without panics, so that kernels compile it with the numbers of a
+//! spec as constants. The valid text length is an argument everywhere: it is known only at launch
+//! and differs between batch items.
 
 use crate::image::ATOM_ROWS;
 
-/// How a head attends. The values are what kernels read from the device array of head types.
+/// How a head attends. Kernels read these values from the device array of head types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum HeadType {
-    /// Every key; packed in the spatial layout.
+    /// The head sees every key. It is packed in the spatial layout.
     Dense = 0,
-    /// A band in frame-major order.
+    /// The head sees a band in frame-major order.
     Spatial = 1,
-    /// A band in token-major order.
+    /// The head sees a band in token-major order.
     Temporal = 2,
 }
 
 impl HeadType {
-    /// All types, indexed by their value.
+    /// All types. Each stands at its own value.
     pub const ALL: [HeadType; 3] = [HeadType::Dense, HeadType::Spatial, HeadType::Temporal];
 
-    /// The types that profiling chooses from, in the order in which it tries them: of equal errors the first wins.
+    /// The types that profiling chooses from. Of two with equal errors the first one wins.
     pub const CANDIDATES: [HeadType; 2] = [HeadType::Spatial, HeadType::Temporal];
 
-    /// Name for people and reports.
+    /// The name that specs, reports and files use.
     pub const fn name(self) -> &'static str {
         match self {
             HeadType::Dense => "dense",
@@ -44,7 +50,8 @@ impl HeadType {
         }
     }
 
-    /// The type a device array holds; every value beyond the known ones means dense, which is right for any head.
+    /// The type that a value of a device array means. Unknown values mean dense, which is right for
+    /// any head.
     #[inline(always)]
     pub const fn from_u32(value: u32) -> HeadType {
         match value {
@@ -64,21 +71,22 @@ pub enum TextPosition {
     Last,
 }
 
-/// Zero rows behind each packed head, so that a tile that starts at any token may be copied whole: no tile has more rows.
+/// Zero rows behind each packed head. No tile has more rows, so a tile that starts at any token can
+/// be copied whole.
 pub const PAD_ROWS: u32 = 192;
 
-/// The geometry of one attention layer. See the module's documentation for the words.
+/// The geometry of one attention layer. The module's documentation explains the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// F, at least 1.
+    /// F, the number of latent frames, at least 1.
     pub frames: u32,
-    /// P, at least 1.
+    /// P, the tokens of a frame, at least 1.
     pub tokens_per_frame: u32,
-    /// T, 0 for none.
+    /// T, the text tokens. 0 means that there is no text.
     pub text_tokens: u32,
-    /// Place of the text in the model's order.
+    /// Where the text stands in the model's order.
     pub text_position: TextPosition,
-    /// Leading frames that every query sees; less than `frames`.
+    /// Leading frames that every query sees. There are fewer than `frames`.
     pub sink_frames: u32,
     /// Half width of the spatial band in tokens, 1 to N.
     pub spatial_half_width: u32,
@@ -86,7 +94,8 @@ pub struct Layout {
     pub temporal_half_width: u32,
 }
 
-/// What one query row sees: packed rows `[0, prefix)` and `[start, end)`, with `prefix <= start <= end`.
+/// What one query row sees: packed rows `[0, prefix)` and `[start, end)`, where `prefix <= start <=
+/// end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visible {
     /// End of valid text and sink frames.
@@ -104,7 +113,8 @@ impl Visible {
         key < self.prefix || (key >= self.start && key < self.end)
     }
 
-    /// Which of the 64 keys from packed row `first` on are seen: bit b is for packed row `first + b`.
+    /// Which of the 64 keys from packed row `first` on are seen. Bit b stands for packed row `first
+    /// + b`.
     #[inline(always)]
     pub const fn keys(self, first: u32) -> u64 {
         /// The keys before packed row `bound`.
@@ -117,26 +127,30 @@ impl Visible {
     }
 }
 
-/// What a range of query rows sees: `[0, prefix)`, and of the body `any` (the rows' runs and what lies between them) and `all`
-/// (what every row sees, exactly).
+/// What a range of query rows sees.
+///
+/// Every row sees the prefix `[0, prefix)`. Of the body, all that some row sees lies in `any`, and
+/// `all` is exactly what every row sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeVisible {
     /// End of valid text and sink frames.
     pub prefix: u32,
-    /// Body rows seen by some row lie in `[any_start, any_end)`, empty when equal.
+    /// Start of the run that holds every body row that some row sees. It is empty when it ends
+    /// here.
     pub any_start: u32,
     /// End of that run.
     pub any_end: u32,
-    /// Body rows seen by every row: `[all_start, all_end)`, empty when `all_end <= all_start`.
+    /// Start of the body rows that every row sees. There are none when they end at or before it.
     pub all_start: u32,
-    /// End of the intersection.
+    /// End of the body rows that every row sees.
     pub all_end: u32,
-    /// Whether the range holds a row that sees anything.
+    /// Whether any row of the range sees anything.
     pub live: bool,
 }
 
 impl RangeVisible {
-    /// Whether every row of the range sees all of the `rows` keys from packed row `first`: then no element is tested.
+    /// Whether every row of the range sees all of the `rows` keys from packed row `first` on. If
+    /// so, no element has to be tested.
     #[inline(always)]
     pub const fn sees_all(self, first: u32, rows: u32) -> bool {
         let end = first + rows;
@@ -144,16 +158,20 @@ impl RangeVisible {
     }
 }
 
-/// The key tiles that a query tile reads: `prefix_tiles` from packed row 0, the rest from packed row `body_start`. They are read from the
-/// middle one on, and from the first when the last is done: in the middle of a band much wider than the tiles are keys that nearly every
-/// row sees, so that a softmax which begins there knows how large the weights of each row are.
+/// The key tiles that a query tile reads: first `prefix_tiles` from packed row 0, then the others
+/// from packed row `body_start`.
+///
+/// They are read from the middle one on, and from the first one when the last is done. In the
+/// middle of a wide band are keys that nearly every row sees. A softmax that begins there knows how
+/// large the weights of each row are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyTiles {
-    /// Tiles over text and sink frames, from row 0.
+    /// Tiles over text and sink frames. They begin at row 0.
     pub prefix_tiles: u32,
-    /// First row of the first body tile, a multiple of [`ATOM_ROWS`] at or below the first visible body row.
+    /// First row of the first body tile. It is a multiple of [`ATOM_ROWS`], at or below the first
+    /// visible body row.
     pub body_start: u32,
-    /// All tiles.
+    /// Number of all tiles.
     pub tiles: u32,
 }
 
@@ -172,7 +190,7 @@ impl KeyTiles {
 }
 
 impl Layout {
-    /// N, video tokens.
+    /// N, the video tokens.
     #[inline(always)]
     pub const fn video_tokens(&self) -> u32 {
         self.frames * self.tokens_per_frame
@@ -184,7 +202,7 @@ impl Layout {
         self.video_tokens() + self.text_tokens
     }
 
-    /// Rows of one packed head: S rounded up to whole atoms, and [`PAD_ROWS`].
+    /// Rows of one packed head: S rounded up to whole atoms, and [`PAD_ROWS`] behind them.
     #[inline(always)]
     pub const fn packed_rows(&self) -> u32 {
         self.sequence().next_multiple_of(ATOM_ROWS) + PAD_ROWS
@@ -196,7 +214,7 @@ impl Layout {
         self.sink_frames * self.tokens_per_frame
     }
 
-    /// Half width of a head type in tokens; N, which is every token, for a dense one.
+    /// Half width of a head type in tokens. A dense head has N, which covers every token.
     #[inline(always)]
     pub const fn half_width(&self, head: HeadType) -> u32 {
         match head {
@@ -224,13 +242,14 @@ impl Layout {
         }
     }
 
-    /// The layout whose packed order is that of the queries: this one without sinks. What its rows see is asked of this one.
+    /// The layout whose packed order is that of queries: this one without sinks. Ask this one, not
+    /// that one, what its rows see.
     #[inline(always)]
     pub const fn query_order(&self) -> Layout {
         Layout { sink_frames: 0, ..*self }
     }
 
-    /// Packed row, among keys, of row `row` of the model's order, with `valid_text` valid text tokens.
+    /// Packed row among keys of row `row` of the model's order. `valid_text` text tokens are valid.
     #[inline(always)]
     pub const fn packed_row(&self, head: HeadType, row: u32, valid_text: u32) -> u32 {
         let text = row.wrapping_sub(self.first_text_row());
@@ -272,7 +291,8 @@ impl Layout {
         }
     }
 
-    /// Position in the head's layout of the video token at `order` in the packed order of the keys' video tokens (sinks, then body).
+    /// Position in the head's layout of a video token. `order` is its place among the video tokens
+    /// of the packed keys, sinks first.
     #[inline(always)]
     const fn position(&self, head: HeadType, order: u32) -> u32 {
         match head {
@@ -280,7 +300,8 @@ impl Layout {
             HeadType::Temporal => {
                 let sinks = self.sink_frames;
                 if order < self.sink_tokens() {
-                    // `| (sinks == 0)`: never taken without sinks, but the divisor must not be a constant zero.
+                    // Without sinks this branch is never taken, but its divisor must not be a
+                    // constant zero.
                     let sinks = sinks | (sinks == 0) as u32;
                     order / sinks * self.frames + order % sinks
                 } else {
@@ -291,7 +312,7 @@ impl Layout {
         }
     }
 
-    /// Body tokens whose position is below `position <= N`.
+    /// Number of body tokens whose position is below `position`, which is at most N.
     #[inline(always)]
     const fn body_rank(&self, head: HeadType, position: u32) -> u32 {
         match head {
@@ -303,7 +324,9 @@ impl Layout {
         }
     }
 
-    /// What the query at packed row `row` (in [`Layout::query_order`]) sees. A row of invalid text or padding is told that it sees everything: its result is
+    /// What the query at packed row `row` of [`Layout::query_order`] sees.
+    ///
+    /// A row of invalid text or of padding is told that it sees everything. Its result is
     /// discarded, and so it never forces an element test on its neighbours.
     #[inline(always)]
     pub const fn visible(&self, head: HeadType, row: u32, valid_text: u32) -> Visible {
@@ -323,8 +346,10 @@ impl Layout {
         }
     }
 
-    /// What the query rows `[first, first + rows)` see. Start and end of a row's run grow with the row within the video, and text
-    /// sees everything, so the ends of these two groups decide.
+    /// What the query rows `[first, first + rows)` see.
+    ///
+    /// Text sees everything, and in the video the start and the end of a row's run grow with the
+    /// row. So the first and the last row of each of the two groups decide.
     #[inline(always)]
     pub const fn range_visible(&self, head: HeadType, first: u32, rows: u32, valid_text: u32) -> RangeVisible {
         let prefix = valid_text + self.sink_tokens();
@@ -334,7 +359,8 @@ impl Layout {
         self.extend(text, head, first, rows, valid_text, end, valid_text)
     }
 
-    /// [`RangeVisible`] extended by the rows of `[first, first + rows)` that lie in the group `[from, to)`.
+    /// `range`, extended by those rows of `[first, first + rows)` that lie in the group `[from,
+    /// to)`.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     const fn extend(
@@ -368,7 +394,8 @@ impl Layout {
         }
     }
 
-    /// The key tiles of `key_rows` rows that query rows seeing `range` read: each visible pair lies in exactly one of them.
+    /// The tiles of `key_rows` keys that query rows read which see `range`. Each visible pair lies
+    /// in exactly one of them.
     #[inline(always)]
     pub const fn key_tiles(&self, range: RangeVisible, key_rows: u32) -> KeyTiles {
         if !range.live {
@@ -380,14 +407,16 @@ impl Layout {
             return KeyTiles { prefix_tiles, body_start: 0, tiles: prefix_tiles };
         }
         if body_start < prefix_tiles * key_rows {
-            // The run begins inside the last prefix tile: one run from row 0.
+            // The run begins inside the last prefix tile, so one run begins at row 0.
             return KeyTiles { prefix_tiles: 0, body_start: 0, tiles: range.any_end.div_ceil(key_rows) };
         }
         KeyTiles { prefix_tiles, body_start, tiles: prefix_tiles + (range.any_end - body_start).div_ceil(key_rows) }
     }
 
-    /// The patches of frame `frame` whose tokens a query sees through the temporal mask, itself at `position` of the temporal layout:
-    /// `[start, end)`. They are a run, since positions grow by `frames` from patch to patch.
+    /// The patches of frame `frame` that a query sees through the temporal mask, `[start, end)`.
+    /// The query is at `position` of the temporal layout.
+    ///
+    /// They are one run, since positions grow by `frames` from patch to patch.
     #[inline(always)]
     pub const fn temporal_patches(&self, position: u32, frame: u32) -> [u32; 2] {
         let half_width = self.half_width(HeadType::Temporal);
@@ -396,15 +425,19 @@ impl Layout {
         [start, if end < self.tokens_per_frame { end } else { self.tokens_per_frame }]
     }
 
-    /// Row of the video, in the model's frame-major order, that profiling draws as sample `index` of `samples` for one head: one
-    /// uniform draw from each of `samples` equal strata, so that all of the video is looked at. `head` counts over batch x heads.
+    /// Row of the video, in the model's frame-major order, that profiling draws as sample `index`
+    /// of `samples` for one head. `head` counts over batch x heads.
+    ///
+    /// The video is divided into `samples` equal strata, and one row is drawn uniformly from each.
+    /// So all of the video is looked at.
     #[inline(always)]
     pub const fn sampled_video_row(&self, seed: u64, head: u32, index: u32, samples: u32) -> u32 {
         let video = self.video_tokens() as u64;
         let low = index as u64 * video / samples as u64;
         let high = (index as u64 + 1) * video / samples as u64;
         let width = if high > low { high - low } else { 1 };
-        // The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+        // This is the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom
+        // number generators, 2014).
         let mut x = seed.wrapping_add(((head as u64) << 32 | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

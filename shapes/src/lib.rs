@@ -11,7 +11,7 @@
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
 //! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
-//! * [`gain`] (feature `std`): what skipping the other tiles can gain, as an estimate.
+//! * [`estimate`] (feature `std`): how long a layer takes, and what profiling gains.
 //! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
 //! * [`text`] (feature `std`): messages that a terminal can show, and names that were meant.
 //! * [`manifest`] (feature `serde`): what stands beside a PTX file, for whoever launches it.
@@ -23,9 +23,9 @@ pub mod blocks;
 #[cfg(feature = "std")]
 pub mod density;
 pub mod dtype;
-pub mod fragment;
 #[cfg(feature = "std")]
-pub mod gain;
+pub mod estimate;
+pub mod fragment;
 pub mod image;
 pub mod layout;
 #[cfg(feature = "serde")]

@@ -1,6 +1,7 @@
-//! What is done to Q and K before attention: QK-norm and RoPE. `no_std`: a spec states it, and the kernels are compiled for it.
+//! What is done to Q and K before attention: QK-norm and RoPE. `no_std`. A spec states it, and the
+//! kernels are compiled for it.
 
-/// Kind of a QK-norm.
+/// The kind of a QK-norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NormKind {
     /// x / sqrt(mean(x²) + eps), times a weight.
@@ -22,12 +23,13 @@ impl NormKind {
     }
 }
 
-/// Extent of one statistic of a QK-norm.
+/// The channels that one statistic of a QK-norm covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NormOver {
-    /// The `head_dim` channels of each head.
+    /// It covers the `head_dim` channels of each head.
     Head,
-    /// All `heads x head_dim` channels of a token: a launch needs all heads of the model.
+    /// It covers all `heads x head_dim` channels of a token. A launch then needs all heads of the
+    /// model.
     Heads,
 }
 
@@ -44,23 +46,23 @@ impl NormOver {
     }
 }
 
-/// Norm of Q and K, before RoPE. Its weights are given at run time.
+/// The norm of Q and K, before RoPE. Its weights are given at run time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QkNorm {
     /// RMS or layer norm.
     pub kind: NormKind,
-    /// Extent of a statistic.
+    /// The channels that a statistic covers.
     pub over: NormOver,
-    /// Term in the root, positive as an f32.
+    /// The term that is added in the root. It is positive as an f32.
     pub eps: f64,
 }
 
-/// Channels that RoPE rotates together.
+/// Which channels RoPE rotates together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pairs {
-    /// (0, 1), (2, 3), ...
+    /// (0, 1), (2, 3) and so on.
     Interleaved,
-    /// (0, head_dim / 2), (1, head_dim / 2 + 1), ...
+    /// (0, head_dim / 2), (1, head_dim / 2 + 1) and so on.
     Half,
 }
 
@@ -77,10 +79,10 @@ impl Pairs {
     }
 }
 
-/// Rotary embedding of Q and K. Cosines and sines are given at run time.
+/// The rotary embedding of Q and K. Cosines and sines are given at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rope {
-    /// Channels that rotate together.
+    /// Which channels rotate together.
     pub pairs: Pairs,
     /// Whether the tables cover text rows too.
     pub text: bool,

@@ -1,12 +1,16 @@
-//! Parameter blocks of the kernels: the host writes them, the kernels read them. One block per kernel, passed by value.
+//! Parameter blocks of the kernels. `no_std`. The host writes them, and the kernels read them: one
+//! block for each kernel, passed by value.
 //!
-//! Addresses are device addresses; 0 means "not given" where a field says it may be. Strides count elements.
+//! Addresses are device addresses. 0 means "not given" where a field says that it may be. Strides
+//! count elements.
 
 use crate::blocks::SAMPLE_ROWS;
 use crate::layout::HeadType;
 
-/// A tensor of rows of `head_dim` contiguous elements, in the model's order: element (b, s, h, d) lies at
-/// `data + (b batch + s row + h head + d) * size_of::<element>()`. Covers \[B, S, H, D\] and \[B, H, S, D\], packed QKV, slices.
+/// A tensor of rows of `head_dim` contiguous elements, in the model's order.
+///
+/// Element (b, s, h, d) lies at `data + (b batch + s row + h head + d) * size_of::<element>()`.
+/// This covers \[B, S, H, D\], \[B, H, S, D\], packed QKV and slices.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tensor {
@@ -20,13 +24,14 @@ pub struct Tensor {
     pub head: u64,
 }
 
-/// Affine part of a QK-norm: f32, of `head_dim` elements, or heads x head_dim when the statistic is over all heads.
+/// The affine part of a QK-norm, f32. It has `head_dim` elements, or heads x head_dim when the
+/// statistic is over all heads.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NormWeights {
-    /// Address of the weight; 0 for ones.
+    /// Address of the weight. 0 means ones.
     pub weight: u64,
-    /// Address of the bias (layer norm); 0 for zeros.
+    /// Address of the bias of a layer norm. 0 means zeros.
     pub bias: u64,
 }
 
@@ -34,21 +39,23 @@ pub struct NormWeights {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum PackPass {
-    /// Every head, in the layout of its type; `head_types` 0 packs every head in the spatial layout, as profiling reads it.
+    /// It writes every head, in the layout of its type. Where `head_types` is 0, every head gets
+    /// the spatial layout, which profiling reads.
     All = 0,
-    /// Only heads whose type is temporal: after profiling, the others already lie in their layout.
+    /// It writes only heads whose type is temporal. After profiling, the others already lie in
+    /// their layout.
     Temporal = 1,
 }
 
-/// **pack**: norm, RoPE and reordering of Q, K, V into packed images.
+/// Parameters of **pack**, which applies norm and RoPE, and reorders Q, K and V into packed images.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PackParams {
-    /// Q, K, V as the projection left them.
+    /// Q as the projection left it.
     pub q: Tensor,
-    /// K.
+    /// K, likewise.
     pub k: Tensor,
-    /// V.
+    /// V, likewise.
     pub v: Tensor,
     /// QK-norm of video rows of Q.
     pub q_norm: NormWeights,
@@ -58,155 +65,168 @@ pub struct PackParams {
     pub q_norm_text: NormWeights,
     /// QK-norm of text rows of K.
     pub k_norm_text: NormWeights,
-    /// RoPE cosines, f32 \[rows, head_dim / 2\], or \[rows, heads, head_dim / 2\] when each head has its own; rows are the video
-    /// rows, or all rows of the model's order when text is rotated too.
+    /// RoPE cosines, f32 \[rows, head_dim / 2\], or \[rows, heads, head_dim / 2\] when each head
+    /// has its own. Rows are the video rows, or all rows of the model's order when text is rotated
+    /// too.
     pub cos: u64,
-    /// RoPE sines, same shape.
+    /// RoPE sines, of the same shape.
     pub sin: u64,
-    /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
+    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
     pub text_lengths: u64,
-    /// Head types, u32 \[batch, heads\]; 0 packs every head in the spatial layout.
+    /// Head types, u32 \[batch, heads\]. 0 packs every head in the spatial layout.
     pub head_types: u64,
-    /// Packed Q: see [`image`](crate::image).
-    pub packed_q: u64,
-    /// Packed K.
-    pub packed_k: u64,
-    /// Packed V.
-    pub packed_v: u64,
-    /// Set to zero for the **attention** that follows, see [`AttentionParams::schedule`].
-    pub schedule: u64,
-    /// Batch items.
-    pub batch: u32,
-    /// Heads given in this launch (any subset of the model's).
-    pub heads: u32,
-    /// Softmax scale x log2(e), by which packed Q is multiplied: products of packed rows are exponents of two.
-    pub scale_log2: f32,
-    /// A [`PackPass`].
-    pub pass: u32,
-    /// 1 when every address and stride of q, k, v is a multiple of 16 bytes, else 0.
-    pub aligned: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
-}
-
-/// **profile**: dense, spatial and temporal attention of sampled rows over one split of the keys.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ProfileParams {
-    /// Packed Q, every head in the spatial layout.
+    /// Packed Q, an [image](crate::image) of each head.
     pub packed_q: u64,
     /// Packed K, likewise.
     pub packed_k: u64,
     /// Packed V, likewise.
     pub packed_v: u64,
-    /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
+    /// Memory that pack sets to zero for the **attention** that follows:
+    /// [`AttentionParams::schedule`].
+    pub schedule: u64,
+    /// Batch items.
+    pub batch: u32,
+    /// Heads of this launch, any subset of the model's.
+    pub heads: u32,
+    /// Softmax scale x log2(e). Packed Q is multiplied by it, so that products of packed rows are
+    /// exponents of two.
+    pub scale_log2: f32,
+    /// Which heads are written, a [`PackPass`].
+    pub pass: u32,
+    /// 1 when every address and stride of q, k and v is a multiple of 16 bytes, else 0.
+    pub aligned: u32,
+    /// This field keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// Parameters of **profile**, which computes attention of sampled rows, dense and under each
+/// candidate mask, over parts of the keys.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProfileParams {
+    /// Packed Q, in which every head has the spatial layout.
+    pub packed_q: u64,
+    /// Packed K, likewise.
+    pub packed_k: u64,
+    /// Packed V, likewise.
+    pub packed_v: u64,
+    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
     pub text_lengths: u64,
-    /// Partial results, see [`PartialsLayout`].
+    /// Where the partial results go. [`PartialsLayout`] says how they lie.
     pub partials: u64,
-    /// Seed of the row draw.
+    /// Seed with which sampled rows are drawn.
     pub seed: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.
     pub heads: u32,
-    /// Splits of the keys of a head, at most [`MOST_SPLITS`](crate::blocks::MOST_SPLITS).
+    /// Parts that the keys of a head are split into, at most
+    /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS).
     pub splits: u32,
-    /// Keeps the size a multiple of 8.
+    /// This field keeps the size a multiple of 8.
     pub reserved: u32,
 }
 
-/// **select**: merges the splits, measures both masks, names each head's type.
+/// Parameters of **select**, which merges the splits, measures each candidate mask and names each
+/// head's type.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SelectParams {
-    /// Partial results of **profile**.
+    /// The partial results of **profile**.
     pub partials: u64,
-    /// Mean squared errors against dense, f32 \[batch, heads, 2\]: spatial, temporal.
+    /// Where mean squared errors against dense attention go, f32 \[batch, heads, candidates\].
     pub errors: u64,
-    /// Head types out, u32 \[batch, heads\]: spatial unless temporal has the lower error.
+    /// Where head types go, u32 \[batch, heads\]: the candidate with the lowest error, the first of
+    /// equal ones.
     pub head_types: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.
     pub heads: u32,
-    /// Splits of the keys.
+    /// Parts that the keys of a head are split into.
     pub splits: u32,
-    /// Keeps the size a multiple of 8.
+    /// This field keeps the size a multiple of 8.
     pub reserved: u32,
 }
 
-/// **attention**: softmax(scale Q K^T) V over the visible pairs.
+/// Parameters of **attention**, which computes softmax(scale Q K^T) V over the visible pairs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AttentionParams {
-    /// Packed Q, each head in the layout of its type.
+    /// Packed Q, in which each head has the layout of its type.
     pub packed_q: u64,
-    /// Packed K.
+    /// Packed K, likewise.
     pub packed_k: u64,
-    /// Packed V.
+    /// Packed V, likewise.
     pub packed_v: u64,
-    /// Output in the model's order. Rows of invalid text are zero.
+    /// The output, in the model's order. Rows of invalid text are zero.
     pub out: Tensor,
-    /// Natural log-sum-exp of the scaled scores, f32 \[batch, heads, S\] in the model's order, -inf for invalid text; 0 for none.
+    /// Where the natural log-sum-exp of the scaled scores goes, f32 \[batch, heads, S\] in the
+    /// model's order. Rows of invalid text get -inf. 0 asks for none.
     pub lse: u64,
-    /// Head types, u32 \[batch, heads\]; 0 when every head is dense.
+    /// Head types, u32 \[batch, heads\]. 0 means that every head is dense.
     pub head_types: u64,
-    /// Valid text tokens per batch item, u32 \[batch\]; 0 when all text is valid.
+    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
     pub text_lengths: u64,
-    /// Two u32, both 0 before and after: query tiles that blocks have taken beyond their first, and blocks that are done.
+    /// Two u32 that are 0 before and after. They count the query tiles that blocks have taken
+    /// beyond their first, and the blocks that are done.
     pub schedule: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.
     pub heads: u32,
-    /// 1 when the address and every stride of `out` is a multiple of 16 bytes, else 0.
+    /// 1 when the address and every stride of `out` are multiples of 16 bytes, else 0.
     pub aligned: u32,
-    /// Keeps the size a multiple of 8.
+    /// This field keeps the size a multiple of 8.
     pub reserved: u32,
 }
 
-/// Bytes at [`AttentionParams::schedule`].
+/// Bytes of the memory at [`AttentionParams::schedule`].
 pub const SCHEDULE_BYTES: u64 = 8;
 
-/// Where the partial results of profiling lie: f32 \[batch x heads, groups of 64 samples, splits, masks, ..\], the masks in the order
-/// of [`HeadType::ALL`]. Those of a mask are
+/// How the partial results of profiling lie: f32 \[batch x heads, groups of 64 samples, splits,
+/// masks, ..\], with the masks in the order of [`HeadType::ALL`].
+///
+/// Those of one mask are
 ///
 /// * \[64\]: what was subtracted from the scaled scores of each sample (log2),
 /// * \[64\]: the sums of the weights that came of it,
-/// * \[64, head_dim\]: the unnormalised outputs.
+/// * \[64, head_dim\]: the outputs, which are not normalised yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartialsLayout {
     /// Sampled rows of a head.
     pub rows: u32,
-    /// Groups of 64.
+    /// Groups of 64 samples.
     pub groups: u32,
-    /// Splits of the keys.
+    /// Parts that the keys of a head are split into.
     pub splits: u32,
-    /// Size of a row.
+    /// Elements of a row.
     pub head_dim: u32,
 }
 
 impl PartialsLayout {
-    /// f32 of one (head, group, split).
+    /// Number of f32 of one (head, group, split).
     #[inline(always)]
     pub const fn split_floats(&self) -> u32 {
         self.mask_offset(HeadType::ALL.len() as u32)
     }
 
-    /// Index, in a split, of the first f32 that belongs to a mask, given as the number of its [`HeadType`].
+    /// Index, in a split, of the first f32 of a mask. `mask` is the number of its [`HeadType`].
     #[inline(always)]
     pub const fn mask_offset(&self, mask: u32) -> u32 {
         SAMPLE_ROWS * mask * (2 + self.head_dim)
     }
 
-    /// Index of the first f32 of (head, group, split); `head` counts over batch x heads. A launch has at most 65,535 heads of 16 groups of
-    /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS), so that 32 bits count its splits.
+    /// Index of the first f32 of (head, group, split). `head` counts over batch x heads.
+    ///
+    /// A launch has at most 65,535 heads of 16 groups of
+    /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS), so 32 bits count its splits.
     #[inline(always)]
     pub const fn offset(&self, head: u32, group: u32, split: u32) -> u64 {
         ((head * self.groups + group) * self.splits + split) as u64 * self.split_floats() as u64
     }
 
-    /// Bytes for `heads` = batch x heads.
+    /// Bytes of the results of `heads` heads, counted over batch x heads.
     pub const fn bytes(&self, heads: u64) -> u64 {
         heads * (self.groups as u64 * self.splits as u64 * self.split_floats() as u64 * 4)
     }

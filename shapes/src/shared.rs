@@ -1,18 +1,21 @@
 //! What lies where in the shared memory of a block. `no_std`.
 //!
-//! Each kernel has a map, which an [`Allocator`] makes at compile time: the kernel takes its addresses from it, and its launch table
-//! the size. Bytes are counted from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
+//! Each kernel has a map, which an allocator makes at compile time. The kernel takes its addresses
+//! from the map, and its launch table takes the size, so the two cannot disagree. Bytes are counted
+//! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
-use crate::blocks::{
-    PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, SELECT_THREADS, Tiles, WARPGROUP_ROWS, profile_stages,
-};
+use crate::blocks::{PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARPGROUP_ROWS, profile_stages};
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image};
 use crate::layout::HeadType;
 
 /// Bytes of an mbarrier.
 const BARRIER_BYTES: u32 = 8;
 
-/// Parts of shared memory at equal distances, in a region that may have others too: keys and values share one.
+/// Parts of shared memory at equal distances, in a region that may have others too: keys and values
+/// share one.
+///
+/// The address of the region is a sum of its own, which parts of one region share. ptxas then keeps
+/// it in one register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parts {
     /// Byte at which the region begins.
@@ -79,32 +82,32 @@ impl Allocator {
 /// The map of **attention**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShared {
-    /// Of each consumer warpgroup: its queries are there.
+    /// Each consumer warpgroup has one that says: its queries are there.
     pub query_full: Barriers,
-    /// Of each consumer warpgroup: it is done with its queries.
+    /// Each consumer warpgroup has one that says: it is done with its queries.
     pub query_free: Barriers,
-    /// Of each stage: its keys are there.
+    /// Each stage has one that says: its keys are there.
     pub key_full: Barriers,
-    /// Of each stage: all are done with its keys.
+    /// Each stage has one that says: all consumers are done with its keys.
     pub key_free: Barriers,
-    /// Of each stage: its values are there.
+    /// Each stage has one that says: its values are there.
     pub value_full: Barriers,
-    /// Of each stage: all are done with its values.
+    /// Each stage has one that says: all consumers are done with its values.
     pub value_free: Barriers,
-    /// Of each consumer warpgroup, a u32: the number of the query tile that its queries belong to.
+    /// Each consumer warpgroup has a u32: the number of the query tile that its queries belong to.
     pub work: Parts,
-    /// Of each consumer warpgroup: its 64 rows of the query tile.
+    /// Each consumer warpgroup has a tile: its 64 rows of the query tile.
     pub query: Parts,
-    /// Of each stage: a key tile.
+    /// Each stage has a key tile.
     pub key: Parts,
-    /// Of each stage: a value tile.
+    /// Each stage has a value tile.
     pub value: Parts,
-    /// Size of all.
+    /// The size of all, in bytes.
     pub bytes: u32,
 }
 
 impl AttentionShared {
-    /// The map for these tiles.
+    /// Makes the map for these tiles.
     pub const fn new(tiles: Tiles, image: Image) -> AttentionShared {
         let Tiles { key_rows, stages, .. } = tiles;
         let consumers = tiles.consumers();
@@ -114,7 +117,7 @@ impl AttentionShared {
         let (value_full, value_free) = (memory.barriers(stages), memory.barriers(stages));
         let work = memory.parts(consumers, 4, 4);
         let query = memory.tiles(consumers, image.bytes(WARPGROUP_ROWS));
-        // All keys, then all values.
+        // All key tiles come first, then all value tiles.
         let key = memory.tiles(2 * stages, image.bytes(key_rows));
         let value = key.behind(stages * image.bytes(key_rows));
         AttentionShared {
@@ -136,14 +139,14 @@ impl AttentionShared {
 /// The map of **pack**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackShared {
-    /// Of each warp: the steps of its row that it holds.
+    /// Each warp has the steps of its row that it holds.
     pub held: Parts,
-    /// Size of all.
+    /// The size of all, in bytes.
     pub bytes: u32,
 }
 
 impl PackShared {
-    /// The map of a block of so many warps.
+    /// Makes the map of a block of so many warps.
     pub const fn new(warps: u32, held_steps: u32) -> PackShared {
         let mut memory = Allocator::new();
         PackShared { held: memory.parts(warps, held_steps * PACK_STEP_BYTES, CHUNK_BYTES), bytes: memory.bytes }
@@ -153,34 +156,36 @@ impl PackShared {
 /// The map of **profile**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProfileShared {
-    /// Of each stage: its keys are there, and what the samples see of them.
+    /// Each stage has one that says: its keys are there, and so is what the samples see of them.
     pub key_full: Barriers,
-    /// Of each stage: its values are there.
+    /// Each stage has one that says: its values are there.
     pub value_full: Barriers,
-    /// Of each stage: all are done with it.
+    /// Each stage has one that says: all consumers are done with it.
     pub free: Barriers,
-    /// One: every thread that has results of a sweep has said what the producers must know, and all are done with the stages.
+    /// There is one. It says: every thread with results of a sweep has said what the producers must
+    /// know, and all are done with the stages.
     pub swept: Barriers,
-    /// One: the producers have judged the sums.
+    /// There is one. It says: the producers have judged the sums.
     pub judged: Barriers,
-    /// Of each producer warp, a u32: whether the sums of its samples have lost something.
+    /// Each producer warp has a u32: whether the sums of its samples have lost something.
     pub verdict: Parts,
-    /// Of each candidate mask and sample, an f32: the sum of the sample's weights under the mask.
+    /// Each candidate mask and sample has an f32: the sum of the sample's weights under the mask.
     pub masked_sum: Parts,
-    /// The sampled rows.
+    /// The tile of sampled rows.
     pub query: Parts,
-    /// Of each stage: a key tile.
+    /// Each stage has a key tile.
     pub key: Parts,
-    /// Of each stage: a value tile.
+    /// Each stage has a value tile.
     pub value: Parts,
-    /// Of each stage: for each sample a u64 for each candidate mask, which of the tile's keys the sample sees through it.
+    /// Each stage has, for each sample, a u64 for each candidate mask. It says which keys of the
+    /// tile the sample sees through it.
     pub seen: Parts,
-    /// Size of all.
+    /// The size of all, in bytes.
     pub bytes: u32,
 }
 
 impl ProfileShared {
-    /// The map for rows of an image.
+    /// Makes the map for rows of an image.
     pub const fn new(image: Image) -> ProfileShared {
         let stages = profile_stages(image);
         let candidates = HeadType::CANDIDATES.len() as u32;
@@ -213,18 +218,18 @@ impl ProfileShared {
 /// The map of **select**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectShared {
-    /// Of each warp: an f32 for each candidate mask, the squared error of the warp's samples.
+    /// Each warp has an f32 for each candidate mask: the squared error of the warp's samples.
     pub error: Parts,
-    /// Size of all.
+    /// The size of all, in bytes.
     pub bytes: u32,
 }
 
 impl SelectShared {
-    /// The map.
-    pub const fn new() -> SelectShared {
+    /// Makes the map of a block of so many threads.
+    pub const fn new(threads: u32) -> SelectShared {
         let mut memory = Allocator::new();
         SelectShared {
-            error: memory.parts(SELECT_THREADS / 32, 4 * HeadType::CANDIDATES.len() as u32, 4),
+            error: memory.parts(threads / 32, 4 * HeadType::CANDIDATES.len() as u32, 4),
             bytes: memory.bytes,
         }
     }

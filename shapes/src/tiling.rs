@@ -1,58 +1,62 @@
-//! Which tiles the attention kernel visits: for `describe`, for pictures, and to know how much of its arithmetic is useful.
+//! Which tiles the attention kernel visits. Descriptions and pictures show it, and it says how much
+//! of the kernel's arithmetic is useful.
 //!
-//! The kernel asks [`Layout`] the same questions at run time; nothing here is given to it.
+//! The kernel asks [`Layout`] the same questions at run time. Nothing here is given to it.
 
 use crate::blocks::Tiles;
 use crate::layout::{HeadType, Layout, RangeVisible};
 
-/// A query tile of one head, and the key tiles that it reads. All others are skipped.
+/// A query tile of one head, and the key tiles that it reads. It skips all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueryTile {
     /// First packed row.
     pub first_row: u32,
-    /// Rows, the last tile's padding included.
+    /// Number of rows. The last tile's padding counts too.
     pub rows: u32,
-    /// Key tiles in the order of the kernel; none for a tile of invalid text.
+    /// Key tiles in the order in which the kernel reads them. A tile of invalid text has none.
     pub key_tiles: Vec<KeyTile>,
 }
 
-/// A key tile as one query tile reads it. Tiles need not lie on a grid: those of the body start where its visible run does.
+/// A key tile as one query tile reads it. Tiles do not lie on a grid: those of the body start where
+/// its visible run does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyTile {
     /// First packed row.
     pub first_row: u32,
-    /// Rows, those beyond the visible run included.
+    /// Number of rows. Those beyond the visible run count too.
     pub rows: u32,
-    /// Whether every query row sees every key: full tiles test no element, the others ("edge") test each.
+    /// Whether every query row sees every key. The kernel tests no element of such a "full" tile,
+    /// and each element of an "edge" tile.
     pub full: bool,
 }
 
-/// Key tiles over all query tiles of one head.
+/// Number of key tiles over all query tiles of one head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileCounts {
-    /// Query tiles.
+    /// Number of query tiles.
     pub query_tiles: u64,
-    /// Visited, and no element tested.
+    /// Tiles that are visited without a test of elements.
     pub full: u64,
-    /// Visited, and every element tested.
+    /// Tiles that are visited with a test of every element.
     pub edge: u64,
-    /// Not visited: what a dense head would visit besides.
+    /// Tiles that are not visited, but would be by a dense head.
     pub skipped: u64,
 }
 
 impl TileCounts {
-    /// Tiles that cost arithmetic.
+    /// Number of tiles that cost arithmetic.
     pub const fn visited(&self) -> u64 {
         self.full + self.edge
     }
 
-    /// (query, key) pairs that cost arithmetic, visible or not.
+    /// Number of (query, key) pairs that cost arithmetic, whether they are visible or not.
     pub const fn visited_pairs(&self, tiles: Tiles) -> u128 {
         self.visited() as u128 * tiles.query_rows as u128 * tiles.key_rows as u128
     }
 }
 
-/// The query tiles of one head over its S packed rows, with `valid_text` valid text tokens (at most T).
+/// The query tiles of one head over its S packed rows. `valid_text` text tokens are valid, at most
+/// T.
 pub fn query_tiles(
     layout: &Layout,
     head: HeadType,
@@ -71,7 +75,8 @@ pub fn query_tiles(
     })
 }
 
-/// The key tile that packed row `key` lies in when the query tile of packed row `query` reads it; `None` where it does not.
+/// The key tile in which packed row `key` lies when the query tile of packed row `query` reads it.
+/// `None` means that it does not read it.
 pub fn key_tile(
     layout: &Layout,
     head: HeadType,
@@ -93,7 +98,8 @@ pub fn key_tile(
     (index < count).then(|| KeyTile { first_row, rows, full: range.sees_all(first_row, rows) })
 }
 
-/// Counts the tiles of one head, with `valid_text` valid text tokens (at most T). Key tiles are counted without a look at each.
+/// Counts the tiles of one head, with `valid_text` valid text tokens (at most T). It does not look
+/// at each key tile.
 pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u32) -> TileCounts {
     let all_keys = u64::from((valid_text + layout.video_tokens()).div_ceil(tiles.key_rows));
     let mut counts = TileCounts::default();
@@ -111,8 +117,11 @@ pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u3
     counts
 }
 
-/// How many of `count` tiles of `rows` keys, one behind the other from packed row `first`, every row sees whole
-/// ([`RangeVisible::sees_all`]): those that end within the prefix, and a run of those that end within what all rows see.
+/// How many tiles every row sees whole ([`RangeVisible::sees_all`]), of `count` tiles of `rows`
+/// keys that follow each other from packed row `first` on.
+///
+/// These are the tiles that end within the prefix, and a run of those that end within what all rows
+/// see.
 fn full_tiles(range: RangeVisible, first: u32, count: u32, rows: u32) -> u64 {
     let end_within = |bound: u32| (bound.saturating_sub(first) / rows).min(count);
     let least = if range.all_start <= range.prefix { 0 } else { range.all_start };

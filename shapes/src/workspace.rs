@@ -6,29 +6,31 @@ use crate::image::Image;
 use crate::layout::{HeadType, Layout};
 use crate::params::{PartialsLayout, SCHEDULE_BYTES};
 
-/// Every part starts at a multiple of this many bytes, given an allocation that does (`cudaMalloc` promises as much). Packed
-/// tensors are read by bulk copies into swizzle atoms, which ask for less.
+/// Every part starts at a multiple of this many bytes if the allocation does, as `cudaMalloc`
+/// promises. Bulk copies of packed tensors ask for less.
 pub const ALIGNMENT: u64 = 256;
 
 /// Byte ranges of the parts of a workspace, relative to its start, and its size.
+/// [`crate::spec::Spec::workspace`] makes it.
 ///
-/// Made by [`crate::spec::Spec::workspace`]; nothing in it outlives a layer except, for whoever wants to look, `errors` and
-/// `head_types`.
+/// Nothing in a workspace outlives a layer, except `errors` and `head_types` for whoever wants to
+/// look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkspaceLayout {
-    /// Packed Q: 16-bit \[batch, heads, packed_rows, head_dim\], see [`image`](crate::image).
+    /// Packed Q, \[batch, heads, packed_rows, head_dim\]: an [image](crate::image) of each head.
     pub packed_q: Range<u64>,
     /// Packed K, likewise.
     pub packed_k: Range<u64>,
     /// Packed V, likewise.
     pub packed_v: Range<u64>,
-    /// Partial results of profiling, f32, see [`PartialsLayout`].
+    /// Partial results of profiling, f32, as [`PartialsLayout`] says.
     pub partials: Range<u64>,
-    /// Mean squared errors of the masks, f32 \[batch, heads, 2\]: spatial, temporal.
+    /// Mean squared errors of the candidate masks, f32 \[batch, heads, candidates\].
     pub errors: Range<u64>,
     /// Head types, u32 \[batch, heads\].
     pub head_types: Range<u64>,
-    /// What the blocks of attention share their work by, see [`AttentionParams::schedule`](crate::params::AttentionParams).
+    /// The counters by which the blocks of attention share their work:
+    /// [`AttentionParams::schedule`](crate::params::AttentionParams).
     pub schedule: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,

@@ -1,7 +1,7 @@
 //! `framestride describe`: what follows from a spec, without running anything.
 
 use clap::Args;
-use framestride::shapes::gain::{Gain, MULTIPROCESSORS, Obstacle};
+use framestride::shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle};
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
 use framestride::shapes::spec::Spec;
 use framestride::{Result, workspace_layout};
@@ -87,8 +87,8 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
             head.tiles_edge
         );
     }
-    let gain = Gain::estimate(&spec);
-    out += &gain_text(&spec, &gain);
+    let times = LayerTimes::estimate(&spec);
+    out += &gain_text(&spec, &times);
     let json = json!({
         "name": spec.name,
         "sequence": layout.sequence(),
@@ -105,10 +105,10 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
         "workspace_bytes": workspace,
         "masks": heads,
         "expected_on_h200": {
-            "gain": gain.over_dense(),
-            "can_gain": gain.obstacle().is_none(),
-            "layer_ms": gain.layer(),
-            "dense_layer_ms": gain.dense_layer(),
+            "gain": times.speedup(),
+            "can_gain": times.obstacle().is_none(),
+            "layer_ms": times.layer(),
+            "dense_layer_ms": times.dense_layer(),
         },
     });
     Ok(Outcome::new(out, json, true))
@@ -126,24 +126,24 @@ fn text_of(layout: &Layout) -> String {
 }
 
 /// What a spec can gain over dense attention, or why it cannot gain, and what to do about it.
-fn gain_text(spec: &Spec, gain: &Gain) -> String {
+fn gain_text(spec: &Spec, times: &LayerTimes) -> String {
     let over_dense = format!(
         "{:.2}x, estimated for an H200:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
-        gain.over_dense(),
-        gain.layer(),
-        gain.pack,
-        gain.profile,
-        gain.repack,
-        gain.sparse_attention,
-        gain.dense_layer()
+        times.speedup(),
+        times.layer(),
+        times.pack,
+        times.profile,
+        times.repack,
+        times.sparse_attention,
+        times.dense_layer()
     );
-    match gain.obstacle() {
+    match times.obstacle() {
         None => format!("\n  expected gain over dense: {over_dense}"),
         Some(Obstacle::Density) => format!(
             "\n  this shape cannot gain: {over_dense}  Its masks (density {:.2}) leave {:.0}% of the time of dense attention; profiling pays below {:.0}%.\n  Take smaller half widths, or run it dense.\n",
             (spec.density(HeadType::Spatial) + spec.density(HeadType::Temporal)) / 2.0,
-            100.0 * gain.sparse_attention / gain.dense_attention,
-            100.0 * gain.affordable_attention() / gain.dense_attention
+            100.0 * times.sparse_attention / times.dense_attention,
+            100.0 * times.affordable_attention() / times.dense_attention
         ),
         Some(Obstacle::Tokens) => format!(
             "\n  this shape cannot gain: {over_dense}  Of {} tokens, attention is too short to pay for profiling, whatever the half widths.\n  Run it dense.\n",

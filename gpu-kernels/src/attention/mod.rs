@@ -1,8 +1,9 @@
 //! **attention**: O = softmax(scale Q K^T) V over the visible pairs of each head.
 //!
-//! A block is one producer warpgroup, which copies tiles into shared memory, and `query_rows / 64` consumer warpgroups, each with
-//! 64 rows of the query tile (the structure of FlashAttention-3, section 3). Blocks are persistent: each takes the next query tile
-//! when it is done with one ([`order`] says which). What a query tile is, and what it sees, stands in [`work`] and
+//! A block is one producer warpgroup, which copies tiles into shared memory, and `query_rows / 64`
+//! consumer warpgroups, each with 64 rows of the query tile (the structure of FlashAttention-3,
+//! section 3). Blocks are persistent: each takes the next query tile when it is done with one
+//! ([`order`] says which). What a query tile is, and what it sees, stands in [`work`] and
 //! [`masks`](crate::masks). For each a consumer does:
 //!
 //! ```text

@@ -1,7 +1,7 @@
 //! The order in which blocks take the query tiles of a launch.
 //!
-//! Those with text come first, since they read the most. The others follow head by head, so that the tiles in flight share keys in
-//! the L2 cache.
+//! Tiles with text come first, since they read the most. The others follow head by head, so that
+//! the tiles in flight share keys in the L2 cache.
 
 use crate::cuda::{global, thread};
 use crate::model::Model;
@@ -31,7 +31,8 @@ pub fn head_and_tile<M: Model>(params: &AttentionParams, index: u32) -> (u32, u3
     }
 }
 
-/// The query tile that this block takes after those it has. Each block begins with the tile of its own number.
+/// The query tile that this block takes after those it has. Each block begins with the tile of its
+/// own number.
 ///
 /// # Safety
 /// One thread of the block asks; `params.schedule` is as its documentation says.

@@ -1,4 +1,5 @@
-//! The body of **attention** for Hopper: bulk copies by a producer warp, `wgmma` in the consumer warpgroups.
+//! The body of **attention** for Hopper. A producer warp asks for bulk copies, and consumer
+//! warpgroups multiply with `wgmma`.
 
 use super::order;
 use super::store::store;
@@ -15,15 +16,16 @@ use framestride_shapes::fragment;
 use framestride_shapes::params::AttentionParams;
 use framestride_shapes::shared::{Barriers, Parts};
 
-/// Registers of a thread, of producer and consumer, with two and with three consumer warpgroups: together what a block of so many
-/// threads starts with.
+/// Registers of a thread of producer and consumer, with two and with three consumer warpgroups.
+/// Together they are what a block of so many threads starts with.
 const REGISTERS_OF_2: [u32; 2] = [24, 240];
 const REGISTERS_OF_3: [u32; 2] = [32, 160];
 
 /// The kernel's body.
 ///
 /// # Safety
-/// Launched with the table that `attention_kernels!` wrote for `M`; `params` as its documentation says.
+/// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
+/// documentation says.
 #[inline(always)]
 pub unsafe fn attention<M: Model>(params: &AttentionParams) {
     let memory = M::ATTENTION_SHARED;
@@ -74,7 +76,8 @@ struct Ring {
     free: Barriers,
 }
 
-/// The producer: one warp, whose first lane keeps the stages full. The others go along, so that all it computes is uniform.
+/// The producer is one warp, whose first lane keeps the stages full. Its other lanes go along, so
+/// that all it computes is uniform.
 #[inline(always)]
 unsafe fn produce<M: Model>(params: &AttentionParams) {
     let memory = M::ATTENTION_SHARED;
@@ -85,10 +88,10 @@ unsafe fn produce<M: Model>(params: &AttentionParams) {
     let mut slot = Slot::FIRST_FREE;
     let mut index = thread::block_x();
     while index < order::count::<M>(params) {
-        // Asked for early, since the answer takes its time.
+        // This is asked for early, since the answer takes its time.
         let next = if is_first_lane { order::take_next(params) } else { 0 };
         let work = Work::<M>::at(params, index);
-        // Of all heads: memory has fewer than 2^32 rows.
+        // Rows are counted over all heads: memory has fewer than 2^32.
         let first_row = work.head * M::LAYOUT.packed_rows();
         let bytes = |row: u32| (first_row + row) as u64 * M::IMAGE.bytes(1) as u64;
         let load = |Ring { tiles, full, free }: Ring, packed: u64, Slot { stage, parity }: Slot, tile: u32| {
@@ -131,7 +134,7 @@ unsafe fn produce<M: Model>(params: &AttentionParams) {
         }
         index = warp::broadcast(next, 0);
     }
-    // No query tile has this number.
+    // No query tile has this number, which ends the consumers.
     let mut warpgroup = 0;
     while warpgroup < M::TILES.consumers() {
         Barrier::at(memory.query_free, warpgroup).wait(query_parity);
@@ -146,7 +149,8 @@ unsafe fn produce<M: Model>(params: &AttentionParams) {
     }
 }
 
-/// A consumer warpgroup: 64 rows of each query tile. `consumer_warp` counts over all consumer warps.
+/// A consumer warpgroup has 64 rows of each query tile. `consumer_warp` counts over the warps of
+/// all consumers.
 #[inline(always)]
 unsafe fn consume<M: Model>(params: &AttentionParams, consumer_warp: u32) {
     let memory = M::ATTENTION_SHARED;
@@ -158,7 +162,7 @@ unsafe fn consume<M: Model>(params: &AttentionParams, consumer_warp: u32) {
     loop {
         Barrier::at(memory.query_full, warpgroup).wait(query_parity);
         query_parity ^= 1;
-        // Read by the lane that will say that its place is free.
+        // The lane that will say that its place is free reads it.
         let index = if lane == 0 { shared::load_u32(shared::address(memory.work, warpgroup)) } else { 0 };
         let index = warp::broadcast(index, 0);
         if index >= order::count::<M>(params) {
@@ -186,19 +190,20 @@ unsafe fn consume<M: Model>(params: &AttentionParams, consumer_warp: u32) {
     }
 }
 
-/// Where a consumer warpgroup is.
+/// A consumer warpgroup, and where it is.
 struct Consumer {
     lane: u32,
     warpgroup: u32,
-    /// Its query rows.
+    /// The place of its query rows.
     query: Descriptor,
     /// The slot of the key tile that it is at.
     slot: Slot,
 }
 
 impl Consumer {
-    /// Goes over the key tiles of a query tile from `slot` to behind the last: takes all weights into `rows`, and their products with V into
-    /// `output`.
+    /// Goes over the key tiles of a query tile, from the one in `slot` to the last. It takes all
+    /// weights into `rows`, and their products with V into `output`. `mask` sets the scores of
+    /// unseen keys of a tile to -inf.
     #[inline(always)]
     unsafe fn sweep<M: Model>(
         &mut self,
@@ -225,8 +230,11 @@ impl Consumer {
         }
     }
 
-    /// The rounds of [`Consumer::sweep`], from the weights of `tile` on, with the rows' offsets or (`OFFSETS` is false) with none. False
-    /// at a tile whose weights are too large, where `tile` and `slot` are then.
+    /// The rounds of [`Consumer::sweep`], from the weights of `tile` on, with the rows' offsets or
+    /// (`OFFSETS` is false) with none.
+    ///
+    /// False means that the weights of a tile are too large. `tile` and `slot` are at that one
+    /// then.
     #[inline(always)]
     unsafe fn rounds<M: Model, const OFFSETS: bool>(
         &mut self,
@@ -266,7 +274,7 @@ impl Consumer {
         }
     }
 
-    /// S of the tile at `slot`, which may have been waited for before.
+    /// S of the tile in `slot`. It may have been waited for before.
     #[inline(always)]
     unsafe fn first_scores<M: Model>(&self) -> <M::Attention as TileProducts>::Scores {
         let mut scores = <M::Attention as TileProducts>::Scores::splat(0.0);

@@ -1,4 +1,5 @@
-//! Writing the output of a query tile, divided by the sums of its weights, where the model wants it.
+//! How the output of a query tile gets where the model wants it, divided by the sums of its
+//! weights.
 
 use super::work::Work;
 use crate::cuda::mma::{Fragment, TileProducts};
@@ -9,7 +10,8 @@ use crate::softmax::Rows;
 use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::params::AttentionParams;
 
-/// Writes the thread's two rows, divided by their sums, to the model's order. `thread_rows` are their packed rows.
+/// Writes the thread's two rows, divided by their sums, to the model's order. `thread_rows` are
+/// their packed rows.
 ///
 /// # Safety
 /// All lanes of the warp come here, after the last product.
@@ -22,7 +24,8 @@ pub unsafe fn store<M: Model>(
     thread_rows: [u32; 2],
     lane: u32,
 ) {
-    // What depends on the lane alone is for here, not for registers all through the tiles.
+    // What depends on the lane alone is computed here. It would take registers all through the
+    // tiles otherwise.
     let lane = math::opaque(lane);
     let seen_end = work.valid_text + M::LAYOUT.video_tokens();
     let (item, head) = (work.head / params.heads, work.head % params.heads);
@@ -54,14 +57,14 @@ pub unsafe fn store<M: Model>(
         }
         row += 1;
     }
-    // Four groups of 8 columns at a time. Lane q of a quad holds two columns of each; after transposing the quad it holds all 8 of
-    // group q, a chunk of 16 bytes.
+    // Four groups of 8 columns are written at a time. Lane q of a quad holds two columns of each.
+    // After transposing the quad it holds all 8 of group q, a chunk of 16 bytes.
     let mut pairs = [[0u32; 4]; 2];
     output.for_each_group(
         #[inline(always)]
         |group, values| {
             let [a, b, c, d] = values.map(|value| *value);
-            // A row of invalid text is zero whatever it summed; 0 x NaN would not be.
+            // A row of invalid text is zero whatever it summed, and 0 x NaN would not be.
             let scaled = |x: f32, row: usize| if factor[row] == 0.0 { 0.0 } else { x * factor[row] };
             let slot = (group % 4) as usize;
             pairs[0][slot] = M::Element::pack(scaled(a, 0), scaled(b, 0));
@@ -75,7 +78,7 @@ pub unsafe fn store<M: Model>(
     );
 }
 
-/// Stores 16 bytes of a row; a row that does not exist has address 0.
+/// Stores 16 bytes of a row. A row that does not exist has address 0.
 #[inline(always)]
 unsafe fn store_chunk(address: u64, offset: u64, chunk: [u32; 4], aligned: u32) {
     if address != 0 {
@@ -87,10 +90,11 @@ unsafe fn store_chunk(address: u64, offset: u64, chunk: [u32; 4], aligned: u32) 
     }
 }
 
-/// Lane q of each quad gives value g to lane g and gets, as value q', what lane q' held as value q.
+/// Transposes a quad: lane q gives value g to lane g, and gets as value p what lane p held as value
+/// q.
 #[inline(always)]
 unsafe fn transpose_quad(mut x: [u32; 4], lane: u32) -> [u32; 4] {
-    // Two butterfly rounds: across bit 1, then bit 0, of lane and index.
+    // There are two butterfly rounds: across bit 1 of lane and index, then across bit 0.
     let high = lane & 2 != 0;
     let (a, b) = if high { (x[0], x[1]) } else { (x[2], x[3]) };
     let (a, b) = (warp::exchange(a, 2), warp::exchange(b, 2));

@@ -1,4 +1,4 @@
-//! One query tile of one head: what a block works on at a time.
+//! What a block works on at a time: one query tile of one head.
 
 use super::order;
 use crate::cuda::global;
@@ -9,7 +9,7 @@ use framestride_shapes::params::AttentionParams;
 
 /// One query tile of one head.
 pub struct Work<M> {
-    /// Over batch x heads.
+    /// The head, counted over batch x heads.
     pub head: u32,
     /// How the head attends.
     pub head_type: HeadType,
@@ -17,7 +17,7 @@ pub struct Work<M> {
     pub valid_text: u32,
     /// Packed row of its first query.
     pub first_row: u32,
-    /// What it sees.
+    /// What the query tile sees.
     pub mask: Band<M>,
 }
 

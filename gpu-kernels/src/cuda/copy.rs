@@ -1,13 +1,14 @@
-//! Asynchronous copies: by single threads (9.7.9.25.3, cp.async), and in bulk by the copy engine (9.7.9.25.4.1, cp.async.bulk:
-//! contiguous bytes, no tensor map).
+//! Asynchronous copies. Single threads make small ones (9.7.9.25.3, cp.async), and the copy engine
+//! makes large ones (9.7.9.25.4.1, cp.async.bulk: contiguous bytes, no tensor map).
 
 use super::barrier::Barrier;
 use core::arch::asm;
 
-/// Starts a copy of `bytes` from global memory to shared memory; it arrives as bytes on `barrier`.
+/// Starts a copy of `bytes` bytes from global to shared memory. They arrive on `barrier`.
 ///
 /// # Safety
-/// Both addresses and the size are multiples of 16 and valid; the shared memory is not touched until the barrier's phase is over.
+/// Both addresses and the size are valid and multiples of 16. Nobody touches the shared memory
+/// until the barrier's phase is over.
 #[inline(always)]
 pub unsafe fn to_shared(to: u32, from: u64, bytes: u32, barrier: Barrier) {
     asm!(
@@ -16,20 +17,21 @@ pub unsafe fn to_shared(to: u32, from: u64, bytes: u32, barrier: Barrier) {
     );
 }
 
-/// Starts a copy of 16 bytes from global memory, past L1, to shared memory.
+/// Starts a copy of 16 bytes from global to shared memory, past L1.
 ///
 /// # Safety
-/// Both addresses are multiples of 16 and valid, and nobody writes the source during the launch; the shared memory is not touched
-/// until this thread has come to [`wait_started`].
+/// Both addresses are valid multiples of 16, and nobody writes the source during the launch. Nobody
+/// touches the shared memory until this thread has come to [`wait_started`].
 #[inline(always)]
 pub unsafe fn start16(to: u32, from: u64) {
     asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack));
 }
 
-/// Waits until everything that this thread has started with [`start16`] is there, for this thread to see.
+/// Waits until everything is there that this thread has started with [`start16`]. This thread may
+/// read it then.
 ///
 /// # Safety
-/// Always sound; `unsafe` because reading what was copied rests on it.
+/// This is always sound. It is `unsafe` because reading what was copied rests on it.
 #[inline(always)]
 pub unsafe fn wait_started() {
     asm!("cp.async.wait_all;", options(nostack));

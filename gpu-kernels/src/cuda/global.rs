@@ -1,4 +1,5 @@
-//! Global memory by 64-bit address (9.7.8.8, ld; 9.7.8.11, st). Inputs that no kernel of the launch writes go through `.nc`.
+//! Global memory by 64-bit address (9.7.8.8, ld; 9.7.8.11, st). Loads go through `.nc`: what they
+//! read is written by no kernel of the launch.
 
 use core::arch::asm;
 
@@ -17,10 +18,10 @@ pub unsafe fn load16(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Loads 16 bytes, two at a time: for tensors whose strides are not multiples of 16 bytes.
+/// Loads 16 bytes, two at a time, for tensors whose strides are not multiples of 16 bytes.
 ///
 /// # Safety
-/// `address` is 2-byte aligned and valid for 16 bytes, and nobody writes it during the launch.
+/// `address` is 2-byte aligned and valid for 16 bytes, and nobody writes there during the launch.
 #[inline(always)]
 pub unsafe fn load16_unaligned(address: u64) -> [u32; 4] {
     let (a, b, c, d): (u32, u32, u32, u32);
@@ -113,7 +114,8 @@ pub unsafe fn store16(address: u64, value: [u32; 4]) {
 /// Stores 16 bytes, two at a time.
 ///
 /// # Safety
-/// `address` is 2-byte aligned and valid for 16 bytes, and no other thread touches them during the launch.
+/// `address` is 2-byte aligned and valid for 16 bytes, and no other thread touches them during the
+/// launch.
 #[inline(always)]
 pub unsafe fn store16_unaligned(address: u64, value: [u32; 4]) {
     asm!(
@@ -137,10 +139,11 @@ pub unsafe fn store16_unaligned(address: u64, value: [u32; 4]) {
     );
 }
 
-/// Adds to a u32 and gives what it was (9.7.13.5, atom).
+/// Adds to a u32. Returns what it was (9.7.13.5, atom).
 ///
 /// # Safety
-/// `address` is 4-byte aligned and valid; others touch it during the launch by this function alone.
+/// `address` is 4-byte aligned and valid. During the launch, others touch it by this function
+/// alone.
 #[inline(always)]
 pub unsafe fn add_u32(address: u64, value: u32) -> u32 {
     let old: u32;

@@ -1,4 +1,4 @@
-//! Special functions (9.7.3): the hardware's approximations, with their errors.
+//! Special functions (9.7.3). They are the hardware's approximations, and each says its error.
 
 use core::arch::asm;
 
@@ -8,7 +8,7 @@ macro_rules! unary {
         #[inline(always)]
         pub fn $name(x: f32) -> f32 {
             let y: f32;
-            // SAFETY: arithmetic on registers.
+            // SAFETY: this is arithmetic on registers.
             unsafe { asm!(concat!($instruction, " {}, {};"), out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
             y
         }
@@ -16,13 +16,13 @@ macro_rules! unary {
 }
 
 unary! {
-    /// 2^x, relative error below 2^-22.
+    /// 2^x. The relative error is below 2^-22.
     exp2 = "ex2.approx.ftz.f32";
-    /// log2 x, absolute error below 2^-22 near 1, relative elsewhere.
+    /// log2 x. Near 1 the absolute error is below 2^-22, elsewhere the relative one.
     log2 = "lg2.approx.ftz.f32";
-    /// 1 / x, relative error below 2^-23.
+    /// 1 / x. The relative error is below 2^-23.
     reciprocal = "rcp.approx.ftz.f32";
-    /// 1 / sqrt x, relative error below 2^-22.
+    /// 1 / sqrt x. The relative error is below 2^-22.
     reciprocal_sqrt = "rsqrt.approx.ftz.f32";
 }
 
@@ -30,7 +30,7 @@ unary! {
 #[inline(always)]
 pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     let out: f32;
-    // SAFETY: arithmetic on registers.
+    // SAFETY: this is arithmetic on registers.
     unsafe {
         asm!("fma.rn.ftz.f32 {}, {}, {}, {};", out(reg32) out, in(reg32) x, in(reg32) y, in(reg32) z,
              options(pure, nomem, nostack))
@@ -38,10 +38,11 @@ pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     out
 }
 
-/// x, of which the compiler knows nothing: so it computes no part of what follows before a loop, to keep it in a register each.
+/// x, but the compiler knows nothing of it. So it does not compute parts of what follows before a
+/// loop and keep each in a register.
 #[inline(always)]
 pub fn opaque(mut x: u32) -> u32 {
-    // SAFETY: a comment.
+    // SAFETY: the assembly is a comment.
     unsafe { asm!("// {0}", inout(reg32) x, options(nomem, nostack)) };
     x
 }

@@ -1,7 +1,8 @@
-//! Warpgroup matrix products (9.7.15, wgmma): operand descriptors, and what the generated fragments and products offer.
+//! Matrix products of a warpgroup (9.7.15, wgmma): descriptors of operands, and what the generated
+//! fragments and products offer.
 //!
-//! A warpgroup is four warps, the first of a number divisible by four. Which element of an accumulator each register holds is said in
-//! [`fragment`](framestride_shapes::fragment).
+//! A warpgroup is four warps. The number of the first is divisible by four. Which element of an
+//! accumulator each register holds is said in [`fragment`](framestride_shapes::fragment).
 
 use framestride_shapes::image::ATOM_BYTES;
 
@@ -10,10 +11,12 @@ use framestride_shapes::image::ATOM_BYTES;
 pub struct Descriptor(pub u64);
 
 impl Descriptor {
-    /// The tile at `address`, which is aligned to an atom.
+    /// The tile at `address`, which is aligned to an atom. `atoms_bytes` are the bytes of a row of
+    /// atoms, all columns of 8 rows.
     ///
-    /// Q and K are used with rows as M or N and columns as K (K-major), V with rows as K and columns as N (MN-major). Both need the
-    /// same fields: the stride offset leads to the next row of atoms, the leading offset (read only when MN-major) to the next atom.
+    /// Q and K are used with rows as M or N and columns as K (K-major), V with rows as K and
+    /// columns as N (MN-major). Both need the same fields. The stride offset leads to the next row
+    /// of atoms. The leading offset, which is read only when MN-major, leads to the next atom.
     #[inline(always)]
     pub fn image(address: u32, atoms_bytes: u32) -> Descriptor {
         const SWIZZLE_128: u64 = 1 << 62;
@@ -23,58 +26,66 @@ impl Descriptor {
     }
 }
 
-/// The registers of one thread in an m64nN accumulator, each a named field (an indexed array may be left on the stack, where
-/// no asynchronous product can reach it). Made by `tile_products!`.
+/// The registers of one thread in an m64nN accumulator. `tile_products!` makes them, each a named
+/// field: an array with indices may be left on the stack, where no asynchronous product can reach
+/// it.
 pub trait Fragment: Copy {
-    /// Every value the same.
+    /// A fragment in which every value is the same.
     fn splat(value: f32) -> Self;
 
-    /// Calls `f(index, value)` for every value, unrolled: the index is a constant wherever it is used.
+    /// Calls `f(index, value)` for every value. The calls are unrolled, so the index is a constant
+    /// wherever it is used.
     fn for_each(&mut self, f: impl FnMut(u32, &mut f32));
 
-    /// As `for_each`, on the four values of each group of 8 columns: `f(group, values)`.
+    /// Calls `f(group, values)` for the four values of each group of 8 columns, likewise.
     fn for_each_group(&mut self, f: impl FnMut(u32, [&mut f32; 4]));
 
-    /// Waits until at most `PENDING` of the warpgroup's groups of products are in flight; the registers may be touched from here.
+    /// Waits until at most `PENDING` of the warpgroup's groups of products are in flight. The
+    /// registers may be touched from here on.
     ///
     /// # Safety
     /// The whole warpgroup comes here.
     unsafe fn wait<const PENDING: u32>(&mut self);
 }
 
-/// The two products of a flash-attention step over a key tile, for one element type, tile size and head dim. Made by
-/// `tile_products!`. Both are one group: fence, k-steps, commit; nothing is complete until a wait.
+/// The two products of a flash-attention step over a key tile, for one element type, tile size and
+/// head dim. `tile_products!` makes them.
+///
+/// Each is one group (fence, k-steps, commit). Nothing is complete until a wait.
 pub trait TileProducts {
-    /// bf16 or f16.
+    /// The type of the elements.
     type Element: crate::element::Element;
-    /// S: 64 query rows by the keys of a tile.
+    /// S, which has 64 query rows by the keys of a tile.
     type Scores: Fragment;
-    /// P in the element type, as the A operand of the second product: two values a register.
+    /// P in the element type, as the A operand of the second product. A register has two values.
     type Weights: Copy;
-    /// O: 64 query rows by the columns of V that the products take, all of them or 64.
+    /// O, which has 64 query rows by the columns of V that the products take: all of them, or 64.
     type Output: Fragment;
 
-    /// Starts S += Q K^T. Where `scores` are constant zeros, ptxas sees it, and the first k-step reads no registers.
+    /// Starts S += Q K^T. Where `scores` are constant zeros, ptxas sees it, and the first k-step
+    /// reads no registers.
     ///
     /// # Safety
-    /// The whole warpgroup comes here; the images are complete and stay until the wait; `scores` is not touched until then.
+    /// The whole warpgroup comes here. The images are complete and stay until the wait, and
+    /// `scores` is not touched until then.
     unsafe fn start_scores(scores: &mut Self::Scores, q: Descriptor, k: Descriptor);
 
-    /// Starts O += P V; `v` begins at the first of the columns.
+    /// Starts O += P V. `v` begins at the first of the columns.
     ///
     /// # Safety
-    /// As for `start_scores`; neither `output` nor `weights` is touched until the wait.
+    /// As for `start_scores`. Neither `output` nor `weights` is touched until the wait.
     unsafe fn start_output(output: &mut Self::Output, weights: &Self::Weights, v: Descriptor);
 
-    /// Waits for all products; releases both operands in registers.
+    /// Waits for all products. Both operands in registers are free then.
     ///
     /// # Safety
     /// The whole warpgroup comes here.
     unsafe fn wait_output(output: &mut Self::Output, weights: &mut Self::Weights);
 
-    /// Rounds scores to weights.
+    /// Rounds weights, which stand where the scores were.
     fn weights(scores: &Self::Scores) -> Self::Weights;
 
-    /// The weights of the thread's rows, each and-ed with the row's word: all ones keep a row, 0 makes it zero.
+    /// The weights of the thread's rows, each and-ed with a word of the row. All ones keep a row,
+    /// and 0 makes it zero.
     fn and_rows(weights: &Self::Weights, rows: [u32; 2]) -> Self::Weights;
 }

@@ -1,4 +1,5 @@
-//! The block's dynamic shared memory: 32-bit addresses from its first byte, which is 1024-byte aligned (5.1.6, Shared State Space).
+//! The block's dynamic shared memory. Addresses have 32 bits, and the first byte is 1024-byte
+//! aligned (5.1.6, Shared State Space).
 
 use core::arch::{asm, global_asm};
 use framestride_shapes::shared::Parts;
@@ -88,11 +89,11 @@ pub unsafe fn load_u32(address: u32) -> u32 {
     value
 }
 
-/// Makes this thread's ordinary stores to shared memory visible to the tensor cores and the copy engine, once a barrier has
-/// been passed (9.7.13.5, fence.proxy.async).
+/// Makes this thread's ordinary stores to shared memory visible to the tensor cores and to the copy
+/// engine, once a barrier has been passed (9.7.13.5, fence.proxy.async).
 ///
 /// # Safety
-/// Always sound; `unsafe` because the ordering that follows rests on it.
+/// This is always sound. It is `unsafe` because the order of what follows rests on it.
 #[inline(always)]
 pub unsafe fn publish_to_async() {
     asm!("fence.proxy.async.shared::cta;", options(nostack));

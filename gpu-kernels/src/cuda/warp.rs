@@ -32,7 +32,7 @@ impl Register for f32 {
     }
 }
 
-/// Waits until all lanes are here; what one has stored before, the others may load.
+/// Waits until all lanes are here. What one has stored before, the others may load then.
 ///
 /// # Safety
 /// All 32 lanes come here.
@@ -63,8 +63,10 @@ pub unsafe fn broadcast<T: Register>(value: T, from: u32) -> T {
     T::from_bits(out)
 }
 
-/// A value that all lanes have, in a uniform register (9.7.13.12, redux.sync): what ptxas does not see to be the same in all of them, and all
-/// that follows from it, would be moved to one again and again.
+/// A value that all lanes have, in a uniform register (9.7.13.12, redux.sync).
+///
+/// Where ptxas does not see that a value is the same in all lanes, it moves it, and all that
+/// follows from it, to a uniform register again and again.
 ///
 /// # Safety
 /// All 32 lanes come here with one value.
@@ -89,7 +91,8 @@ pub unsafe fn sum<const WIDTH: u32>(mut value: f32) -> f32 {
     value
 }
 
-/// The maximum over groups of `WIDTH` neighbouring lanes, in every lane of the group; NaN counts as absent.
+/// The maximum over groups of `WIDTH` neighbouring lanes, in every lane of the group. NaN counts as
+/// absent.
 ///
 /// # Safety
 /// All 32 lanes come here.
@@ -103,7 +106,7 @@ pub unsafe fn max<const WIDTH: u32>(mut value: f32) -> f32 {
     value
 }
 
-/// Lanes in which `condition` holds, one bit each (9.7.13.9, vote.sync).
+/// The lanes in which `condition` holds, one bit each (9.7.13.9, vote.sync).
 ///
 /// # Safety
 /// All 32 lanes come here.

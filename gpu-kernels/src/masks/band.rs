@@ -1,4 +1,5 @@
-//! The band: every key whose position is near the query's, and the prefix of text and sink frames that everyone sees.
+//! The band: every key whose position is near the query's, and the prefix of text and sink frames
+//! that everyone sees.
 
 use core::marker::PhantomData;
 
@@ -8,7 +9,8 @@ use crate::model::Model;
 use crate::softmax;
 use framestride_shapes::layout::{HeadType, KeyTiles, RangeVisible, Visible};
 
-/// The band of a head of type `head_type`, for the query tile of **attention** that begins at a packed row.
+/// The band of a head of type `head_type`, for the query tile of **attention** that begins at a
+/// packed row.
 pub struct Band<M> {
     head_type: HeadType,
     valid_text: u32,

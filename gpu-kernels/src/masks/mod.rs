@@ -35,7 +35,8 @@ pub trait Mask: Copy {
     /// [`fragment::seen_keys`](framestride_shapes::fragment::seen_keys) says it.
     fn seen_keys(thread: &Self::Thread, first: u32, lane: u32) -> [u64; 2];
 
-    /// Itself, in registers of which ptxas sees that all lanes have the same ([`uniform`](crate::cuda::warp::uniform)).
+    /// Itself, in registers of which ptxas sees that all lanes have the same
+    /// ([`uniform`](crate::cuda::warp::uniform)).
     ///
     /// # Safety
     /// All lanes of the warp come here with the mask of one query tile.

@@ -1,10 +1,13 @@
 //! **pack**: QK-norm, RoPE and reordering in one pass over Q, K and V.
 //!
-//! One warp a row: a token's heads of Q, K or V. It starts copies of all of the row to shared memory at once, which is enough in
-//! flight to hide the latency of memory and lets a norm over all heads see the row before it is written; then each head's part is
-//! normed ([`norm`]), rotated ([`rope`]), scaled (Q) and stored where the head's layout wants it in its
-//! [image](framestride_shapes::image). A lane reads only what it has copied itself ([`row`]), so that warps never wait for each
-//! other. Grid: x = packed_rows / warps of a block, y = 3, z = batch.
+//! Each warp has one row: the heads of a token, of Q, K or V. First it starts copies of the whole
+//! row to shared memory ([`row`]). That is enough in flight to hide the latency of memory, and lets
+//! a norm over all heads see the row before it is written. Then the part of each head is normed
+//! ([`norm`]), rotated ([`rope`]), scaled (Q only) and stored in the
+//! [image](framestride_shapes::image) of the head, where the head's layout wants it.
+//!
+//! A lane reads only what it has copied itself, so warps never wait for each other. Grid: x =
+//! packed_rows / warps of a block, y = 3, z = batch.
 
 mod norm;
 mod rope;
@@ -23,12 +26,14 @@ use row::{Head, Heads, Held, chunk};
 /// The kernel's body.
 ///
 /// # Safety
-/// Launched with the table that `attention_kernels!` wrote for `M`; `params` as its documentation says.
+/// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
+/// documentation says.
 #[inline(always)]
 pub unsafe fn pack<M: Model>(params: &PackParams) {
-    // Rows that read the same tables of RoPE are near each other: blocks start in the order of x, y, z, so three in a row take some
-    // tokens, one a warp, of one item and the next three the same of the next item, whose tables L2 still has; of the three, two have
-    // Q and K of half of the tokens, whose tables L1 has, and one has V.
+    // Rows that read the same tables of RoPE are worked on near each other. Blocks start in the
+    // order of x, y, z. Three in a row take some tokens of one item, one for each warp. The next
+    // three take the same tokens of the next item, whose tables L2 still has. Of the three, two
+    // have Q and K of half of the tokens, whose tables L1 has, and one has V.
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
     if block == 0 && thread::index() == 0 {
         global::store_u32(params.schedule, 0);
@@ -135,7 +140,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     );
 }
 
-/// Operands, and the block of three that has V.
+/// The operands. V is also the number of the block, of three, that has it.
 const Q: u32 = 0;
 const K: u32 = 1;
 const V: u32 = 2;

@@ -1,4 +1,4 @@
-//! QK-norm of a row: its statistic, over a head or over all heads, and its weights.
+//! QK-norm of a row: the statistic over a head or over all heads, and the weights.
 
 use super::row::Heads;
 use crate::cuda::{global, math, warp};
@@ -18,7 +18,7 @@ fn is_layer_norm<M: Model>() -> bool {
     M::QK_NORM.is_some_and(|norm| matches!(norm.kind, NormKind::Layer))
 }
 
-/// y = (x - mean) factor, before weight and bias.
+/// What a norm does before weight and bias: y = (x - mean) factor.
 #[derive(Clone, Copy)]
 pub struct Statistic {
     mean: f32,
@@ -28,14 +28,16 @@ pub struct Statistic {
 impl Statistic {
     pub const IDENTITY: Statistic = Statistic { mean: 0.0, factor: 1.0 };
 
-    /// What is taken off: the mean of `count` elements, of which each lane has summed some, or nothing in an RMS norm.
+    /// The mean that is taken off, of `count` elements of which each lane has summed some. An RMS
+    /// norm takes off nothing.
     #[inline(always)]
     unsafe fn mean<M: Model, const LANES: u32>(sum: f32, count: u32) -> f32 {
-        // Times the reciprocal of a constant: a division in full precision would be a call.
+        // It is multiplied by the reciprocal of a constant: a division in full precision would be a
+        // call.
         if is_layer_norm::<M>() { warp::sum::<LANES>(sum) * (1.0 / count as f32) } else { 0.0 }
     }
 
-    /// From the sum of squared distances to the mean, of which each lane has summed some.
+    /// Makes it from the sum of squared distances to the mean, of which each lane has summed some.
     #[inline(always)]
     unsafe fn new<M: Model, const LANES: u32>(mean: f32, distance: f32, count: u32) -> Statistic {
         let eps = match M::QK_NORM {
@@ -57,7 +59,7 @@ pub struct Affine {
 impl Affine {
     pub const IDENTITY: Affine = Affine { weight: [1.0; 8], bias: [0.0; 8] };
 
-    /// From element `first` on.
+    /// Loads them from element `first` on.
     #[inline(always)]
     pub unsafe fn load<M: Model>(norm: NormWeights, first: u32) -> Affine {
         let mut affine = Affine::IDENTITY;
@@ -115,7 +117,7 @@ unsafe fn head_statistic_over<M: Model, const LANES: u32>(x: [f32; 8]) -> Statis
     Statistic::new::<M, LANES>(mean, squared_distance(x, mean), M::HEAD_DIM)
 }
 
-/// Sum of (x - mean)^2.
+/// The sum of (x - mean)^2.
 #[inline(always)]
 fn squared_distance(x: [f32; 8], mean: f32) -> f32 {
     let mut sum = 0.0;

@@ -20,8 +20,8 @@ fn is_interleaved<M: Model>() -> bool {
     M::ROPE.is_some_and(|rope| matches!(rope.pairs, Pairs::Interleaved))
 }
 
-/// Cosines and sines of a lane's eight elements. Interleaved pairs share one: there the first four are used. Of halves, the sines of
-/// the lower one are negative.
+/// Cosines and sines of a lane's eight elements. Interleaved pairs share one, so only the first
+/// four are used there. With halves, the sines of the lower half are negative.
 #[derive(Clone, Copy)]
 pub struct Rotation {
     cos: [f32; 8],
@@ -31,7 +31,7 @@ pub struct Rotation {
 impl Rotation {
     pub const IDENTITY: Rotation = Rotation { cos: [1.0; 8], sin: [0.0; 8] };
 
-    /// From row `row` of the tables.
+    /// Loads them from row `row` of the tables.
     #[inline(always)]
     pub unsafe fn load<M: Model>(params: &PackParams, row: u32, chunk: u32) -> Rotation {
         let row = row as u64 * (M::HEAD_DIM / 2 * 4) as u64;
@@ -48,7 +48,7 @@ impl Rotation {
             let place = row + (chunk % (M::HEAD_DIM / 16) * 32) as u64;
             rotation =
                 Rotation { cos: global::load_f32x8(params.cos + place), sin: global::load_f32x8(params.sin + place) };
-            // The lower half of a head's lanes holds a, the upper half b.
+            // The lower half of a head's lanes holds a, and the upper half b.
             if chunk < M::HEAD_DIM / 16 {
                 rotation.sin = rotation.sin.map(
                     #[inline(always)]
@@ -59,7 +59,7 @@ impl Rotation {
         rotation
     }
 
-    /// A rotation that multiplies by `scale` as well.
+    /// The rotation that multiplies by `scale` as well.
     #[inline(always)]
     pub fn scaled(self, scale: f32) -> Rotation {
         let scaled = |values: [f32; 8]| {

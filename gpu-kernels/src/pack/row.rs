@@ -1,37 +1,39 @@
-//! The heads of one row, as the lanes of its warp see them: read once, held in shared memory.
+//! The heads of one row, as the lanes of its warp see them. They are read once, and held in shared
+//! memory.
 
 use crate::cuda::{copy, global, shared, thread, warp};
 use crate::model::Model;
 use framestride_shapes::blocks::PACK_STEP_BYTES;
 use framestride_shapes::layout::HeadType;
 
-/// Lanes of one head, 8 elements each.
+/// Lanes that share one head. Each has a chunk of it.
 #[inline(always)]
 fn head_lanes<M: Model>() -> u32 {
     M::IMAGE.row_chunks()
 }
 
-/// Heads of one step of the warp.
+/// Heads that the warp takes in one step.
 #[inline(always)]
 fn heads_at_once<M: Model>() -> u32 {
     32 / head_lanes::<M>()
 }
 
-/// Which of a head's lanes this is.
+/// Which of a head's lanes this one is.
 #[inline(always)]
 pub fn chunk<M: Model>() -> u32 {
     thread::lane() % head_lanes::<M>()
 }
 
-/// The heads of one row, as a lane sees them: in each step 16 bytes of one, beside those that the other lanes see.
+/// The heads of one row, as a lane sees them. In each step it has 16 bytes of one head, beside
+/// those that the other lanes have.
 pub struct Heads {
-    /// Heads of the launch.
+    /// Number of heads in the launch.
     pub count: u32,
-    /// Address of the lane's 16 bytes of head 0, and bytes from one head to the next.
+    /// Address of the lane's 16 bytes of head 0. `stride` are the bytes from one head to the next.
     pub source: u64,
     pub stride: u64,
     pub aligned: bool,
-    /// Address of the item's head types; 0 when all heads are spatial.
+    /// Address of the item's head types. It is 0 when all heads are spatial.
     pub types: u64,
     /// Whether only temporal heads are written.
     pub only_temporal: bool,
@@ -43,16 +45,16 @@ pub struct Heads {
     pub held: Held,
 }
 
-/// Up to 32 steps in shared memory. Bit i of a mask is for step `first` + i.
+/// The steps that are in shared memory, up to 32. Bit i of a mask is for step `first` + i.
 pub struct Held {
     /// Shared address of the lane's 16 bytes of the first step.
     pub address: u32,
     pub first: u32,
-    /// Whose head is temporal.
+    /// Steps whose head is temporal.
     pub temporal: u32,
-    /// Whose head is written.
+    /// Steps whose head is written.
     pub written: u32,
-    /// Whose head is read; of the others nothing is held.
+    /// Steps whose head is read. Of the others nothing is held.
     pub read: u32,
 }
 
@@ -62,19 +64,19 @@ pub struct Head {
     pub temporal: bool,
     pub written: bool,
     pub read: bool,
-    /// Eight elements; zero when they are not read.
+    /// The eight elements. They are zero when they are not read.
     pub values: [u32; 4],
 }
 
 impl Heads {
-    /// Calls `f` with every head, as often in all lanes.
+    /// Calls `f` with every head. It is called equally often in all lanes.
     #[inline(always)]
     pub unsafe fn each<M: Model>(&mut self, mut f: impl FnMut(Head)) {
         let steps = self.count.div_ceil(heads_at_once::<M>());
         let mut first = 0;
         while first < steps {
             let count = M::PACK.held_steps.min(steps - first);
-            // Held from the last time when the whole row has room.
+            // They are still held from the last time if the whole row has room.
             if self.held.first != first {
                 self.hold::<M>(first, count);
             }
@@ -131,7 +133,8 @@ impl Heads {
         }
     }
 
-    /// Calls `f` with the shared and the global address of the lane's 16 bytes, for each of `count` steps that is read.
+    /// Calls `f` with the shared and the global address of the lane's 16 bytes, for each of `count`
+    /// steps that is read.
     #[inline(always)]
     unsafe fn each_read<M: Model>(&self, count: u32, f: impl Fn(u32, u64)) {
         let mut to = self.held.address;
@@ -148,7 +151,7 @@ impl Heads {
     }
 }
 
-/// The head of a step in this lane; one behind the last when there is none.
+/// The head that a step has in this lane. Where there is none, it is one behind the last or more.
 #[inline(always)]
 fn head_of<M: Model>(step: u32) -> u32 {
     step * heads_at_once::<M>() + thread::lane() / head_lanes::<M>()

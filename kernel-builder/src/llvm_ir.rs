@@ -1,22 +1,24 @@
-//! The finishing step: what rustc cannot say, said on its LLVM IR before LLVM optimises it.
+//! The finishing step: it says on the LLVM IR what rustc cannot say, before LLVM optimises it.
 //!
-//! 1. Every inline `asm!` becomes **convergent**. rustc emits the calls without that attribute, and LLVM may then duplicate a
-//!    `bar.sync` into both sides of a branch: two barriers where the source has one, a hang or a race on a GPU. No crate is
-//!    optimised by LLVM before this step, and what comes out behind it is looked at ([`crate::convergence`]).
-//! 2. Every entry gets its **launch bounds** (`nvvm.maxntid`, `nvvm.minctasm`); without them ptxas silently drops `setmaxnreg`.
-//!    They come from the launch tables that the macros write: a global `framestride_launch_<entry>` holding a JSON object.
-//! 3. The launch tables **leave the module**, and so does the text of the spec (`framestride_spec`, which `attention_kernels!`
-//!    writes): the manifest carries them on.
+//! 1. Every inline `asm!` becomes **convergent**. rustc emits the calls without that attribute, and
+//!    LLVM may then duplicate a `bar.sync` into both sides of a branch. Two barriers where the
+//!    source has one are a hang or a race on a GPU. LLVM optimises no crate before this step, and
+//!    what comes out behind it is looked at ([`crate::convergence`]).
+//! 2. Every entry gets its **launch bounds** (`nvvm.maxntid`, `nvvm.minctasm`). Without them ptxas
+//!    silently drops `setmaxnreg`. They come from the launch tables that the macros write: a global
+//!    `framestride_launch_<entry>` holds a JSON object.
+//! 3. The launch tables **leave the module**, and so does the text of the spec (`framestride_spec`,
+//!    which `attention_kernels!` writes). The manifest carries them on.
 //!
-//! The step counts what it changes, and anything that it does not expect is a [`FinishError`]: silence here would be wrong code
-//! on a GPU.
+//! The step counts what it changes. Anything that it does not expect is a [`FinishError`], since
+//! silence here would be wrong code on a GPU.
 
 use std::collections::BTreeMap;
 
 use framestride_shapes::arch::Arch;
 use serde::{Deserialize, Serialize};
 
-/// Prefix of the globals that hold launch tables.
+/// The prefix of the globals that hold launch tables.
 pub const TABLE_PREFIX: &str = "framestride_launch_";
 /// The global that holds the spec's TOML text, when the crate has attention kernels.
 pub const SPEC_GLOBAL: &str = "framestride_spec";
@@ -33,11 +35,11 @@ pub struct LaunchTable {
     pub min_blocks: u32,
     /// Dynamic shared memory of a block in bytes.
     pub shared_bytes: u32,
-    /// Parameters in order.
+    /// The parameters, in order.
     pub params: Vec<TableParam>,
 }
 
-/// A parameter as its macro knows it; the PTX tells its place and size.
+/// A parameter as its macro knows it. The PTX tells its place and size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TableParam {
@@ -55,19 +57,19 @@ pub struct Finished {
     pub ir: String,
     /// The launch tables, in the order of the module's entries.
     pub tables: Vec<LaunchTable>,
-    /// The spec's TOML text; `None` for a crate without attention kernels.
+    /// The spec's TOML text. A crate without attention kernels has none.
     pub spec: Option<String>,
-    /// Calls of inline assembly that became convergent.
+    /// Number of calls of inline assembly that became convergent.
     pub made_convergent: usize,
-    /// Calls of inline assembly that already were.
+    /// Number of calls of inline assembly that already were convergent.
     pub already_convergent: usize,
 }
 
-/// The IR is not what the finishing step expects. Nothing was built.
+/// The IR is not what the finishing step expects, and nothing was built.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FinishError {
-    /// A kernel entry without a launch table.
+    /// A kernel entry has no launch table.
     #[error(
         "kernel `{entry}` has no launch table `{TABLE_PREFIX}{entry}`: declare it with `attention_kernels!` or `#[kernel]`"
     )]
@@ -75,16 +77,16 @@ pub enum FinishError {
         /// The entry.
         entry: String,
     },
-    /// A launch table that no kernel entry belongs to.
+    /// A launch table belongs to no kernel entry.
     #[error("launch table `{TABLE_PREFIX}{entry}` belongs to no kernel entry of that name")]
     TableWithoutEntry {
         /// The entry it names.
         entry: String,
     },
-    /// A module without a kernel.
+    /// The module has no kernel.
     #[error("the device crate has no kernel entry: use `attention_kernels!` or `#[kernel]` in its lib.rs")]
     NoEntry,
-    /// A launch table that cannot be read or says something impossible.
+    /// A launch table cannot be read, or says something impossible.
     #[error("launch table `{TABLE_PREFIX}{entry}`: {problem}")]
     BadTable {
         /// The entry it names.
@@ -95,10 +97,10 @@ pub enum FinishError {
     /// The spec's text cannot be read.
     #[error("the global `{SPEC_GLOBAL}` is not the UTF-8 text of a spec: leave this name to `attention_kernels!`")]
     BadSpec,
-    /// IR that this step does not know.
+    /// The step does not know this IR.
     #[error("line {line} of the LLVM IR is not what the finishing step knows: {problem}\n    {text}")]
     Unknown {
-        /// Line, from 1.
+        /// Number of the line, from 1.
         line: usize,
         /// What is surprising.
         problem: &'static str,
@@ -110,8 +112,8 @@ pub enum FinishError {
 /// Finishes the IR of a device crate that is built for `arch`.
 ///
 /// # Errors
-/// [`FinishError`] for an entry without table, a table without entry, a table that says something impossible, and IR that is
-/// not understood.
+/// [`FinishError`] for an entry without table, a table without entry, a table that says something
+/// impossible, and IR that is not understood.
 pub fn finish(ir: &str, arch: Arch) -> Result<Finished, FinishError> {
     let tables = read_tables(ir, arch)?;
     let groups = attribute_groups(ir);
@@ -201,7 +203,7 @@ pub fn finish(ir: &str, arch: Arch) -> Result<Finished, FinishError> {
     Ok(finished)
 }
 
-/// The launch tables of a module by entry, checked.
+/// Reads and checks the launch tables of a module, by entry.
 fn read_tables(ir: &str, arch: Arch) -> Result<BTreeMap<&str, LaunchTable>, FinishError> {
     let mut tables = BTreeMap::new();
     for line in ir.lines() {
@@ -229,7 +231,7 @@ fn read_tables(ir: &str, arch: Arch) -> Result<BTreeMap<&str, LaunchTable>, Fini
     Ok(tables)
 }
 
-/// Text of the spec, when the module has one.
+/// Reads the text of the spec, when the module has one.
 fn read_spec(ir: &str) -> Result<Option<String>, FinishError> {
     let Some(line) = ir.lines().find(|line| is_spec(line)) else { return Ok(None) };
     let text = string_constant(line).and_then(|bytes| String::from_utf8(bytes).ok());
@@ -241,12 +243,13 @@ fn is_spec(line: &str) -> bool {
     line.strip_prefix('@').and_then(|rest| rest.strip_prefix(SPEC_GLOBAL)).is_some_and(|rest| rest.starts_with(" = "))
 }
 
-/// Entry of the launch table that this line defines.
+/// The entry whose launch table this line defines.
 fn table_name(line: &str) -> Option<&str> {
     line.strip_prefix('@')?.strip_prefix(TABLE_PREFIX)?.split_once(" = ").map(|(name, _)| name)
 }
 
-/// Bytes of the first `c"..."` of a line: printable ASCII but `"` and `\` stand for themselves, the rest is `\XX`.
+/// The bytes of the first `c"..."` of a line. Printable ASCII but `"` and `\` stands for itself,
+/// and the rest is `\XX`.
 fn string_constant(line: &str) -> Option<Vec<u8>> {
     let text = line.split_once("c\"")?.1.split('"').next()?;
     let mut bytes = Vec::with_capacity(text.len());
@@ -266,7 +269,7 @@ fn string_constant(line: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// `@llvm.used` without the launch tables; empty when nothing remains.
+/// The line of `@llvm.used` without the launch tables. It is empty when nothing remains.
 fn without_tables(line: &str) -> Option<String> {
     let (head, rest) = line.split_once("[")?;
     let (_, rest) = rest.split_once("] [")?;
@@ -288,8 +291,9 @@ fn attribute_groups(ir: &str) -> BTreeMap<u32, &str> {
     lines.filter_map(|(number, rest)| Some((number.parse().ok()?, rest.strip_suffix(" }")?))).collect()
 }
 
-/// Whether the line is an instruction with inline assembly: in a function body strings stand only in its two texts, so the word
-/// comes before the first quote. `module asm` stands outside of functions.
+/// Whether the line is an instruction with inline assembly. In a function body, strings stand only
+/// in its two texts, so the word comes before the first quote. `module asm` stands outside of
+/// functions.
 fn is_asm(line: &str) -> bool {
     line.starts_with(' ') && has_word(line.split('"').next().unwrap_or(""), "asm")
 }
@@ -306,7 +310,8 @@ fn digits(number: u32) -> usize {
     number.to_string().len()
 }
 
-/// Byte offset behind the arguments of `[%x =] [tail] call ... asm [flags] "text", "constraints"(arguments)`.
+/// The byte offset behind the arguments of `[%x =] [tail] call ... asm [flags] "text",
+/// "constraints"(arguments)`.
 fn asm_call_end(line: &str) -> Option<usize> {
     let before_quote = line.split('"').next()?;
     let mut words = before_quote.split_whitespace().peekable();
@@ -321,14 +326,15 @@ fn asm_call_end(line: &str) -> Option<usize> {
     closing_parenthesis(line, end_of_constraints + 1)
 }
 
-/// Name of the function a `define` line is about, and the byte offset behind its parameters.
+/// The name of the function that a `define` line is about, and the byte offset behind its
+/// parameters.
 fn function_head(line: &str) -> Option<(&str, usize)> {
     let at = line.find(" @")? + 2;
     let open = at + line[at..].find('(')?;
     Some((line[at..open].trim_matches('"'), closing_parenthesis(line, open)?))
 }
 
-/// Byte offset behind the `)` that closes the `(` at `open`.
+/// The byte offset behind the `)` that closes the `(` at `open`.
 fn closing_parenthesis(line: &str, open: usize) -> Option<usize> {
     let mut depth = 0;
     let mut quoted = false;
@@ -390,7 +396,7 @@ attributes #4 = { convergent nounwind }
         assert!(finished.ir.contains("(i32 ptrtoint (ptr @g to i32)) convergent #3, !srcloc !4"));
         assert!(finished.ir.contains(r#""=r"() #4"#));
         assert!(finished.ir.contains("module asm \".extern .shared .align 1024 .b8 dyn_smem[];\"\n"));
-        // What it has made, it recognises: nothing is changed twice.
+        // The step recognises what it has made, and changes nothing twice.
         let tables_back =
             format!("{TABLE}{}", finished.ir.replace(" \"nvvm.maxntid\"=\"384,1,1\" \"nvvm.minctasm\"=\"1\"", ""));
         assert_eq!(finish(&tables_back).unwrap().made_convergent, 0);
