@@ -3,7 +3,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use framestride_shapes::arch::UnknownArch;
 use framestride_shapes::spec::SpecError;
 use framestride_shapes::text::{MESSAGE_BYTES, plain};
 
@@ -39,9 +38,6 @@ pub enum BuildError {
     /// There is no device compiler on this machine.
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),
-    /// There are no kernels for this architecture.
-    #[error(transparent)]
-    UnknownArch(#[from] UnknownArch),
     /// The device crate does not compile.
     #[error("{name}: the device crate {} does not compile:\n{}{}", shown(manifest), message.trim_end(), hint(kept))]
     Compile {
@@ -203,7 +199,6 @@ mod tests {
         };
         let mut errors = vec![
             error(),
-            BuildError::UnknownArch(UnknownArch { found: long.clone() }),
             BuildError::SameName { name: "a".into(), first: long.clone(), second: long.clone() },
             BuildError::Tool { name: "a".into(), tool: path.clone(), input: path.clone(), message: said(&long) },
             BuildError::Crate { path: path.clone(), problem: said(&long) },
