@@ -15,7 +15,7 @@
 //! looked for and the offset lowered. With scores that vary little from tile to tile, that never
 //! happens. Otherwise threads exchange one bit for each tile: whether all is well.
 //!
-//! A thread of a warpgroup holds two query rows of a [`fragment`](framestride_shapes::fragment),
+//! A thread of a warpgroup holds two query rows of a [`fragment`],
 //! which the four lanes of a quad share.
 
 use crate::cuda::mma::Fragment;

@@ -68,6 +68,9 @@ fn demo() -> Result<(), String> {
 fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;
+    if arguments.is_empty() {
+        lint::run_all()?;
+    }
     let everything = ["--workspace".to_string()];
     let chosen = if arguments.is_empty() { &everything } else { arguments };
     step(&format!("cargo test {}", chosen.join(" ")));
