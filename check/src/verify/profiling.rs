@@ -124,9 +124,9 @@ impl Sampled {
         let chosen = expected.head_type();
         let of_candidates = || HeadType::CANDIDATES.into_iter().zip(expected.errors).zip(tolerances);
         let (_, own) = of_candidates().find(|((candidate, _), _)| *candidate == chosen)?;
-        let least = expected.errors.into_iter().fold(f64::INFINITY, f64::min);
+        let lowest = expected.errors.into_iter().fold(f64::INFINITY, f64::min);
         let is_worse = |((candidate, error), tolerance): ((HeadType, f64), f64)| {
-            candidate == chosen || (error.sqrt() - least.sqrt()) / size > own + tolerance
+            candidate == chosen || (error.sqrt() - lowest.sqrt()) / size > own + tolerance
         };
         of_candidates().all(is_worse).then_some(chosen)
     }
