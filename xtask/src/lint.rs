@@ -1,12 +1,11 @@
 //! What a change must pass before any test runs: format, lints, documentation, and the promised
 //! minimum Rust.
 //!
-//! The device compiler's own clippy, rustfmt and rustdoc judge, because they know the code of the
-//! device too. That code exists only for `nvptx64-nvidia-cuda`, so its lints and its documentation
-//! are runs of their own.
+//! The code of the device exists only for `nvptx64-nvidia-cuda`, so its lints and its documentation
+//! are runs of their own, by the device compiler's clippy and rustdoc.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use framestride_builder::toolchain::{Toolchain, on_path};
@@ -27,28 +26,31 @@ pub fn run_all() -> Result<(), String> {
     let toolchain = setup::device_compiler()?;
     setup::linters(&toolchain)?;
     step("format, lints and documentation");
-    let checks = [format(&toolchain), host(&toolchain), device(&toolchain), minimum_rust()];
+    // Tests share what was compiled with the cargo that runs this process.
+    let own = env::var_os("CARGO").map(PathBuf::from).filter(|cargo| setup::has_linters(cargo));
+    let host_cargo = own.as_ref().unwrap_or(&toolchain.cargo);
+    let checks = [format(&toolchain), host(host_cargo), device(&toolchain), minimum_rust()];
     let failures: Vec<String> = checks.into_iter().filter_map(Result::err).collect();
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
 }
 
 fn format(toolchain: &Toolchain) -> Result<(), String> {
-    run(cargo(toolchain).args(["fmt", "--all", "--check"]))?;
+    run(cargo(&toolchain.cargo).args(["fmt", "--all", "--check"]))?;
     OUTSIDE.iter().try_for_each(|folder| {
         let manifest = Path::new(folder).join("Cargo.toml");
-        run(cargo(toolchain).args(["fmt", "--check", "--manifest-path"]).arg(manifest))
+        run(cargo(&toolchain.cargo).args(["fmt", "--check", "--manifest-path"]).arg(manifest))
     })
 }
 
-fn host(toolchain: &Toolchain) -> Result<(), String> {
+fn host(path: &Path) -> Result<(), String> {
     let clippy = ["clippy", "--quiet"];
-    run(cargo(toolchain).args(clippy).args(["--workspace", "--all-targets", "--", "-Dwarnings"]))?;
+    run(cargo(path).args(clippy).args(["--workspace", "--all-targets", "--", "-Dwarnings"]))?;
     // An engine may link any part of the library.
     for features in ["", "build", "emulator", "shipped", "build,emulator", "build,shipped", "emulator,shipped"] {
         let part = ["-p", "framestride", "--no-default-features", "--features", features];
-        run(cargo(toolchain).args(clippy).args(part).args(["--", "-Dwarnings"]))?;
+        run(cargo(path).args(clippy).args(part).args(["--", "-Dwarnings"]))?;
     }
-    let mut doc = cargo(toolchain);
+    let mut doc = cargo(path);
     doc.args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-Dwarnings");
     // The kernels have their documentation for the device, and nobody links the other two.
     run(doc.args(["--exclude", "framestride-kernels", "--exclude", "framestride-tests", "--exclude", "xtask"]))
@@ -62,7 +64,7 @@ fn device(toolchain: &Toolchain) -> Result<(), String> {
         let documentation = options.iter().map(String::as_str).filter(|option| option.starts_with("--sysroot"));
         let documentation: Vec<&str> = documentation.chain(["-Dwarnings", "--document-private-items"]).collect();
         let cargo = |command: &str, manifest: &str| {
-            let mut cargo = cargo(toolchain);
+            let mut cargo = cargo(&toolchain.cargo);
             cargo.args([command, "--quiet", "--lib", "--target", "nvptx64-nvidia-cuda", "--manifest-path", manifest]);
             // Build scripts depend on RUSTC_BOOTSTRAP. In a shared folder they would run again and
             // again.
@@ -91,15 +93,14 @@ fn minimum_rust() -> Result<(), String> {
     run(cargo.args(["--exclude", "framestride-tests", "--exclude", "xtask"]).env_remove("RUSTC").env_remove("CARGO"))
 }
 
-/// The device compiler's cargo, in the workspace's folder. It finds its own tools before a rustup
-/// proxy.
-fn cargo(toolchain: &Toolchain) -> Command {
-    let mut cargo = Command::new(&toolchain.cargo);
-    let own = toolchain.rustc.parent().map(Path::to_path_buf);
-    let path = env::var_os("PATH").unwrap_or_default();
-    if let Ok(path) = env::join_paths(own.into_iter().chain(env::split_paths(&path))) {
-        cargo.env("PATH", path);
+/// A cargo in the workspace's folder, which finds the tools beside it before a rustup proxy.
+fn cargo(path: &Path) -> Command {
+    let mut cargo = Command::new(path);
+    let own = path.parent().map(Path::to_path_buf);
+    let folders = env::var_os("PATH").unwrap_or_default();
+    if let Ok(folders) = env::join_paths(own.into_iter().chain(env::split_paths(&folders))) {
+        cargo.env("PATH", folders);
     }
-    cargo.current_dir(root()).env("RUSTC", &toolchain.rustc).env_remove("RUSTUP_TOOLCHAIN");
+    cargo.current_dir(root()).env("RUSTC", path.with_file_name("rustc")).env_remove("RUSTUP_TOOLCHAIN");
     cargo
 }

@@ -46,8 +46,7 @@ fn announce(found: Toolchain) -> Toolchain {
 /// Finds the device compiler's clippy and rustfmt, or installs them: by rustup if the compiler is
 /// rustup's, else from Debian's packages.
 pub fn linters(toolchain: &Toolchain) -> Result<(), String> {
-    let tools = ["cargo-clippy", "cargo-fmt"];
-    if tools.iter().all(|tool| toolchain.cargo.with_file_name(tool).is_file()) {
+    if has_linters(&toolchain.cargo) {
         return Ok(());
     }
     // Rustup keeps each toolchain in a folder of its name.
@@ -56,6 +55,11 @@ pub fn linters(toolchain: &Toolchain) -> Result<(), String> {
         Some(name) => install(&format!("rustup component add --toolchain {} clippy rustfmt", name.display())),
         None => install("apt-get install -y --no-install-recommends rust-web-clippy rustfmt-web"),
     }
+}
+
+/// Whether clippy and rustfmt lie beside a cargo.
+pub fn has_linters(cargo: &Path) -> bool {
+    ["cargo-clippy", "cargo-fmt"].iter().all(|tool| cargo.with_file_name(tool).is_file())
 }
 
 /// Rustup's name of the first release of a version such as `1.89`. It is installed if it is
