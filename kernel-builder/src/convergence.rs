@@ -8,9 +8,13 @@
 //! inline, and in one its jump threading copied the calls of `exchange` like this:
 //!
 //! ```text
-//! let a = if odd { x } else { y };     if odd { a = exchange(x); x = a } else { a = exchange(y); y = a }
-//! let a = exchange(a);             =>
+//! let a = if odd { x } else { y };
+//! let a = exchange(a);
 //! if odd { x = a } else { y = a }
+//!
+//! became
+//!
+//! if odd { a = exchange(x); x = a } else { a = exchange(y); y = a }
 //! ```
 //!
 //! All consumer warps of attention waited there. So no pass is trusted, and the result is checked.

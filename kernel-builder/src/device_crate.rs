@@ -4,9 +4,9 @@
 //! is. Builds are kept between runs, so that the procedural macros are compiled once:
 //!
 //! ```text
-//! <cache>/builds/<key>/target/              cargo's target directory, which the generated crates share
+//! <cache>/builds/<key>/target/              cargo's target directory, for all generated crates
 //! <cache>/builds/<key>/source/              workspace of the kernels, the macros and the shapes
-//! <cache>/builds/<key>/crates/<name>/       generated crate: Cargo.toml, src/lib.rs, spec.toml, source
+//! <cache>/builds/<key>/crates/<name>/       generated crate, with a link to source/
 //! <cache>/builds/<key>/crates/<name>.work/  IR, PTX and what they were made from
 //! ```
 //!

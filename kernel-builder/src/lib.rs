@@ -143,7 +143,8 @@ impl Kernels {
         Kernels::of(paths.into_iter().map(|path| Source::File(path.as_ref().to_path_buf())).collect())
     }
 
-    /// The kernels of a spec that is already read. They are built from the text that it was read from.
+    /// The kernels of a spec that is already read. They are built from the text that it was read
+    /// from.
     pub fn from_parsed(spec: &Spec) -> Kernels {
         Kernels::of(vec![Source::Parsed(Box::new(spec.clone()))])
     }

@@ -272,8 +272,8 @@ pub fn cache_folder() -> Option<PathBuf> {
         .or_else(|| named("HOME").map(|home| home.join(".cache/framestride")))
 }
 
-/// Removes from a command what cargo tells a build script about the crate that it builds, because
-/// the nested build is for another target with another compiler. Variables about the network,
+/// Removes from a command what cargo tells a build script about the crate that it builds. The
+/// nested build is for another target with another compiler. Variables about the network,
 /// registries and the job server stay.
 ///
 /// The command gets the compiler by name, and first on the PATH. A build script that calls plain

@@ -141,8 +141,8 @@ fn translate(
     })
 }
 
-/// Checks that the PTX has every entry with the bounds of its launch table, and no other entry, and
-/// that the lanes of a warp stay together.
+/// Checks that the PTX has every entry with the bounds of its launch table, and no other entry.
+/// Checks that the lanes of a warp stay together.
 fn check(device: &DeviceCrate, text: &str, tables: &[LaunchTable]) -> Result<(), BuildError> {
     let path = device.work.join("kernels.ptx");
     let entries = ptx::entries(text);

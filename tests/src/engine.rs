@@ -1,4 +1,5 @@
-//! What an engine links that has kernels of its own: few crates, and none for files, pictures or random numbers.
+//! What an engine links that brings its own kernels: few crates, and none for files, pictures or
+//! random numbers.
 
 use std::collections::BTreeSet;
 use std::process::Command;

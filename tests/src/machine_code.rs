@@ -59,8 +59,8 @@ fn no_call() {
 
 /// Each round of attention's main loop starts S = Q Kᵀ of a tile and O += P V of the tile before.
 /// It waits for the first, and computes the softmax while the second runs. Every weight of the tile
-/// (64 rows by `key_rows`, over 128 threads) is an exponential between the two waits, and there is
-/// no other one. ptxas once moved all of them below the second wait.
+/// is an exponential between the two waits, and there is no other one. (A tile has 64 rows by
+/// `key_rows`, for 128 threads.) ptxas once moved all of them below the second wait.
 ///
 /// A sequence of two tiles has no such loop. Its second round is straight code, and these kernels
 /// need not be fast for it.

@@ -42,8 +42,8 @@ pub struct Instruction {
     pub target: Option<usize>,
 }
 
-/// How much of the softmax runs under the matrix products, in a loop that waits for the first of
-/// two groups and then for the second.
+/// How much of the softmax runs under the matrix products, in a loop that waits for one group of
+/// two and then for the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Overlap {
     /// The loop, as indices into the instructions.

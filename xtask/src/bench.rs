@@ -1,4 +1,5 @@
-//! Times builds of kernels: from nothing, of another spec, of a changed spec, and of one that did not change.
+//! Times builds of kernels: from nothing, of another spec, of a changed spec, and of one that did
+//! not change.
 
 use std::fs;
 use std::path::Path;

@@ -74,7 +74,8 @@ pub fn old_rust(version: &str) -> Result<String, String> {
     Ok(toolchain)
 }
 
-/// Finds ptxas and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the cache.
+/// Finds ptxas and nvdisasm, or installs NVIDIA's Python packages into a virtual environment in the
+/// cache.
 pub fn cuda_tools() -> Result<CudaTools, String> {
     let complete = |tools: &CudaTools| tools.ptxas.is_some() && tools.nvdisasm.is_some();
     let found = CudaTools::find();
