@@ -333,7 +333,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
         /// The choice of each head's mask.
         #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #select_shared)]
         pub unsafe fn select(params: #krate::shapes::params::SelectParams) {
-            unsafe { #krate::profile::select::<SpecModel>(&params) }
+            unsafe { #krate::select::select::<SpecModel>(&params) }
         }
 
         /// Sparse attention.

@@ -32,6 +32,8 @@ pub mod pack;
 #[cfg(target_arch = "nvptx64")]
 pub mod profile;
 #[cfg(target_arch = "nvptx64")]
+pub mod select;
+#[cfg(target_arch = "nvptx64")]
 pub mod softmax;
 #[cfg(target_arch = "nvptx64")]
 #[doc(hidden)]

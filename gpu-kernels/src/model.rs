@@ -4,11 +4,12 @@
 use crate::cuda::global;
 use crate::cuda::mma::TileProducts;
 use crate::element::Element;
-use framestride_shapes::blocks::{PackBlock, Tiles};
+use framestride_shapes::blocks::{PackBlock, SAMPLE_ROWS, SELECT_THREADS, Tiles};
 use framestride_shapes::image::{ATOM_ROWS, Image};
 use framestride_shapes::layout::Layout;
 use framestride_shapes::norm_rope::{QkNorm, Rope};
-use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared};
+use framestride_shapes::params::PartialsLayout;
+use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
 
 /// The attention layers of one model, as its spec declares them.
 pub trait Model {
@@ -44,8 +45,17 @@ pub trait Model {
     const PACK_SHARED: PackShared = PackShared::new(Self::PACK.warps, Self::PACK.held_steps);
     /// The shared memory of **profile**.
     const PROFILE_SHARED: ProfileShared = ProfileShared::new(Self::IMAGE);
+    /// The shared memory of **select**.
+    const SELECT_SHARED: SelectShared = SelectShared::new(SELECT_THREADS);
     /// The shared memory of **attention**.
     const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::IMAGE);
+
+    /// How the partial results of profiling lie, with the keys of a head in `splits` parts.
+    #[inline(always)]
+    fn partials(splits: u32) -> PartialsLayout {
+        let groups = Self::PROFILE_ROWS.div_ceil(SAMPLE_ROWS);
+        PartialsLayout { rows: Self::PROFILE_ROWS, groups, splits, head_dim: Self::HEAD_DIM }
+    }
 }
 
 /// Valid text tokens of a batch item; at most the text there is, whatever memory says.

@@ -1,5 +1,5 @@
-//! The band: every key whose position is near the query's, and the prefix of text and sink frames
-//! that everyone sees.
+//! The band. A query sees every key whose position is near its own, and the prefix of text and sink
+//! frames that everyone sees.
 
 use core::marker::PhantomData;
 
@@ -7,10 +7,10 @@ use super::Mask;
 use crate::cuda::warp;
 use crate::model::Model;
 use crate::softmax;
-use framestride_shapes::layout::{HeadType, KeyTiles, RangeVisible, Visible};
+use framestride_shapes::blocks::PROFILE_KEY_ROWS as KEY_ROWS;
+use framestride_shapes::layout::{HeadType, KeyTiles, Layout, RangeVisible, Visible};
 
-/// The band of a head of type `head_type`, for the query tile of **attention** that begins at a
-/// packed row.
+/// The band of a head, for one query tile of **attention**.
 pub struct Band<M> {
     head_type: HeadType,
     valid_text: u32,
@@ -28,7 +28,7 @@ impl<M> Clone for Band<M> {
 impl<M> Copy for Band<M> {}
 
 impl<M: Model> Band<M> {
-    /// For the query tile whose first packed row is `first_row`.
+    /// Makes the band for the query tile whose first packed row is `first_row`.
     #[inline(always)]
     pub fn new(head_type: HeadType, valid_text: u32, first_row: u32) -> Band<M> {
         let range = M::LAYOUT.range_visible(head_type, first_row, M::TILES.query_rows, valid_text);
@@ -80,5 +80,36 @@ impl<M: Model> Mask for Band<M> {
             tiles: warp::uniform(tiles),
         };
         Band { keys, ..self }
+    }
+}
+
+/// Which keys of a tile of **profile** a sample sees through candidate `candidate`
+/// ([`Visible::keys`]). The sample is row `video` of the video. Keys lie in the spatial layout,
+/// where the temporal band is a run of each frame.
+#[inline(always)]
+pub fn sample_keys<M: Model>(candidate: u32, video: u32, valid_text: u32, first: u32) -> u64 {
+    match super::candidate(candidate) {
+        HeadType::Temporal => keys_by_frame::<M>(video, valid_text, first),
+        head_type => M::LAYOUT.visible(head_type, valid_text + video, valid_text).keys(first),
+    }
+}
+
+/// The same through the temporal band.
+#[inline(always)]
+fn keys_by_frame<M: Model>(video: u32, valid_text: u32, first: u32) -> u64 {
+    let Layout { frames, tokens_per_frame, sink_frames, .. } = M::LAYOUT;
+    let position = video % tokens_per_frame * frames + video / tokens_per_frame;
+    let prefix = valid_text + M::LAYOUT.sink_tokens();
+    let mut frame = (first.saturating_sub(valid_text) / tokens_per_frame).max(sink_frames);
+    let mut keys = 0;
+    // Each frame in the tile has a run.
+    loop {
+        let first_token = valid_text + frame * tokens_per_frame;
+        let [start, end] = M::LAYOUT.temporal_patches(position, frame);
+        keys |= Visible { prefix, start: first_token + start, end: first_token + end }.keys(first);
+        frame += 1;
+        if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
+            return keys;
+        }
     }
 }

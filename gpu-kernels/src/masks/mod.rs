@@ -7,7 +7,37 @@
 //!
 //! [`band`] has the one mask that there is: a prefix and one run of the packed order.
 
+use framestride_shapes::layout::HeadType;
+
 pub mod band;
+
+/// Number of candidate masks, from which profiling chooses. Arrays over them are in the order of
+/// [`HeadType::CANDIDATES`].
+pub const CANDIDATES: usize = HeadType::CANDIDATES.len();
+
+/// Calls `f` with the index of each candidate. The calls are unrolled, so that fragments which the
+/// index chooses stay in registers.
+#[inline(always)]
+pub fn each_candidate(mut f: impl FnMut(usize)) {
+    const { assert!(CANDIDATES == 2, "there is one call for each candidate") };
+    f(0);
+    f(1);
+}
+
+/// The candidate at `index`, without a table in memory.
+#[inline(always)]
+pub fn candidate(index: u32) -> HeadType {
+    let mut chosen = HeadType::CANDIDATES[0];
+    each_candidate(
+        #[inline(always)]
+        |candidate| {
+            if candidate as u32 == index {
+                chosen = HeadType::CANDIDATES[candidate];
+            }
+        },
+    );
+    chosen
+}
 
 /// The mask of one head for one query tile.
 pub trait Mask: Copy {
@@ -16,7 +46,7 @@ pub trait Mask: Copy {
     /// What the two rows of a thread see.
     type Thread: Copy;
 
-    /// Key tiles that the query tile reads.
+    /// Number of key tiles that the query tile reads.
     fn tiles(&self) -> u32;
 
     /// First packed row of the key tile that is read after `index` others.
@@ -35,7 +65,7 @@ pub trait Mask: Copy {
     /// [`fragment::seen_keys`](framestride_shapes::fragment::seen_keys) says it.
     fn seen_keys(thread: &Self::Thread, first: u32, lane: u32) -> [u64; 2];
 
-    /// Itself, in registers of which ptxas sees that all lanes have the same
+    /// The same mask, in registers of which ptxas sees that all lanes have the same
     /// ([`uniform`](crate::cuda::warp::uniform)).
     ///
     /// # Safety

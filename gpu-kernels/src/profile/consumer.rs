@@ -1,0 +1,282 @@
+//! The consumers of **profile**. They go over the block's tiles for all masks at once, and again
+//! for each single mask that needs it.
+
+use core::ops::Range;
+
+use super::results::{Results, Store};
+use super::{CONSUMERS, DENSE, KEY_ROWS, MASKS, Map, SAMPLE_ROWS, lost_masks, next_sweep, number, sampled_row};
+use crate::cuda::barrier::Slot;
+use crate::cuda::mma::{Fragment, TileProducts};
+use crate::cuda::{global, shared, thread, warp};
+use crate::masks::{CANDIDATES, each_candidate};
+use crate::model::Model;
+use crate::softmax::{self, Rows};
+use framestride_shapes::blocks::{PROFILE_THREADS, WARPGROUP};
+use framestride_shapes::fragment::{self, thread_keys};
+use framestride_shapes::layout::Visible;
+use framestride_shapes::params::ProfileParams;
+
+/// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
+#[inline(always)]
+pub unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
+    let packed_q = params.packed_q + M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
+    const THREADS: u32 = CONSUMERS * WARPGROUP;
+    let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
+    let chunks = M::IMAGE.row_chunks();
+    while chunk < SAMPLE_ROWS * chunks {
+        let (sample, column) = (chunk / chunks, chunk % chunks);
+        let row = valid_text + sampled_row::<M>(params, head, group, sample);
+        let from = packed_q + M::IMAGE.chunk(row, column) as u64;
+        shared::store16(Map::<M>::query() + M::IMAGE.chunk(sample, column), global::load16(from));
+        chunk += THREADS;
+    }
+}
+
+/// A consumer warpgroup has all samples of the block, and its own columns or its own tiles.
+/// `consumer_warp` counts over the warps of both.
+#[inline(always)]
+pub unsafe fn consume<M: Model>(
+    params: &ProfileParams,
+    consumer_warp: u32,
+    [split, group, head]: [u32; 3],
+    valid_text: u32,
+    tiles: Range<u32>,
+) {
+    let lane = thread::lane();
+    let warpgroup = consumer_warp / 4;
+    let columns = if Map::<M>::TURNS { 0 } else { warpgroup };
+    let samples = fragment::thread_rows(consumer_warp % 4 * 16, lane);
+    let end = valid_text + M::LAYOUT.video_tokens();
+    let consumer = Consumer { lane, warpgroup, columns, samples, end };
+    let plan = M::partials(params.splits);
+    let partial = params.partials + plan.offset(head, group, split) * 4;
+    let place = |mask: u32| partial + plan.mask_offset(mask) as u64 * 4;
+    // With turns the first warpgroup has the results of both.
+    let has_results = !Map::<M>::TURNS || warpgroup == 0;
+
+    let mut results = consumer.sweep::<M, false>(DENSE, &tiles, 0);
+    if has_results {
+        let Results { rows, all, sums, masked } = &mut results;
+        // The lanes of a quad hold the sums of their own columns of the tiles.
+        let sums = sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
+        if lane % 4 == 0 && columns == 0 {
+            let mut row = 0;
+            while row < 2 {
+                each_candidate(
+                    #[inline(always)]
+                    |mask| shared::store_f32(Map::<M>::masked_sum(mask as u32, samples[row]), sums[mask][row]),
+                );
+                row += 1;
+            }
+        }
+        Map::<M>::swept().arrive();
+        // Meanwhile the producers judge the sums.
+        let store = Store { samples, offset: rows.offset, lane, columns };
+        store.mask::<M>(place(DENSE), rows.total(), all);
+        each_candidate(
+            #[inline(always)]
+            |mask| store.mask::<M>(place(number(mask)), sums[mask], &mut masked[mask]),
+        );
+    }
+    let lost = lost_masks::<M>();
+
+    let mut tiles_before = 0;
+    let mut mask = next_sweep(DENSE, lost);
+    while mask != MASKS {
+        tiles_before += tiles.end - tiles.start;
+        let mut results = consumer.sweep::<M, true>(mask, &tiles, tiles_before);
+        if has_results {
+            Map::<M>::swept().arrive();
+            let store = Store { samples, offset: results.rows.offset, lane, columns };
+            store.mask::<M>(place(mask), results.rows.total(), &mut results.all);
+        }
+        mask = next_sweep(mask, lost);
+    }
+}
+
+/// Where a consumer warpgroup is: at a tile, which lies in a slot.
+struct Cursor {
+    tile: u32,
+    slot: Slot,
+}
+
+struct Consumer {
+    lane: u32,
+    warpgroup: u32,
+    /// Its columns of V begin at 64 x `columns`.
+    columns: u32,
+    /// The two samples of the thread.
+    samples: [u32; 2],
+    /// End of the video in the spatial layout.
+    end: u32,
+}
+
+impl Consumer {
+    /// Goes over `tiles`, and returns the results. In earlier sweeps `tiles_before` tiles went
+    /// through the stages. With `MASKED`, keys that `mask` hides count for nothing.
+    #[inline(always)]
+    unsafe fn sweep<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        tiles: &Range<u32>,
+        tiles_before: u32,
+    ) -> Results<M> {
+        let mut results = Results::<M> {
+            rows: Rows::new(),
+            all: <M::Profile as TileProducts>::Output::splat(0.0),
+            sums: [[0.0; 2]; CANDIDATES],
+            masked: [<M::Profile as TileProducts>::Output::splat(0.0); CANDIDATES],
+        };
+        self.take_in::<M, MASKED>(mask, tiles, tiles_before, &mut results);
+        if Map::<M>::TURNS {
+            results.merge_turns::<MASKED>(self.warpgroup);
+        }
+        results
+    }
+
+    /// Takes the warpgroup's share of `tiles` into `results`.
+    #[inline(always)]
+    unsafe fn take_in<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        tiles: &Range<u32>,
+        tiles_before: u32,
+        results: &mut Results<M>,
+    ) {
+        let turn = if Map::<M>::TURNS { self.warpgroup } else { 0 };
+        let slot = Slot::full(tiles_before + turn, Map::<M>::STAGES);
+        let mut at = Cursor { tile: tiles.start + turn, slot: slot.uniform() };
+        if at.tile >= tiles.end {
+            return;
+        }
+        Map::<M>::key_full(at.slot.stage).wait(at.slot.parity);
+        let mut scores = self.first_scores::<M, MASKED>(mask, &at);
+        if results.rows.start_plain::<M::Element>(&mut scores, self.warpgroup)
+            && self.rounds::<M, MASKED, false>(mask, &mut at, tiles.end, &mut scores, results)
+        {
+            return;
+        }
+        loop {
+            at.slot = at.slot.uniform();
+            scores = self.first_scores::<M, MASKED>(mask, &at);
+            results.lower::<MASKED>(&mut scores);
+            if self.rounds::<M, MASKED, true>(mask, &mut at, tiles.end, &mut scores, results) {
+                return;
+            }
+        }
+    }
+
+    /// S of the tile at `at`, which is there.
+    #[inline(always)]
+    unsafe fn first_scores<M: Model, const MASKED: bool>(
+        &self,
+        mask: u32,
+        at: &Cursor,
+    ) -> <M::Profile as TileProducts>::Scores {
+        let mut scores = <M::Profile as TileProducts>::Scores::splat(0.0);
+        M::Profile::start_scores(&mut scores, Map::<M>::query_image(), Map::<M>::key_image(at.slot));
+        scores.wait::<0>();
+        let seen = if MASKED {
+            // The stage has been waited for. compute-sanitizer's racecheck does not believe it
+            // without a barrier of this warpgroup.
+            thread::any_of_warpgroup(false, self.warpgroup);
+            self.seen::<M>(at.slot.stage)
+        } else {
+            [[0; 2]; CANDIDATES]
+        };
+        self.hide::<MASKED>(mask, &mut scores, at.tile * KEY_ROWS, seen);
+        scores
+    }
+
+    /// The rounds of [`Consumer::take_in`], from the weights of the tile at `at` on, with the rows'
+    /// offsets or (`OFFSETS` is false) with none.
+    ///
+    /// False means that the weights of a tile are too large. `at` is at that one then.
+    #[inline(always)]
+    unsafe fn rounds<M: Model, const MASKED: bool, const OFFSETS: bool>(
+        &self,
+        mask: u32,
+        at: &mut Cursor,
+        end: u32,
+        scores: &mut <M::Profile as TileProducts>::Scores,
+        results: &mut Results<M>,
+    ) -> bool {
+        let value = |slot: Slot| Map::<M>::value_image(slot, self.columns);
+        let stride = if Map::<M>::TURNS { CONSUMERS } else { 1 };
+        let mut seen = self.seen::<M>(at.slot.stage);
+        loop {
+            Map::<M>::value_full(at.slot.stage).wait(at.slot.parity);
+            let mut weights = results.weights::<MASKED>(scores, seen, self.lane);
+            at.tile += stride;
+            if at.tile >= end {
+                results.start_outputs::<MASKED>(&weights, value(at.slot));
+                results.wait_outputs::<MASKED>(&mut weights);
+                // All lanes must have read what they see of the tile.
+                warp::sync();
+                Map::<M>::free(at.slot.stage).release(self.lane);
+                return true;
+            }
+            let last = at.slot;
+            at.slot = last.next(Map::<M>::STAGES);
+            if Map::<M>::TURNS {
+                at.slot = at.slot.next(Map::<M>::STAGES);
+            }
+            Map::<M>::key_full(at.slot.stage).wait(at.slot.parity);
+            results.rows.put_offsets::<OFFSETS>(scores);
+            M::Profile::start_scores(scores, Map::<M>::query_image(), Map::<M>::key_image(at.slot));
+            results.start_outputs::<MASKED>(&weights, value(last));
+            seen = self.seen::<M>(at.slot.stage);
+            // The products that have been started since may go on.
+            if MASKED {
+                scores.wait::<1>();
+            } else {
+                scores.wait::<3>();
+            }
+            self.hide::<MASKED>(mask, scores, at.tile * KEY_ROWS, seen);
+            let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
+            results.wait_outputs::<MASKED>(&mut weights);
+            Map::<M>::free(last.stage).release(self.lane);
+            if !fits {
+                return false;
+            }
+        }
+    }
+
+    /// Which keys of the tile in a stage the thread's samples see, through each candidate mask.
+    #[inline(always)]
+    unsafe fn seen<M: Model>(&self, stage: u32) -> [[u64; 2]; CANDIDATES] {
+        let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
+        let [a, b, c, d] = shared::load16(Map::<M>::seen(stage, self.samples[0]));
+        let [e, f, g, h] = shared::load16(Map::<M>::seen(stage, self.samples[1]));
+        [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
+    }
+
+    /// Sets the scores of keys that the sweep leaves out to -inf. These are the keys behind the
+    /// video, which nobody sees, or those that `mask` hides. `seen` is what [`Consumer::seen`] says
+    /// of the tile.
+    #[inline(always)]
+    fn hide<const MASKED: bool>(
+        &self,
+        mask: u32,
+        scores: &mut impl Fragment,
+        first: u32,
+        seen: [[u64; 2]; CANDIDATES],
+    ) {
+        let end = self.end;
+        if MASKED {
+            let mut keys = seen[0];
+            each_candidate(
+                #[inline(always)]
+                |candidate| {
+                    if mask == number(candidate) {
+                        keys = seen[candidate];
+                    }
+                },
+            );
+            softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, self.lane)), f32::NEG_INFINITY);
+        } else if first + KEY_ROWS > end {
+            let rows = [Visible { prefix: end, start: end, end }; 2];
+            softmax::replace_unseen(scores, softmax::seen_keys(first, KEY_ROWS, self.lane, rows), f32::NEG_INFINITY);
+        }
+    }
+}
