@@ -82,7 +82,7 @@ fn build(project: &Path, home: Option<&Path>) -> String {
 fn the_same_ptx_whatever_lies_above() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("configuration");
     if let Some(project) = env::var_os(CHILD) {
-        let built = Kernels::from_spec("spec.toml").out_dir(project).cache_dir(folder.join("cache")).build();
+        let built = Kernels::from_spec("spec.toml").out_dir(project).build();
         built.unwrap_or_else(|error| panic!("{error}"));
         return;
     }
