@@ -10,7 +10,7 @@
 //! <cache>/builds/<key>/crates/<name>.work/  IR, PTX and what they were made from
 //! ```
 //!
-//! The key is a digest of the compiler's versions, the family of GPUs, and the place of the
+//! The key is a digest of the compiler's versions, the family of GPUs, and the identity of the
 //! sources. A generated crate reaches the sources through a symbolic link named `source`. So their
 //! path relative to the crate is the same on every machine. Cargo derives the hashes in symbol
 //! names from that path, and the PTX must not depend on the place of a checkout.
@@ -70,7 +70,7 @@ impl DeviceCrate {
         toolchain: &Toolchain,
     ) -> Result<DeviceCrate, BuildError> {
         let packages = Packages::find()?;
-        let (folder, key_lock) = build_folder(cache, toolchain, arch, &packages.places())?;
+        let (folder, key_lock) = build_folder(cache, toolchain, arch, &packages.identity()?)?;
         let core = CoreLibrary::make(cache, toolchain, arch)?;
         let source = folder.join("source");
         packages.make_workspace(&source)?;
@@ -100,7 +100,10 @@ impl DeviceCrate {
         let manifest = manifest_of(path);
         let manifest = manifest.canonicalize().map_err(at("read", &manifest))?;
         let root = manifest.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let (folder, key_lock) = build_folder(cache, toolchain, arch, &root.to_string_lossy())?;
+        // A crate that uses none of framestride's packages needs none to be there.
+        let packages = Packages::find().and_then(|packages| packages.identity()).unwrap_or_default();
+        let source = format!("{}\n{packages}", root.display());
+        let (folder, key_lock) = build_folder(cache, toolchain, arch, &source)?;
         let core = CoreLibrary::make(cache, toolchain, arch)?;
         let name = package_name(&manifest, toolchain, &folder)?;
         let (_, work, lock) = crate_folders(&folder, &name)?;

@@ -6,6 +6,7 @@
 //! of its own. Each package in it is a link to the sources and a Cargo.toml with paths. It is the
 //! same wherever the packages come from, and so are the hashes in symbol names and the PTX.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use crate::BuildError;
+use crate::device_crate::digest;
 use crate::error::at;
 use crate::files::{create, link, write_if_new};
 use crate::toolchain;
@@ -47,9 +49,20 @@ impl Packages {
         &self.folders[0]
     }
 
-    /// A text that tells these packages from others: their folders.
-    pub fn places(&self) -> String {
-        self.folders.iter().map(|folder| format!("{}\n", folder.display())).collect()
+    /// A text that tells these packages from others: their folders, and what is in a packed one.
+    /// All files of a packed package have the same time, so cargo would not see that others have
+    /// come to the same place.
+    pub fn identity(&self) -> Result<String, BuildError> {
+        let mut identity = String::new();
+        for folder in &self.folders {
+            identity += &format!("{}\n", folder.display());
+            if folder.join("Cargo.toml.orig").is_file() {
+                let mut texts = Vec::new();
+                read_below(&folder.join("src"), &mut texts)?;
+                identity += &digest(texts.iter().map(String::as_str));
+            }
+        }
+        Ok(identity)
     }
 
     /// The Cargo.lock of a checkout, with the versions that it was tested with.
@@ -77,6 +90,20 @@ impl Packages {
         }
         Ok(())
     }
+}
+
+/// Adds the texts of all files below a folder, in the order of their names.
+fn read_below(folder: &Path, texts: &mut Vec<String>) -> Result<(), BuildError> {
+    let entries = fs::read_dir(folder).map_err(at("read", folder))?;
+    let paths: BTreeSet<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    for path in paths {
+        if path.is_dir() {
+            read_below(&path, texts)?;
+        } else {
+            texts.push(fs::read_to_string(&path).map_err(at("read", &path))?);
+        }
+    }
+    Ok(())
 }
 
 /// A package's Cargo.toml with paths to its neighbours. What a workspace or a registry adds is left

@@ -4,6 +4,7 @@
 //! minute the first time.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -90,7 +91,21 @@ fn make_vendor() -> Vec<PathBuf> {
         fs::write(package.join(CHECKSUMS), r#"{"files":{}}"#).unwrap();
         package
     };
-    own.iter().map(unpack).collect()
+    let unpacked = own.iter().map(unpack).collect();
+
+    // Cargo believes that a version never changes, but these do.
+    let mut hash = DefaultHasher::new();
+    for name in own {
+        let packed = target.join(format!("package/{name}-{}.crate", env!("CARGO_PKG_VERSION")));
+        fs::read(packed).unwrap().hash(&mut hash);
+    }
+    let (kept, hash) = (folder().join("packages.hash"), hash.finish().to_string());
+    if fs::read_to_string(&kept).is_ok_and(|known| known == hash) {
+        return unpacked;
+    }
+    let _ = fs::remove_dir_all(folder().join("target"));
+    fs::write(kept, hash).unwrap();
+    unpacked
 }
 
 /// The file of a package's digests in a vendored source. This test has none to check.
