@@ -5,6 +5,7 @@
 //! forms have the same keys, defaults and checks. An error of a line is reported at the tokens that
 //! it came from.
 
+use framestride_shapes::arch::{Arch, Products};
 use framestride_shapes::blocks::{PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS};
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::layout::TextPosition;
@@ -271,6 +272,10 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
         }
     };
     let image = spec.image();
+    // Bodies are named for the first family that they were written for.
+    let family = match Arch::default().products {
+        Products::Wgmma => quote!(sm90),
+    };
     let pack = PackBlock::new(heads, image);
     let (pack_threads, pack_blocks, pack_shared) =
         (pack.threads(), pack.min_blocks, PackShared::new(pack.warps, pack.held_steps).bytes);
@@ -339,7 +344,7 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
         /// Sparse attention.
         #[#krate::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
         pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
-            unsafe { #krate::attention::sm90::attention::<SpecModel>(&params) }
+            unsafe { #krate::attention::#family::attention::<SpecModel>(&params) }
         }
     }
 }

@@ -188,10 +188,7 @@ impl Sample {
                 let place = split + self.plan.mask_offset(mask as u32) + 2 * SAMPLE_ROWS + own;
                 global::load_f32x2(self.partials + place as u64 * 4)
             };
-            values[i] = MASKS.map(
-                #[inline(always)]
-                |mask| load(mask),
-            );
+            values[i] = MASKS.map(load);
             i += 1;
         }
         values

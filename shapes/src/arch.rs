@@ -20,9 +20,7 @@ pub struct Arch {
     pub ptx_version: (u32, u32),
     /// The first driver that compiles this PTX, as CUDA counts drivers: 12030 is 12.3.
     pub least_driver: i32,
-    /// How tiles come to shared memory.
-    pub copies: Copies,
-    /// Which instructions multiply matrices.
+    /// Which instructions multiply matrices. Kernel bodies are written for them.
     pub products: Products,
     /// The most threads of a block.
     pub block_threads: u32,
@@ -38,20 +36,11 @@ pub struct Arch {
     pub registers: u32,
 }
 
-/// How tiles come to shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Copies {
-    /// The copy engine brings whole tiles (`cp.async.bulk`), and a producer warpgroup asks for
-    /// them.
-    Bulk,
-}
-
 /// Which instructions multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Products {
-    /// `wgmma`: a warpgroup multiplies 64 rows by a swizzled image in shared memory.
+    /// `wgmma`: a warpgroup multiplies 64 rows by a swizzled image in shared memory, which the copy
+    /// engine has brought (`cp.async.bulk`).
     Wgmma,
 }
 
@@ -63,7 +52,6 @@ impl Arch {
         capabilities: [(9, 0), (9, 0)],
         ptx_version: (8, 3),
         least_driver: 12030,
-        copies: Copies::Bulk,
         products: Products::Wgmma,
         block_threads: 1024,
         blocks: 32,
