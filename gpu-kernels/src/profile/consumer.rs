@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use super::results::{Results, Store};
 use super::{CONSUMERS, DENSE, KEY_ROWS, MASKS, Map, SAMPLE_ROWS, lost_masks, next_sweep, number, sampled_row};
-use crate::cuda::barrier::Slot;
+use crate::cuda::barrier::{Barrier, Slot};
 use crate::cuda::mma::{Fragment, TileProducts};
 use crate::cuda::{global, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
@@ -27,7 +27,10 @@ pub unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group:
         let (sample, column) = (chunk / chunks, chunk % chunks);
         let row = valid_text + sampled_row::<M>(params, head, group, sample);
         let from = packed_q + M::IMAGE.chunk(row, column) as u64;
-        shared::store16(Map::<M>::query() + M::IMAGE.chunk(sample, column), global::load16(from));
+        shared::store16(
+            shared::address(M::PROFILE_SHARED.query, 0) + M::IMAGE.chunk(sample, column),
+            global::load16(from),
+        );
         chunk += THREADS;
     }
 }
@@ -69,7 +72,7 @@ pub unsafe fn consume<M: Model>(
                 row += 1;
             }
         }
-        Map::<M>::swept().arrive();
+        Barrier::at(M::PROFILE_SHARED.swept, 0).arrive();
         // Meanwhile the producers judge the sums.
         let store = Store { samples, offset: rows.offset, lane, columns };
         store.mask::<M>(place(DENSE), rows.total(), all);
@@ -86,7 +89,7 @@ pub unsafe fn consume<M: Model>(
         tiles_before += tiles.end - tiles.start;
         let mut results = consumer.sweep::<M, true>(mask, &tiles, tiles_before);
         if has_results {
-            Map::<M>::swept().arrive();
+            Barrier::at(M::PROFILE_SHARED.swept, 0).arrive();
             let store = Store { samples, offset: results.rows.offset, lane, columns };
             store.mask::<M>(place(mask), results.rows.total(), &mut results.all);
         }
@@ -149,7 +152,7 @@ impl Consumer {
         if at.tile >= tiles.end {
             return;
         }
-        Map::<M>::key_full(at.slot.stage).wait(at.slot.parity);
+        Barrier::at(M::PROFILE_SHARED.key_full, at.slot.stage).wait(at.slot.parity);
         let mut scores = self.first_scores::<M, MASKED>(mask, &at);
         if results.rows.start_plain::<M::Element>(&mut scores, self.warpgroup)
             && self.rounds::<M, MASKED, false>(mask, &mut at, tiles.end, &mut scores, results)
@@ -205,7 +208,7 @@ impl Consumer {
         let stride = if Map::<M>::TURNS { CONSUMERS } else { 1 };
         let mut seen = self.seen::<M>(at.slot.stage);
         loop {
-            Map::<M>::value_full(at.slot.stage).wait(at.slot.parity);
+            Barrier::at(M::PROFILE_SHARED.value_full, at.slot.stage).wait(at.slot.parity);
             let mut weights = results.weights::<MASKED>(scores, seen, self.lane);
             at.tile += stride;
             if at.tile >= end {
@@ -213,7 +216,7 @@ impl Consumer {
                 results.wait_outputs::<MASKED>(&mut weights);
                 // All lanes must have read what they see of the tile.
                 warp::sync();
-                Map::<M>::free(at.slot.stage).release(self.lane);
+                Barrier::at(M::PROFILE_SHARED.free, at.slot.stage).release(self.lane);
                 return true;
             }
             let last = at.slot;
@@ -221,7 +224,7 @@ impl Consumer {
             if Map::<M>::TURNS {
                 at.slot = at.slot.next(Map::<M>::STAGES);
             }
-            Map::<M>::key_full(at.slot.stage).wait(at.slot.parity);
+            Barrier::at(M::PROFILE_SHARED.key_full, at.slot.stage).wait(at.slot.parity);
             results.rows.put_offsets::<OFFSETS>(scores);
             M::Profile::start_scores(scores, Map::<M>::query_image(), Map::<M>::key_image(at.slot));
             results.start_outputs::<MASKED>(&weights, value(last));
@@ -235,7 +238,7 @@ impl Consumer {
             self.hide::<MASKED>(mask, scores, at.tile * KEY_ROWS, seen);
             let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
             results.wait_outputs::<MASKED>(&mut weights);
-            Map::<M>::free(last.stage).release(self.lane);
+            Barrier::at(M::PROFILE_SHARED.free, last.stage).release(self.lane);
             if !fits {
                 return false;
             }

@@ -57,12 +57,11 @@ const fn number(candidate: usize) -> u32 {
     HeadType::CANDIDATES[candidate] as u32
 }
 
-/// Where samples, tiles and barriers lie in shared memory, and how a block divides its work.
+/// How a block divides its work, and where its tiles and its words about samples lie.
 struct Map<M>(core::marker::PhantomData<M>);
 
 impl<M: Model> Map<M> {
     const STAGES: u32 = profile_stages(M::IMAGE);
-    const TILE_BYTES: u32 = M::IMAGE.bytes(KEY_ROWS);
     /// Whether the consumer warpgroups take turns on the tiles. If not, they share the columns of
     /// each.
     const TURNS: bool = M::HEAD_DIM == COLUMNS;
@@ -70,30 +69,22 @@ impl<M: Model> Map<M> {
     const READERS: u32 = if Self::TURNS { 4 } else { CONSUMERS * 4 };
 
     #[inline(always)]
-    fn query() -> u32 {
-        shared::address(M::PROFILE_SHARED.query, 0)
-    }
-    #[inline(always)]
-    fn key(stage: u32) -> u32 {
-        shared::address(M::PROFILE_SHARED.key, stage)
-    }
-    #[inline(always)]
-    fn value(stage: u32) -> u32 {
-        shared::address(M::PROFILE_SHARED.value, stage)
-    }
-    #[inline(always)]
     fn query_image() -> Descriptor {
-        Descriptor::image(Self::query(), M::ATOMS_BYTES)
+        Descriptor::image(shared::address(M::PROFILE_SHARED.query, 0), M::ATOMS_BYTES)
     }
+
     #[inline(always)]
     fn key_image(slot: Slot) -> Descriptor {
-        Descriptor::image(Self::key(slot.stage), M::ATOMS_BYTES)
+        Descriptor::image(shared::address(M::PROFILE_SHARED.key, slot.stage), M::ATOMS_BYTES)
     }
+
     /// The value tile in a slot, from column 64 x `columns` on.
     #[inline(always)]
     fn value_image(slot: Slot, columns: u32) -> Descriptor {
-        Descriptor::image(Self::value(slot.stage) + M::IMAGE.chunk(0, columns * (COLUMNS / 8)), M::ATOMS_BYTES)
+        let column = M::IMAGE.chunk(0, columns * (COLUMNS / 8));
+        Descriptor::image(shared::address(M::PROFILE_SHARED.value, slot.stage) + column, M::ATOMS_BYTES)
     }
+
     /// Where the producers say which keys a sample sees
     /// ([`Visible::keys`](framestride_shapes::layout::Visible::keys)): a u64 for each candidate
     /// mask.
@@ -101,41 +92,12 @@ impl<M: Model> Map<M> {
     fn seen(stage: u32, sample: u32) -> u32 {
         shared::address(M::PROFILE_SHARED.seen, stage) + sample * SEEN_BYTES
     }
+
     /// Where the consumers leave the sum of a sample's weights under a candidate mask, for the
     /// producers.
     #[inline(always)]
     fn masked_sum(candidate: u32, sample: u32) -> u32 {
         shared::address(M::PROFILE_SHARED.masked_sum, candidate * SAMPLE_ROWS + sample)
-    }
-    /// Where a producer warp says whether the sums of its samples have lost something.
-    #[inline(always)]
-    fn verdict(producer_warp: u32) -> u32 {
-        shared::address(M::PROFILE_SHARED.verdict, producer_warp)
-    }
-    /// This barrier ends a sweep: every thread that has results has said what the producers must
-    /// know, and all are done with the stages.
-    #[inline(always)]
-    fn swept() -> Barrier {
-        Barrier::at(M::PROFILE_SHARED.swept, 0)
-    }
-    /// This barrier says that the producers have judged the sums.
-    #[inline(always)]
-    fn judged() -> Barrier {
-        Barrier::at(M::PROFILE_SHARED.judged, 0)
-    }
-    /// This barrier says that a stage has its keys, and what the samples see of them.
-    #[inline(always)]
-    fn key_full(stage: u32) -> Barrier {
-        Barrier::at(M::PROFILE_SHARED.key_full, stage)
-    }
-    #[inline(always)]
-    fn value_full(stage: u32) -> Barrier {
-        Barrier::at(M::PROFILE_SHARED.value_full, stage)
-    }
-    /// This barrier says that all are done with a stage.
-    #[inline(always)]
-    fn free(stage: u32) -> Barrier {
-        Barrier::at(M::PROFILE_SHARED.free, stage)
     }
 }
 
@@ -159,13 +121,13 @@ pub unsafe fn profile<M: Model>(params: &ProfileParams) {
     if thread::index() == 0 {
         let mut stage = 0;
         while stage < Map::<M>::STAGES {
-            Map::<M>::key_full(stage).init(1 + 4);
-            Map::<M>::value_full(stage).init(1);
-            Map::<M>::free(stage).init(Map::<M>::READERS);
+            Barrier::at(M::PROFILE_SHARED.key_full, stage).init(1 + 4);
+            Barrier::at(M::PROFILE_SHARED.value_full, stage).init(1);
+            Barrier::at(M::PROFILE_SHARED.free, stage).init(Map::<M>::READERS);
             stage += 1;
         }
-        Map::<M>::swept().init(32 * Map::<M>::READERS);
-        Map::<M>::judged().init(4);
+        Barrier::at(M::PROFILE_SHARED.swept, 0).init(32 * Map::<M>::READERS);
+        Barrier::at(M::PROFILE_SHARED.judged, 0).init(4);
         barrier::publish_initialised();
     }
     thread::sync_block();
@@ -189,8 +151,8 @@ pub unsafe fn profile<M: Model>(params: &ProfileParams) {
 /// The producers judge the sums.
 #[inline(always)]
 unsafe fn lost_masks<M: Model>() -> u32 {
-    Map::<M>::judged().wait(0);
-    let verdicts = shared::load16(Map::<M>::verdict(0));
+    Barrier::at(M::PROFILE_SHARED.judged, 0).wait(0);
+    let verdicts = shared::load16(shared::address(M::PROFILE_SHARED.verdict, 0));
     let mut lost = 0;
     each_candidate(
         #[inline(always)]

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use super::{DENSE, KEY_ROWS, MASKS, Map, WARPS_OF_CANDIDATE, lost_masks, next_sweep, sampled_row};
-use crate::cuda::barrier::Slot;
+use crate::cuda::barrier::{Barrier, Slot};
 use crate::cuda::{copy, shared, thread, warp};
 use crate::element::Element;
 use crate::masks::band;
@@ -48,16 +48,16 @@ impl Producer {
         let (mut sweep, mut parity, mut lost) = (DENSE, 0, 0);
         while sweep != MASKS {
             let sees_any = self.bring::<M>(params, head, &tiles);
-            Map::<M>::swept().wait(parity);
+            Barrier::at(M::PROFILE_SHARED.swept, 0).wait(parity);
             parity ^= 1;
             if sweep == DENSE {
                 let sum = shared::load_f32(Map::<M>::masked_sum(self.candidate, self.sample));
                 // A sum that is no number is lost as well.
                 let is_lost = warp::any(sees_any & !(sum >= M::Element::DTYPE.least_masked_sum()));
                 if self.lane == 0 {
-                    shared::store_u32(Map::<M>::verdict(thread::index() / 32), is_lost as u32);
+                    shared::store_u32(shared::address(M::PROFILE_SHARED.verdict, thread::index() / 32), is_lost as u32);
                 }
-                Map::<M>::judged().release(self.lane);
+                Barrier::at(M::PROFILE_SHARED.judged, 0).release(self.lane);
                 lost = lost_masks::<M>();
             }
             // The consumers may have stored results where tiles come.
@@ -70,17 +70,27 @@ impl Producer {
     #[inline(always)]
     unsafe fn bring<M: Model>(&mut self, params: &ProfileParams, head: u32, tiles: &Range<u32>) -> bool {
         let head_bytes = M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
-        let bytes = Map::<M>::TILE_BYTES;
+        let bytes = M::IMAGE.bytes(KEY_ROWS);
         let mut all_seen = 0;
         let mut tile = tiles.start;
         while tile < tiles.end {
             let (stage, rows) = (self.slot.stage, head_bytes + tile as u64 * bytes as u64);
-            Map::<M>::free(stage).wait(self.slot.parity);
+            Barrier::at(M::PROFILE_SHARED.free, stage).wait(self.slot.parity);
             if thread::index() == 0 {
-                Map::<M>::key_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Map::<M>::key(stage), params.packed_k + rows, bytes, Map::<M>::key_full(stage));
-                Map::<M>::value_full(stage).arrive_expecting(bytes);
-                copy::to_shared(Map::<M>::value(stage), params.packed_v + rows, bytes, Map::<M>::value_full(stage));
+                Barrier::at(M::PROFILE_SHARED.key_full, stage).arrive_expecting(bytes);
+                copy::to_shared(
+                    shared::address(M::PROFILE_SHARED.key, stage),
+                    params.packed_k + rows,
+                    bytes,
+                    Barrier::at(M::PROFILE_SHARED.key_full, stage),
+                );
+                Barrier::at(M::PROFILE_SHARED.value_full, stage).arrive_expecting(bytes);
+                copy::to_shared(
+                    shared::address(M::PROFILE_SHARED.value, stage),
+                    params.packed_v + rows,
+                    bytes,
+                    Barrier::at(M::PROFILE_SHARED.value_full, stage),
+                );
             }
             let first = tile * KEY_ROWS;
             let seen = band::sample_keys::<M>(self.candidate, self.video, self.valid_text, first);
@@ -88,7 +98,7 @@ impl Producer {
             shared::store_u32(place, seen as u32);
             shared::store_u32(place + 4, (seen >> 32) as u32);
             warp::sync();
-            Map::<M>::key_full(stage).release(self.lane);
+            Barrier::at(M::PROFILE_SHARED.key_full, stage).release(self.lane);
             all_seen |= seen;
             self.slot = self.slot.next(Map::<M>::STAGES);
             tile += 1;

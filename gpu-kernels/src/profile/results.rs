@@ -1,7 +1,7 @@
 //! What the threads of a consumer warpgroup find: outputs and sums, for all keys and under each
 //! candidate mask.
 
-use super::{COLUMNS, Map, SAMPLE_ROWS};
+use super::{COLUMNS, SAMPLE_ROWS};
 use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
 use crate::cuda::{global, math, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
@@ -98,7 +98,7 @@ impl<M: Model> Results<M> {
     pub unsafe fn merge_turns<const MASKED: bool>(&mut self, warpgroup: u32) {
         const PER_OUTPUT: u32 = COLUMNS / 2;
         // Tiles were there. A value of one thread lies beside that of the next.
-        let place = |index: u32| Map::<M>::key(0) + (index * 128 + thread::index() % 128) * 4;
+        let place = |index: u32| shared::address(M::PROFILE_SHARED.key, 0) + (index * 128 + thread::index() % 128) * 4;
         let place_of_sum = |mask: usize, row: u32| place(4 + 2 * mask as u32 + row);
         let all_values = 4 + 2 * CANDIDATES as u32;
         let values_of = |mask: usize| all_values + (1 + mask as u32) * PER_OUTPUT;
