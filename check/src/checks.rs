@@ -111,7 +111,7 @@ impl Worst {
 
     /// Keeps a row if it is the worst. It does not count as compared.
     pub fn keep_worse(&mut self, rel_error: f64, tolerance: f64, location: impl FnOnce() -> String) {
-        // NaN is worse than anything, and stays. What is not comparable comes next.
+        // NaN counts as the worst error, and nothing replaces it. Incomparable rows come second.
         let part = |error: f64, tolerance: f64| match error {
             _ if tolerance >= tolerance::BLIND && !error.is_nan() => f64::INFINITY,
             0.0 => 0.0,

@@ -64,15 +64,17 @@ const LONE_PARTS: [f64; 2] = [0.76, 0.65];
 
 /// How many successive queries of [`Inputs::edges`] look at the same kind of edge.
 ///
-/// Query tiles have 128 or 192 rows. 80 is a multiple of five, and they are not. So the same row of
-/// different tiles looks at both kinds.
+/// Query tiles have 128 or 192 rows, which are no multiples of 80. So a given row of a tile meets
+/// one kind of edge in some tiles and the other kind in others.
 const EDGE_QUERIES: usize = 80;
 
-/// Score of a query of [`Inputs::edges`] with a key that is all it looks at, in powers of two.
+/// Score of a query of [`Inputs::edges`] that looks at one key alone, with this key, in powers of
+/// two.
 ///
-/// With four such keys, each has half of this score. A score with any other key has the standard
-/// deviation score / sqrt(head_dim). Weights with a normal exponent have the mean exp(deviation^2 /
-/// 2). At this score the four keys have the largest share of all weights.
+/// A query that looks at four keys has half of this score with each. Its scores with all other keys
+/// are random, with the standard deviation score / sqrt(head_dim). Their weights have the mean
+/// exp(deviation^2 / 2), in natural units. At this score, the share of the four keys in all weights
+/// is largest.
 const fn edges_score(head_dim: u32) -> f32 {
     head_dim as f32 / 2.0 * std::f32::consts::LOG2_E
 }
@@ -211,7 +213,7 @@ impl Inputs {
                 resize(values, 1.0);
             };
             let mut generator = quick_generator(seed, Drawn::Parts, (head * groups + video / GROUP) as u64 | 1 << 63);
-            // Each head begins with another kind, so that each kind is in a whole group of some head.
+            // Each head begins with another kind. So each kind is in a whole group of some head.
             let kind = (head + video / GROUP + (seed % 4) as usize) % 4;
             let half = (head * groups + video / GROUP) / 4 % 2;
             // The row of the one query, and the same row of the next warp.
@@ -296,12 +298,12 @@ impl Inputs {
         Inputs { scale: Some(scale_of(spec, score as f32)), ..inputs }
     }
 
-    /// Random V, keys of their own, and queries that look at the keys on both sides of an edge of
-    /// their run, with equal weight.
+    /// Random V and K, and queries that look at both sides of the edges of their runs.
     ///
-    /// These are the last visible and the first hidden key, through the spatial mask and through
-    /// the temporal one. 80 queries look at where their runs begin, the next at where
-    /// they end. So whoever moves an edge by one key changes a large part of a row.
+    /// A query looks at four keys with equal weight. They are the last visible and the first hidden
+    /// key of the spatial mask, and those of the temporal mask. Of the queries, 80 in succession
+    /// look at where their runs begin, and the next 80 at where they end. So an edge that is wrong
+    /// by one key changes a large part of a row.
     pub fn edges(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
         let layout = spec.layout;
         let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);

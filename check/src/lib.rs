@@ -15,9 +15,10 @@
 //! What is compared, and with what:
 //!
 //! * [`reference`](mod@reference): the arithmetic of a layer in f64, straight from the rules.
-//! * [`tolerance`]: how far a kernel's result may lie from it, derived from the kernel's arithmetic.
-//! * [`tensors`], [`rope`]: the inputs of a layer on the host. [`Inputs`](tensors::Inputs) makes random
-//!   inputs, and inputs that try the edges of the arithmetic.
+//! * [`tolerance`]: how far a kernel's result may lie from it, derived from the kernel's
+//!   arithmetic.
+//! * [`tensors`], [`rope`]: the inputs of a layer on the host. [`Inputs`](tensors::Inputs) makes
+//!   random inputs, and inputs that try the edges of the arithmetic.
 //! * [`device_tensors`]: the same tensors on a device, in any arrangement.
 //!
 //! What is done with them:

@@ -41,7 +41,7 @@ impl Free {
 
     /// The largest batch and number of heads that fit: `wanted`, or half of it, and so on.
     ///
-    /// A norm over all heads allows no fewer heads. Then the batch is halved.
+    /// A norm over all heads needs all of them, so the batch is halved instead.
     pub fn fit(self, spec: &Spec, wanted: [u32; 2], need: impl Fn([u32; 2]) -> Need) -> Result<[u32; 2]> {
         let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
         let mut extent = wanted;

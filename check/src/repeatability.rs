@@ -8,9 +8,9 @@
 //!
 //! * **again**: the same layer is run again.
 //! * **graph**: a layer is captured once and replayed up to [`REPLAYS`] times. Before each replay,
-//!   one of up to [`SETS`] sets of inputs is copied over those that the graph reads: Q, K and V,
-//!   norm weights, RoPE tables and text lengths. So head types and text lengths change under the
-//!   graph.
+//!   one of up to [`SETS`] sets of inputs is copied over those that the graph reads. A set is Q, K
+//!   and V, norm weights, RoPE tables and text lengths. So head types and text lengths change under
+//!   the graph.
 //! * **two streams**: two layers, each with inputs, output and workspace of its own, are launched
 //!   in turn on two streams. Nothing waits except for comparisons.
 //!
@@ -60,7 +60,7 @@ pub const READ_BYTES: u64 = 16 << 30;
 const QUANTITIES: [(&str, &str); 4] = [
     ("attention", "output"),
     ("attention", "log-sum-exp"),
-    ("profile", "mean squared errors"),
+    ("select", "mean squared errors"),
     ("select", "head types"),
 ];
 

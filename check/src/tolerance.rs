@@ -36,11 +36,12 @@
 //!   approximate 2^x for each key tile.
 //! * **log-sum-exp** is compared as the relative error of the sum of weights. A thread adds a
 //!   quarter of the keys in sequence.
-//! * **profile** gives mean squared errors between two such outputs, in f32. By the triangle
-//!   inequality, the root of the error is wrong by no more than the root mean square errors of both
-//!   outputs. Weights under a mask may be relative to the largest of all keys, which the mask may
-//!   hide. Their rounding errors are then absolute, but small beside [`Dtype::least_masked_sum`],
-//!   which their sum in each split reaches. Splits are merged by the logarithms of their sums.
+//! * **select** gives mean squared errors between two such outputs of profile, in f32. By the
+//!   triangle inequality, the root of the error is wrong by no more than the root mean square
+//!   errors of both outputs. Weights under a mask may be relative to the largest of all keys, which
+//!   the mask may hide. Their rounding errors are then absolute, but small beside
+//!   [`Dtype::least_masked_sum`], which their sum in each split reaches. Splits are merged by the
+//!   logarithms of their sums.
 
 use framestride::shapes::blocks::PROFILE_KEY_ROWS;
 use framestride::shapes::layout::HeadType;

@@ -78,7 +78,7 @@ fn toml(index: usize, row: &Choice) -> String {
         let rotates_text = if value(6).is_empty() { "text = false" } else { value(4) };
         write!(text, "[rope]\npairs = \"{}\"\n{rotates_text}\n{}\n", value(3), value(5)).unwrap();
     }
-    // One band is narrow, and one is wide.
+    // Half widths differ from spec to spec.
     write!(text, "[masks.spatial]\nhalf_width = {}\n[masks.temporal]\nhalf_width_frames = 0.8\n", 2 + 11 * index % 60)
         .unwrap();
     write!(text, "[sink]\n{}\n[profile]\nrows = {}\nseed = {index}\n", value(7), 1 + 24 * (index % 4)).unwrap();

@@ -2,11 +2,17 @@
 //!
 //! | tensor | diffusers calls it | shape | type |
 //! | --- | --- | --- | --- |
-//! | `q`, `k`, `v` | `query`, `key`, `value` | \[B, S, H, D\], \[B, H, S, D\] or \[B, S, H D\] | floats; rounded to the spec's type |
-//! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, D / 2\], or \[rows, H, D / 2\] with tables per head | floats; made from the grid when not given |
-//! | `q_norm.weight`, `k_norm.weight`, `q_norm.bias`, `k_norm.bias` | `norm_q.weight`, ... | \[D\], or \[H D\] when the norm is over all heads | floats |
-//! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | likewise, for text rows; the video's when not given | floats |
-//! | `text_lengths` | | \[B\], valid text tokens; \[\] for one batch item | integers |
+//! | `q`, `k`, `v` | `query`, ... | \[B, S, H, D\], \[B, H, S, D\], \[B, S, H D\] | floats |
+//! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, D / 2\], \[rows, H, D / 2\] | floats |
+//! | `q_norm.weight`, `q_norm.bias` | `norm_q.weight`, ... | \[D\], \[H D\] | floats |
+//! | `k_norm.weight`, `k_norm.bias` | `norm_k.weight`, ... | \[D\], \[H D\] | floats |
+//! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | \[D\], \[H D\] | floats |
+//! | `text_lengths` | | \[B\], or \[\] for one batch item | integers |
+//!
+//! Q, K and V are rounded to the spec's type. RoPE tables have an extent of heads where each head
+//! has its own, and are made from the grid when they are not given. Norm weights are \[H D\] when
+//! the norm is over all heads. Text rows have the video's weights when their own are not given.
+//! `text_lengths` are numbers of valid text tokens.
 //!
 //! Floats are bf16, f16, f32 or f64. A finite number that its new type cannot hold is an error. So
 //! is a tensor of any other name, since nobody would read it.

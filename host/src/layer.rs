@@ -1,10 +1,10 @@
 //! Sparse attention of one layer: [`SparseAttention::forward`].
 //!
 //! ```text
-//! head types        launches
-//! Profiled          pack(all, spatial layout) -> profile -> select -> pack(temporal heads) -> attention
-//! Given             pack(all, by type) -> attention
-//! Dense             pack(all, spatial layout) -> attention
+//! head types  launches
+//! Profiled    pack(all, spatial layout) -> profile -> select -> pack(temporal heads) -> attention
+//! Given       pack(all, by type) -> attention
+//! Dense       pack(all, spatial layout) -> attention
 //! ```
 //!
 //! Everything is checked before the first launch, and nothing is allocated or waited for. So a
@@ -64,8 +64,8 @@ pub struct Layer {
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
     ///
     /// Q is multiplied by scale x log2(e) before it is rounded to the spec's type. So in f16 the
-    /// products with the elements of Q should be normal numbers, 2^-14 to 2^16. Scales are allowed
-    /// with which rows of Q and K of root mean square 1 stay finite.
+    /// products with the elements of Q should be normal numbers, 2^-14 to 2^16. A scale is allowed
+    /// if rows of Q and K of root mean square 1 stay finite with it.
     pub scale: Option<f32>,
 }
 

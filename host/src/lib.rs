@@ -5,7 +5,8 @@
 //! the mask of that kind.
 //!
 //! ```no_run
-//! use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
+//! use framestride::{Device, Kernels, Module, Stream, Workspace};
+//! use framestride::{HeadTypes, Layer, SparseAttention};
 //!
 //! # fn main() -> framestride::Result<()> {
 //! # let (q, k, v, out, cos, sin) = Default::default();

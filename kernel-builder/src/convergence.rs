@@ -20,9 +20,18 @@
 //! All consumer warps of attention waited there. So no pass is trusted, and the result is checked.
 //!
 //! A register is **uniform** if all lanes of a warp have the same value in it. These values are not
-//! uniform: the thread's number, results of atomics, of `elect`, of waiting for a barrier, of
-//! unknown instructions, and whatever is computed from those. These are uniform again: votes,
-//! `redux`, a value that one lane broadcasts, and the bits of the thread's number that count warps.
+//! uniform, nor is what is computed from them:
+//!
+//! * the thread's number,
+//! * results of atomics, of `elect` and of waiting for a barrier,
+//! * results of unknown instructions.
+//!
+//! These values are uniform again:
+//!
+//! * results of votes and of `redux`,
+//! * a value that one lane broadcasts,
+//! * the bits of the thread's number that count warps.
+//!
 //! A load from a uniform address counts as uniform. If its value may change while the lanes read
 //! it, the author must broadcast it.
 //!

@@ -25,12 +25,12 @@ const MEMORY: f64 = 3.4e9;
 /// Milliseconds from one launch of a layer to the next. Short kernels do not hide them.
 const LAUNCH: f64 = 5e-3;
 
-/// Operations that full tiles of attention make in a millisecond on all multiprocessors, and the
-/// time of an edge tile over that of a full one.
+/// Operations that full tiles of attention make in a millisecond on all multiprocessors. The second
+/// number is the time of an edge tile over that of a full one.
 ///
-/// The rates are those of heads whose softmax needs no offsets, from the dense and sparse rows of
-/// BENCHMARKS.md, which count every pair of a visited tile. At head dim 128 they are 702 to 759
-/// TFLOP/s, with edges or without. At 64, dense heads reach 619 and 634. LTX's sparse heads, of
+/// The rates are those of heads whose softmax needs no offsets. They come from the dense and sparse
+/// rows of BENCHMARKS.md, which count every pair of a visited tile. At head dim 128 they are 702 to
+/// 759 TFLOP/s, with edges or without. At 64, dense heads reach 619 and 634. LTX's sparse heads, of
 /// whose tiles 22% are edges, keep 88% of that.
 const fn attention_rate(head_dim: u32) -> (f64, f64) {
     if head_dim == 64 { (625e9, 1.6) } else { (735e9, 1.0) }

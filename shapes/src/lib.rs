@@ -1,15 +1,17 @@
 //! The shape of a video diffusion transformer's attention, and all geometry derived from it.
 //!
 //! * [`arch`]: the families of GPUs that kernels exist for. `no_std`.
-//! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees. `no_std`: the kernels
-//!   compile this very code, and the host plans with it.
+//! * [`layout`]: where each token of a head lies in the packed order, and which keys a query sees.
+//!   `no_std`: the kernels compile this very code, and the host plans with it.
 //! * [`dtype`], [`image`]: the elements, and where each byte of a packed image lies. `no_std`.
 //! * [`norm_rope`]: QK-norm and RoPE. `no_std`.
 //! * [`params`]: the parameter blocks that the host writes and the kernels read. `no_std`.
-//! * [`blocks`], [`shared`]: how the kernels' blocks are made, and what lies where in their shared memory. `no_std`.
+//! * [`blocks`], [`shared`]: how the kernels' blocks are made, and what lies where in their shared
+//!   memory. `no_std`.
 //! * [`fragment`]: which element of a tensor-core tile a register holds. `no_std`.
 //! * [`spec`] (feature `std`): the TOML file, explained key by key, and its validation.
-//! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a density.
+//! * [`density`] (feature `std`): exact counts of visible pairs, and the half width that gives a
+//!   density.
 //! * [`tiling`] (feature `std`): which tiles the attention kernel visits.
 //! * [`estimate`] (feature `std`): how long a layer takes, and what profiling gains.
 //! * [`workspace`] (feature `std`): where everything lies in the one allocation of a layer.
@@ -46,7 +48,8 @@ pub mod workspace;
 #[cfg(feature = "std")]
 pub const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 
-/// The shipped specs: name and TOML text, in the order of their names. They are the files of `shapes/models`.
+/// The shipped specs: name and TOML text, in the order of their names. They are the files of
+/// `shapes/models`.
 #[cfg(feature = "std")]
 pub const fn models() -> &'static [(&'static str, &'static str)] {
     /// Names a model once for both.

@@ -1,4 +1,5 @@
-//! What stands beside a PTX file, as JSON: everything that is needed to launch its kernels, and where they come from.
+//! What stands beside a PTX file, as JSON. It is everything that is needed to launch the kernels,
+//! and what they were made from.
 //!
 //! ```json
 //! {
@@ -10,9 +11,12 @@
 //!   "ptx_sha256": "64 hexadecimal digits",
 //!   "kernels": [
 //!     {
-//!       "entry": "attention", "threads": 384, "min_blocks": 1, "shared_bytes": 213248, "params_bytes": 104,
+//!       "entry": "attention", "threads": 384, "min_blocks": 1, "shared_bytes": 213248,
+//!       "params_bytes": 104,
 //!       "params": [{ "name": "params", "type": "AttentionParams", "offset": 0, "bytes": 104 }],
-//!       "ptxas": { "registers": 168, "stack": 0, "spill_stores": 0, "spill_loads": 0, "messages": [] }
+//!       "ptxas": {
+//!         "registers": 168, "stack": 0, "spill_stores": 0, "spill_loads": 0, "messages": []
+//!       }
 //!     }
 //!   ],
 //!   "densities": { "dense": 1.0, "spatial": 0.3, "temporal": 0.3 },
@@ -20,11 +24,13 @@
 //! }
 //! ```
 //!
-//! The reader is strict: an unknown field, a missing one, another format or a value that contradicts another is an error.
+//! The reader is strict. An unknown field, a missing one, another format and a value that
+//! contradicts another are errors.
 //!
-//! The PTX itself says what it was made for: its first line, a comment, repeats name, spec, target, kernels and what follows from
-//! them ([`Manifest::statement`]). So a manifest that says something else is found out ([`Manifest::mismatch`]): kernels know their
-//! shape as constants, and would read beyond the tensors of another.
+//! The PTX itself says what it was made for. Its first line, a comment, repeats name, spec, family,
+//! kernels and what follows from them ([`Manifest::statement`]). So a manifest that says something
+//! else is found out ([`Manifest::mismatch`]). This matters because kernels know their shape as
+//! constants, and would read beyond the tensors of another.
 
 use core::fmt;
 
@@ -46,10 +52,10 @@ pub struct Manifest {
     pub format: u32,
     /// Name of the spec, and of the two files.
     pub name: String,
-    /// The spec's TOML text; `null` for a device crate without attention kernels.
+    /// The spec's TOML text. It is `null` for a device crate without attention kernels.
     #[serde(deserialize_with = "Option::deserialize")]
     pub spec: Option<String>,
-    /// Target, as in `sm_90a`.
+    /// The family that the kernels were made for, such as `sm_90a`.
     pub arch: String,
     /// What made the PTX.
     pub compiler: Compiler,
@@ -57,11 +63,11 @@ pub struct Manifest {
     pub ptx_sha256: String,
     /// The kernels, in the order of the PTX.
     pub kernels: Vec<KernelResources>,
-    /// Exact densities of the head types; `null` without a spec.
+    /// Exact densities of the head types. It is `null` without a spec.
     #[serde(deserialize_with = "Option::deserialize")]
     pub densities: Option<Densities>,
-    /// Bytes of the workspace for the spec's own batch and heads, with the keys profiled in one part; see
-    /// [`Spec::workspace`] for others. `null` without a spec.
+    /// Bytes of the workspace for the spec's own batch and heads, with the keys profiled in one
+    /// part. [`Spec::workspace`] gives others. It is `null` without a spec.
     #[serde(deserialize_with = "Option::deserialize")]
     pub workspace_bytes: Option<u64>,
 }
@@ -204,7 +210,8 @@ impl Manifest {
 
     /// The manifest as indented JSON with a newline at its end, as it stands in the file.
     pub fn to_json(&self) -> String {
-        // Numbers, strings and structures of them always have a JSON form; a NaN density would be written as null.
+        // Numbers, strings and structures of them always have a JSON form. A NaN density would be
+        // written as null.
         let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
         text.push('\n');
         text

@@ -5,8 +5,10 @@ use std::borrow::Cow;
 /// Most bytes of an error message.
 pub const MESSAGE_BYTES: usize = 2000;
 
-/// Text without control characters but line ends, without marks that turn the direction of writing, and of at most `most` bytes (64 or more): the rest is escaped, so that no terminal
-/// obeys it, and what is too long is shortened in its middle.
+/// Text that a terminal shows and does not obey, of at most `most` bytes (64 or more).
+///
+/// Control characters are escaped, all but line ends. So are marks that turn the direction of
+/// writing. A text that is too long is shortened in its middle.
 pub fn plain(text: &str, most: usize) -> Cow<'_, str> {
     let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let is_plain = |c: char| c == '\n' || !(c.is_control() || turns(c));
@@ -14,7 +16,8 @@ pub fn plain(text: &str, most: usize) -> Cow<'_, str> {
         return Cow::Borrowed(text);
     }
     let escape = |c: char| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() };
-    // Half from the start, half from the end, and in between the number of bytes left out, which takes no more than 32.
+    // One half is from the start, and one from the end. Between them stands the number of bytes
+    // that are left out, in at most 32 bytes.
     let half = (most - 32) / 2;
     let (mut rest, mut head, mut tail) = (text.chars(), String::new(), Vec::new());
     while let Some(piece) = rest.clone().next().map(escape).filter(|piece| head.len() + piece.len() <= half) {

@@ -135,10 +135,10 @@ impl Case {
 
     /// The cases of `verify`.
     ///
-    /// Masks come alone and all together. Every arrangement, length of text and content occurs, and
-    /// another batch with fewer heads. Contents that are about the softmax's offsets occur with
-    /// given types and profiled. With `is_emulated`, rows are scattered where a GPU has unaligned
-    /// ones.
+    /// Masks come alone and all together. Every arrangement, length of text and content occurs. Two
+    /// cases have another batch with fewer heads. Contents that are about the softmax's offsets
+    /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
+    /// unaligned ones.
     pub fn all(has_text: bool, is_emulated: bool) -> [Case; 12] {
         use Arrangement::{HeadsFirst, PackedQkv};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };

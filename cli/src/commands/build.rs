@@ -18,7 +18,7 @@ use crate::spec_argument::read_spec;
 pub struct Build {
     /// The spec.
     spec: String,
-    /// The GPU architecture.
+    /// The family of GPUs, such as sm_90a.
     #[arg(long, default_value = Arch::SM_90A.name)]
     arch: String,
     /// Folder for the two files.

@@ -14,9 +14,9 @@ use crate::spec_argument::read_spec;
 /// Compares each kernel with the f64 reference, on fresh random inputs, and a profiled layer with
 /// itself.
 ///
-/// Run again, the layer must give the same bytes. On a GPU so must a CUDA graph of it, which is
-/// replayed up to 1000 times with inputs that change in between, and two layers on two streams at a
-/// time. Of large layers, there are as many runs as fit some seconds. The emulator has neither
+/// Run again, the layer must give the same bytes. On a GPU it must also give them in a CUDA graph
+/// and on two streams at a time. The graph is replayed up to 1000 times, with inputs that change in
+/// between. Of large layers, there are as many runs as fit some seconds. The emulator has neither
 /// graphs nor streams.
 #[derive(Args)]
 pub struct Verify {

@@ -19,7 +19,7 @@ impl Stream {
     /// Borrows a `CUstream` (or `cudaStream_t`, which is the same) of the device's context.
     ///
     /// # Safety
-    /// The handle is a live stream of the context that the work will be launched in, for as long as
+    /// The handle is a stream of the context that the work will be launched in. It lives as long as
     /// this value is used.
     #[must_use]
     pub unsafe fn from_raw(handle: *mut c_void) -> Stream {
