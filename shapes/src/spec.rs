@@ -32,7 +32,7 @@
 //!     over = "head"                # "head" or "heads"; default "head"
 //!     eps = 1e-6                   # default 1e-6
 //!
-//!     [rope]                       # optional: rotary embedding; cosines and sines are given at run time
+//!     [rope]                       # optional: rotary embedding; its tables are given at run time
 //!     pairs = "interleaved"        # "interleaved" or "half"
 //!     text = false                 # rotate text rows too; default false
 //!     per_head = false             # each head has its own tables; default false
@@ -131,13 +131,13 @@
 //!
 //! `shapes/spec.schema.json` is the JSON schema of all this, for editors.
 
+mod check;
 mod error;
 mod keys;
 mod read;
 #[cfg(feature = "schema")]
 mod schema;
 
-use std::io::Read;
 use std::path::Path;
 
 pub use crate::dtype::Dtype;
@@ -148,14 +148,14 @@ pub use schema::json_schema;
 
 use crate::blocks::{SAMPLE_ROWS, Tiles};
 use crate::density;
-use crate::image::{ATOM_ROWS, Image};
-use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::image::Image;
+use crate::layout::{HeadType, Layout, TextPosition};
 use crate::params::PartialsLayout;
 use crate::tiling::{TileCounts, count_tiles};
 use crate::workspace::WorkspaceLayout;
+use check::{most_heads, read_spec};
 use error::Source;
-use keys::{GRID_Z, Key, find};
-use read::Reader;
+use read::{Reader, read_file};
 
 /// A validated spec. Every number in it fits the `u32` arithmetic of [`Layout`] and the grids of
 /// the kernels.
@@ -280,7 +280,7 @@ impl Schedule {
 }
 
 /// A text position as a spec writes it.
-pub(crate) const fn text_position_name(position: TextPosition) -> &'static str {
+pub const fn text_position_name(position: TextPosition) -> &'static str {
     match position {
         TextPosition::First => "first",
         TextPosition::Last => "last",
@@ -300,39 +300,6 @@ impl Spec {
         let mut reader = Reader::new(Source { file, text }).map_err(|problems| SpecError { problems })?;
         let spec = read_spec(&mut reader);
         reader.finish(spec).map_err(|problems| SpecError { problems })
-    }
-
-    /// Reads and checks several files, and reports the problems of all together.
-    ///
-    /// The names of the specs must differ, since the files that are made from them have these
-    /// names.
-    pub fn from_files(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<Spec>, SpecError> {
-        let mut specs: Vec<(String, Spec)> = Vec::new();
-        let mut problems = Vec::new();
-        for path in paths {
-            let path = path.as_ref();
-            let file = path.display().to_string();
-            let text = match read_file(path) {
-                Ok(text) => text,
-                Err(error) => {
-                    problems.extend(error.problems);
-                    continue;
-                }
-            };
-            match Spec::parse(&file, &text) {
-                Ok(spec) => {
-                    if let Some((first, _)) = specs.iter().find(|(_, other)| other.name == spec.name) {
-                        problems.push(duplicate_name(Source { file: &file, text: &text }, &spec.name, first));
-                    }
-                    specs.push((file, spec));
-                }
-                Err(error) => problems.extend(error.problems),
-            }
-        }
-        match problems.is_empty() {
-            true => Ok(specs.into_iter().map(|(_, spec)| spec).collect()),
-            false => Err(SpecError { problems }),
-        }
     }
 
     /// Tile sizes of the attention kernel.
@@ -378,6 +345,18 @@ impl Spec {
         rows * u64::from(self.head_dim * self.dtype.bytes())
     }
 
+    /// Whether one statistic of the QK-norm is taken over all heads of a token. Then every launch
+    /// has all of them.
+    pub fn norm_is_over_heads(&self) -> bool {
+        self.qk_norm.is_some_and(|norm| norm.over == NormOver::Heads)
+    }
+
+    /// How many elements one statistic of the QK-norm is taken over, in a launch of `heads` heads.
+    /// Each norm weight and bias has as many.
+    pub fn norm_length(&self, heads: u32) -> u32 {
+        if self.norm_is_over_heads() { heads * self.head_dim } else { self.head_dim }
+    }
+
     /// Rows of the RoPE tables. They are the video rows, or all rows of the model's order when text
     /// is rotated too.
     pub fn rope_rows(&self) -> u32 {
@@ -390,6 +369,16 @@ impl Spec {
     pub fn rope_table_shape(&self, heads: u32) -> Vec<u32> {
         let (rows, half) = (self.rope_rows(), self.head_dim / 2);
         if self.rope.is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
+    }
+
+    /// Elements of each RoPE table for a launch of `heads` heads.
+    pub fn rope_table_elements(&self, heads: u32) -> u64 {
+        self.rope_table_shape(heads).into_iter().map(u64::from).product()
+    }
+
+    /// Bytes of both RoPE tables, f32, for a launch of `heads` heads. Without RoPE there are none.
+    pub fn rope_table_bytes(&self, heads: u32) -> u64 {
+        if self.rope.is_some() { 2 * 4 * self.rope_table_elements(heads) } else { 0 }
     }
 
     /// The rows that packed Q, K and V consist of.
@@ -408,392 +397,4 @@ impl Spec {
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
         WorkspaceLayout::new(&self.layout, self.image(), batch, heads, self.partials(splits))
     }
-}
-
-/// A spec has at most so many bytes.
-const MOST_BYTES: u64 = 1 << 20;
-
-/// The text of a spec's file. The file is read once, so that it may be a pipe.
-fn read_file(path: &Path) -> Result<String, SpecError> {
-    let file = path.display().to_string();
-    let fail = |found: String, allowed: &str, mend: &str| SpecError {
-        problems: vec![Source { file: &file, text: "" }.problem(None, "", found, allowed, mend)],
-    };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut bytes)).map_err(|error| {
-        fail(format!("the spec cannot be read: {error}"), "a TOML file", "check the path and its permissions")
-    })?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(fail(
-            format!("more than {MOST_BYTES} bytes"),
-            "a TOML file of some lines",
-            "give the spec's own file",
-        ));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = error.utf8_error().valid_up_to();
-        let byte = error.as_bytes()[valid];
-        let text = String::from_utf8_lossy(error.as_bytes());
-        // Up to `valid`, the text with replacements equals the text itself.
-        let problem = Source { file: &file, text: &text }.problem(
-            Some(valid..valid + 1),
-            "",
-            format!("not UTF-8: byte 0x{byte:02x}"),
-            "UTF-8 text",
-            "save the file as UTF-8",
-        );
-        SpecError { problems: vec![problem] }
-    })
-}
-
-fn duplicate_name(source: Source, name: &str, first: &str) -> Problem {
-    // The spec was parsed before. This finds where its name stands.
-    let span = Reader::new(source).ok().map(|reader| reader.span(NAME));
-    source.problem(
-        span,
-        NAME.path,
-        format!("is {name:?}, as in {first}"),
-        "a name that no other spec of the set has",
-        "rename one of them",
-    )
-}
-
-const NAME: &Key = find("name");
-const FRAMES: &Key = find("video.frames");
-const TOKENS_PER_FRAME: &Key = find("video.tokens_per_frame");
-const GRID: &Key = find("video.grid");
-const TEXT_TOKENS: &Key = find("text.tokens");
-const TEXT_POSITION: &Key = find("text.position");
-const HEADS: &Key = find("attention.heads");
-const HEAD_DIM: &Key = find("attention.head_dim");
-const DTYPE: &Key = find("attention.dtype");
-const BATCH: &Key = find("attention.batch");
-const NORM_KIND: &Key = find("qk_norm.kind");
-const NORM_OVER: &Key = find("qk_norm.over");
-const NORM_EPS: &Key = find("qk_norm.eps");
-const ROPE_PAIRS: &Key = find("rope.pairs");
-const ROPE_TEXT: &Key = find("rope.text");
-const ROPE_PER_HEAD: &Key = find("rope.per_head");
-const SINK_FRAMES: &Key = find("sink.frames");
-const PROFILE_ROWS: &Key = find("profile.rows");
-const PROFILE_SEED: &Key = find("profile.seed");
-const STEPS: &Key = find("schedule.steps");
-const LAYERS: &Key = find("schedule.layers");
-const DENSE_STEPS: &Key = find("schedule.dense_steps");
-const DENSE_LAYERS: &Key = find("schedule.dense_layers");
-
-/// The keys that give a mask's width.
-struct WidthKeys {
-    head: HeadType,
-    density: &'static Key,
-    tokens: &'static Key,
-    frames: &'static Key,
-}
-
-const SPATIAL: WidthKeys = WidthKeys {
-    head: HeadType::Spatial,
-    density: find("masks.spatial.density"),
-    tokens: find("masks.spatial.half_width"),
-    frames: find("masks.spatial.half_width_frames"),
-};
-
-const TEMPORAL: WidthKeys = WidthKeys {
-    head: HeadType::Temporal,
-    density: find("masks.temporal.density"),
-    tokens: find("masks.temporal.half_width"),
-    frames: find("masks.temporal.half_width_frames"),
-};
-
-/// Reads all keys, even after problems, and then checks what concerns several keys as far as they
-/// could be read.
-fn read_spec(r: &mut Reader) -> Option<Spec> {
-    let name = r.name(NAME);
-    let frames = r.integer32(FRAMES);
-    let tokens_per_frame = r.integer32(TOKENS_PER_FRAME);
-    let grid = r.pair(GRID);
-    let text_tokens = if r.has_table("text") { r.integer32(TEXT_TOKENS) } else { Some(0) };
-    let text_position = r.choice(TEXT_POSITION, &[TextPosition::First, TextPosition::Last], text_position_name);
-    let heads = r.integer32(HEADS);
-    let head_dim = r.integer32(HEAD_DIM);
-    let dtype = r.choice(DTYPE, &Dtype::ALL, Dtype::as_str);
-    let batch = r.integer32(BATCH);
-    let qk_norm = if r.has_table("qk_norm") {
-        let kind = r.choice(NORM_KIND, &NormKind::ALL, NormKind::as_str);
-        let over = r.choice(NORM_OVER, &NormOver::ALL, NormOver::as_str);
-        let eps = r.number(NORM_EPS);
-        kind.zip(over).zip(eps).map(|((kind, over), eps)| Some(QkNorm { kind, over, eps }))
-    } else {
-        Some(None)
-    };
-    let rope = if r.has_table("rope") {
-        let pairs = r.choice(ROPE_PAIRS, &Pairs::ALL, Pairs::as_str);
-        let (text, per_head) = (r.boolean(ROPE_TEXT), r.boolean(ROPE_PER_HEAD));
-        pairs.zip(text).zip(per_head).map(|((pairs, text), per_head)| Some(Rope { pairs, text, per_head }))
-    } else {
-        Some(None)
-    };
-    let (spatial, temporal) = (read_width(r, &SPATIAL), read_width(r, &TEMPORAL));
-    let sink_frames = r.integer32(SINK_FRAMES);
-    let rows = r.integer32(PROFILE_ROWS);
-    let seed = r.integer(PROFILE_SEED);
-    let schedule = if r.has_table("schedule") { read_schedule(r) } else { Some(Schedule::default()) };
-
-    if let (Some([height, width]), Some(tokens)) = (grid, tokens_per_frame) {
-        let product = u64::from(height) * u64::from(width);
-        if product != u64::from(tokens) {
-            r.report(
-                GRID,
-                format!("is [{height}, {width}], which makes {product} tokens a frame"),
-                format!("height x width = tokens_per_frame = {tokens}"),
-                "correct the grid or video.tokens_per_frame, or remove the grid",
-            );
-        }
-    }
-    if let (Some(sinks), Some(frames)) = (sink_frames, frames)
-        && sinks >= frames
-    {
-        r.report(
-            SINK_FRAMES,
-            format!("is {sinks}, which leaves no frame of {frames} to a mask"),
-            format!("an integer from 0 to {}", frames - 1),
-            "give fewer sink frames",
-        );
-    }
-    if let (Some(Some(Rope { text: true, .. })), Some(0)) = (rope, text_tokens) {
-        r.report(
-            ROPE_TEXT,
-            "is true, but there is no text",
-            "false without a [text] table",
-            "remove it, or add [text]",
-        );
-    }
-
-    // From here on a layout is needed.
-    let head_dim = head_dim?;
-    let image = Image { head_dim, dtype: dtype.unwrap_or(Dtype::Bf16) };
-    check_sizes(r, frames?, tokens_per_frame?, text_tokens?, image, heads?, batch?, rope?)?;
-    let mut layout = Layout {
-        frames: frames?,
-        tokens_per_frame: tokens_per_frame?,
-        text_tokens: text_tokens?,
-        text_position: text_position?,
-        sink_frames: sink_frames.filter(|&sinks| Some(sinks) < frames)?,
-        spatial_half_width: 1,
-        temporal_half_width: 1,
-    };
-    let rows = check_rows(r, rows, layout.video_tokens());
-    let spatial_half_width = spatial.and_then(|width| solve_width(r, &SPATIAL, &layout, width));
-    let temporal_half_width = temporal.and_then(|width| solve_width(r, &TEMPORAL, &layout, width));
-    layout.spatial_half_width = spatial_half_width?;
-    layout.temporal_half_width = temporal_half_width?;
-    Some(Spec {
-        name: name?,
-        layout,
-        head_dim,
-        heads: heads?,
-        batch: batch?,
-        dtype: dtype?,
-        grid,
-        qk_norm: qk_norm?,
-        rope: rope?,
-        spatial: spatial?,
-        temporal: temporal?,
-        profile: Profile { rows: rows?, seed: seed? },
-        schedule: schedule?,
-        source: SpecSource { file: r.source.file.into(), text: r.source.text.into() },
-    })
-}
-
-fn read_width(r: &mut Reader, keys: &WidthKeys) -> Option<Width> {
-    let all = [keys.density, keys.tokens, keys.frames];
-    let given: Vec<&Key> = all.into_iter().filter(|key| r.has(key)).collect();
-    // Each is read whatever the others are, so that every wrong value is reported.
-    let density = r.number(keys.density).map(Width::Density);
-    let tokens = r.integer32(keys.tokens).map(Width::Tokens);
-    let frames = r.number(keys.frames).map(Width::Frames);
-    match given[..] {
-        [] => {
-            if r.has_table(keys.density.table()) {
-                r.report(
-                    keys.density,
-                    "is missing, and so is any other width",
-                    "density, half_width or half_width_frames",
-                    format!("add `{} = {}` to [{}]", keys.density.name(), keys.density.example, keys.density.table()),
-                );
-            }
-            None
-        }
-        [_] => density.or(tokens).or(frames),
-        [first, ref others @ ..] => {
-            for other in others {
-                r.report(
-                    other,
-                    format!("gives the width a second time, after `{}`", first.name()),
-                    "one of density, half_width and half_width_frames",
-                    "remove one of them",
-                );
-            }
-            None
-        }
-    }
-}
-
-fn read_schedule(r: &mut Reader) -> Option<Schedule> {
-    let (steps, layers) = (r.integer32(STEPS), r.integer32(LAYERS));
-    let (dense_steps, dense_layers) = (r.integer32(DENSE_STEPS), r.integer32(DENSE_LAYERS));
-    for (dense_key, dense, key, all) in
-        [(DENSE_STEPS, dense_steps, STEPS, steps), (DENSE_LAYERS, dense_layers, LAYERS, layers)]
-    {
-        if let (Some(dense), Some(all)) = (dense, all)
-            && dense > all
-        {
-            r.report(
-                dense_key,
-                format!("is {dense}, more than the {all} {} there are", key.name()),
-                format!("an integer from 0 to {all}"),
-                format!("give at most `{}`", key.path),
-            );
-        }
-    }
-    Some(Schedule { steps: steps?, layers: layers?, dense_steps: dense_steps?, dense_layers: dense_layers? })
-}
-
-/// Checks that everything the kernels index fits their `u32` arithmetic.
-#[allow(clippy::too_many_arguments)]
-fn check_sizes(
-    r: &mut Reader,
-    frames: u32,
-    tokens_per_frame: u32,
-    text_tokens: u32,
-    image: Image,
-    heads: u32,
-    batch: u32,
-    rope: Option<Rope>,
-) -> Option<()> {
-    let video = u64::from(frames) * u64::from(tokens_per_frame);
-    let sequence = video + u64::from(text_tokens);
-    let head_dim = image.head_dim;
-    // Kernels count the bytes of a packed head in 32 bits. It has [`Layout::packed_rows`] rows,
-    // which are whole atoms.
-    let most_rows = u64::from(u32::MAX / image.bytes(1)) - u64::from(PAD_ROWS);
-    let most = most_rows - most_rows % u64::from(ATOM_ROWS);
-    if sequence > most {
-        r.report(
-            if video > most { FRAMES } else { TEXT_TOKENS },
-            match text_tokens {
-                0 => format!("makes a sequence of {frames} x {tokens_per_frame} = {sequence} tokens"),
-                _ => format!("makes a sequence of {frames} x {tokens_per_frame} + {text_tokens} = {sequence} tokens"),
-            },
-            format!("a sequence of at most {most} tokens with head_dim {head_dim}, so that 32 bits count the bytes of a packed head"),
-            "give fewer frames, tokens per frame or text tokens",
-        );
-        return None;
-    }
-    let packed_rows = sequence.next_multiple_of(u64::from(ATOM_ROWS)) + u64::from(PAD_ROWS);
-    let (all_heads, most_heads) = (u64::from(batch) * u64::from(heads), most_heads(packed_rows));
-    if all_heads > most_heads {
-        r.report(
-            HEADS,
-            format!("makes {batch} x {heads} = {all_heads} heads over the batch"),
-            match most_heads {
-                GRID_Z => format!("batch x heads of at most {GRID_Z}, the third extent of a CUDA grid"),
-                _ => format!(
-                    "batch x heads of at most {most_heads}, so that 32 bits count {packed_rows} packed rows of each"
-                ),
-            },
-            "give fewer heads, a smaller batch or a shorter sequence",
-        );
-        return None;
-    }
-    if let Some(Rope { text, per_head: true, .. }) = rope {
-        let rows = if text { sequence } else { video };
-        let elements = rows * u64::from(heads) * u64::from(head_dim / 2);
-        if elements > u64::from(u32::MAX) {
-            r.report(
-                ROPE_PER_HEAD,
-                format!("is true, which makes tables of {rows} x {heads} x {} = {elements} elements", head_dim / 2),
-                format!("rows x heads x head_dim / 2 of at most {}", u32::MAX),
-                "share the tables between heads, or give fewer heads or a shorter sequence",
-            );
-            return None;
-        }
-    }
-    Some(())
-}
-
-/// The most heads over the batch of one launch. The third extent of a grid and the rows that `u32`
-/// counts limit it.
-const fn most_heads(packed_rows: u64) -> u64 {
-    let countable = u32::MAX as u64 / packed_rows;
-    if countable < GRID_Z { countable } else { GRID_Z }
-}
-
-/// The number of sampled rows. It cannot be more than that of video rows; then the default is all
-/// of them.
-fn check_rows(r: &mut Reader, rows: Option<u32>, video: u32) -> Option<u32> {
-    let rows = rows?;
-    if rows <= video {
-        return Some(rows);
-    }
-    if !r.has(PROFILE_ROWS) {
-        return Some(video);
-    }
-    r.report(
-        PROFILE_ROWS,
-        format!("is {rows}, more than the {video} video tokens"),
-        format!("an integer from 1 to {}", video.min(1024)),
-        "sample fewer rows",
-    );
-    None
-}
-
-/// The half width of a mask in tokens. The rest of the layout is finished.
-fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) -> Option<u32> {
-    let video = layout.video_tokens();
-    match width {
-        Width::Tokens(tokens) if tokens <= video => Some(tokens),
-        Width::Tokens(tokens) => {
-            r.report(
-                keys.tokens,
-                format!("is {tokens}, more than the {video} video tokens"),
-                format!("an integer from 1 to {video}"),
-                format!("give at most {video}, which shows every token"),
-            );
-            None
-        }
-        Width::Frames(frames) => {
-            let tokens = (frames * f64::from(layout.tokens_per_frame)).round();
-            if tokens >= 1.0 && frames <= f64::from(layout.frames) {
-                return Some(tokens as u32);
-            }
-            // Half a token is rounded to one token.
-            let least = rounded_up(0.5 / f64::from(layout.tokens_per_frame));
-            r.report(
-                keys.frames,
-                format!("is {frames}, which makes {tokens} tokens"),
-                format!("a number from {least} to {}, which make 1 to {video} tokens", layout.frames),
-                if tokens < 1.0 { "give a wider band" } else { "give a narrower band" },
-            );
-            None
-        }
-        Width::Density(wanted) => {
-            let least = density::least_density(layout, keys.head);
-            if wanted >= least {
-                return Some(density::half_width_of_density(layout, keys.head, wanted));
-            }
-            let least = rounded_up(least).min(1.0);
-            r.report(
-                keys.density,
-                format!("is {wanted}, less than text, sinks and each token itself take"),
-                format!("a number from {least} to 1"),
-                format!("give at least {least}, or fewer text tokens or sink frames"),
-            );
-            None
-        }
-    }
-}
-
-/// A least value, rounded up to six digits. So the number that a message gives is allowed itself.
-fn rounded_up(least: f64) -> f64 {
-    (least * 1e6).ceil() / 1e6
 }

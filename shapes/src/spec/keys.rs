@@ -70,6 +70,9 @@ const COUNT: u64 = (1 << 25) - 1;
 /// CUDA grid.
 pub(crate) const GRID_Z: u64 = 65_535;
 
+/// The most rows that profiling samples from a head.
+pub(crate) const MOST_PROFILE_ROWS: u64 = 1024;
+
 pub(crate) const TABLES: &[Table] = &[
     Table { path: "", required: true, doc: "the attention of one video diffusion transformer" },
     Table { path: "video", required: true, doc: "latent frames of patches" },
@@ -195,7 +198,7 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     key(
         "profile.rows",
-        Kind::Integer(1, 1024),
+        Kind::Integer(1, MOST_PROFILE_ROWS),
         Presence::Default("64"),
         "query rows sampled from each head, at most the video tokens; kernels take them in groups of 64",
         "64",

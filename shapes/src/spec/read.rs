@@ -1,17 +1,55 @@
-//! Reads typed values of known keys from a TOML tree, and collects what is wrong.
+//! Reads the text of a spec's file, and typed values of known keys from its TOML tree.
 //!
-//! The tree remembers where everything stands in the text.
+//! The tree remembers where everything stands in the text. What is wrong is collected.
 
 use core::ops::Range;
+use std::io::Read;
+use std::path::Path;
 
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
-use super::error::{Problem, Source};
+use super::error::{Problem, Source, SpecError};
 use super::keys::{Key, Kind, NAME_LENGTH, Presence, TABLES, Table};
 use crate::text::nearest;
 
 type Span = Range<usize>;
+
+/// A spec has at most so many bytes.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The text of a spec's file. The file is read once, so that it may be a pipe.
+pub(crate) fn read_file(path: &Path) -> Result<String, SpecError> {
+    let file = path.display().to_string();
+    let fail = |found: String, allowed: &str, mend: &str| SpecError {
+        problems: vec![Source { file: &file, text: "" }.problem(None, "", found, allowed, mend)],
+    };
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut bytes)).map_err(|error| {
+        fail(format!("the spec cannot be read: {error}"), "a TOML file", "check the path and its permissions")
+    })?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(fail(
+            format!("more than {MOST_BYTES} bytes"),
+            "a TOML file of some lines",
+            "give the spec's own file",
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let byte = error.as_bytes()[valid];
+        let text = String::from_utf8_lossy(error.as_bytes());
+        // Up to `valid`, the text with replacements equals the text itself.
+        let problem = Source { file: &file, text: &text }.problem(
+            Some(valid..valid + 1),
+            "",
+            format!("not UTF-8: byte 0x{byte:02x}"),
+            "UTF-8 text",
+            "save the file as UTF-8",
+        );
+        SpecError { problems: vec![problem] }
+    })
+}
 
 /// A parsed file, and the problems found so far.
 pub(crate) struct Reader<'a> {

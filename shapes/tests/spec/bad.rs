@@ -209,7 +209,7 @@ fn bad_specs() {
     insta::assert_snapshot!(report);
 }
 
-/// Files that cannot be read, and sets of files.
+/// Files that cannot be read.
 #[test]
 fn bad_files() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bad_files");
@@ -220,10 +220,6 @@ fn bad_files() {
         path
     };
     let latin1 = write("latin1.toml", b"# gr\xf6\xdfe\nname = \"x\"\n");
-    let first = write("first.toml", GOOD.as_bytes());
-    let second = write("second.toml", GOOD.replace("heads = 2", "heads = 3").as_bytes());
-    let bad = write("bad.toml", GOOD.replace("heads = 2", "heads = 0").as_bytes());
-    let other = write("other.toml", GOOD.replace("\"good\"", "\"other\"").as_bytes());
 
     let mut report = String::new();
     let mut add = |name: &str, error: SpecError| {
@@ -233,12 +229,7 @@ fn bad_files() {
     let refused = |result: Result<Spec, SpecError>| result.expect_err("a refusal");
     add("missing file", refused(Spec::from_file(folder.join("none.toml"))));
     add("not UTF-8", refused(Spec::from_file(&latin1)));
-    let sets = Spec::from_files([&first, &bad, &second, &latin1]).expect_err("a refusal");
-    add("one name twice in a set, among other problems", sets);
     insta::assert_snapshot!(report);
-
-    let good = Spec::from_files([&first, &other]).expect("two specs of different names");
-    assert_eq!(good.iter().map(|spec| spec.name.as_str()).collect::<Vec<_>>(), ["good", "other"]);
 }
 
 /// Every problem carries its parts, for programs.
