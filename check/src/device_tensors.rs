@@ -11,7 +11,7 @@ use framestride::shapes::spec::Dtype;
 use framestride::{Device, Error, Layer, Result, Stream};
 use rayon::prelude::*;
 
-use crate::tensors::{Inputs, Norm, Tokens, widen};
+use crate::tensors::{ELEMENT, Inputs, Norm, Tokens, widen};
 
 /// How a `[B, S, H, D]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,9 +32,6 @@ pub enum Arrangement {
     /// itself.
     Scattered,
 }
-
-/// Bytes of an element: [`Tokens`] holds elements of 16 bits.
-const ELEMENT: usize = size_of::<u16>();
 
 /// Least distance of scattered rows in bytes.
 pub const APART: u64 = 1 << 28;

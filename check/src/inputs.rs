@@ -1,12 +1,12 @@
 //! Inputs that are made: random ones, and ones that try the edges of the kernels' arithmetic.
 
 use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use framestride::shapes::spec::{Dtype, NormKind, Spec};
 use rand::RngExt;
 use rayon::prelude::*;
 
 use crate::random::Drawn::{self, K, Q, V};
-use crate::random::{Normals, normal, quick_generator, row_generator};
+use crate::random::{Normals, norm_weights, quick_generator, row_generator};
 use crate::reference::norm;
 use crate::rope::RopeTables;
 use crate::tensors::{Inputs, Norm, Tokens, narrow};
@@ -105,14 +105,9 @@ impl Inputs {
         let mut norm = || match &spec.qk_norm {
             None => Norm::default(),
             Some(norm) => {
-                let length = match norm.over {
-                    NormOver::Head => spec.head_dim as usize,
-                    NormOver::Heads => heads * spec.head_dim as usize,
-                };
-                let mut values = |centre: f64| {
-                    Some((0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
-                };
-                Norm { weight: values(1.0), bias: if norm.kind == NormKind::Layer { values(0.0) } else { None } }
+                let mut values = |centre: f64| norm_weights(spec, heads, centre, &mut generator);
+                let weight = values(1.0);
+                Norm { weight: Some(weight), bias: (norm.kind == NormKind::Layer).then(|| values(0.0)) }
             }
         };
         let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());

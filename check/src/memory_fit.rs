@@ -1,7 +1,7 @@
 //! How many heads of a layer `verify` can launch at a time in the memory that is free.
 
 use framestride::device::available_memory;
-use framestride::shapes::spec::{NormOver, Spec};
+use framestride::shapes::spec::Spec;
 use framestride::{Device, Error, Result, workspace_layout};
 
 use crate::device_tensors::{Arrangement, layer_bytes};
@@ -43,11 +43,10 @@ impl Free {
     ///
     /// A norm over all heads needs all of them, so the batch is halved instead.
     pub fn fit(self, spec: &Spec, wanted: [u32; 2], need: impl Fn([u32; 2]) -> Need) -> Result<[u32; 2]> {
-        let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
         let mut extent = wanted;
         while !self.holds(need(extent)) {
             extent = match extent {
-                [batch, heads] if heads > 1 && !over_heads => [batch, heads.div_ceil(2)],
+                [batch, heads] if heads > 1 && !spec.norm_is_over_heads() => [batch, heads.div_ceil(2)],
                 [batch, heads] if batch > 1 => [batch.div_ceil(2), heads],
                 _ => return Err(self.no_room(spec, extent, need(extent))),
             };
@@ -82,12 +81,6 @@ fn shape(spec: &Spec, [batch, heads]: [u32; 2]) -> [usize; 4] {
     [batch, spec.layout.sequence(), heads, spec.head_dim].map(|extent| extent as usize)
 }
 
-/// Bytes of both RoPE tables of a launch.
-fn tables(spec: &Spec, heads: u32) -> u64 {
-    let elements = spec.rope_table_shape(heads).into_iter().map(u64::from).product::<u64>();
-    if spec.rope.is_some() { 2 * 4 * elements } else { 0 }
-}
-
 /// Bytes of the log-sum-exps of a launch.
 fn log_sums(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
     u64::from(batch) * u64::from(heads) * u64::from(spec.layout.sequence()) * 4
@@ -103,7 +96,7 @@ fn on_device(
     [layers, workspaces]: [u64; 2],
 ) -> u64 {
     let [batch, heads] = extent;
-    let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + tables(spec, heads);
+    let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + spec.rope_table_bytes(heads);
     layers * layer + workspaces * workspace_layout(spec, batch, heads, device.multiprocessors()).bytes
 }
 
@@ -119,7 +112,7 @@ pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangeme
     let statistics = 2 * 16 * u64::from(batch) * u64::from(spec.layout.sequence());
     // Q, K and V take at least three tensors, so the rest bounds the output in its arrangement.
     let out = layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor);
-    let host = 3 * tensor + tables(spec, heads) + out + log_sums(spec, extent) + statistics + one_head;
+    let host = 3 * tensor + spec.rope_table_bytes(heads) + out + log_sums(spec, extent) + statistics + one_head;
     Need { device: on_device(spec, device, extent, arrangements, [1, 1]), host }
 }
 
@@ -128,7 +121,7 @@ pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangeme
 pub(crate) fn repeated(spec: &Spec, device: &Device, extent: [u32; 2], counts: [u64; 2], results: u64) -> Need {
     let [batch, heads] = extent;
     let tensor = spec.tensor_bytes(batch, heads);
-    let inputs = 3 * tensor + tables(spec, heads);
+    let inputs = 3 * tensor + spec.rope_table_bytes(heads);
     let results = (results + 1) * (tensor + log_sums(spec, extent));
     let arrangements = [Arrangement::TokensFirst; 2];
     Need { device: on_device(spec, device, extent, arrangements, counts), host: inputs + results }

@@ -42,6 +42,11 @@ pub fn normal(generator: &mut ChaCha8Rng) -> f64 {
     StandardNormal.sample(generator)
 }
 
+/// Random weights or biases of a QK-norm around `centre`, for a launch of `heads` heads.
+pub(crate) fn norm_weights(spec: &Spec, heads: usize, centre: f64, generator: &mut ChaCha8Rng) -> Vec<f32> {
+    (0..spec.norm_length(heads as u32)).map(|_| (centre + 0.2 * normal(generator)) as f32).collect()
+}
+
 /// Standard normal values to pick from.
 ///
 /// A layer at full size has billions of elements. To draw each on its own would take longer than

@@ -8,7 +8,7 @@
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
 use framestride::shapes::layout::{HeadType, Layout, TextPosition};
-use framestride::shapes::spec::{Dtype, NormKind, NormOver, Pairs, Spec};
+use framestride::shapes::spec::{Dtype, NormKind, Pairs, Spec};
 use rayon::prelude::*;
 
 use crate::tensors::{Inputs, Norm, narrow, widen};
@@ -40,7 +40,7 @@ pub enum Operand {
 impl<'a> Reference<'a> {
     /// Prepares the statistics of `inputs`. [`Inputs::check`] must have accepted them for `spec`.
     pub fn new(spec: &'a Spec, inputs: &'a Inputs) -> Reference<'a> {
-        let over_heads = spec.qk_norm.as_ref().filter(|norm| norm.over == NormOver::Heads).map(|norm| {
+        let over_heads = spec.qk_norm.filter(|_| spec.norm_is_over_heads()).map(|norm| {
             [&inputs.q, &inputs.k].map(|tokens| {
                 let row_of = tokens.heads * tokens.head_dim;
                 (0..tokens.batch * tokens.rows)
@@ -73,7 +73,7 @@ impl<'a> Reference<'a> {
                 Some(statistics) => statistics[index][batch * tokens.rows + row],
                 None => statistic(&x, norm.kind, norm.eps),
             };
-            let first = if norm.over == NormOver::Heads { head * tokens.head_dim } else { 0 };
+            let first = if self.spec.norm_is_over_heads() { head * tokens.head_dim } else { 0 };
             let Norm { weight, bias } = self.inputs.norm(operand, is_text);
             for (d, x) in x.iter_mut().enumerate() {
                 let weight = weight.as_ref().map_or(1.0, |weight| f64::from(weight[first + d]));

@@ -54,7 +54,7 @@ pub fn token_coordinates(spec: &Spec, row: usize) -> [usize; 3] {
 impl RopeTables {
     /// Number of elements of each table for `heads` heads.
     pub(crate) fn length(spec: &Spec, heads: usize) -> usize {
-        spec.rope_table_shape(heads as u32).into_iter().map(|extent| extent as usize).product()
+        spec.rope_table_elements(heads as u32) as usize
     }
 
     /// The tables that are taken when none are given.

@@ -2,7 +2,7 @@
 
 use framestride::call::{check_heads, check_scale};
 use framestride::shapes::layout::Layout;
-use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use framestride::shapes::spec::{Dtype, NormKind, Spec};
 use framestride::{Error, Result};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -27,6 +27,10 @@ pub struct Tokens {
     /// The elements' bits.
     pub bits: Vec<u16>,
 }
+
+/// Bytes of an element. [`Tokens`] holds the bits of types of this size.
+pub(crate) const ELEMENT: usize = size_of::<u16>();
+const _: () = assert!(Dtype::Bf16.bytes() as usize == ELEMENT && Dtype::F16.bytes() as usize == ELEMENT);
 
 /// The 16 bits of the nearest value of a type. Of two equally near, it is the one whose last bit is
 /// 0.
@@ -233,10 +237,7 @@ impl Inputs {
                 ));
             }
         }
-        let norm_length = spec.qk_norm.as_ref().map(|norm| match norm.over {
-            NormOver::Head => spec.head_dim as usize,
-            NormOver::Heads => heads * spec.head_dim as usize,
-        });
+        let norm_length = spec.qk_norm.map(|_| spec.norm_length(heads as u32) as usize);
         for (key, norm) in [
             ("q_norm", Some(&self.q_norm)),
             ("k_norm", Some(&self.k_norm)),

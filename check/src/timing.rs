@@ -14,16 +14,16 @@ use framestride::device::Buffer;
 use framestride::launch::{Launch, Profiling};
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
-use framestride::shapes::spec::{NormKind, NormOver, Spec};
+use framestride::shapes::spec::{NormKind, Spec};
 use framestride::{Device, Error, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::device_tensors::{Arrangement, DeviceLayer, DeviceTensor};
-use crate::random::{normal, row_generator};
+use crate::random::{norm_weights, normal, row_generator};
 use crate::rope::RopeTables;
-use crate::tensors::{Inputs, Tokens, narrow};
+use crate::tensors::{ELEMENT, Inputs, Tokens, narrow};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,9 +186,6 @@ pub const SAMPLE_MILLISECONDS: f64 = 20.0;
 /// How often the work of a sample may run.
 const RUNS: RangeInclusive<u32> = 1..=500;
 
-/// Bytes of an element of the random values.
-const ELEMENT: usize = size_of::<u16>();
-
 /// How many random values fill Q, how many K and how many V, over and over. The number is odd, so
 /// that no two rows are equal.
 const POOL: usize = (1 << 24) + 1;
@@ -273,8 +270,7 @@ impl Bench {
         let spec = self.module.spec();
         let [batch, _, heads, _] = self.inputs.shape;
         let tensor = self.memory.tensor_bytes;
-        let table_values = spec.rope_table_shape(heads as u32).into_iter().map(u64::from).product::<u64>();
-        let tables = if spec.rope.is_some() { 2 * 4 * table_values } else { 0 };
+        let tables = spec.rope_table_bytes(heads as u32);
         let item = |what, mask, before: &[Launch], work: &[Launch], bytes, pairs| Item {
             what,
             mask,
@@ -500,11 +496,9 @@ impl BenchInputs {
             Ok(keep(device.upload(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?))
         };
         if let Some(norm) = &spec.qk_norm {
-            let length = if norm.over == NormOver::Heads { heads * head_dim } else { head_dim };
             let mut generator = row_generator(0, u64::MAX);
-            let mut around = |centre: f64| -> Result<u64> {
-                floats(&(0..length).map(|_| (centre + 0.2 * normal(&mut generator)) as f32).collect::<Vec<f32>>())
-            };
+            let mut around =
+                |centre: f64| -> Result<u64> { floats(&norm_weights(spec, heads, centre, &mut generator)) };
             for weights in [&mut layer.q_norm, &mut layer.k_norm] {
                 weights.weight = around(qk_norm_weight)?;
                 weights.bias = if norm.kind == NormKind::Layer { around(0.0)? } else { 0 };

@@ -45,7 +45,7 @@
 
 use framestride::shapes::blocks::PROFILE_KEY_ROWS;
 use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::{Dtype, NormKind, NormOver, Spec};
+use framestride::shapes::spec::{Dtype, NormKind, Spec};
 use ptx_emulator::LARGEST_CUT;
 
 use crate::reference::{Attended, ProfileErrors, UnderEachMask, norm};
@@ -114,10 +114,7 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
     }
     let mut tolerance = unit_roundoff(spec.dtype) + 64.0 * F32 + APPROXIMATION;
     if let Some(qk_norm) = &spec.qk_norm {
-        let terms = match qk_norm.over {
-            NormOver::Head => spec.head_dim,
-            NormOver::Heads => spec.heads * spec.head_dim,
-        };
+        let terms = spec.norm_length(spec.heads);
         let off_centre = match qk_norm.kind {
             NormKind::Rms => 1.0,
             NormKind::Layer => {

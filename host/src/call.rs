@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use framestride_shapes::params::Tensor;
-use framestride_shapes::spec::{NormKind, NormOver, Spec};
+use framestride_shapes::spec::{NormKind, Spec};
 use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::error::{Error, Result};
@@ -106,13 +106,11 @@ pub(crate) fn check_call(
                     "Pass 0, or change [qk_norm] in the spec",
                 ));
             }
-            let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
-            let heads = if over_heads { shape.heads } else { 1 };
-            let words = u64::from(heads) * u64::from(shape.head_dim);
+            let words = spec.norm_length(shape.heads).into();
             read.push(words_at(&format!("{name}.{part}"), address, WIDE, words)?);
         }
     }
-    let table = spec.rope_table_shape(shape.heads).into_iter().map(u64::from).product();
+    let table = spec.rope_table_elements(shape.heads);
     for (name, address) in [("cos", layer.cos), ("sin", layer.sin)] {
         match (spec.rope.is_some(), address) {
             (true, address) => read.push(words_at(name, address, WIDE, table)?),
@@ -162,7 +160,7 @@ pub(crate) fn check_call(
 ///
 /// `subject` is what an error calls the thing whose heads are counted.
 pub fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
-    let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
+    let over_heads = spec.norm_is_over_heads();
     let allowed = if over_heads {
         format!("exactly {}: the QK-norm of spec {} is over all heads", spec.heads, spec.name)
     } else {

@@ -67,7 +67,7 @@ impl LayerTimes {
     pub fn estimate(spec: &Spec) -> LayerTimes {
         let heads = f64::from(spec.heads) * f64::from(spec.batch);
         let row = heads * f64::from(spec.head_dim);
-        let tensor = 2.0 * f64::from(spec.layout.sequence()) * row;
+        let tensor = spec.tensor_bytes(spec.batch, spec.heads) as f64;
         let (flop, edge) = attention_rate(spec.head_dim);
         let tiles = spec.tiles();
         let tile_flop = 4.0 * f64::from(tiles.query_rows) * f64::from(tiles.key_rows) * row;
@@ -168,9 +168,15 @@ mod tests {
 
     #[test]
     fn models_gain() {
+        const LEAST: f64 = 1.9;
         for (name, text) in models().iter().filter(|(name, _)| !name.starts_with("tiny") && *name != "demo") {
             let times = estimate(text);
-            assert!(times.obstacle().is_none() && times.speedup() > 1.9, "{name}: {times:?}");
+            assert!(
+                times.obstacle().is_none() && times.speedup() > LEAST,
+                "{name} gains a factor of {:.2} by this estimate, and shipped models are to gain more than {LEAST}: \
+                 give it narrower masks, or a name that begins with tiny if it is for tests only: {times:?}",
+                times.speedup()
+            );
         }
     }
 

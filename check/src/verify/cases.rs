@@ -1,7 +1,7 @@
 //! The layers that `verify` runs.
 
 use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::{NormOver, Spec};
+use framestride::shapes::spec::Spec;
 use rand::{Rng, RngExt};
 
 use crate::device_tensors::Arrangement;
@@ -175,8 +175,7 @@ impl Case {
         if self.extent == CaseExtent::Spec {
             return [batch, heads];
         }
-        let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
-        if !over_heads && heads > 1 && (batch + 1) * (heads - 1) <= spec.most_launch_heads() {
+        if !spec.norm_is_over_heads() && heads > 1 && (batch + 1) * (heads - 1) <= spec.most_launch_heads() {
             [batch + 1, heads - 1]
         } else if batch > 1 {
             [batch - 1, heads]

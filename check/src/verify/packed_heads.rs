@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use framestride::shapes::image::{ATOM_ROWS, CHUNK_BYTES, Image};
 use framestride::shapes::layout::PAD_ROWS;
-use framestride::shapes::spec::{NormKind, NormOver, Spec};
+use framestride::shapes::spec::{NormKind, Spec};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 
@@ -118,8 +118,7 @@ impl PackedHead<'_> {
             0.0
         } else {
             // The elements that the statistic was taken over.
-            let over_heads = spec.qk_norm.as_ref().is_some_and(|norm| norm.over == NormOver::Heads);
-            let heads = if over_heads { 0..tokens.heads } else { index.head..index.head + 1 };
+            let heads = if spec.norm_is_over_heads() { 0..tokens.heads } else { index.head..index.head + 1 };
             let input: Vec<f64> = match spec.qk_norm.as_ref().map(|norm| norm.kind) {
                 Some(NormKind::Layer) => heads.flat_map(|head| tokens.row(index.item, row, head)).collect(),
                 // Other tolerances do not depend on the elements.

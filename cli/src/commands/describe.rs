@@ -2,8 +2,8 @@
 
 use clap::Args;
 use framestride::shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle};
-use framestride::shapes::layout::{HeadType, Layout, TextPosition};
-use framestride::shapes::spec::Spec;
+use framestride::shapes::layout::{HeadType, Layout};
+use framestride::shapes::spec::{Spec, text_position_name};
 use framestride::{Result, workspace_layout};
 use serde::Serialize;
 use serde_json::json;
@@ -115,10 +115,7 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
 }
 
 fn text_of(layout: &Layout) -> String {
-    let position = match layout.text_position {
-        TextPosition::First => "first",
-        TextPosition::Last => "last",
-    };
+    let position = text_position_name(layout.text_position);
     match layout.text_tokens {
         0 => String::new(),
         tokens => format!(" + {tokens} text ({position})"),
