@@ -20,7 +20,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels, indexed by their value.
-    pub const ALL: [Kernel; 4] = [Kernel::Pack, Kernel::Profile, Kernel::Select, Kernel::Attention];
+    pub(crate) const ALL: [Kernel; 4] = [Kernel::Pack, Kernel::Profile, Kernel::Select, Kernel::Attention];
 
     /// Name of the entry in the PTX.
     #[must_use]

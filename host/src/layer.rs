@@ -150,6 +150,7 @@ impl SparseAttention {
     }
 
     /// How the partial results of profiling lie in their part of the workspace.
+    #[doc(hidden)]
     #[must_use]
     pub fn partials(&self) -> PartialsLayout {
         self.module.spec().partials(self.splits)

@@ -50,7 +50,6 @@
 //! * [`device`]: GPUs through the CUDA driver, and the emulator.
 //! * [`launch`]: what one layer launches, for those who want to time or place the launches
 //!   themselves.
-//! * [`call`]: checks of inputs that need no device.
 //! * [`shapes`]: the spec of a model's attention, and all geometry that follows from it.
 //!
 //! # Features
@@ -63,6 +62,7 @@
 //!   GPU forgives.
 #![warn(missing_docs)]
 
+#[doc(hidden)]
 pub mod call;
 pub mod device;
 mod error;

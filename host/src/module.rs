@@ -98,7 +98,7 @@ impl Kernels {
     }
 
     /// [`Kernels::parse`] with a manifest that is already read.
-    pub fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
+    fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
         let resources = check(file, ptx, &manifest)?;
         let spec = manifest.spec()?;
         Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, resources })

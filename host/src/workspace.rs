@@ -43,6 +43,7 @@ impl Workspace {
     }
 
     /// The allocation, when this value owns it.
+    #[doc(hidden)]
     #[must_use]
     pub fn buffer(&self) -> Option<&Buffer> {
         self.owned.as_ref()

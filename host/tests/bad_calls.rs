@@ -50,7 +50,7 @@ fn manifests() {
     }
     let mut changed = kernels.manifest().clone();
     changed.kernels[0].min_blocks += 1;
-    assert!(Kernels::new("changed.json", kernels.ptx(), changed).is_err());
+    assert!(Kernels::parse("changed.json", kernels.ptx(), &changed.to_json()).is_err());
     let unknown = Kernels::shipped("no_such_model").unwrap_err().to_string();
     assert!(unknown.starts_with("spec name: found \"no_such_model\"\n = allowed: one of "), "{unknown}");
     insta::assert_snapshot!(messages);

@@ -19,13 +19,13 @@ pub(super) const MULTIPROCESSORS: u32 = 3;
 pub struct Emulator {
     memory: RwLock<Memory>,
     /// The seed of the next launch. Each launch runs the warps of its blocks in an order of its
-    /// own.
+    /// own, and a fault tells its seed.
     seed: AtomicU64,
 }
 
 impl Emulator {
-    pub(super) fn new(seed: u64) -> Emulator {
-        Emulator { memory: RwLock::default(), seed: AtomicU64::new(seed) }
+    pub(super) fn new() -> Emulator {
+        Emulator { memory: RwLock::default(), seed: AtomicU64::new(1) }
     }
 
     /// The memory. A lock whose holder panicked still guards plain bytes, so its poison is ignored.
@@ -44,6 +44,7 @@ impl Emulator {
     ///
     /// # Errors
     /// An [`Error::Input`] that says how much is left.
+    #[doc(hidden)]
     pub fn check_room(&self, bytes: u64) -> Result<()> {
         match available_memory() {
             Some(available) if bytes > available => Err(no_room(bytes, Some(available))),
@@ -61,6 +62,7 @@ impl Emulator {
     ///
     /// With it, tensors can be tested whose offsets do not fit 32 bits. A GPU's addresses cannot be
     /// chosen.
+    #[doc(hidden)]
     pub fn scatter(self: &Arc<Emulator>, count: usize, bytes: u64, apart: u64) -> Result<Vec<Buffer>> {
         self.check_room(bytes * count as u64)?;
         let mut memory = self.memory_mut();
@@ -113,6 +115,7 @@ fn emulator_error(error: impl Display) -> Error {
 }
 
 /// Bytes of memory that this process can still use, where the system tells.
+#[doc(hidden)]
 #[must_use]
 pub fn available_memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();

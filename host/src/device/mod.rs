@@ -92,15 +92,7 @@ impl Device {
     #[cfg(feature = "emulator")]
     #[must_use]
     pub fn emulator() -> Device {
-        Device::emulator_from(1)
-    }
-
-    /// [`Device::emulator`] with another order of execution. Its launches run the warps of their
-    /// blocks in the orders of `seed`, `seed + 1` and so on. A fault tells the seed of its launch.
-    #[cfg(feature = "emulator")]
-    #[must_use]
-    pub fn emulator_from(seed: u64) -> Device {
-        Device::Emulator(Arc::new(Emulator::new(seed)))
+        Device::Emulator(Arc::new(Emulator::new()))
     }
 
     /// Whether both are the same device, and so have the same memory.
