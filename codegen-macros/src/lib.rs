@@ -7,7 +7,7 @@
 //! | [`attention_kernels!`] | a spec as constants, and the entries of its kernels |
 //!
 //! `framestride_kernels` hands them on. It puts its own path and a `;` before the input of the last
-//! two, so what they write finds the crate under whatever name its user has given it.
+//! two. So the code that they write finds the crate under any name.
 //!
 //! Each macro has a module of its own, which parses, checks and expands. None has arithmetic of the
 //! kernels, which is in `gpu-kernels`, or geometry, which is in `shapes`.

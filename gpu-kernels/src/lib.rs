@@ -54,9 +54,9 @@ macro_rules! tile_products {
     ($($tile:tt)*) => { $crate::macros::tile_products! { $crate; $($tile)* } };
 }
 
-/// Folders of the packages that kernels are compiled from (this one, the macros and the shapes), as
-/// they lay when this was compiled. cargo keeps packages beside each other or apart, depending on
-/// whether they come from a checkout, a registry or a vendor's folder.
+/// Folders of the packages that kernels are compiled from: this one, the macros and the shapes.
+/// They lay there when this was compiled. cargo keeps packages beside each other or apart,
+/// depending on whether they come from a checkout, a registry or a vendor's folder.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const SOURCES: [(&str, &str); 3] = [
     ("gpu-kernels", env!("CARGO_MANIFEST_DIR")),

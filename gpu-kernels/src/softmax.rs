@@ -48,8 +48,8 @@ impl Rows {
 
     /// Turns a first tile of scores into plain weights and takes them in.
     ///
-    /// If the weights of some row of the warpgroup are too large, or so small that the type might
-    /// lose others beside them, nothing is taken in. Then it gives false in all threads of the
+    /// The weights of some row of the warpgroup may be too large, or so small that the type might
+    /// lose others beside them. Then it takes nothing in and gives false in all threads of the
     /// warpgroup. The scores are lost: compute them again for [`Rows::lower`].
     ///
     /// # Safety

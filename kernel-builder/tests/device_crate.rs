@@ -149,13 +149,13 @@ fn machine_code_that_is_no_ptx_is_refused_by_the_tool_that_reads_it() {
 }
 
 #[test]
-fn bad_specs_and_architectures_are_told_before_anything_is_built() {
+fn bad_specs_and_families_are_told_before_anything_is_built() {
     let bad = Kernels::from_specs(["/nowhere/a.toml", "/nowhere/b.toml"]).build_all().unwrap_err();
     let BuildError::Several(errors) = &bad else { panic!("{bad}") };
     assert!(errors.len() == 2 && errors.iter().all(|error| matches!(error, BuildError::Spec(_))), "{bad}");
     assert!(bad.to_string().contains("/nowhere/a.toml") && bad.to_string().contains("/nowhere/b.toml"), "{bad}");
     let unknown = "sm_80".parse::<Arch>().unwrap_err().to_string();
-    assert_eq!(unknown, "there are no kernels for `sm_80`: the architectures are sm_90a");
+    assert_eq!(unknown, "there are no kernels for `sm_80`: the families are sm_90a");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The families of GPUs that kernels exist for. `no_std`.
 //!
-//! [`Arch::ALL`] is the table, and each family is one row of it. A new family gets its row here,
-//! its products in the macros, and its kernel bodies beside those of the others; everything else
-//! reads the row.
+//! [`Arch::ALL`] is the table, and each family is one row of it. Compilers, limits and checks of
+//! devices read the row. The tiles of a family are in [`blocks`](crate::blocks), its products are
+//! in the macros, and its kernel bodies stand beside those of the others.
 
 /// A family of GPUs that one set of kernel bodies serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -110,7 +110,7 @@ pub struct UnknownArch {
 impl core::fmt::Display for UnknownArch {
     fn fmt(&self, f: &mut core::fmt::Formatter) -> core::fmt::Result {
         let found = crate::text::plain(&self.found, 100);
-        write!(f, "there are no kernels for `{found}`: the architectures are {}", Arch::names())
+        write!(f, "there are no kernels for `{found}`: the families are {}", Arch::names())
     }
 }
 

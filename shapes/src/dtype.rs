@@ -43,8 +43,9 @@ impl Dtype {
     /// most]`.
     ///
     /// A first tile must reach `least` if the weights are to be 2^score; no tile may exceed `most`.
-    /// bf16 has the exponents of f32: it tells weights from zero down to 2^-126, and 2^96 times a V
-    /// of up to 2^15 leaves room for sums. Normal numbers of f16 begin at 2^-14 and end below 2^16.
+    /// bf16 has the exponents of f32, so it tells weights from zero down to 2^-126. Weights of up
+    /// to 2^96, times a V of up to 2^15, leave room for sums. Normal numbers of f16 begin at 2^-14
+    /// and end below 2^16.
     pub const fn tile_sums(self) -> [f32; 2] {
         match self {
             Dtype::Bf16 => [power(-60), power(96)],

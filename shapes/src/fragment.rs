@@ -1,9 +1,9 @@
 //! Which element of a tensor-core tile a register holds. `no_std`.
 //!
 //! A warpgroup's accumulator has 64 rows, 16 for each of its four warps, and as many columns as the
-//! product. The thread of lane t holds two rows of its warp, `t / 4` and `t / 4 + 8`, and of each
-//! group of 8 columns the two that begin at `2 (t % 4)`. Of a tile of keys, columns are keys. The
-//! four lanes that hold parts of the same rows are a **quad**.
+//! product. The thread of lane t holds two rows of its warp, `t / 4` and `t / 4 + 8`. Of each group
+//! of 8 columns it holds the two that begin at `2 (t % 4)`. Of a tile of keys, columns are keys.
+//! The four lanes that hold parts of the same rows are a **quad**.
 //!
 //! ```text
 //! registers of a thread, group by group of 8 columns:
@@ -41,7 +41,7 @@ pub const fn column_of(index: u32) -> u32 {
     index / 4 * 2 + index % 2
 }
 
-/// The keys of a tile that a row sees, as far as one thread holds them: bit [`column_of`] of a
+/// The keys of a tile that a row sees, as far as one thread holds them. Bit [`column_of`] of a
 /// register is set if its key is seen.
 ///
 /// `row` is what the row sees. The tile has `tile_rows` keys (a multiple of 8 below 256) from

@@ -1,5 +1,5 @@
-//! Sets up what is missing, and nothing else: the device compiler, ptxas and the disassembler for
-//! the tests, and clippy, rustfmt and an old Rust for lints.
+//! Sets up what is missing, and nothing else. It is the device compiler, ptxas and the disassembler
+//! for the tests, and clippy, rustfmt and an old Rust for lints.
 
 use std::io::IsTerminal;
 use std::path::Path;

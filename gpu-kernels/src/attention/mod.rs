@@ -1,8 +1,8 @@
 //! **attention**: O = softmax(scale Q K^T) V over the visible pairs of each head.
 //!
-//! A block is one producer warpgroup, which copies tiles into shared memory, and `query_rows / 64`
-//! consumer warpgroups, each with 64 rows of the query tile (the structure of FlashAttention-3,
-//! section 3). Blocks are persistent: each takes the next query tile when it is done with one
+//! A block has the structure of FlashAttention-3 (section 3). One producer warpgroup copies tiles
+//! into shared memory, and `query_rows / 64` consumer warpgroups have 64 rows of the query tile
+//! each. Blocks are persistent: each takes the next query tile when it is done with one
 //! ([`order`] says which). What a query tile is, and what it sees, stands in [`work`] and
 //! [`masks`](crate::masks). For each a consumer does:
 //!
@@ -12,7 +12,7 @@
 //!     for each tile j after it:
 //!         start S = offsets + Q K[j]^T
 //!         start O += P V[j-1]
-//!         wait for S;  S = weights of S                       (while O += P V runs on the tensor cores)
+//!         wait for S;  S = weights of S             (while O += P V runs on the tensor cores)
 //!         wait for O;  P = S
 //! O += P V of the last tile;  O / sum -> the model's order
 //! ```

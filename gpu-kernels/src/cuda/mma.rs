@@ -14,9 +14,9 @@ impl Descriptor {
     /// The tile at `address`, which is aligned to an atom. `atoms_bytes` are the bytes of a row of
     /// atoms, all columns of 8 rows.
     ///
-    /// Q and K are used with rows as M or N and columns as K (K-major), V with rows as K and
-    /// columns as N (MN-major). Both need the same fields. The stride offset leads to the next row
-    /// of atoms. The leading offset, which is read only when MN-major, leads to the next atom.
+    /// Q and K are used with rows as M or N and columns as K (K-major). V is used with rows as K
+    /// and columns as N (MN-major). Both need the same fields. The stride offset leads to the next
+    /// row of atoms. The leading offset, which is read only when MN-major, leads to the next atom.
     #[inline(always)]
     pub fn image(address: u32, atoms_bytes: u32) -> Descriptor {
         const SWIZZLE_128: u64 = 1 << 62;

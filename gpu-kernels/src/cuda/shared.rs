@@ -90,7 +90,7 @@ pub unsafe fn load_u32(address: u32) -> u32 {
 }
 
 /// Makes this thread's ordinary stores to shared memory visible to the tensor cores and to the copy
-/// engine, once a barrier has been passed (9.7.13.5, fence.proxy.async).
+/// engine (9.7.13.5, fence.proxy.async). They see them behind the next barrier.
 ///
 /// # Safety
 /// This is always sound. It is `unsafe` because the order of what follows rests on it.

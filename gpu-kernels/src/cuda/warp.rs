@@ -65,8 +65,8 @@ pub unsafe fn broadcast<T: Register>(value: T, from: u32) -> T {
 
 /// A value that all lanes have, in a uniform register (9.7.13.12, redux.sync).
 ///
-/// Where ptxas does not see that a value is the same in all lanes, it moves it, and all that
-/// follows from it, to a uniform register again and again.
+/// ptxas does not always see that a value is the same in all lanes. Then it moves the value, and
+/// all that follows from it, to a uniform register again and again.
 ///
 /// # Safety
 /// All 32 lanes come here with one value.

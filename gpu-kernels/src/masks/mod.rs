@@ -1,4 +1,4 @@
-//! What a head sees. Kernels ask a mask four questions, and nothing else:
+//! What a head sees. **attention** asks a mask four questions, and nothing else:
 //!
 //! 1. which key tiles does this query tile read ([`Mask::tiles`]),
 //! 2. in which order ([`Mask::first_key`]),

@@ -3,8 +3,8 @@
 //! Each warp has one row: the heads of a token, of Q, K or V. First it starts copies of the whole
 //! row to shared memory ([`row`]). That is enough in flight to hide the latency of memory, and lets
 //! a norm over all heads see the row before it is written. Then the part of each head is normed
-//! ([`norm`]), rotated ([`rope`]), scaled (Q only) and stored in the
-//! [image](framestride_shapes::image) of the head, where the head's layout wants it.
+//! ([`norm`]), rotated ([`rope`]) and, in Q, scaled. It goes into the
+//! [image](framestride_shapes::image) of the head, to the row that the head's layout wants.
 //!
 //! A lane reads only what it has copied itself, so warps never wait for each other. Grid: x =
 //! packed_rows / warps of a block, y = 3, z = batch.

@@ -28,8 +28,8 @@ pub struct Statistic {
 impl Statistic {
     pub const IDENTITY: Statistic = Statistic { mean: 0.0, factor: 1.0 };
 
-    /// The mean that is taken off, of `count` elements of which each lane has summed some. An RMS
-    /// norm takes off nothing.
+    /// The norm subtracts this mean of `count` elements. `sum` is the lane's part of their sum. An
+    /// RMS norm subtracts nothing.
     #[inline(always)]
     unsafe fn mean<M: Model, const LANES: u32>(sum: f32, count: u32) -> f32 {
         // It is multiplied by the reciprocal of a constant: a division in full precision would be a
@@ -37,7 +37,7 @@ impl Statistic {
         if is_layer_norm::<M>() { warp::sum::<LANES>(sum) * (1.0 / count as f32) } else { 0.0 }
     }
 
-    /// Makes it from the sum of squared distances to the mean, of which each lane has summed some.
+    /// Makes it from the squared distances to the mean. `distance` is the lane's part of their sum.
     #[inline(always)]
     unsafe fn new<M: Model, const LANES: u32>(mean: f32, distance: f32, count: u32) -> Statistic {
         let eps = match M::QK_NORM {

@@ -33,7 +33,8 @@ pub struct Heads {
     pub source: u64,
     pub stride: u64,
     pub aligned: bool,
-    /// Address of the item's head types. It is 0 when all heads are spatial.
+    /// Address of the item's head types. It is 0 when every head is packed in the spatial layout,
+    /// because all are dense or not yet profiled.
     pub types: u64,
     /// Whether only temporal heads are written.
     pub only_temporal: bool,

@@ -4,10 +4,10 @@
 //! [`select`](crate::select) compares the results and chooses.
 //!
 //! A block takes 64 sampled rows of one head and one split of its key tiles. It computes the
-//! weights of a tile once, relative to an offset common to all masks, and multiplies them with V
+//! weights of a tile once, relative to an offset common to all masks. It multiplies them with V
 //! once for dense attention and once for each mask, whose hidden keys get a weight of zero. Keys
-//! lie in the spatial layout: a row sees nearly every tile whole or not at all through the spatial
-//! mask, and a run of each frame through the temporal one. The producers say which keys
+//! lie in the spatial layout. There a row sees nearly every tile whole or not at all through the
+//! spatial mask. Through the temporal one it sees a run of each frame. The producers say which keys
 //! ([`producer`]).
 //!
 //! A consumer warpgroup ([`consumer`]) has registers for three outputs of 64 columns. With head dim

@@ -1,4 +1,5 @@
-//! **pack** fits a multiprocessor, whatever the heads, and every block's shared memory is within the family's.
+//! **pack** fits a multiprocessor, whatever the heads. Every block's shared memory is within the
+//! family's.
 
 use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock};

@@ -80,7 +80,8 @@ fn ties_go_to_the_smaller_width() {
     );
 }
 
-/// A shape of full size has about the density it asks for: one more token of half width is less than 1e-4 of the pairs.
+/// A shape of full size has about the density that it asks for. One more token of half width is
+/// less than 1e-4 of the pairs.
 #[test]
 fn shipped_densities_are_met() {
     use framestride_shapes::spec::Width;

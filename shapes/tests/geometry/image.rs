@@ -1,4 +1,5 @@
-//! Packed images, against a formula of their own: this test is the judge of the one that kernels, host and macros use.
+//! Packed images, against a formula of their own: this test is the judge of the one that kernels,
+//! host and macros use.
 
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, Image};

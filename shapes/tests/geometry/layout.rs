@@ -131,7 +131,8 @@ proptest! {
     }
 }
 
-/// Seeds, heads and strata each change the draw, and a stratum's rows are drawn about equally often.
+/// Seeds, heads and strata each change the draw, and a stratum's rows are drawn about equally
+/// often.
 #[test]
 fn samples_are_uniform() {
     let layout = Layout {
@@ -151,12 +152,14 @@ fn samples_are_uniform() {
             }
         }
     }
-    // 4000 draws of 16 rows in each stratum: 250 each, with a standard deviation of 15.3; five of them either way.
+    // 4000 draws of 16 rows in each stratum: 250 each, with a standard deviation of 15.3; five of
+    // them either way.
     let expected = 174..=326;
     assert!(counts.iter().all(|count| expected.contains(count)), "{counts:?}");
 }
 
-/// The widest layout that a spec may have: every step of the arithmetic is checked for overflow in tests.
+/// The widest layout that a spec may have: every step of the arithmetic is checked for overflow in
+/// tests.
 #[test]
 fn largest_layouts_do_not_overflow() {
     let most = (1u32 << 24) - 257;

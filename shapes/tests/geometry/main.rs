@@ -1,5 +1,7 @@
-//! Properties of the geometry that kernels and host share, each against the rule in its naive form (`rule`), on random small
-//! layouts; the same code on the shipped shapes and the largest ones, where an overflow would panic; and what launches ask for.
+//! Properties of the geometry that kernels and host share.
+//!
+//! On random small layouts, each is compared with the rule in its naive form (`rule`). The same
+//! code runs on the shipped shapes and on the largest ones, where an overflow would panic.
 
 mod blocks;
 mod density;

@@ -32,7 +32,8 @@ pub fn position(layout: &Layout, head: HeadType, frame: u32, place: u32) -> i64 
     }
 }
 
-/// Whether the query at a row of the model's order sees the key at another, with a half width of its own.
+/// Whether the query at a row of the model's order sees the key at another, with a half width of
+/// its own.
 pub fn sees_with(layout: &Layout, head: HeadType, half_width: u32, query: u32, key: u32, valid_text: u32) -> bool {
     let (query, key) = (token(layout, query), token(layout, key));
     let invalid = |token| matches!(token, Token::Text(text) if text >= valid_text);

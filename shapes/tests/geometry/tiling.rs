@@ -12,8 +12,8 @@ fn key_rows() -> impl Strategy<Value = u32> {
     prop::sample::select(vec![16, 64, 128, 176, 192])
 }
 
-/// Of the shipped models at most one warpgroup in fifty has a row that sees nothing of the first tile that is read: those with both text
-/// and video, and few at the end of a sequence with sinks.
+/// Of the shipped models at most one warpgroup in fifty has a row that sees nothing of the first
+/// tile that is read. These have both text and video, or stand at the end of a sequence with sinks.
 #[test]
 fn the_first_tile_is_for_nearly_every_row() {
     let models = shipped().filter(|spec| !spec.name.starts_with("tiny") && spec.name != "demo");

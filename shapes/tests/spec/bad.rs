@@ -1,4 +1,5 @@
-//! Specs that are wrong, each with its whole message: `snapshots/spec__bad__*.snap` is the list to review.
+//! Specs that are wrong, each with its whole message: `snapshots/spec__bad__*.snap` is the list to
+//! review.
 
 use std::fmt::Write;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is refused and names the limit.
+//! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is
+//! refused and names the limit.
 
 use framestride_shapes::layout::{HeadType, Layout, PAD_ROWS};
 use framestride_shapes::spec::Spec;

@@ -1,4 +1,5 @@
-//! The spec: what it means, what it refuses and in which words, its schema, its manifest and workspace.
+//! The spec: what it means, what it refuses and in which words, its schema, its manifest and
+//! workspace.
 
 mod bad;
 mod good;

@@ -54,7 +54,8 @@ fn manifests_are_read_as_written() {
     assert_eq!(Manifest::parse("demo.json", &without.to_json()), Ok(without));
 }
 
-/// Numbers come back as they were, to the last bit: a manifest and a PTX that state one density agree.
+/// Numbers come back as they were, to the last bit: a manifest and a PTX that state one density
+/// agree.
 #[test]
 fn densities_are_read_to_the_last_bit() {
     let mut manifest = manifest();
@@ -66,7 +67,8 @@ fn densities_are_read_to_the_last_bit() {
     }
 }
 
-/// The PTX says what it was made for: whatever else a manifest says of the spec and of launches is found, and named.
+/// The PTX says what it was made for: whatever else a manifest says of the spec and of launches is
+/// found, and named.
 #[test]
 fn what_the_ptx_was_made_for() {
     let mut manifest = manifest();

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/spec.schema.json");
 
-/// The file in the repository is what the code makes. `UPDATE_SCHEMA=1 cargo test -p framestride-shapes` writes it.
+/// The file in the repository is what the code makes. `UPDATE_SCHEMA=1 cargo test -p
+/// framestride-shapes` writes it.
 #[test]
 fn file_is_up_to_date() {
     let schema = json_schema();
@@ -18,7 +19,8 @@ fn file_is_up_to_date() {
     assert_eq!(file, schema, "UPDATE_SCHEMA=1 cargo test -p framestride-shapes writes shapes/spec.schema.json anew");
 }
 
-/// Whether a value has the form that a schema asks for. Knows the words that the spec's schema uses, and fails on others.
+/// Whether a value has the form that a schema asks for. Knows the words that the spec's schema
+/// uses, and fails on others.
 fn valid(schema: &Value, value: &Value) -> bool {
     let words = schema.as_object().expect("a schema");
     words.iter().all(|(word, argument)| match word.as_str() {
@@ -104,7 +106,8 @@ fn table<'a>(value: &'a mut Value, path: &str) -> (&'a mut serde_json::Map<Strin
     (table, name.to_owned())
 }
 
-/// A document with the key written. The widths of a mask exclude each other, and the grid fixes the tokens of a frame.
+/// A document with the key written. The widths of a mask exclude each other, and the grid fixes the
+/// tokens of a frame.
 fn with(path: &str, to: Value) -> Value {
     let mut document = full();
     let (table, name) = table(&mut document, path);
@@ -125,7 +128,8 @@ fn every_key_of_the_schema_is_read() {
     assert!(valid(&json_schema(), &full()));
     for path in all_leaves() {
         let schema = all_leaves_schema(&path);
-        // Of all values that the schema allows by a bound, a choice or a default, one gives another spec.
+        // Of all values that the schema allows by a bound, a choice or a default, one gives another
+        // spec.
         let mut values: Vec<Value> =
             ["minimum", "maximum", "default"].iter().filter_map(|word| schema.get(*word)).cloned().collect();
         values.extend(schema.get("enum").and_then(Value::as_array).into_iter().flatten().cloned());
@@ -189,8 +193,8 @@ fn what_is_accepted_is_in_the_schema() {
             let document = with(&path, value.clone());
             match parse(&document) {
                 Ok(_) => assert!(valid(&schema, &document), "{path} = {value} is accepted, and the schema refuses it"),
-                // What the parser refuses for this key's own type or range, the schema refuses too: its message is the one for
-                // every value of a wrong type.
+                // What the parser refuses for this key's own type or range, the schema refuses too.
+                // The parser's message is the one for every value of a wrong type.
                 Err(error) => {
                     let allowed = |value| match parse(&with(&path, value)) {
                         Err(error) => error.problems.first().map(|problem| problem.allowed.clone()),
@@ -235,7 +239,8 @@ fn defaults_of_the_schema_are_the_parsers() {
     assert!(compared >= 10, "{compared} defaults");
 }
 
-/// Reads the plain TOML of the shipped specs: `[table]` and `key = value` lines whose values are JSON too.
+/// Reads the plain TOML of the shipped specs: `[table]` and `key = value` lines whose values are
+/// JSON too.
 fn from_toml(text: &str) -> Value {
     let (mut root, mut path) = (json!({}), String::new());
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
