@@ -208,7 +208,8 @@ fn first_lines(text: &[u8]) -> String {
     words.join(" ").chars().take(160).collect()
 }
 
-/// Copies a file or a folder. A file that is already the same keeps its time, by which cargo goes.
+/// Copies a file or a folder, and removes what the folder does not have. A file that is already the
+/// same keeps its time, by which cargo goes.
 fn copy_all(from: &Path, to: &Path) -> Result<(), String> {
     let wrong = |error: std::io::Error| format!("cannot copy {} to {}: {error}", from.display(), to.display());
     if from.is_dir() {
@@ -216,6 +217,12 @@ fn copy_all(from: &Path, to: &Path) -> Result<(), String> {
         for entry in fs::read_dir(from).map_err(wrong)? {
             let entry: PathBuf = entry.map_err(wrong)?.path();
             copy_all(&entry, &to.join(entry.file_name().unwrap_or_default()))?;
+        }
+        for entry in fs::read_dir(to).map_err(wrong)? {
+            let entry = entry.map_err(wrong)?.path();
+            if !from.join(entry.file_name().unwrap_or_default()).exists() {
+                if entry.is_dir() { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) }.map_err(wrong)?;
+            }
         }
         return Ok(());
     }
