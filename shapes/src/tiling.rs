@@ -48,11 +48,6 @@ impl TileCounts {
     pub const fn visited(&self) -> u64 {
         self.full + self.edge
     }
-
-    /// Number of (query, key) pairs that cost arithmetic, whether they are visible or not.
-    pub const fn visited_pairs(&self, tiles: Tiles) -> u128 {
-        self.visited() as u128 * tiles.query_rows as u128 * tiles.key_rows as u128
-    }
 }
 
 /// The query tiles of one head over its S packed rows. `valid_text` text tokens are valid, at most

@@ -217,7 +217,8 @@ fn shapes() {
             layout.sink_frames,
         );
         for head in HeadType::ALL {
-            let counts = spec.tile_counts(head);
+            let (counts, tiles) = (spec.tile_counts(head), spec.tiles());
+            let visited_pairs = counts.visited() * u64::from(tiles.query_rows * tiles.key_rows);
             let _ = writeln!(
                 table,
                 "    {:9}half width {:6}, density {:.6}, {:8.3} TFLOP a layer; key tiles: {:6} full, {:4} edge, {:6} skipped, {:.1}% of the visited pairs visible",
@@ -228,7 +229,7 @@ fn shapes() {
                 counts.full,
                 counts.edge,
                 counts.skipped,
-                100.0 * spec.visible_pairs(head) as f64 / counts.visited_pairs(spec.tiles()) as f64,
+                100.0 * spec.visible_pairs(head) as f64 / visited_pairs as f64,
             );
         }
         let workspace = spec.workspace(spec.batch, spec.heads, 8);
