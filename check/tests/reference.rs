@@ -4,7 +4,7 @@
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::{KeyTile, query_tiles};
-use framestride_check::reference::{Mask, Operand, Reference, norm};
+use framestride_check::reference::{Head, Mask, Operand, Reference, norm};
 use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Norm, Tokens, narrow, widen};
 
@@ -67,6 +67,32 @@ fn equal_scores_average_the_seen_values() {
             }
         }
     }
+}
+
+/// Every other key is the same one, so their weights are rounded alike. With equal values their
+/// errors add up, though no two of them are neighbours.
+#[test]
+fn equal_keys_share_their_rounding_wherever_they_lie() {
+    let spec = spec("tiny_plain");
+    let mut inputs = Inputs::random(&spec, 1, 1, 2);
+    let first = inputs.k.bits[..128].to_vec();
+    inputs.k.bits.chunks_exact_mut(256).for_each(|pair| pair[..128].copy_from_slice(&first));
+    inputs.v.bits.fill(narrow(spec.dtype, 1.0));
+    let head = Reference::new(&spec, &inputs).head(0, 0);
+    for row in [0, 101, 383] {
+        let attended = head.attend(HeadType::Dense, row, inputs.scale());
+        let weight = |key: usize| (inputs.scale() * dot(&head, row, key) - attended.lse).exp();
+        let equal: f64 = (0..head.rows()).step_by(2).map(weight).sum();
+        let others: f64 = (1..head.rows()).step_by(2).map(|key| weight(key).powi(2)).sum();
+        let size = 128f64.sqrt();
+        assert!(attended.spread >= (1.0 - 1e-9) * size * equal.hypot(others.sqrt()), "row {row}");
+    }
+}
+
+/// The product of a query and a key.
+fn dot(head: &Head, query: usize, key: usize) -> f64 {
+    let (query, key) = (&head.queries[query * 128..][..128], &head.keys[key * 128..][..128]);
+    query.iter().zip(key).map(|(q, k)| q * k).sum()
 }
 
 /// A norm gives a row mean 0, if it is a layer norm, and mean square 1. Over all heads, it gives
