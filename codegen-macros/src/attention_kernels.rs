@@ -11,7 +11,7 @@ use framestride_shapes::dtype::Dtype;
 use framestride_shapes::layout::TextPosition;
 use framestride_shapes::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
-use framestride_shapes::spec::{Problem, Spec, SpecError};
+use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::quote;
 use std::path::PathBuf;
@@ -114,48 +114,9 @@ impl Entry {
     }
 }
 
-/// The lines of a TOML file, and the tokens that each came from.
-#[derive(Default)]
-struct Lines {
-    tables: Vec<(String, Vec<(String, Span)>)>,
-}
-
-impl Lines {
-    fn table(&mut self, name: &str) -> &mut Vec<(String, Span)> {
-        let index = self.tables.iter().position(|(table, _)| table == name).unwrap_or_else(|| {
-            self.tables.push((name.into(), Vec::new()));
-            self.tables.len() - 1
-        });
-        &mut self.tables[index].1
-    }
-
-    fn push(&mut self, table: &str, key: &str, entry: &Entry) {
-        self.table(table).push((format!("{key} = {}", entry.toml()), entry.span()));
-    }
-
-    /// The text, and the span of each of its lines.
-    fn text(mut self, whole: Span) -> (String, Vec<Span>) {
-        // Top-level keys must come before any table.
-        self.tables.sort_by_key(|(table, _)| !table.is_empty());
-        let (mut text, mut spans) = (String::new(), Vec::new());
-        for (table, lines) in self.tables {
-            if !table.is_empty() {
-                text += &format!("[{table}]\n");
-                spans.push(lines.first().map_or(whole, |(_, span)| *span));
-            }
-            for (line, span) in lines {
-                text += &line;
-                text.push('\n');
-                spans.push(span);
-            }
-        }
-        (text, spans)
-    }
-}
-
 fn spelled_out(input: ParseStream) -> Result<Shape> {
     let whole = input.span();
-    let mut lines = Lines::default();
+    let mut lines = Lines::new();
     let mut named = false;
     for entry in input.parse_terminated(Entry::parse, Token![,])? {
         let name = entry.name.to_string();
@@ -179,15 +140,11 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
                 return Err(Error::new(entry.name.span(), "write `mask = spatial { .. }` or `mask = temporal { .. }`"));
             }
             lines.table(&table);
-            if let (Some(key), Some(_)) = (kind_key, &entry.kind) {
-                lines.push(
-                    &table,
-                    key,
-                    &Entry { name: entry.name.clone(), value: None, kind: entry.kind.clone(), inner: vec![] },
-                );
+            if let (Some(key), Some(kind)) = (kind_key, &entry.kind) {
+                lines.push(&table, key, &format!("{:?}", kind.to_string()), kind.span());
             }
             for inner in &entry.inner {
-                lines.push(&table, &inner.name.to_string(), inner);
+                lines.push(&table, &inner.name.to_string(), &inner.toml(), inner.span());
             }
             continue;
         }
@@ -205,10 +162,10 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
             }
         };
         named |= key == "name";
-        lines.push(table, key, &entry);
+        lines.push(table, key, &entry.toml(), entry.span());
     }
     if !named {
-        lines.table("").push(("name = \"spelled_out\"".into(), whole));
+        lines.push("", "name", "\"spelled_out\"", whole);
     }
     let (text, spans) = lines.text(whole);
     let spec = Spec::parse("attention_kernels!", &text).map_err(|error| at_tokens(error, &spans, whole))?;

@@ -62,6 +62,8 @@
 //! # Ok::<(), framestride_shapes::spec::SpecError>(())
 //! ```
 //!
+//! [`Spec::builder`] makes a spec in code, with the same keys, defaults and checks.
+//!
 //! # Key by key
 //!
 //! Tokens are counted after patching. A latent frame of 90 x 160 in patches of 2 x 2 has a `grid`
@@ -131,9 +133,11 @@
 //!
 //! `shapes/spec.schema.json` is the JSON schema of all this, for editors.
 
+mod builder;
 mod check;
 mod error;
 mod keys;
+mod lines;
 mod read;
 #[cfg(feature = "schema")]
 mod schema;
@@ -142,7 +146,10 @@ use std::path::Path;
 
 pub use crate::dtype::Dtype;
 pub use crate::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
+pub use builder::SpecBuilder;
 pub use error::{Problem, SpecError};
+#[doc(hidden)]
+pub use lines::Lines;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
 
@@ -300,6 +307,17 @@ impl Spec {
         let mut reader = Reader::new(Source { file, text }).map_err(|problems| SpecError { problems })?;
         let spec = read_spec(&mut reader);
         reader.finish(spec).map_err(|problems| SpecError { problems })
+    }
+
+    /// A spec made in code, without values yet.
+    pub fn builder() -> SpecBuilder {
+        SpecBuilder::new()
+    }
+
+    /// The values of this spec, to make another from. They hold the masks' widths as they were
+    /// written, so that a density is solved again for another shape.
+    pub fn to_builder(&self) -> SpecBuilder {
+        SpecBuilder::with_values_of(self)
     }
 
     /// Tile sizes of the attention kernel.

@@ -239,7 +239,7 @@ fn shapes() {
 }
 
 /// Random specs as JSON of the same structure.
-fn specs() -> impl Strategy<Value = Value> {
+pub fn specs() -> impl Strategy<Value = Value> {
     let width = || {
         prop_oneof![
             (0.9..=1.0f64).prop_map(|density| json!({ "density": density })),

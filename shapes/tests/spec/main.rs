@@ -2,6 +2,7 @@
 //! workspace.
 
 mod bad;
+mod builder;
 mod good;
 mod limits;
 mod manifest;

@@ -208,14 +208,19 @@ fn what_is_accepted_is_in_the_schema() {
             }
         }
         let mut document = full();
-        let (table, name) = table(&mut document, &path);
-        table.remove(&name);
+        remove(&mut document, &path);
         assert_eq!(parse(&document).is_ok(), valid(&schema, &document), "without {path}");
         let mut document = full();
         table_of(&mut document, &path).insert("another".into(), json!(1));
         assert!(parse(&document).is_err() && !valid(&schema, &document), "an unknown key beside {path}");
     }
     assert!(refused > 500, "{refused} refusals compared");
+}
+
+/// Takes a key or a table out of a document.
+pub fn remove(value: &mut Value, path: &str) {
+    let (table, name) = table(value, path);
+    table.remove(&name);
 }
 
 fn table_of<'a>(value: &'a mut Value, path: &str) -> &'a mut serde_json::Map<String, Value> {
@@ -229,8 +234,7 @@ fn defaults_of_the_schema_are_the_parsers() {
     for path in all_leaves() {
         let Some(default) = all_leaves_schema(&path).get("default").cloned() else { continue };
         let mut without = full();
-        let (table, name) = table(&mut without, &path);
-        table.remove(&name);
+        remove(&mut without, &path);
         let (with, without) = (parse(&with(&path, default)), parse(&without));
         assert_eq!(with, without, "{path}");
         assert!(with.is_ok(), "{path}");
@@ -241,7 +245,7 @@ fn defaults_of_the_schema_are_the_parsers() {
 
 /// Reads the plain TOML of the shipped specs: `[table]` and `key = value` lines whose values are
 /// JSON too.
-fn from_toml(text: &str) -> Value {
+pub fn from_toml(text: &str) -> Value {
     let (mut root, mut path) = (json!({}), String::new());
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
         if let Some(table) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
