@@ -109,6 +109,38 @@ fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
     placed.out.download(device).unwrap().0
 }
 
+/// A launch samples the rows that its seed draws, or without one those of the spec's seed.
+#[test]
+fn seeds_of_launches() {
+    let module = module("tiny_text_last");
+    let inputs = Inputs::random(module.spec(), 1, 2, 9);
+    let attention = SparseAttention::new(&module, 1, 2).unwrap();
+    let device = module.device();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let mut placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let mut profiles = |seed| {
+        placed.layer.seed = seed;
+        // SAFETY: all memory is this function's, and outlives the work.
+        unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
+        attention.read_profile(&workspace).unwrap()
+    };
+    let own = profiles(None);
+    assert_eq!(profiles(Some(module.spec().profile.seed)), own);
+    let seeds = [0, 2, 1 << 40, u64::MAX];
+    let others = seeds.map(|seed| profiles(Some(seed)));
+    for (index, other) in others.iter().enumerate() {
+        assert_ne!(*other, own);
+        assert!(others[..index].iter().all(|earlier| earlier != other));
+    }
+    // Which rows they are, the reference says.
+    let case = Case { seeded: true, ..Case::new(CaseTypes::Profiled, CaseContent::Random) };
+    for seed in seeds {
+        for check in verify_case(&module, &case, seed, Effort::default()).unwrap() {
+            assert!(check.ok, "seed {seed}: {check:?}");
+        }
+    }
+}
+
 /// Any subset of the heads gives, bit for bit, what all heads give for them.
 #[test]
 fn a_subset_of_heads() {

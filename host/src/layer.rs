@@ -67,6 +67,11 @@ pub struct Layer {
     /// products with the elements of Q should be normal numbers, 2^-14 to 2^16. A scale is allowed
     /// if rows of Q and K of root mean square 1 stay finite with it.
     pub scale: Option<f32>,
+    /// Seed of the draw of the rows that profiling samples. Without it, the spec's is taken.
+    ///
+    /// With another seed for each step and layer, other rows are looked at. A CUDA graph keeps the
+    /// seed with which it was captured.
+    pub seed: Option<u64>,
 }
 
 /// Where the type of each head comes from.

@@ -97,7 +97,7 @@ impl SparseAttention {
                 packed_v: packed[2],
                 text_lengths: layer.text_lengths,
                 partials,
-                seed: spec.profile.seed,
+                seed: layer.seed.unwrap_or(spec.profile.seed),
                 batch,
                 heads,
                 splits,

@@ -90,6 +90,7 @@
 //! * **`sink.frames`** are fewer than `video.frames`.
 //! * **`profile.rows`** is 1 to 1024 and at most N. Kernels take rows in groups of 64, so 64 cost
 //!   as much as 1. The default is 64, or N when that is less.
+//! * **`profile.seed`** draws the rows of launches that give no seed of their own.
 //! * **`schedule`** is answered by [`Schedule::is_dense`]. The first `dense_steps` steps stay
 //!   dense, and in all steps the first `dense_layers` layers. Without the table no call stays
 //!   dense.
@@ -261,7 +262,7 @@ pub enum Width {
 pub struct Profile {
     /// How many query rows are sampled from each head, 1 to 1024.
     pub rows: u32,
-    /// The seed of the draw.
+    /// The seed of the draw, where a launch gives none.
     pub seed: u64,
 }
 

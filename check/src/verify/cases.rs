@@ -116,6 +116,8 @@ pub struct Case {
     pub out: Arrangement,
     /// Whether the log-sum-exp is asked for.
     pub lse: bool,
+    /// Whether the launch gives the seed of the sampled rows, which is that of the case's inputs.
+    pub seeded: bool,
 }
 
 impl Case {
@@ -130,13 +132,14 @@ impl Case {
             inputs: Arrangement::TokensFirst,
             out: Arrangement::TokensFirst,
             lse: true,
+            seeded: false,
         }
     }
 
     /// The cases of `verify`.
     ///
     /// Masks come alone and all together. Every arrangement, length of text and content occurs. Two
-    /// cases have another batch with fewer heads. Contents that are about the softmax's offsets
+    /// cases have another batch with fewer heads. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
     /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
     pub fn all(has_text: bool, is_emulated: bool) -> [Case; 12] {
@@ -156,7 +159,13 @@ impl Case {
             },
             Case { text: Beyond, inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
             Case { text: Empty, inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
-            Case { text: Partial, extent: CaseExtent::Other, out: HeadsFirst, ..Case::new(Profiled, Random) },
+            Case {
+                text: Partial,
+                extent: CaseExtent::Other,
+                out: HeadsFirst,
+                seeded: true,
+                ..Case::new(Profiled, Random)
+            },
             Case::new(Profiled, Planted),
             Case { text: Partial, ..Case::new(Mixed, Rising) },
             Case::new(Profiled, Rising),
@@ -211,6 +220,7 @@ impl Case {
         };
         let shape = if self.extent == CaseExtent::Other { ", another batch and fewer heads" } else { "" };
         let lse = if self.lse { "" } else { ", no log-sum-exp" };
+        let seed = if self.seeded { ", a seed of its own" } else { "" };
         let arrangement = |arrangement| match arrangement {
             Arrangement::TokensFirst => "[B,S,H,D]",
             Arrangement::HeadsFirst => "[B,H,S,D]",
@@ -218,6 +228,6 @@ impl Case {
             Arrangement::Unaligned => "unaligned",
             Arrangement::Scattered => "scattered",
         };
-        format!("{types}{content}{text}{shape}{lse}, {} to {}", arrangement(self.inputs), arrangement(self.out))
+        format!("{types}{content}{text}{shape}{lse}{seed}, {} to {}", arrangement(self.inputs), arrangement(self.out))
     }
 }

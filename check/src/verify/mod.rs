@@ -180,6 +180,8 @@ fn run_case(
     if !case.lse {
         on_device.layer.lse = 0;
     }
+    let seed_of_rows = if case.seeded { seed } else { spec.profile.seed };
+    on_device.layer.seed = case.seeded.then_some(seed_of_rows);
     let expected_types: Option<Vec<HeadType>> = match case.types {
         CaseTypes::Dense => Some(vec![HeadType::Dense; (batch * heads) as usize]),
         CaseTypes::All(head) => Some(vec![head; (batch * heads) as usize]),
@@ -275,8 +277,7 @@ fn run_case(
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
             if case.types == CaseTypes::Profiled {
-                let (seed, samples) = (spec.profile.seed, spec.profile.rows);
-                let expected = head.profile(layout, scale, seed, index as u32, samples);
+                let expected = head.profile(layout, scale, seed_of_rows, index as u32, spec.profile.rows);
                 let partials = Partials::read(device, buffer, &attention, index as u32)?;
                 clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
             }

@@ -76,8 +76,10 @@ fn builder(spec: &Value) -> SpecBuilder {
     builder
 }
 
-/// The file, or its problems but for where they stand.
-fn result(spec: Result<Spec, SpecError>) -> Result<Spec, Vec<[String; 4]>> {
+/// A spec, or key, finding, range and mend of its problems.
+type Outcome = Result<Spec, Vec<[String; 4]>>;
+
+fn outcome(spec: Result<Spec, SpecError>) -> Outcome {
     spec.map_err(|error| {
         let problem =
             |problem: framestride_shapes::spec::Problem| [problem.key, problem.found, problem.allowed, problem.mend];
@@ -88,8 +90,8 @@ fn result(spec: Result<Spec, SpecError>) -> Result<Spec, Vec<[String; 4]>> {
     })
 }
 
-fn built_and_read(value: &Value) -> (Result<Spec, Vec<[String; 4]>>, Result<Spec, Vec<[String; 4]>>) {
-    (result(builder(value).build()), result(Spec::parse("file.toml", &crate::toml(value))))
+fn built_and_read(value: &Value) -> (Outcome, Outcome) {
+    (outcome(builder(value).build()), outcome(Spec::parse("file.toml", &crate::toml(value))))
 }
 
 proptest! {
@@ -113,7 +115,7 @@ proptest! {
             prop_assert_eq!(&built.source.text, &builder(&spec).to_toml());
             prop_assert_eq!(built.to_builder().build(), Ok(built.clone()));
             spec["video"]["frames"] = frames.into();
-            let (another, read) = (result(built.to_builder().frames(frames).build()), built_and_read(&spec).1);
+            let (another, read) = (outcome(built.to_builder().frames(frames).build()), built_and_read(&spec).1);
             // A file without rows has as many as there are, and the spec has their number.
             if spec.get("profile").is_some() {
                 prop_assert_eq!(another, read);
