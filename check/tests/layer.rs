@@ -10,7 +10,7 @@ use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, W
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
 use framestride_check::layer_run::run_layer;
 use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
-use framestride_check::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify_case};
+use framestride_check::verify::{Case, CaseContent, CaseExtent, CaseText, CaseTypes, Effort, verify_case};
 
 fn module(name: &str) -> Arc<Module> {
     Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap()
@@ -156,6 +156,33 @@ fn a_subset_of_heads() {
     let all = forward(&module, &inputs, HeadTypes::Given(types.address()));
     let one = forward(&module, &subset, HeadTypes::Given(types.address() + 4));
     assert_eq!(second(&all), one);
+}
+
+/// More heads than the spec's give, bit for bit, what each gives alone. They are more than a warp of
+/// pack holds of a row, which is planned from the spec's, and the types of more than one step.
+#[test]
+fn more_heads_than_the_spec() {
+    let module = module("tiny_text_last");
+    let heads = 37;
+    let inputs = Inputs::random(module.spec(), 2, heads, 6);
+    let types: Vec<u32> = (0..2 * heads as u32).map(|index| index % 3).collect();
+    let bytes: Vec<u8> = types.iter().flat_map(|head| head.to_le_bytes()).collect();
+    let types = module.device().upload(&bytes).unwrap();
+    let all = forward(&module, &inputs, HeadTypes::Given(types.address()));
+    for (item, head) in [(0, 0), (0, 3), (0, 4), (1, 5), (1, 35), (1, 36)] {
+        let of = |tokens: &Tokens| {
+            let mut one = Tokens::zeros(tokens.dtype, [1, tokens.rows, 1, tokens.head_dim]);
+            one.fill(|_, row, _, values| values.copy_from_slice(&tokens.row(item, row, head)));
+            one
+        };
+        let one = Inputs { q: of(&inputs.q), k: of(&inputs.k), v: of(&inputs.v), ..inputs.clone() };
+        let own_type = types.address() + (item * heads + head) as u64 * 4;
+        assert_eq!(of(&all), forward(&module, &one, HeadTypes::Given(own_type)), "item {item}, head {head}");
+    }
+    passes(
+        "tiny_text_last",
+        &[Case { extent: CaseExtent::More, ..Case::new(CaseTypes::Profiled, CaseContent::Planted) }],
+    );
 }
 
 /// The output may take the place of Q.

@@ -155,24 +155,19 @@ pub(crate) fn check_call(
     }
 }
 
-/// Checks how many heads a launch has. Any number up to the spec's is allowed, but a QK-norm over
-/// all heads needs all of them.
+/// Checks how many heads a launch has. Any number is allowed that the kernels can count, but a
+/// QK-norm over all heads needs exactly those of the spec.
 ///
 /// `subject` is what an error calls the thing whose heads are counted.
 pub fn check_heads(spec: &Spec, heads: usize, subject: &str) -> Result<()> {
-    let over_heads = spec.norm_is_over_heads();
-    let allowed = if over_heads {
-        format!("exactly {}: the QK-norm of spec {} is over all heads", spec.heads, spec.name)
-    } else {
-        format!("1 to {} heads for spec {}", spec.heads, spec.name)
-    };
-    if heads == 0 || heads > spec.heads as usize || (over_heads && heads != spec.heads as usize) {
-        return Err(Error::input(
-            subject,
-            format!("{heads} heads"),
-            allowed,
-            "Give that many heads, or change attention.heads",
-        ));
+    let (found, most) = (format!("{heads} heads"), spec.most_launch_heads());
+    if spec.norm_is_over_heads() && heads != spec.heads as usize {
+        let allowed = format!("exactly {}: the QK-norm of spec {} is over all heads", spec.heads, spec.name);
+        return Err(Error::input(subject, found, allowed, "Give that many heads, or change attention.heads"));
+    }
+    if heads == 0 || heads > most as usize {
+        let allowed = format!("1 to {most} heads for spec {}", spec.name);
+        return Err(Error::input(subject, found, allowed, "Give that many heads, or split them over several calls"));
     }
     Ok(())
 }

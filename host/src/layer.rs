@@ -118,11 +118,13 @@ pub struct SparseAttention {
 impl SparseAttention {
     /// Plans a layer for `batch` items of `heads` heads.
     ///
-    /// Any number of heads up to the spec's is allowed, but a QK-norm over all heads needs all of
-    /// them.
+    /// They may be some of the model's, or more than the spec has: heads know nothing of each
+    /// other. But a QK-norm over all heads needs exactly the spec's. Pack is planned for as many as the
+    /// spec has, and takes longer for each head if there are more.
     ///
     /// # Errors
-    /// An [`Error::Input`] for a batch or a number of heads that no launch can have.
+    /// An [`Error::Input`] for a batch or a number of heads that no launch can have
+    /// ([`Spec::most_launch_heads`](framestride_shapes::spec::Spec::most_launch_heads)).
     pub fn new(module: &Arc<Module>, batch: u32, heads: u32) -> Result<SparseAttention> {
         let spec = module.spec();
         check_heads(spec, heads as usize, "heads")?;

@@ -37,8 +37,8 @@
 //!   nothing. So a layer can be captured in a CUDA graph.
 //! * **Contexts, streams and memory can be yours**: [`device::Gpu::borrow`], [`Stream::from_raw`]
 //!   and [`Workspace::borrow`]. What is borrowed is never destroyed or freed.
-//! * **A launch may have any batch and any of the heads**, as long as the QK-norm is not over all
-//!   heads.
+//! * **A launch may have any batch and any number of heads**. Only a QK-norm over all heads needs
+//!   exactly the spec's.
 //!
 //! `examples/` shows each: one layer, a borrowed context and stream, a CUDA graph.
 //!

@@ -144,13 +144,15 @@ fn calls() {
         let error = error.replace(&needed.to_string(), "N").replace(&format!("{:#x}", 0x100_0000 + needed), "END");
         writeln!(messages, "## {name}\n{error}").unwrap();
     }
-    for (batch, heads) in [(0, 2), (1, 0), (1, 3), (70000, 1)] {
+    for (batch, heads) in [(0, 2), (1, 0), (1, 70000), (70000, 1), (22000, 3)] {
         let error = SparseAttention::new(&module, batch, heads).err().unwrap();
         writeln!(messages, "## batch {batch}, {heads} heads\n{error}").unwrap();
     }
     let all = Module::load(&Device::emulator(), &Kernels::shipped("tiny_heads_sinks").unwrap()).unwrap();
-    let error = SparseAttention::new(&all, 2, 2).err().unwrap();
-    writeln!(messages, "## some heads of a norm over heads\n{error}").unwrap();
+    for (name, heads) in [("some", 2), ("more", 4), ("no", 0)] {
+        let error = SparseAttention::new(&all, 2, heads).err().unwrap();
+        writeln!(messages, "## {name} heads of a norm over heads\n{error}").unwrap();
+    }
     insta::assert_snapshot!(messages);
 
     // A call that is right is launched. Only then does the emulator find that there is no memory.

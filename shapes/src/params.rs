@@ -86,7 +86,7 @@ pub struct PackParams {
     pub schedule: u64,
     /// Batch items.
     pub batch: u32,
-    /// Heads of this launch, any subset of the model's.
+    /// Heads of this launch, which may be others than the spec's.
     pub heads: u32,
     /// Softmax scale x log2(e). Packed Q is multiplied by it, so that products of packed rows are
     /// exponents of two.

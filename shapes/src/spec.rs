@@ -76,7 +76,7 @@
 //!   padded length. How many of them are valid is given at launch, for each batch item. Text sees
 //!   everything and is seen by everything.
 //! * **`attention.batch`** is what plans and reports assume. It is 2 with classifier-free guidance.
-//!   A launch may have another batch, and any subset of the heads.
+//!   A launch may have another batch, and any number of heads.
 //! * **`qk_norm.over`** is the extent of one statistic. `"head"` takes the `head_dim` channels of
 //!   each head, `"heads"` takes all heads x head_dim channels of a token. Models have the latter
 //!   that normalise before they split the heads (Wan, LTX-Video). A launch of such a model needs
@@ -177,7 +177,8 @@ pub struct Spec {
     pub layout: Layout,
     /// `attention.head_dim`: 64 or 128.
     pub head_dim: u32,
-    /// `attention.heads` of the model. A launch may have any subset.
+    /// `attention.heads` of the model. A launch may have another number, unless the QK-norm is over
+    /// all heads.
     pub heads: u32,
     /// `attention.batch` that is planned for. A launch may have another.
     pub batch: u32,

@@ -96,7 +96,9 @@ pub enum CaseExtent {
     /// Those of the spec.
     Spec,
     /// Another batch, and fewer heads, where the spec allows it.
-    Other,
+    Fewer,
+    /// More heads than a warp of **pack** holds of a row of the spec's, where the spec allows it.
+    More,
 }
 
 /// One run of a layer.
@@ -139,7 +141,7 @@ impl Case {
     /// The cases of `verify`.
     ///
     /// Masks come alone and all together. Every arrangement, length of text and content occurs. Two
-    /// cases have another batch with fewer heads. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
+    /// cases have another batch with fewer heads, and one has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
     /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
     pub fn all(has_text: bool, is_emulated: bool) -> [Case; 12] {
@@ -152,7 +154,7 @@ impl Case {
             Case { text: Empty, ..Case::new(Dense, Lone) },
             Case {
                 text: Partial,
-                extent: CaseExtent::Other,
+                extent: CaseExtent::Fewer,
                 inputs: HeadsFirst,
                 out: HeadsFirst,
                 ..Case::new(Mixed, Random)
@@ -161,13 +163,13 @@ impl Case {
             Case { text: Empty, inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
             Case {
                 text: Partial,
-                extent: CaseExtent::Other,
+                extent: CaseExtent::Fewer,
                 out: HeadsFirst,
                 seeded: true,
                 ..Case::new(Profiled, Random)
             },
             Case::new(Profiled, Planted),
-            Case { text: Partial, ..Case::new(Mixed, Rising) },
+            Case { text: Partial, extent: CaseExtent::More, ..Case::new(Mixed, Rising) },
             Case::new(Profiled, Rising),
             Case::new(Mixed, Edges),
             Case { text: Empty, ..Case::new(Profiled, Sudden) },
@@ -181,15 +183,15 @@ impl Case {
     /// Batch items and heads of the launch, for a spec.
     pub fn launch_extent(&self, spec: &Spec) -> [u32; 2] {
         let Spec { batch, heads, .. } = *spec;
-        if self.extent == CaseExtent::Spec {
-            return [batch, heads];
-        }
-        if !spec.norm_is_over_heads() && heads > 1 && (batch + 1) * (heads - 1) <= spec.most_launch_heads() {
-            [batch + 1, heads - 1]
-        } else if batch > 1 {
-            [batch - 1, heads]
-        } else {
-            [if 2 * heads <= spec.most_launch_heads() { 2 } else { 1 }, heads]
+        let (fixed, most) = (spec.norm_is_over_heads(), spec.most_launch_heads());
+        match self.extent {
+            CaseExtent::Spec => [batch, heads],
+            // A step has up to four heads, and the last of the spec's may be filled with others.
+            CaseExtent::More if !fixed && batch * (heads + 4) <= most => [batch, heads + 4],
+            CaseExtent::More => [batch, heads],
+            CaseExtent::Fewer if !fixed && heads > 1 && (batch + 1) * (heads - 1) <= most => [batch + 1, heads - 1],
+            CaseExtent::Fewer if batch > 1 => [batch - 1, heads],
+            CaseExtent::Fewer => [if 2 * heads <= most { 2 } else { 1 }, heads],
         }
     }
 
@@ -218,7 +220,11 @@ impl Case {
             CaseText::Empty => ", no valid text",
             CaseText::Beyond => ", text lengths beyond the text",
         };
-        let shape = if self.extent == CaseExtent::Other { ", another batch and fewer heads" } else { "" };
+        let shape = match self.extent {
+            CaseExtent::Spec => "",
+            CaseExtent::Fewer => ", another batch and fewer heads",
+            CaseExtent::More => ", more heads",
+        };
         let lse = if self.lse { "" } else { ", no log-sum-exp" };
         let seed = if self.seeded { ", a seed of its own" } else { "" };
         let arrangement = |arrangement| match arrangement {
