@@ -36,16 +36,21 @@ fn path(path: &Path) -> &str {
 
 #[test]
 fn describe() {
-    let output = framestride(&["describe", "demo"]);
+    let output = framestride(&["describe", "demo", "--gpu", "h200"]);
     assert!(output.status.success());
     insta::assert_snapshot!(String::from_utf8(output.stdout).unwrap());
-    let (value, code) = json(&["describe", "wan_14b_720p"]);
+    let (value, code) = json(&["describe", "wan_14b_720p", "--gpu", "h100"]);
     assert_eq!((value["sequence"].as_u64(), code), (Some(75600), 0));
     assert_eq!(value["masks"][0]["density"], 1.0);
-    assert_eq!(value["expected_on_h200"]["can_gain"], true);
+    let [expected] = &value["expected"].as_array().unwrap()[..] else { panic!("{value}") };
+    assert_eq!((expected["gpu"].as_str(), expected["can_gain"].as_bool()), (Some("h100"), Some(true)));
     let said = |spec: &str| String::from_utf8(framestride(&["describe", spec]).stdout).unwrap();
     assert!(said("wan_14b_720p").contains("expected gain over dense: 3."));
     assert!(said("tiny_plain").contains("whatever the half widths.\n  Run it dense."));
+    let unknown = framestride(&["describe", "demo", "--gpu", "b200"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    let error = String::from_utf8(unknown.stderr).unwrap();
+    assert!(error.contains("b200") && error.contains("h100, h200"), "{error}");
 }
 
 #[test]
@@ -297,11 +302,11 @@ fn doctor_looks_at_everything() {
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
 
-/// Where the driver is older than the kernels' PTX, every message names the least driver, and
-/// `auto` takes the emulator. The pretended driver only answers what is asked before a launch.
+/// What a driver says is looked at before anything is launched. Where it is older than the kernels'
+/// PTX, every message names the least driver, and `auto` takes the emulator. The pretended driver only answers what is asked before a launch.
 #[cfg(target_os = "linux")]
 #[test]
-fn old_drivers() {
+fn drivers() {
     let folder = tempfile::tempdir().unwrap();
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pretend_driver.c");
     let library = folder.path().join("libcuda.so.1");
@@ -340,6 +345,32 @@ fn old_drivers() {
             assert!(code == 2 && error.contains(least), "{command}, {code}: {error}");
         }
     }
+    // Gains are estimated for the card, or where it has no rates for those that have some.
+    let estimated = |name: Option<&str>, variables: &[(&str, &str)]| -> (Vec<String>, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+        command.env("LD_LIBRARY_PATH", folder.path()).envs(name.map(|name| ("FAKE_NAME0", name)));
+        command.envs(variables.iter().copied()).args(["describe", "demo"]);
+        let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
+        let json: Value = serde_json::from_slice(&command.arg("--json").output().unwrap().stdout).unwrap();
+        let gpus = json["expected"].as_array().unwrap().iter().map(|gpu| gpu["gpu"].as_str().unwrap().into());
+        (gpus.collect(), text)
+    };
+    for (name, gpus) in [
+        ("NVIDIA H100 80GB HBM3", &["h100"][..]),
+        ("NVIDIA H200", &["h200"]),
+        ("NVIDIA H100 PCIe", &["h100", "h200"]),
+        ("NVIDIA GH200 480GB", &["h100", "h200"]),
+    ] {
+        let (found, text) = estimated(Some(name), &[]);
+        assert_eq!(found, gpus, "{name}");
+        assert_eq!(text.contains(&format!("there are no rates of the {name}")), gpus.len() > 1, "{text}");
+        for gpu in gpus {
+            assert!(text.contains(&format!("estimated for an {}", gpu.to_uppercase())), "{text}");
+        }
+    }
+    assert_eq!(estimated(None, &[("FAKE_INIT", "803")]).0, ["h100", "h200"]);
+    // A context is not needed for a name, and might not be had.
+    assert_eq!(estimated(None, &[("FAKE_RETAIN", "2")]).0, ["h100"]);
     // These drivers do not get as far as a card's name.
     for (variable, value) in [("FAKE_INIT", "803"), ("FAKE_COUNT", "0"), ("FAKE_RETAIN", "2")] {
         let run = |device: &str| {

@@ -1,7 +1,9 @@
 //! `framestride describe`: what follows from a spec, without running anything.
 
 use clap::Args;
-use framestride::shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle};
+use clap::builder::PossibleValuesParser;
+use framestride::device::Gpu;
+use framestride::shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
 use framestride::shapes::layout::{HeadType, Layout};
 use framestride::shapes::spec::{Spec, text_position_name};
 use framestride::{Result, workspace_layout};
@@ -12,11 +14,25 @@ use crate::outcome::Outcome;
 use crate::spec_argument::read_spec;
 
 /// Computes sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec.
-/// Estimates what it gains over dense attention on an H200.
+/// Estimates what it gains over dense attention on a GPU.
 #[derive(Args)]
 pub struct Describe {
     /// The spec.
     spec: String,
+    /// The GPU to estimate for. Without it, that is the first one of this machine, or all there are
+    /// rates of.
+    #[arg(long, value_parser = PossibleValuesParser::new(Rates::ALL.map(|rates| rates.gpu)))]
+    gpu: Option<String>,
+}
+
+/// What is estimated for one GPU.
+#[derive(Serialize)]
+struct Expectation {
+    gpu: &'static str,
+    gain: f64,
+    can_gain: bool,
+    layer_ms: f64,
+    dense_layer_ms: f64,
 }
 
 #[derive(Serialize)]
@@ -33,7 +49,7 @@ struct HeadDescription {
 }
 
 /// Computes what follows from a spec.
-pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
+pub fn describe(Describe { spec, gpu }: Describe) -> Result<Outcome> {
     let spec = read_spec(&spec)?;
     let layout = &spec.layout;
     let heads = HeadType::ALL.map(|head| {
@@ -87,8 +103,22 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
             head.tiles_edge
         );
     }
-    let times = LayerTimes::estimate(&spec);
-    out += &gain_text(&spec, &times);
+    let (rates, unknown) = rates(gpu.as_deref());
+    if let Some(name) = unknown {
+        out += &format!("\n  there are no rates of the {name} of this machine\n");
+    }
+    let mut expected = Vec::new();
+    for rates in rates {
+        let times = LayerTimes::estimate(&spec, &rates);
+        out += &gain_text(&spec, &rates, &times);
+        expected.push(Expectation {
+            gpu: rates.gpu,
+            gain: times.speedup(),
+            can_gain: times.obstacle().is_none(),
+            layer_ms: times.layer(),
+            dense_layer_ms: times.dense_layer(),
+        });
+    }
     let json = json!({
         "name": spec.name,
         "sequence": layout.sequence(),
@@ -104,14 +134,21 @@ pub fn describe(Describe { spec }: Describe) -> Result<Outcome> {
         "key_tile_rows": tiles.key_rows,
         "workspace_bytes": workspace,
         "masks": heads,
-        "expected_on_h200": {
-            "gain": times.speedup(),
-            "can_gain": times.obstacle().is_none(),
-            "layer_ms": times.layer(),
-            "dense_layer_ms": times.dense_layer(),
-        },
+        "expected": expected,
     });
     Ok(Outcome::new(out, json, true))
+}
+
+/// The rates of the GPUs to estimate for, and the name of this machine's where it was not measured.
+fn rates(named: Option<&str>) -> (Vec<Rates>, Option<String>) {
+    if let Some(named) = named {
+        return (Rates::ALL.into_iter().filter(|rates| rates.gpu == named).collect(), None);
+    }
+    let at_hand = Gpu::name_of(0).ok();
+    match at_hand.as_deref().and_then(Rates::of_device) {
+        Some(rates) => (vec![rates], None),
+        None => (Rates::ALL.into(), at_hand),
+    }
 }
 
 fn text_of(layout: &Layout) -> String {
@@ -122,11 +159,13 @@ fn text_of(layout: &Layout) -> String {
     }
 }
 
-/// What a spec can gain over dense attention, or why it cannot gain, and what to do about it.
-fn gain_text(spec: &Spec, times: &LayerTimes) -> String {
+/// What a spec can gain over dense attention on a GPU, or why it cannot gain, and what to do about
+/// it.
+fn gain_text(spec: &Spec, rates: &Rates, times: &LayerTimes) -> String {
     let over_dense = format!(
-        "{:.2}x, estimated for an H200:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
+        "{:.2}x, estimated for an {}:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
         times.speedup(),
+        rates.gpu.to_uppercase(),
         times.layer(),
         times.pack,
         times.profile,

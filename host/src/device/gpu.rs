@@ -62,6 +62,26 @@ fn driver() -> Result<()> {
     }
 }
 
+/// The driver's handle of GPU `ordinal`.
+fn device(ordinal: i32) -> Result<sys::CUdevice> {
+    driver()?;
+    let mut device = 0;
+    // SAFETY: the pointer is to a live local.
+    check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal) })
+        .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
+    Ok(device)
+}
+
+/// The name that the driver gives a GPU.
+fn name(device: sys::CUdevice) -> Result<String> {
+    let mut name = [0 as c_char; 256];
+    // SAFETY: the driver writes at most `len` bytes, terminated.
+    unsafe {
+        check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
+        Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
 /// Makes a context current until it is dropped.
 pub(super) struct Current;
 
@@ -92,16 +112,20 @@ impl Gpu {
     /// # Errors
     /// [`Error::NoGpu`] without a driver or a GPU of this number.
     pub fn primary(ordinal: i32) -> Result<Gpu> {
-        driver()?;
-        let (mut device, mut context) = (0, std::ptr::null_mut());
-        // SAFETY: both pointers are to live locals; the retained context is released on drop.
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal))
-                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))
-                .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
-        }
+        let device = device(ordinal)?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: the pointer is to a live local; the retained context is released on drop.
+        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })
+            .map_err(|error| Error::NoGpu(format!("GPU {ordinal}: {error}")))?;
         Gpu::describe(context, device, true)
+    }
+
+    /// Name of GPU `ordinal`. No context is made for it, which would take a while.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] without a driver or a GPU of this number.
+    pub fn name_of(ordinal: i32) -> Result<String> {
+        name(device(ordinal)?)
     }
 
     /// Borrows a context of the caller. It is never destroyed, and a thread's current context is
@@ -133,12 +157,7 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
         );
         gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let mut name = [0 as c_char; 256];
-        // SAFETY: the driver writes at most `len` bytes, terminated.
-        unsafe {
-            check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
-            gpu.name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
-        }
+        gpu.name = name(device)?;
         Ok(gpu)
     }
 
