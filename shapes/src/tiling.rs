@@ -94,8 +94,7 @@ pub fn key_tile(
 }
 
 /// Counts the tiles of one head, with `valid_text` valid text tokens (at most T). It looks at each
-/// query tile once, and at no key tile. So the largest spec takes some
-/// milliseconds.
+/// query tile once, and at no key tile. So the largest spec takes some milliseconds.
 pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u32) -> TileCounts {
     let all_keys = u64::from((valid_text + layout.video_tokens()).div_ceil(tiles.key_rows));
     let mut counts = TileCounts::default();
