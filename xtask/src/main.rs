@@ -21,6 +21,9 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   mutants [NAME ...]
                 plant mistakes in the kernels, all of tests/mutants/mutants.toml or those named, and expect verify
                 to see each
+  diffusers [FAMILY ...]
+                compare dense attention with the models of diffusers, or with those whose names have one of these
+                parts, in a Python environment of its own (5 GB in target/diffusers)
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
 ";
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
         ("lint", []) => lint::run_all(),
         ("kernels", []) => kernels::make(),
         ("mutants", names) => mutants::plant(mutants::Choice::Named(names)),
+        ("diffusers", families) => diffusers(families),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
             print!("{}", framestride_builder::toolchain::Inventory::new());
@@ -77,6 +81,15 @@ fn test(arguments: &[String]) -> Result<(), String> {
     // A snapshot that differs is a failure, never a new file.
     run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))?;
     if arguments.is_empty() { mutants::plant(mutants::Choice::Ci) } else { Ok(()) }
+}
+
+/// Compares dense attention with the models of diffusers.
+fn diffusers(families: &[String]) -> Result<(), String> {
+    let python = setup::python("diffusers", "tests/diffusers/requirements.txt")?;
+    run(cargo().args(["build", "--package", "framestride-cli"]))?;
+    step("dense attention of diffusers and of framestride, on the emulator");
+    let script = ["tests/diffusers/compare.py", "target/debug/framestride"];
+    run(Command::new(python).args(script).args(families).current_dir(root()))
 }
 
 /// Prints one line about what is done next.

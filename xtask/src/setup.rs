@@ -1,8 +1,9 @@
 //! Sets up what is missing, and nothing else. It is the device compiler, ptxas and the disassembler
-//! for the tests, and clippy, rustfmt and an old Rust for lints.
+//! for the tests, clippy, rustfmt and an old Rust for lints, and Python's packages.
 
+use std::fs;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use framestride_builder::toolchain::{
 };
 use indicatif::ProgressBar;
 
-use crate::{shown, step};
+use crate::{root, shown, step};
 
 /// Finds a device compiler, or installs one: by rustup if it is there, else from Debian's packages.
 pub fn device_compiler() -> Result<Toolchain, String> {
@@ -87,16 +88,7 @@ pub fn cuda_tools() -> Result<CudaTools, String> {
         "install ptxas and nvdisasm of CUDA 13 and set FRAMESTRIDE_CUDA_BIN to their folder, or provide python3 with venv and pip for\n    pip install {}",
         CUDA_PACKAGES.join(" ")
     );
-    if on_path("python3").is_none() {
-        install("apt-get install -y --no-install-recommends python3 python3-venv")
-            .map_err(|e| format!("{e}\n{mend}"))?;
-    }
-    if let Err(first) = virtual_environment(&folder) {
-        // Debian keeps venv's pip in a package of its own.
-        install("apt-get install -y --no-install-recommends python3-venv")
-            .and_then(|()| virtual_environment(&folder))
-            .map_err(|second| format!("{first}\n{second}\n{mend}"))?;
-    }
+    virtual_environment(&folder, &CUDA_PACKAGES.join(" ")).map_err(|error| format!("{error}\n{mend}"))?;
     let found = CudaTools::find();
     if complete(&found) {
         Ok(announce_tools(found))
@@ -112,21 +104,48 @@ fn announce_tools(found: CudaTools) -> CudaTools {
     found
 }
 
-fn virtual_environment(folder: &Path) -> Result<(), String> {
+/// Makes a Python virtual environment with what pip installs of `packages`. Installs Python if it is
+/// missing.
+fn virtual_environment(folder: &Path, packages: &str) -> Result<(), String> {
+    if on_path("python3").is_none() {
+        install("apt-get install -y --no-install-recommends python3 python3-venv")?;
+    }
     let folder = folder.display();
-    install(&format!("python3 -m venv --clear {folder}"))?;
-    install(&format!("{folder}/bin/python3 -m pip install --quiet {}", CUDA_PACKAGES.join(" ")))
+    let fill = || {
+        install(&format!("python3 -m venv --clear {folder}"))?;
+        install(&format!("{folder}/bin/python3 -m pip install --quiet {packages}"))
+    };
+    fill().or_else(|first| {
+        // Debian keeps venv's pip in a package of its own.
+        install("apt-get install -y --no-install-recommends python3-venv")
+            .and_then(|()| fill())
+            .map_err(|second| format!("{first}\n{second}"))
+    })
 }
 
-/// Runs an installer, and shows a spinner, and its output if it fails. Debian's installer needs
-/// root. Another user runs it by `sudo`, which must not ask for a password.
+/// Finds the Python of a virtual environment in `target` with the packages of a requirements file,
+/// or makes one.
+pub fn python(name: &str, requirements: &str) -> Result<PathBuf, String> {
+    let folder = Path::new("target").join(name);
+    let wanted = fs::read(root().join(requirements)).map_err(|error| format!("{requirements}: {error}"))?;
+    // The copy in the environment comes last, so an environment that has it is whole.
+    let installed = root().join(&folder).join("requirements.txt");
+    if fs::read(&installed).ok().as_ref() != Some(&wanted) {
+        virtual_environment(&folder, &format!("--no-compile --requirement {requirements}"))?;
+        fs::write(&installed, wanted).map_err(|error| format!("{}: {error}", installed.display()))?;
+    }
+    Ok(root().join(folder).join("bin/python3"))
+}
+
+/// Runs an installer in the workspace's folder, and shows a spinner, and its output if it fails.
+/// Debian's installer needs root. Another user runs it by `sudo`, which must not ask for a password.
 fn install(command: &str) -> Result<(), String> {
     let mut words: Vec<&str> = command.split(' ').collect();
     if words[0] == "apt-get" && !is_root() {
         words.splice(0..0, ["sudo", "-n"]);
     }
     let mut command = Command::new(words[0]);
-    command.args(&words[1..]).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+    command.args(&words[1..]).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).current_dir(root());
     let shown = shown(&command);
     step(&shown);
     let spinner = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
