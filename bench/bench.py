@@ -110,7 +110,8 @@ class Shape:
         if self.rope:
             rows = self.sequence if self.rope.get("text") else self.video
             heads = [self.heads] if self.rope.get("per_head") else []
-            self.table_shape = [rows, *heads, self.head_dim // 2]
+            self.rotated = self.rope.get("channels", self.head_dim)
+            self.table_shape = [rows, *heads, self.rotated // 2]
         self.table_bytes = 2 * 4 * math.prod(self.table_shape) if self.table_shape else 0
 
     def flop(self, mask):
@@ -159,11 +160,13 @@ class Shape:
             if len(self.table_shape) == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             cos, sin = cos.to(wide), sin.to(wide)
-            turning = y[:, first : first + rows]
+            turning = y[:, first : first + rows, :, : self.rotated]
             interleaved = self.rope.get("pairs") == "interleaved"
             a, b = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, -1)
             turned = (a * cos - b * sin, b * cos + a * sin)
             turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+            if self.rotated < self.head_dim:
+                turned = torch.cat((turned, y[:, first : first + rows, :, self.rotated :]), -1)
             y = torch.cat((y[:, :first], turned, y[:, first + rows :]), 1)
         return y if wide == torch.float64 else y.to(dtype)
 

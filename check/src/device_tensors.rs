@@ -346,6 +346,9 @@ pub struct DeviceLayer {
     buffers: Vec<Buffer>,
 }
 
+/// Elements behind the RoPE table of each batch item, which nothing reads.
+const ROPE_GAP: usize = 64;
+
 fn upload_words(device: &Device, words: impl Iterator<Item = [u8; 4]>) -> Result<Buffer> {
     device.upload(&words.flatten().collect::<Vec<u8>>())
 }
@@ -374,7 +377,14 @@ impl DeviceLayer {
             ..Layer::default()
         };
         if let Some(tables) = &inputs.rope {
-            (layer.cos, layer.sin) = (floats(Some(&tables.cos))?, floats(Some(&tables.sin))?);
+            let length = tables.cos.len() / tables.items;
+            // What lies between the tables of two items is NaN.
+            let spread = |table: &[f32]| -> Vec<f32> {
+                let items = table.chunks_exact(length);
+                items.flat_map(|item| item.iter().copied().chain([f32::NAN; ROPE_GAP])).collect()
+            };
+            (layer.cos, layer.sin) = (floats(Some(&spread(&tables.cos)))?, floats(Some(&spread(&tables.sin)))?);
+            layer.rope_batch = if tables.items == 1 { 0 } else { (length + ROPE_GAP) as u64 };
         }
         if let Some(lengths) = &inputs.text_lengths {
             let buffer = upload_words(device, lengths.iter().map(|length| length.to_le_bytes()))?;

@@ -93,7 +93,7 @@ impl Inputs {
     ///
     /// Elements of Q, K and V are normal. Those of Q and K are twice as large, so that the softmax
     /// has something to choose. Rows of Q and K have different means and sizes. Norm weights lie
-    /// around one. RoPE angles are uniform.
+    /// around one. RoPE angles are uniform, and each batch item has its own.
     pub fn random(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
         let normals = Normals::new(spec, seed);
         let tokens = |drawn: Drawn| {
@@ -112,7 +112,7 @@ impl Inputs {
         };
         let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());
         let text_norms = spec.qk_norm.is_some() && spec.layout.text_tokens > 0;
-        let rope = spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed));
+        let rope = spec.rope.as_ref().map(|_| RopeTables::random(spec, batch, heads, seed));
         Inputs {
             q_norm,
             k_norm,
@@ -372,7 +372,7 @@ impl Inputs {
         values: impl Fn(&Normals, Drawn, usize, usize, &mut [f64]) -> bool + Sync,
     ) -> Inputs {
         let normals = Normals::new(spec, seed);
-        let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, heads, seed)));
+        let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, 1, heads, seed)));
         let video = (layout.frames * layout.tokens_per_frame) as usize;
         let (sequence, dim) = (layout.sequence() as usize, spec.head_dim as usize);
         let tokens = |drawn: Drawn| {

@@ -86,6 +86,11 @@ fn log_sums(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
     u64::from(batch) * u64::from(heads) * u64::from(spec.layout.sequence()) * 4
 }
 
+/// Bytes of the RoPE tables of a launch, in which each batch item has its own.
+fn rope_tables(spec: &Spec, [batch, heads]: [u32; 2]) -> u64 {
+    u64::from(batch) * spec.rope_table_bytes(heads)
+}
+
 /// Bytes that layers and workspaces take on the device, where there are `layers` and `workspaces`
 /// of them.
 fn on_device(
@@ -96,7 +101,7 @@ fn on_device(
     [layers, workspaces]: [u64; 2],
 ) -> u64 {
     let [batch, heads] = extent;
-    let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + spec.rope_table_bytes(heads);
+    let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + rope_tables(spec, extent);
     layers * layer + workspaces * workspace_layout(spec, batch, heads, device.multiprocessors()).bytes
 }
 
@@ -112,7 +117,7 @@ pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangeme
     let statistics = 2 * 16 * u64::from(batch) * u64::from(spec.layout.sequence());
     // Q, K and V take at least three tensors, so the rest bounds the output in its arrangement.
     let out = layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor);
-    let host = 3 * tensor + spec.rope_table_bytes(heads) + out + log_sums(spec, extent) + statistics + one_head;
+    let host = 3 * tensor + rope_tables(spec, extent) + out + log_sums(spec, extent) + statistics + one_head;
     Need { device: on_device(spec, device, extent, arrangements, [1, 1]), host }
 }
 
@@ -121,7 +126,7 @@ pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangeme
 pub(crate) fn repeated(spec: &Spec, device: &Device, extent: [u32; 2], counts: [u64; 2], results: u64) -> Need {
     let [batch, heads] = extent;
     let tensor = spec.tensor_bytes(batch, heads);
-    let inputs = 3 * tensor + spec.rope_table_bytes(heads);
+    let inputs = 3 * tensor + rope_tables(spec, extent);
     let results = (results + 1) * (tensor + log_sums(spec, extent));
     let arrangements = [Arrangement::TokensFirst; 2];
     Need { device: on_device(spec, device, extent, arrangements, counts), host: inputs + results }

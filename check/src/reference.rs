@@ -86,14 +86,15 @@ impl<'a> Reference<'a> {
         {
             let table_row = if rope.text { row } else { video_index(layout, row).unwrap_or(0) };
             let table = if rope.per_head { table_row * tokens.heads + head } else { table_row };
-            let half = tokens.head_dim / 2;
+            let half = rope.channels as usize / 2;
+            let item = if tables.items == 1 { 0 } else { batch * (tables.cos.len() / tables.items) };
             for pair in 0..half {
                 let (a, b) = match rope.pairs {
                     Pairs::Interleaved => (2 * pair, 2 * pair + 1),
                     Pairs::Half => (pair, pair + half),
                 };
-                let (cos, sin) =
-                    (f64::from(tables.cos[table * half + pair]), f64::from(tables.sin[table * half + pair]));
+                let index = item + table * half + pair;
+                let (cos, sin) = (f64::from(tables.cos[index]), f64::from(tables.sin[index]));
                 (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin);
             }
         }

@@ -7,9 +7,12 @@ use rayon::prelude::*;
 
 use crate::random::{Drawn, quick_generator};
 
-/// Two RoPE tables, each of the shape [`Spec::rope_table_shape`].
+/// RoPE tables of each batch item, or one for all. Each has the shape [`Spec::rope_table_shape`],
+/// and they follow each other.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTables {
+    /// How many tables there are: one for each batch item, or 1 when all items share it.
+    pub items: usize,
     /// Cosines.
     pub cos: Vec<f32>,
     /// Sines.
@@ -52,19 +55,19 @@ pub fn token_coordinates(spec: &Spec, row: usize) -> [usize; 3] {
 }
 
 impl RopeTables {
-    /// Number of elements of each table for `heads` heads.
+    /// Number of elements of one table for `heads` heads.
     pub(crate) fn length(spec: &Spec, heads: usize) -> usize {
         spec.rope_table_elements(heads as u32) as usize
     }
 
-    /// The tables that are taken when none are given.
+    /// The tables that are taken when none are given. All batch items share them.
     ///
     /// Channels turn along three axes ([`rope_axis`]). Pair `i` of the `n` on its axis turns by
     /// `10000^(-i / n)` a step. With tables per head, the frequencies of head `h` of `H` lie a
     /// fraction `h / H` of a step further on. So all heads together hold one sequence of
     /// frequencies.
     pub fn from_grid(spec: &Spec, heads: usize) -> RopeTables {
-        let half = spec.head_dim as usize / 2;
+        let half = pairs(spec);
         let tables = if spec.rope.is_some_and(|rope| rope.per_head) { heads } else { 1 };
         let first_row =
             if spec.rope.as_ref().is_some_and(|rope| rope.text) { 0 } else { spec.layout.first_video_row() as usize };
@@ -78,16 +81,17 @@ impl RopeTables {
             })
             .collect();
         RopeTables {
+            items: 1,
             cos: angles.par_iter().map(|angle| angle.cos() as f32).collect(),
             sin: angles.par_iter().map(|angle| angle.sin() as f32).collect(),
         }
     }
 
-    /// Tables of independent random angles, uniform over the circle.
-    pub fn random(spec: &Spec, heads: usize, seed: u64) -> RopeTables {
-        let half = spec.head_dim as usize / 2;
-        let length = RopeTables::length(spec, heads);
-        let mut tables = RopeTables { cos: vec![0.0; length], sin: vec![0.0; length] };
+    /// `items` tables of independent random angles, uniform over the circle.
+    pub fn random(spec: &Spec, items: usize, heads: usize, seed: u64) -> RopeTables {
+        let half = pairs(spec);
+        let length = items * RopeTables::length(spec, heads);
+        let mut tables = RopeTables { items, cos: vec![0.0; length], sin: vec![0.0; length] };
         let rows = tables.cos.par_chunks_exact_mut(half).zip(tables.sin.par_chunks_exact_mut(half));
         rows.enumerate().for_each(|(row, (cos, sin))| {
             let mut generator = quick_generator(seed, Drawn::Angles, row as u64);
@@ -99,15 +103,15 @@ impl RopeTables {
         tables
     }
 
-    /// Turns the row of one token of Q or K as the tables say, for `direction` 1. With -1 it turns
-    /// back what a kernel will turn forth. `token` counts in the model's order.
+    /// Turns the row of one token of Q or K as the table of the first item says, for `direction` 1.
+    /// With -1 it turns back what a kernel will turn forth. `token` counts in the model's order.
     pub fn rotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64], direction: f64) {
         let Some(rope) = &spec.rope else { return };
         let first_row = if rope.text { 0 } else { spec.layout.first_video_row() as usize };
         let Some(table_row) = token.checked_sub(first_row).filter(|&row| row < spec.rope_rows() as usize) else {
             return;
         };
-        let half = row.len() / 2;
+        let half = pairs(spec);
         let table = if rope.per_head { table_row * heads + head } else { table_row };
         for pair in 0..half {
             let (a, b) = paired(rope.pairs, pair, half);
@@ -116,6 +120,11 @@ impl RopeTables {
             (row[a], row[b]) = (row[a] * cos - row[b] * sin, row[b] * cos + row[a] * sin);
         }
     }
+}
+
+/// Pairs of channels that a spec rotates.
+fn pairs(spec: &Spec) -> usize {
+    spec.rope.map_or(0, |rope| rope.channels as usize / 2)
 }
 
 /// The two channels of a pair, of `half` pairs.

@@ -279,11 +279,11 @@ impl Inputs {
                 let shape = spec.rope_table_shape(heads as u32);
                 let length = RopeTables::length(spec, heads);
                 for (key, table) in [("cos", &tables.cos), ("sin", &tables.sin)] {
-                    if table.len() != length {
+                    if ![1, batch].contains(&tables.items) || table.len() != tables.items * length {
                         return Err(Error::input(
                             format!("{source}, tensor {key}"),
-                            format!("{} elements", table.len()),
-                            format!("shape {shape:?}"),
+                            format!("{} elements in {} tables", table.len(), tables.items),
+                            format!("shape {shape:?}, once or for each of {batch} batch items"),
                             "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true",
                         ));
                     }

@@ -9,6 +9,7 @@ use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
 use framestride_check::layer_run::run_layer;
+use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
 use framestride_check::verify::{Case, CaseContent, CaseExtent, CaseText, CaseTypes, Effort, verify_case};
 
@@ -175,7 +176,11 @@ fn more_heads_than_the_spec() {
             one.fill(|_, row, _, values| values.copy_from_slice(&tokens.row(item, row, head)));
             one
         };
-        let one = Inputs { q: of(&inputs.q), k: of(&inputs.k), v: of(&inputs.v), ..inputs.clone() };
+        let of_item = |table: &[f32]| table.chunks_exact(table.len() / 2).nth(item).unwrap().to_vec();
+        let tables = inputs.rope.as_ref().unwrap();
+        let rope = RopeTables { items: 1, cos: of_item(&tables.cos), sin: of_item(&tables.sin) };
+        let (q, k, v) = (of(&inputs.q), of(&inputs.k), of(&inputs.v));
+        let one = Inputs { q, k, v, rope: Some(rope), ..inputs.clone() };
         let own_type = types.address() + (item * heads + head) as u64 * 4;
         assert_eq!(of(&all), forward(&module, &one, HeadTypes::Given(own_type)), "item {item}, head {head}");
     }

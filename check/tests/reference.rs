@@ -139,6 +139,47 @@ fn rope_is_relative() {
     assert_eq!(turned(115), row, "text is not rotated");
 }
 
+/// With cosines of 0 and sines of 1, the pair (a, b) becomes (-b, a). Channels behind the rotated
+/// ones stay, and each batch item has its own tables.
+#[test]
+fn rope_turns_the_leading_channels_of_each_item() {
+    for (pairs, step) in [("interleaved", 8), ("half", 16)] {
+        for head_dim in [64, 128] {
+            for channels in (step..=head_dim).step_by(step) {
+                let text = format!(
+                    "name = \"turned\"\n[video]\nframes = 2\ntokens_per_frame = 3\n[attention]\nheads = 1\nhead_dim = {head_dim}\n
+                     [rope]\npairs = \"{pairs}\"\nchannels = {channels}\n
+                     [masks.spatial]\nhalf_width = 1\n[masks.temporal]\nhalf_width = 1\n"
+                );
+                let spec = Spec::parse("turned", &text).unwrap();
+                let mut inputs = Inputs::random(&spec, 2, 1, 9);
+                let tables = inputs.rope.as_mut().unwrap();
+                let length = 6 * channels / 2;
+                assert_eq!((tables.items, tables.cos.len(), tables.sin.len()), (2, 2 * length, 2 * length));
+                // The first item is not turned, and the second is.
+                let of_items = |values: [f32; 2]| values.map(|value| vec![value; length]).concat();
+                (tables.cos, tables.sin) = (of_items([1.0, 0.0]), of_items([0.0, 1.0]));
+                let reference = Reference::new(&spec, &inputs);
+                for token in 0..6 {
+                    assert_eq!(reference.row(Operand::Query, 0, token, 0), inputs.q.row(0, token, 0));
+                    let row = inputs.q.row(1, token, 0);
+                    let mut turned = row.clone();
+                    for first in 0..channels {
+                        let (is_first, second) = match pairs {
+                            "half" => (first < channels / 2, first + channels / 2),
+                            _ => (first % 2 == 0, first + 1),
+                        };
+                        if is_first {
+                            (turned[first], turned[second]) = (-row[second], row[first]);
+                        }
+                    }
+                    assert_eq!(reference.row(Operand::Query, 1, token, 0), turned, "{text}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn rounding_is_to_nearest_even_and_carries_nan() {
     assert_eq!(widen(Dtype::Bf16, narrow(Dtype::Bf16, 1.0 + 1.0 / 256.0)), 1.0);

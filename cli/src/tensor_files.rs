@@ -3,14 +3,16 @@
 //! | tensor | diffusers calls it | shape | type |
 //! | --- | --- | --- | --- |
 //! | `q`, `k`, `v` | `query`, ... | \[B, S, H, D\], \[B, H, S, D\], \[B, S, H D\] | floats |
-//! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, D / 2\], \[rows, H, D / 2\] | floats |
+//! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, C / 2\], \[rows, H, C / 2\] | floats |
 //! | `q_norm.weight`, `q_norm.bias` | `norm_q.weight`, ... | \[D\], \[H D\] | floats |
 //! | `k_norm.weight`, `k_norm.bias` | `norm_k.weight`, ... | \[D\], \[H D\] | floats |
 //! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | \[D\], \[H D\] | floats |
 //! | `text_lengths` | | \[B\], or \[\] for one batch item | integers |
 //!
-//! Q, K and V are rounded to the spec's type. RoPE tables have an extent of heads where each head
-//! has its own, and are made from the grid when they are not given. Norm weights are \[H D\] when
+//! Q, K and V are rounded to the spec's type. RoPE tables are of the C channels that are rotated,
+//! `rope.channels`. They have an extent of heads where each head has its own, and \[B\] before all
+//! others where each batch item has its own. They are made from the grid when they are not given.
+//! Norm weights are \[H D\] when
 //! the norm is over all heads. Text rows have the video's weights when their own are not given.
 //! `text_lengths` are numbers of valid text tokens.
 //!
@@ -20,7 +22,7 @@
 //! Norms of diffusers may have the path of their layer before their names, as in
 //! `transformer_blocks.0.attn.norm_q.weight`. It must be the path of self-attention, which is
 //! `attn` or `attn1`. Tables of diffusers say each number twice, for both channels of a pair:
-//! \[rows, D\], or \[rows, H D\] with tables per head. They are taken when both numbers are equal
+//! \[rows, C\], or \[rows, H C\] with tables per head. They are taken when both numbers are equal
 //! for the pairs of the spec. Extents of 1 do not count.
 //!
 //! The output is written as `out`, \[B, S, H, D\] in the spec's type, with `lse`, \[B, H, S\].
@@ -297,28 +299,30 @@ impl<'a> File<'a> {
         Ok((norm != Norm::default()).then_some(norm))
     }
 
-    /// A RoPE table, with one number for each pair of channels.
-    fn table(&self, name: &str, spec: &Spec, heads: usize) -> Result<Option<Vec<f32>>> {
+    /// RoPE tables, with one number for each pair of channels, and how many tables there are: one
+    /// for each of `batch` items, or one for all.
+    fn tables(&self, name: &str, spec: &Spec, batch: usize, heads: usize) -> Result<Option<(usize, Vec<f32>)>> {
         let Some(view) = self.find(name) else { return Ok(None) };
-        let Some(rope) = &spec.rope else { return self.singles(name, view).map(Some) };
+        let Some(rope) = &spec.rope else { return self.singles(name, view).map(|table| Some((1, table))) };
         let shape: Vec<usize> = spec.rope_table_shape(heads as u32).into_iter().map(|extent| extent as usize).collect();
-        let (rows, head_dim) = (shape[0], spec.head_dim as usize);
-        let is = |shape: &[usize]| extents(view.shape()).eq(extents(shape));
-        if is(&shape) {
-            return self.singles(name, view).map(Some);
-        }
-        let twice = match rope.per_head {
-            true => is(&[rows, heads, head_dim]) || is(&[rows, heads * head_dim]),
-            false => is(&[rows, head_dim]),
+        let (rows, rotated) = (shape[0], rope.channels as usize);
+        let is = |items: usize, shape: &[usize]| extents(view.shape()).eq(extents(&[&[items], shape].concat()));
+        let is_twice = |items: usize| match rope.per_head {
+            true => is(items, &[rows, heads, rotated]) || is(items, &[rows, heads * rotated]),
+            false => is(items, &[rows, rotated]),
         };
-        if !twice {
-            let mend = "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true";
-            return Err(self.wrong_shape(name, view, format!("shape {shape:?}"), mend));
+        if let Some(items) = [1, batch].into_iter().find(|&items| is(items, &shape)) {
+            return self.singles(name, view).map(|table| Some((items, table)));
         }
+        let Some(items) = [1, batch].into_iter().find(|&items| is_twice(items)) else {
+            let each = if batch > 1 { format!(", or {batch} of them") } else { String::new() };
+            let mend = "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true";
+            return Err(self.wrong_shape(name, view, format!("shape {shape:?}{each}"), mend));
+        };
         let channels = self.singles(name, view)?;
-        let half = head_dim / 2;
+        let half = rotated / 2;
         let mut table = Vec::with_capacity(channels.len() / 2);
-        for (row, channels) in channels.chunks_exact(head_dim).enumerate() {
+        for (row, channels) in channels.chunks_exact(rotated).enumerate() {
             for (a, b) in (0..half).map(|pair| paired(rope.pairs, pair, half)) {
                 if channels[a].to_bits() != channels[b].to_bits() {
                     let pairs = rope.pairs.as_str();
@@ -332,7 +336,7 @@ impl<'a> File<'a> {
                 table.push(channels[a]);
             }
         }
-        Ok(Some(table))
+        Ok(Some((items, table)))
     }
 
     fn lengths(&self, name: &str, spec: &Spec, batch: usize) -> Result<Option<Vec<u32>>> {
@@ -408,7 +412,7 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
             ));
         }
     }
-    let tables = (file.table("cos", spec, heads)?, file.table("sin", spec, heads)?);
+    let tables = (file.tables("cos", spec, batch, heads)?, file.tables("sin", spec, batch, heads)?);
     let inputs = Inputs {
         q: file.tokens("q", spec)?,
         k: file.tokens("k", spec)?,
@@ -418,7 +422,15 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
         q_norm_text: file.norm("q_norm_text")?,
         k_norm_text: file.norm("k_norm_text")?,
         rope: match tables {
-            (Some(cos), Some(sin)) => Some(RopeTables { cos, sin }),
+            (Some((items, cos)), Some((other, sin))) if items == other => Some(RopeTables { items, cos, sin }),
+            (Some((items, _)), Some((other, _))) => {
+                return Err(Error::input(
+                    file.subject("sin"),
+                    format!("{other} tables, and {items} in cos"),
+                    "as many of each",
+                    "Store both tables once, or both for each batch item",
+                ));
+            }
             (None, None) => spec.rope.as_ref().map(|_| RopeTables::from_grid(spec, heads)),
             (Some(_), None) => return Err(only_one(&file, "sin", "cos")),
             (None, Some(_)) => return Err(only_one(&file, "cos", "sin")),

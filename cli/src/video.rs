@@ -111,15 +111,15 @@ pub fn features(frames: &Frames, count: usize, [grid_height, grid_width]: [usize
 /// much as width. In the temporal layout, patches follow each other along the width, so a step in
 /// height is as far as many in width. Signs alternate, so that a layer norm's mean takes nothing
 /// away.
-fn position_vector(pairs: Pairs, head: usize, head_dim: usize) -> Vec<f64> {
-    let half = head_dim / 2;
+fn position_vector(rope: Rope, head: usize, head_dim: usize) -> Vec<f64> {
+    let half = rope.channels as usize / 2;
     let mut vector = vec![0.0; head_dim];
     for pair in 0..half {
         let (axis, index, _) = rope_axis(pair, half);
         if (axis == 0) == head.is_multiple_of(2) {
             let sign = if index % 2 == 0 { 1.0 } else { -1.0 };
             let share = if axis == 1 { 3.0 } else { 1.0 };
-            vector[paired(pairs, pair, half).0] = sign * (share * 0.5f64.powi(index as i32)).sqrt();
+            vector[paired(rope.pairs, pair, half).0] = sign * (share * 0.5f64.powi(index as i32)).sqrt();
         }
     }
     scale_to(&mut vector, 1.0);
@@ -140,11 +140,9 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
     let features = features(frames, count, grid);
     let video = count * grid[0] * grid[1];
     let first_video = layout.first_video_row() as usize;
-    let turned = Spec {
-        rope: Some(spec.rope.unwrap_or(Rope { pairs: Pairs::Interleaved, text: false, per_head: false })),
-        ..spec.clone()
-    };
-    let pairs = turned.rope.map_or(Pairs::Interleaved, |rope| rope.pairs);
+    let default = Rope { pairs: Pairs::Interleaved, channels: spec.head_dim, text: false, per_head: false };
+    let rope = spec.rope.unwrap_or(default);
+    let turned = Spec { rope: Some(rope), ..spec.clone() };
     let tables = RopeTables::from_grid(&turned, heads);
     // A matrix is head_dim x FEATURES. Q and K have the same.
     let matrix = |which: u64, head: usize| -> Vec<f64> {
@@ -153,7 +151,7 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
     };
     let tokens = |which: u64| {
         let matrices: Vec<Vec<f64>> = (0..heads).map(|head| matrix(which / 2, head)).collect();
-        let positions: Vec<Vec<f64>> = (0..heads).map(|head| position_vector(pairs, head, head_dim)).collect();
+        let positions: Vec<Vec<f64>> = (0..heads).map(|head| position_vector(rope, head, head_dim)).collect();
         let mut tokens = Tokens::zeros(spec.dtype, [1, layout.sequence() as usize, heads, head_dim]);
         tokens.fill(|_, row, head, values| {
             let Some(token) = row.checked_sub(first_video).filter(|&token| token < video) else {

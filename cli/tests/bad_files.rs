@@ -5,6 +5,7 @@ use std::path::Path;
 
 use framestride::Kernels;
 use framestride::shapes::spec::Spec;
+use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Tokens};
 use framestride_cli::tensor_files::{load_frames, load_inputs};
 use framestride_cli::video;
@@ -204,6 +205,7 @@ fn tensors_as_diffusers_has_them() {
         rows.flat_map(|index| tokens.bits[index..][..64].iter().flat_map(|bits| bits.to_le_bytes())).collect()
     };
     let tables = inputs.rope.clone().unwrap();
+    assert_eq!(tables.items, 2);
     assert_eq!(spec.rope.unwrap().pairs, framestride::shapes::spec::Pairs::Interleaved);
     let twice = |table: &[f32]| bytes(&table.iter().flat_map(|&value| [value, value]).collect::<Vec<f32>>());
     let norm = |norm: &Option<Vec<f32>>| bytes(norm.as_ref().unwrap());
@@ -212,8 +214,8 @@ fn tensors_as_diffusers_has_them() {
         ("query", Dtype::BF16, vec![2, 2, 139, 64], heads_first(&inputs.q)),
         ("key", Dtype::BF16, vec![2, 139, 128], bits(&inputs.k)),
         ("value", Dtype::BF16, vec![2, 139, 2, 64], bits(&inputs.v)),
-        ("freqs_cos", Dtype::F32, vec![115, 64], twice(&tables.cos)),
-        ("freqs_sin", Dtype::F32, vec![1, 115, 1, 64], twice(&tables.sin)),
+        ("freqs_cos", Dtype::F32, vec![2, 115, 64], twice(&tables.cos)),
+        ("freqs_sin", Dtype::F32, vec![2, 115, 1, 64], twice(&tables.sin)),
         ("transformer_blocks.0.attn.norm_q.weight", Dtype::F32, vec![64], norm(&inputs.q_norm.weight)),
         ("attn1.norm_k.weight", Dtype::F32, vec![64], norm(&inputs.k_norm.weight)),
         ("norm_added_q.weight", Dtype::F32, vec![64], text(&inputs.q_norm_text)),
@@ -221,6 +223,15 @@ fn tensors_as_diffusers_has_them() {
         ("text_lengths", Dtype::U64, vec![2, 1], [7u64, 24].iter().flat_map(|length| length.to_le_bytes()).collect()),
     ];
     assert_eq!(load(&theirs).unwrap(), inputs);
+
+    // Batch items may share their tables.
+    let shared = RopeTables { items: 1, cos: tables.cos[..115 * 32].to_vec(), sin: tables.sin[..115 * 32].to_vec() };
+    let mut one = theirs.clone();
+    (one[3].2, one[3].3) = (vec![115, 64], twice(&shared.cos));
+    let error = load(&one).unwrap_err().to_string();
+    assert!(error.contains("tensor freqs_sin: found 2 tables, and 1 in cos"), "{error}");
+    (one[4].2, one[4].3) = (vec![115, 32], bytes(&shared.sin));
+    assert_eq!(load(&one).unwrap(), Inputs { rope: Some(shared), ..inputs.clone() });
 
     // For the other pairs of channels, the two numbers of a pair differ.
     let halves = |table: &[f32]| bytes(&table.chunks(32).flat_map(|row| [row, row].concat()).collect::<Vec<f32>>());

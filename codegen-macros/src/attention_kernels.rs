@@ -220,12 +220,17 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
     };
     let rope = match spec.rope {
         None => quote!(None),
-        Some(Rope { pairs, text, per_head }) => {
+        Some(Rope { pairs, channels, text, per_head }) => {
             let pairs = match pairs {
                 Pairs::Interleaved => quote!(Interleaved),
                 Pairs::Half => quote!(Half),
             };
-            quote!(Some(#norm_rope::Rope { pairs: #norm_rope::Pairs::#pairs, text: #text, per_head: #per_head }))
+            quote!(Some(#norm_rope::Rope {
+                pairs: #norm_rope::Pairs::#pairs,
+                channels: #channels,
+                text: #text,
+                per_head: #per_head,
+            }))
         }
     };
     let image = spec.image();

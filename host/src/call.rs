@@ -26,6 +26,9 @@ pub(crate) struct TensorShape {
 /// Bytes of the widest access in the kernels.
 const WIDE: u64 = 16;
 
+/// Bytes of a word: an f32 or a u32.
+const WORD: u64 = 4;
+
 impl TensorShape {
     /// The extent and the stride, in elements, of the three outer dimensions. Those of extent 1 are
     /// left out.
@@ -110,10 +113,10 @@ pub(crate) fn check_call(
             read.push(words_at(&format!("{name}.{part}"), address, WIDE, words)?);
         }
     }
-    let table = spec.rope_table_elements(shape.heads);
+    let tables = rope_elements(spec, shape, layer.rope_batch)?;
     for (name, address) in [("cos", layer.cos), ("sin", layer.sin)] {
         match (spec.rope.is_some(), address) {
-            (true, address) => read.push(words_at(name, address, WIDE, table)?),
+            (true, address) => read.push(words_at(name, address, WIDE, tables)?),
             (false, 0) => {}
             (false, address) => {
                 return Err(Error::input(
@@ -194,10 +197,44 @@ pub fn check_scale(spec: &Spec, scale: f32) -> Result<()> {
     ))
 }
 
+/// Elements from the first that a launch reads of the cosines, or the sines, to the last.
+fn rope_elements(spec: &Spec, shape: TensorShape, stride: u64) -> Result<u64> {
+    let refused = |found: String, allowed: String, mend: &str| Err(Error::input("rope_batch", found, allowed, mend));
+    if spec.rope.is_none() {
+        return match stride {
+            0 => Ok(0),
+            _ => refused(
+                format!("{stride} elements"),
+                format!("0: spec {} has no RoPE", spec.name),
+                "Pass 0, or add [rope] to the spec",
+            ),
+        };
+    }
+    if !stride.is_multiple_of(WIDE / WORD) {
+        return refused(
+            format!("{stride} elements"),
+            format!(
+                "a multiple of {}, so that the tables of every item start at multiples of {WIDE} bytes",
+                WIDE / WORD
+            ),
+            "Pass elements, not bytes or rows: the elements of one table where tables follow each other, 0 where all share one",
+        );
+    }
+    let last = u64::from(shape.batch - 1).checked_mul(stride);
+    match last.and_then(|last| last.checked_add(spec.rope_table_elements(shape.heads))) {
+        Some(elements) if elements <= u64::MAX / WORD => Ok(elements),
+        _ => refused(
+            format!("{stride} elements, for {} batch items", shape.batch),
+            "tables that end below 2^64".into(),
+            "Pass the elements of one table where tables follow each other, 0 where all share one",
+        ),
+    }
+}
+
 /// The region of `words` 4-byte words at an address, which must be aligned.
 fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Region> {
     check_address(name, address, alignment)?;
-    Ok((name.to_owned(), range_at(name, address, words * 4)?))
+    Ok((name.to_owned(), range_at(name, address, words * WORD)?))
 }
 
 /// The range of `bytes` bytes from an address, which must end below 2^64.

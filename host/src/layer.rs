@@ -52,10 +52,17 @@ pub struct Layer {
     /// QK-norm of text rows of K, likewise.
     pub k_norm_text: Option<NormWeights>,
     /// Address of the RoPE cosines when the spec has RoPE: f32 of the shape
-    /// [`Spec::rope_table_shape`](framestride_shapes::spec::Spec::rope_table_shape), contiguous.
+    /// [`Spec::rope_table_shape`](framestride_shapes::spec::Spec::rope_table_shape), contiguous. A
+    /// table may go on behind these rows: nothing reads what follows.
     pub cos: u64,
     /// Address of the RoPE sines, likewise.
     pub sin: u64,
+    /// Elements from one batch item's cosines to the next item's, and likewise of the sines. It is
+    /// a multiple of 4. With 0, all items share one table.
+    ///
+    /// Items may be different parts of one long table. So prompts of different lengths, which shift
+    /// the positions of the video, need no tables of their own.
+    pub rope_batch: u64,
     /// Address of the numbers of valid text tokens, u32 \[B\]. 0 means that all text is valid.
     pub text_lengths: u64,
     /// Address where the natural log-sum-exp of each row is written, f32 \[B, H, S\]. 0 asks for

@@ -53,6 +53,7 @@ impl SparseAttention {
                 k_norm_text: layer.k_norm_text.unwrap_or(layer.k_norm),
                 cos: layer.cos,
                 sin: layer.sin,
+                rope_batch: layer.rope_batch,
                 text_lengths: layer.text_lengths,
                 head_types,
                 packed_q: packed[0],

@@ -62,12 +62,21 @@ struct Borrowed {
     bytes: u64,
 }
 
-/// Makes a call that would be right without what `change` does to it.
+/// Makes a call of one item and two heads that would be right without what `change` does to it.
 fn call(
     module: &Arc<Module>,
     change: impl FnOnce(&mut Layer, &mut HeadTypes, &mut Borrowed),
 ) -> framestride::Result<()> {
-    let attention = SparseAttention::new(module, 1, 2)?;
+    call_of(module, [1, 2], change)
+}
+
+/// Likewise, of a batch and a number of heads.
+fn call_of(
+    module: &Arc<Module>,
+    [batch, heads]: [u32; 2],
+    change: impl FnOnce(&mut Layer, &mut HeadTypes, &mut Borrowed),
+) -> framestride::Result<()> {
+    let attention = SparseAttention::new(module, batch, heads)?;
     // There is no memory at these addresses. They are only looked at.
     let tensor = |data| Tensor { data, batch: 139 * 128, row: 128, head: 64 };
     let mut layer = Layer {
@@ -162,6 +171,31 @@ fn calls() {
     assert!(matches!(in_place, framestride::Error::Emulator(_)), "q's own memory may be the output: {in_place}");
     let weighted = call(&module, |layer, _, _| layer.q_norm.weight = 0x90_0000).unwrap_err();
     assert!(matches!(weighted, framestride::Error::Emulator(_)), "{weighted}");
+}
+
+/// Tables of batch items lie apart by a stride, and all of them count as memory that is read.
+#[test]
+fn tables_of_batch_items() {
+    let refused = |name: &str, extent: [u32; 2], change: fn(&mut Layer)| {
+        let module = Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap();
+        call_of(&module, extent, |layer, _, _| change(layer)).unwrap_err().to_string()
+    };
+    let messages = [
+        refused(SPEC, [2, 2], |layer| layer.rope_batch = 115 * 32 + 2),
+        refused(SPEC, [2, 2], |layer| layer.rope_batch = u64::MAX - 3),
+        refused(SPEC, [3, 2], |layer| layer.rope_batch = 1 << 60),
+        refused(SPEC, [2, 2], |layer| {
+            layer.rope_batch = 0x10_0000;
+            layer.lse = layer.cos + 4 * layer.rope_batch + 64;
+        }),
+        refused("tiny_plain", [1, 1], |layer| (layer.cos, layer.sin, layer.rope_batch) = (0, 0, 64)),
+    ];
+    insta::assert_snapshot!(messages.join("\n\n"));
+
+    // Tables of two items may be parts of one.
+    let module = Module::load(&Device::emulator(), &Kernels::shipped(SPEC).unwrap()).unwrap();
+    let launched = call_of(&module, [2, 2], |layer, _, _| layer.rope_batch = 32).unwrap_err();
+    assert!(matches!(launched, framestride::Error::Emulator(_)), "{launched}");
 }
 
 /// Scales are accepted with which a row of root mean square 1 stays finite, and no others. Numbers

@@ -62,7 +62,7 @@ pub struct QkNorm {
 pub enum Pairs {
     /// (0, 1), (2, 3) and so on.
     Interleaved,
-    /// (0, head_dim / 2), (1, head_dim / 2 + 1) and so on.
+    /// (0, n / 2), (1, n / 2 + 1) and so on, of n rotated channels.
     Half,
 }
 
@@ -77,6 +77,17 @@ impl Pairs {
             Pairs::Half => "half",
         }
     }
+
+    /// The number of rotated channels is a multiple of this.
+    ///
+    /// A lane of **pack** holds one chunk of 8 channels. It rotates whole chunks, and the partner of
+    /// a chunk of halves is a whole chunk too.
+    pub const fn channel_step(self) -> u32 {
+        match self {
+            Pairs::Interleaved => 8,
+            Pairs::Half => 16,
+        }
+    }
 }
 
 /// The rotary embedding of Q and K. Cosines and sines are given at run time.
@@ -84,6 +95,9 @@ impl Pairs {
 pub struct Rope {
     /// Which channels rotate together.
     pub pairs: Pairs,
+    /// How many leading channels of each head are rotated. It is a multiple of
+    /// [`Pairs::channel_step`], at most the head dim.
+    pub channels: u32,
     /// Whether the tables cover text rows too.
     pub text: bool,
     /// Whether each head has its own tables.

@@ -65,12 +65,15 @@ pub struct PackParams {
     pub q_norm_text: NormWeights,
     /// QK-norm of text rows of K.
     pub k_norm_text: NormWeights,
-    /// RoPE cosines, f32 \[rows, head_dim / 2\], or \[rows, heads, head_dim / 2\] when each head
+    /// RoPE cosines, f32 \[rows, channels / 2\], or \[rows, heads, channels / 2\] when each head
     /// has its own. Rows are the video rows, or all rows of the model's order when text is rotated
     /// too.
     pub cos: u64,
     /// RoPE sines, of the same shape.
     pub sin: u64,
+    /// Elements from one batch item's table to the next, a multiple of 4. 0 means that all items
+    /// share one.
+    pub rope_batch: u64,
     /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
     pub text_lengths: u64,
     /// Head types, u32 \[batch, heads\]. 0 packs every head in the spatial layout.

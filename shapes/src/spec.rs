@@ -34,6 +34,7 @@
 //!
 //!     [rope]                       # optional: rotary embedding; its tables are given at run time
 //!     pairs = "interleaved"        # "interleaved" or "half"
+//!     channels = 128               # leading channels of a head that are rotated; default head_dim
 //!     text = false                 # rotate text rows too; default false
 //!     per_head = false             # each head has its own tables; default false
 //!
@@ -83,7 +84,11 @@
 //!   all heads.
 //! * **`qk_norm.eps`** must be a number that f32 holds: from 1.2e-38 to 1.
 //! * **`rope.pairs`** names the channels that rotate together: `"interleaved"` for (2i, 2i + 1),
-//!   `"half"` for (i, i + head_dim / 2).
+//!   `"half"` for (i, i + `channels` / 2).
+//! * **`rope.channels`** is for models that rotate only the first channels of each head
+//!   (MiniMax-H3: 96 of 128). The others stay as the norm left them. Kernels rotate chunks of 8
+//!   channels, so it is a multiple of 8 with interleaved pairs. Halves exchange whole chunks, so it
+//!   is a multiple of 16 there.
 //! * **`rope.text`** says that the tables have rows for the text too, in the order of the model.
 //!   Without it, text is not rotated.
 //! * **`masks`** are explained below.
@@ -384,21 +389,25 @@ impl Spec {
         self.layout.video_tokens() + if rotates_text { self.layout.text_tokens } else { 0 }
     }
 
-    /// The shape of each RoPE table for a launch of `heads` heads. It is `[rows, head_dim / 2]`, or
-    /// `[rows, heads, head_dim / 2]` where each head has its own.
+    /// The shape of each RoPE table for a launch of `heads` heads. It is `[rows, channels / 2]`, or
+    /// `[rows, heads, channels / 2]` where each head has its own. Without RoPE it is empty.
     pub fn rope_table_shape(&self, heads: u32) -> Vec<u32> {
-        let (rows, half) = (self.rope_rows(), self.head_dim / 2);
-        if self.rope.is_some_and(|rope| rope.per_head) { vec![rows, heads, half] } else { vec![rows, half] }
+        let rows = self.rope_rows();
+        match self.rope {
+            None => Vec::new(),
+            Some(Rope { channels, per_head: true, .. }) => vec![rows, heads, channels / 2],
+            Some(Rope { channels, .. }) => vec![rows, channels / 2],
+        }
     }
 
-    /// Elements of each RoPE table for a launch of `heads` heads.
+    /// Elements of each RoPE table for a launch of `heads` heads. Without RoPE there are none.
     pub fn rope_table_elements(&self, heads: u32) -> u64 {
-        self.rope_table_shape(heads).into_iter().map(u64::from).product()
+        if self.rope.is_some() { self.rope_table_shape(heads).into_iter().map(u64::from).product() } else { 0 }
     }
 
     /// Bytes of both RoPE tables, f32, for a launch of `heads` heads. Without RoPE there are none.
     pub fn rope_table_bytes(&self, heads: u32) -> u64 {
-        if self.rope.is_some() { 2 * 4 * self.rope_table_elements(heads) } else { 0 }
+        2 * 4 * self.rope_table_elements(heads)
     }
 
     /// The rows that packed Q, K and V consist of.

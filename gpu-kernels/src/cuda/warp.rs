@@ -41,7 +41,7 @@ pub unsafe fn sync() {
     asm!("bar.warp.sync -1;", options(nostack));
 }
 
-/// The value of the lane whose number differs in the bits of `mask`.
+/// The value of the lane whose number differs in the bits of `mask`. Each lane has its own mask.
 ///
 /// # Safety
 /// All 32 lanes come here.

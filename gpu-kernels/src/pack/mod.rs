@@ -20,7 +20,7 @@ use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{NormWeights, PackParams, PackPass};
 use norm::{Affine, Statistic, head_statistic, norm_over_heads, token_statistic};
-use rope::{Rotation, rotates_per_head, rotates_text};
+use rope::{Rotation, Tables, rotates_per_head, rotates_text};
 use row::{Head, Heads, Held, chunk};
 
 /// The kernel's body.
@@ -87,8 +87,9 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let token_affine =
         if normed && !norm_over_heads::<M>() { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
     let scale = if operand == Q { params.scale_log2 } else { 1.0 };
+    let tables = Tables::of_item(params, item);
     let token_rotation = if rotated && !rotates_per_head::<M>() {
-        Rotation::load::<M>(params, rope_row, chunk).scaled(scale)
+        Rotation::load::<M>(tables, rope_row, chunk).scaled(scale)
     } else {
         Rotation::IDENTITY
     };
@@ -118,11 +119,11 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                 }
                 if rotated {
                     let rotation = if rotates_per_head::<M>() {
-                        Rotation::load::<M>(params, rope_row * params.heads + head, chunk).scaled(scale)
+                        Rotation::load::<M>(tables, rope_row * params.heads + head, chunk).scaled(scale)
                     } else {
                         token_rotation
                     };
-                    x = rotation.apply::<M>(x);
+                    x = rotation.apply::<M>(x, chunk);
                 } else {
                     x = x.map(
                         #[inline(always)]

@@ -20,6 +20,41 @@ fn is_interleaved<M: Model>() -> bool {
     M::ROPE.is_some_and(|rope| matches!(rope.pairs, Pairs::Interleaved))
 }
 
+/// Channels of a head that are rotated. They come first.
+#[inline(always)]
+fn channels<M: Model>() -> u32 {
+    M::ROPE.map_or(0, |rope| rope.channels)
+}
+
+/// Whether a chunk of a head is rotated, or lies behind the rotated channels.
+#[inline(always)]
+fn is_rotated<M: Model>(chunk: u32) -> bool {
+    // The first comparison is one of constants, and leaves no code where it holds.
+    channels::<M>() == M::HEAD_DIM || chunk < channels::<M>() / 8
+}
+
+/// The chunk that a rotated chunk of one half is paired with, in the other half.
+#[inline(always)]
+fn partner<M: Model>(chunk: u32) -> u32 {
+    let half = channels::<M>() / 16;
+    if chunk < half { chunk + half } else { chunk - half }
+}
+
+/// The tables of a batch item: addresses of its cosines and sines.
+#[derive(Clone, Copy)]
+pub struct Tables {
+    cos: u64,
+    sin: u64,
+}
+
+impl Tables {
+    #[inline(always)]
+    pub fn of_item(params: &PackParams, item: u32) -> Tables {
+        let offset = item as u64 * params.rope_batch * 4;
+        Tables { cos: params.cos + offset, sin: params.sin + offset }
+    }
+}
+
 /// Cosines and sines of a lane's eight elements. Interleaved pairs share one, so only the first
 /// four are used there. With halves, the sines of the lower half are negative.
 #[derive(Clone, Copy)]
@@ -31,25 +66,29 @@ pub struct Rotation {
 impl Rotation {
     pub const IDENTITY: Rotation = Rotation { cos: [1.0; 8], sin: [0.0; 8] };
 
-    /// Loads them from row `row` of the tables.
+    /// Loads them from row `row` of the tables. A chunk that is not rotated gets the identity.
     #[inline(always)]
-    pub unsafe fn load<M: Model>(params: &PackParams, row: u32, chunk: u32) -> Rotation {
-        let row = row as u64 * (M::HEAD_DIM / 2 * 4) as u64;
+    pub unsafe fn load<M: Model>(tables: Tables, row: u32, chunk: u32) -> Rotation {
+        let row = row as u64 * (channels::<M>() / 2 * 4) as u64;
         let mut rotation = Rotation::IDENTITY;
+        if !is_rotated::<M>(chunk) {
+            return rotation;
+        }
         if is_interleaved::<M>() {
             let place = row + (chunk * 16) as u64;
-            let (cos, sin) = (global::load_f32x4(params.cos + place), global::load_f32x4(params.sin + place));
+            let (cos, sin) = (global::load_f32x4(tables.cos + place), global::load_f32x4(tables.sin + place));
             let mut i = 0;
             while i < 4 {
                 (rotation.cos[i], rotation.sin[i]) = (cos[i], sin[i]);
                 i += 1;
             }
         } else {
-            let place = row + (chunk % (M::HEAD_DIM / 16) * 32) as u64;
+            let partner = partner::<M>(chunk);
+            let place = row + (chunk.min(partner) * 32) as u64;
             rotation =
-                Rotation { cos: global::load_f32x8(params.cos + place), sin: global::load_f32x8(params.sin + place) };
-            // The lower half of a head's lanes holds a, and the upper half b.
-            if chunk < M::HEAD_DIM / 16 {
+                Rotation { cos: global::load_f32x8(tables.cos + place), sin: global::load_f32x8(tables.sin + place) };
+            // The lanes of the lower half hold a, and those of the upper half b.
+            if chunk < partner {
                 rotation.sin = rotation.sin.map(
                     #[inline(always)]
                     |sin| -sin,
@@ -73,7 +112,7 @@ impl Rotation {
 
     /// Rotates (a, b) -> (a cos - b sin, b cos + a sin). All lanes of the warp take part.
     #[inline(always)]
-    pub unsafe fn apply<M: Model>(&self, x: [f32; 8]) -> [f32; 8] {
+    pub unsafe fn apply<M: Model>(&self, x: [f32; 8], chunk: u32) -> [f32; 8] {
         let Rotation { cos, sin } = self;
         let mut out = x;
         if is_interleaved::<M>() {
@@ -85,11 +124,20 @@ impl Rotation {
                 i += 1;
             }
         } else {
+            // Lanes that differ like the chunks hold them for the same head.
+            let lanes = chunk ^ partner::<M>(chunk);
             let mut i = 0;
             while i < 8 {
-                out[i] = math::fma(warp::exchange(x[i], M::HEAD_DIM / 16), sin[i], x[i] * cos[i]);
+                out[i] = math::fma(warp::exchange(x[i], lanes), sin[i], x[i] * cos[i]);
                 i += 1;
             }
+        }
+        // A product with a sine of zero would make a NaN of an infinity.
+        if !is_rotated::<M>(chunk) {
+            out = x.map(
+                #[inline(always)]
+                |x| x * cos[0],
+            );
         }
         out
     }

@@ -30,7 +30,7 @@ const FILE: &str = "Spec::builder()";
 ///     .heads(24)
 ///     .head_dim(128)
 ///     .qk_norm(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 })
-///     .rope(Rope { pairs: Pairs::Interleaved, text: false, per_head: false })
+///     .rope(Rope { pairs: Pairs::Interleaved, channels: 128, text: false, per_head: false })
 ///     .spatial(Width::Density(0.25))
 ///     .temporal(Width::Density(0.25))
 ///     .build()?;
@@ -171,6 +171,7 @@ impl SpecBuilder {
     pub fn rope(self, rope: impl Into<Option<Rope>>) -> SpecBuilder {
         let rope = rope.into();
         self.set(const { find("rope.pairs") }, rope.map(|rope| quoted(rope.pairs.as_str())))
+            .set(const { find("rope.channels") }, rope.map(|rope| rope.channels.to_string()))
             .set(const { find("rope.text") }, rope.map(|rope| rope.text.to_string()))
             .set(const { find("rope.per_head") }, rope.map(|rope| rope.per_head.to_string()))
     }

@@ -23,6 +23,7 @@ const NORM_KIND: &Key = find("qk_norm.kind");
 const NORM_OVER: &Key = find("qk_norm.over");
 const NORM_EPS: &Key = find("qk_norm.eps");
 const ROPE_PAIRS: &Key = find("rope.pairs");
+const ROPE_CHANNELS: &Key = find("rope.channels");
 const ROPE_TEXT: &Key = find("rope.text");
 const ROPE_PER_HEAD: &Key = find("rope.per_head");
 const SINK_FRAMES: &Key = find("sink.frames");
@@ -78,8 +79,10 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     };
     let rope = if r.has_table("rope") {
         let pairs = r.choice(ROPE_PAIRS, &Pairs::ALL, Pairs::as_str);
+        let channels = read_channels(r, pairs, head_dim);
         let (text, per_head) = (r.boolean(ROPE_TEXT), r.boolean(ROPE_PER_HEAD));
-        pairs.zip(text).zip(per_head).map(|((pairs, text), per_head)| Some(Rope { pairs, text, per_head }))
+        let rope = pairs.zip(channels).zip(text.zip(per_head));
+        rope.map(|((pairs, channels), (text, per_head))| Some(Rope { pairs, channels, text, per_head }))
     } else {
         Some(None)
     };
@@ -153,6 +156,26 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
         schedule: schedule?,
         source: SpecSource { file: r.source.file.into(), text: r.source.text.into() },
     })
+}
+
+/// The number of rotated channels: `head_dim` where it is not given.
+fn read_channels(r: &mut Reader, pairs: Option<Pairs>, head_dim: Option<u32>) -> Option<u32> {
+    if !r.has(ROPE_CHANNELS) {
+        return head_dim;
+    }
+    let (channels, pairs, head_dim) = (r.integer32(ROPE_CHANNELS)?, pairs?, head_dim?);
+    let step = pairs.channel_step();
+    if channels <= head_dim && channels.is_multiple_of(step) {
+        return Some(channels);
+    }
+    let below = (channels.min(head_dim) / step * step).max(step);
+    r.report(
+        ROPE_CHANNELS,
+        format!("is {channels}"),
+        format!("a multiple of {step} from {step} to {head_dim}, the head_dim, with pairs = {:?}", pairs.as_str()),
+        format!("give {below}, or leave it out to rotate all {head_dim} channels"),
+    );
+    None
 }
 
 fn read_width(r: &mut Reader, keys: &WidthKeys) -> Option<Width> {
@@ -256,14 +279,14 @@ fn check_sizes(
         );
         return None;
     }
-    if let Some(Rope { text, per_head: true, .. }) = rope {
+    if let Some(Rope { channels, text, per_head: true, .. }) = rope {
         let rows = if text { sequence } else { video };
-        let elements = rows * u64::from(heads) * u64::from(head_dim / 2);
+        let elements = rows * u64::from(heads) * u64::from(channels / 2);
         if elements > u64::from(u32::MAX) {
             r.report(
                 ROPE_PER_HEAD,
-                format!("is true, which makes tables of {rows} x {heads} x {} = {elements} elements", head_dim / 2),
-                format!("rows x heads x head_dim / 2 of at most {}", u32::MAX),
+                format!("is true, which makes tables of {rows} x {heads} x {} = {elements} elements", channels / 2),
+                format!("rows x heads x channels / 2 of at most {}", u32::MAX),
                 "share the tables between heads, or give fewer heads or a shorter sequence",
             );
             return None;

@@ -166,8 +166,16 @@ pub(crate) const KEYS: &[Key] = &[
         "rope.pairs",
         Kind::Choice(&[Pairs::Interleaved.as_str(), Pairs::Half.as_str()]),
         Presence::Required,
-        "which channels rotate together: (2i, 2i + 1), or (i, i + head_dim / 2)",
+        "which channels rotate together: (2i, 2i + 1), or (i, i + channels / 2)",
         "\"interleaved\"",
+    ),
+    key(
+        "rope.channels",
+        Kind::Integer(Pairs::Interleaved.channel_step() as u64, 128),
+        Presence::Optional,
+        "leading channels of a head that are rotated, a multiple of 8 if interleaved and of 16 if half; head_dim if \
+         not given",
+        "96",
     ),
     key("rope.text", Kind::Boolean, Presence::Default("false"), "whether text rows are rotated too", "false"),
     key("rope.per_head", Kind::Boolean, Presence::Default("false"), "whether each head has its own tables", "false"),

@@ -130,6 +130,13 @@ const CASES: &[(&str, &[(&str, &str)])] = &[
     ("infinite eps", &[("eps = 1e-6", "eps = inf")]),
     ("eps that f32 loses", &[("eps = 1e-6", "eps = 1e-60")]),
     ("rope pairs", &[("\"interleaved\"", "\"neox\"")]),
+    ("rope channels that are no whole chunks", &[("text = false", "channels = 20")]),
+    (
+        "rope channels whose halves are no whole chunks",
+        &[("\"interleaved\"", "\"half\""), ("text = false", "channels = 40")],
+    ),
+    ("more rope channels than a head has", &[("text = false", "channels = 96")]),
+    ("more rope channels than any head has", &[("text = false", "channels = 136")]),
     ("rope flag", &[("per_head = false", "per_head = 0")]),
     (
         "rope of text that is not there",

@@ -56,8 +56,9 @@ fn builder(spec: &Value) -> SpecBuilder {
         });
     }
     if let (Some(text), Some(per_head)) = (flag("/rope/text"), flag("/rope/per_head")) {
+        let channels = number32("/rope/channels").expect("rotated channels");
         let pairs = if is("/rope/pairs", "half") { Pairs::Half } else { Pairs::Interleaved };
-        builder = builder.rope(Rope { pairs, text, per_head });
+        builder = builder.rope(Rope { pairs, channels, text, per_head });
     }
     if let Some(width) = width("/masks/spatial") {
         builder = builder.spatial(width);
@@ -197,7 +198,7 @@ fn last_value_counts() {
     assert_eq!((&*least.name, &*least.source.file), ("unnamed", "Spec::builder()"));
     assert_eq!(least.spatial, Width::Tokens(3));
     let norm = QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 };
-    let rope = Rope { pairs: Pairs::Half, text: true, per_head: false };
+    let rope = Rope { pairs: Pairs::Half, channels: 48, text: true, per_head: false };
     let schedule = Schedule { steps: 5, layers: 4, dense_steps: 3, dense_layers: 2 };
     let full = good().grid([2, 2]).text(7, TextPosition::First).qk_norm(norm).rope(rope).schedule(schedule);
     let spec = full.build().expect("a good spec");

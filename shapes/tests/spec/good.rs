@@ -75,7 +75,7 @@ fn every_key_is_read() {
         dtype: Dtype::Bf16,
         grid: Some([45, 80]),
         qk_norm: Some(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 }),
-        rope: Some(Rope { pairs: Pairs::Interleaved, text: false, per_head: false }),
+        rope: Some(Rope { pairs: Pairs::Interleaved, channels: 128, text: false, per_head: false }),
         spatial: Width::Density(0.25),
         temporal: Width::Tokens(15616),
         profile: Profile { rows: 64, seed: 0 },
@@ -145,7 +145,7 @@ fn what_is_not_written_has_its_default() {
     );
     assert_eq!(spec.layout.text_position, TextPosition::Last);
     assert_eq!(spec.qk_norm, Some(QkNorm { kind: NormKind::Layer, over: NormOver::Head, eps: 1e-6 }));
-    assert_eq!(spec.rope, Some(Rope { pairs: Pairs::Half, text: false, per_head: false }));
+    assert_eq!(spec.rope, Some(Rope { pairs: Pairs::Half, channels: 128, text: false, per_head: false }));
     assert_eq!(spec.profile, Profile { rows: 64, seed: 0 });
     assert_eq!(spec.schedule, Schedule { steps: 10, layers: 20, dense_steps: 0, dense_layers: 0 });
 }
@@ -160,6 +160,30 @@ fn numbers_in_every_notation() {
         .replace("batch = 1", "batch = 0b1")
         .replace("density = 0.25", "density = 2.5e-1");
     assert_eq!(parse(&text), parse(HUNYUAN));
+}
+
+/// Of the numbers up to the head dim, those are accepted that the kernels rotate in whole chunks. Tables
+/// have a column for each pair.
+#[test]
+fn rotated_channels() {
+    for (pairs, step) in [(Pairs::Interleaved, 8), (Pairs::Half, 16)] {
+        for head_dim in [64, 128] {
+            for channels in 0..=head_dim + 16 {
+                let rope = format!("pairs = \"{}\"\nchannels = {channels}", pairs.as_str());
+                let text = HUNYUAN.replace("pairs = \"interleaved\"", &rope);
+                let text = text.replace("head_dim = 128", &format!("head_dim = {head_dim}"));
+                let allowed = channels > 0 && channels <= head_dim && channels % step == 0;
+                match Spec::parse("rotated.toml", &text) {
+                    Ok(spec) => {
+                        assert!(allowed, "{pairs:?}, {channels} of {head_dim}");
+                        assert_eq!(spec.rope, Some(Rope { pairs, channels, text: false, per_head: false }));
+                        assert_eq!(spec.rope_table_shape(24), [33 * 3600, channels / 2]);
+                    }
+                    Err(error) => assert!(!allowed, "{error}"),
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -258,8 +282,10 @@ pub fn specs() -> impl Strategy<Value = Value> {
     );
     let norm = (name(["rms", "layer"]), name(["head", "heads"]), 1e-12..=1e-2f64)
         .prop_map(|(kind, over, eps)| json!({ "kind": kind, "over": over, "eps": eps }));
-    let rope = (name(["interleaved", "half"]), any::<bool>(), any::<bool>())
-        .prop_map(|(pairs, text, per_head)| json!({ "pairs": pairs, "text": text, "per_head": per_head }));
+    let channels = prop::sample::select(vec![16, 32, 48, 64]);
+    let rope = (name(["interleaved", "half"]), channels, any::<bool>(), any::<bool>()).prop_map(
+        |(pairs, channels, text, per_head)| json!({ "pairs": pairs, "channels": channels, "text": text, "per_head": per_head }),
+    );
     let rest = (0..=1u32, 1..=2u32, 0..=i64::MAX as u64, 5..=9u32, 5..=9u32, 0..=5u32, 0..=5u32);
     ("[a-z0-9_]{1,64}", video, text, attention, norm, rope, width(), width(), rest).prop_map(
         |(name, video, text, attention, norm, rope, spatial, temporal, rest)| {
@@ -298,7 +324,7 @@ fn written(spec: &Spec) -> Value {
             "kind": norm.kind.as_str(), "over": norm.over.as_str(), "eps": norm.eps,
         })),
         "rope": spec.rope.map(|rope| json!({
-            "pairs": rope.pairs.as_str(), "text": rope.text, "per_head": rope.per_head,
+            "pairs": rope.pairs.as_str(), "channels": rope.channels, "text": rope.text, "per_head": rope.per_head,
         })),
         "masks": { "spatial": width(spec.spatial), "temporal": width(spec.temporal) },
         "sink": { "frames": spec.layout.sink_frames },

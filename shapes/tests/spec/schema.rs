@@ -70,7 +70,7 @@ fn full() -> Value {
         "text": { "tokens": 9, "position": "first" },
         "attention": { "heads": 3, "head_dim": 64, "dtype": "f16", "batch": 2 },
         "qk_norm": { "kind": "rms", "over": "heads", "eps": 1e-5 },
-        "rope": { "pairs": "half", "text": true, "per_head": true },
+        "rope": { "pairs": "interleaved", "channels": 48, "text": true, "per_head": true },
         "masks": { "spatial": { "density": 0.7 }, "temporal": { "half_width": 40 } },
         "sink": { "frames": 1 },
         "profile": { "rows": 32, "seed": 5 },
