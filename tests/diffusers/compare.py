@@ -178,6 +178,9 @@ def cosmos(**config):
 
 
 def ltx_video():
+    # Seconds and pixels. The batch items have frame rates, and so RoPE tables, of their own.
+    axes = (torch.arange(FRAMES) * 8, torch.arange(HEIGHT) * 32, torch.arange(WIDTH) * 32)
+    places = torch.cartesian_prod(*axes).T
     model = diffusers.LTXVideoTransformer3DModel(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, num_layers=1,
         cross_attention_dim=HEADS * 64, caption_channels=EMBEDDING,
@@ -185,7 +188,7 @@ def ltx_video():
     return model, dict(
         hidden_states=noise(BATCH, VIDEO, CHANNELS), timestep=TIMES,
         encoder_hidden_states=noise(BATCH, TEXT, EMBEDDING), encoder_attention_mask=first(LENGTHS, TEXT),
-        num_frames=FRAMES, height=HEIGHT, width=WIDTH, rope_interpolation_scale=(8 / 25, 32, 32),
+        video_coords=torch.stack([places / torch.tensor([[rate], [1], [1]]) for rate in (25, 30)]),
     )
 
 
@@ -201,6 +204,26 @@ def ltx_2(rope_type: str):
         encoder_hidden_states=noise(BATCH, TEXT, EMBEDDING), audio_encoder_hidden_states=noise(BATCH, TEXT, EMBEDDING),
         timestep=TIMES[:, None].expand(BATCH, VIDEO), audio_timestep=TIMES[:, None].expand(BATCH, AUDIO),
         num_frames=FRAMES, height=HEIGHT, width=WIDTH, audio_num_frames=AUDIO,
+    )
+
+
+def minimax_h3():
+    model = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS, hidden_size=HEADS * 128, num_layers=1, num_refiner_layers=1, ffn_dim=EMBEDDING,
+        in_channels=CHANNELS, audio_in_channels=CHANNELS, text_dim=EMBEDDING, time_embed_hidden_dim=EMBEDDING,
+        time_embed_dim=EMBEDDING,
+    )
+    # The caller lays out one sequence: the prompt, sound and then the video, whose clock starts after the prompt.
+    prompt, sound, video = torch.arange(TEXT + VIDEO).split([TEXT - AUDIO, AUDIO, VIDEO])
+    place = torch.cartesian_prod(torch.arange(FRAMES) + len(prompt), torch.arange(HEIGHT), torch.arange(WIDTH))
+    clock = torch.cat([prompt, sound])[:, None]
+    return model, dict(
+        hidden_states=noise(BATCH, VIDEO, 4 * CHANNELS), audio_hidden_states=noise(BATCH, AUDIO, CHANNELS),
+        encoder_hidden_states=noise(BATCH, len(prompt), EMBEDDING), timestep=torch.tensor([0.5]),
+        timestep_indices=torch.zeros(TEXT + VIDEO, dtype=torch.long),
+        token_tags=torch.cat([torch.full_like(rows, tag) for rows, tag in ((prompt, 1), (sound, 2), (video, 0))]),
+        position_ids=torch.cat([clock.expand(TEXT, 3), place]), video_indices=video, audio_indices=sound,
+        text_indices=prompt,
     )
 
 
@@ -274,8 +297,8 @@ class Family:
     attention: str
     # Valid tokens of the text in each batch item, where the model masks the text.
     lengths: list[int] | None = None
-    # Makes [rows, ...] of the model's RoPE table.
-    table: Callable[[Tensor], Tensor] = lambda table: table
+    # The model's RoPE tables are [B, H, S, D / 2].
+    heads_before_rows: bool = False
     # The class rounds Q and K to bf16 after RoPE, whatever type the model has. Then the spec has bf16 too.
     rounds_to_bf16: bool = False
 
@@ -318,18 +341,20 @@ FAMILIES = [
     Family("Cosmos", Says(128, rms(1e-5), {"pairs": "half"}), cosmos, "transformer_blocks.0.attn1"),
     Family("Cosmos-Predict2.5", Says(128, rms(1e-5), {"pairs": "half"}),
            lambda: cosmos(extra_pos_embed_type=None, rope_scale=(1.0, 3.0, 3.0)), "transformer_blocks.0.attn1"),
-    Family("LTX-Video", shipped("ltx_video_512x704"), ltx_video, "transformer_blocks.0.attn1",
-           table=lambda table: table[0]),
+    Family("LTX-Video", shipped("ltx_video_512x704"), ltx_video, "transformer_blocks.0.attn1"),
     Family("LTX-2", Says(128, rms(1e-6, "heads"), INTERLEAVED_PER_HEAD), lambda: ltx_2("interleaved"),
-           "transformer_blocks.0.attn1", table=lambda table: table[0]),
+           "transformer_blocks.0.attn1"),
     Family("LTX-2.3 and 2.5", Says(128, rms(1e-6, "heads"), HALF_PER_HEAD), lambda: ltx_2("split"),
-           "transformer_blocks.0.attn1", table=lambda table: table[0].transpose(0, 1)),
+           "transformer_blocks.0.attn1", heads_before_rows=True),
+    # Prompt and sound are rows before the video, and all rows are rotated.
+    Family("MiniMax-H3", Says(128, rms(1e-5), {"pairs": "half", "channels": 96, "text": True}, "first"), minimax_h3,
+           "transformer_blocks.0.attn"),
     Family("Mochi", Says(128, rms(1e-5), INTERLEAVED_PER_HEAD, "last"), mochi, "transformer_blocks.0.attn1", LENGTHS),
     # The norms have no eps of their own. torch takes the distance of f32 numbers near 1.
     Family("Kandinsky 5 Lite", Says(64, rms(2.0**-23), INTERLEAVED), lambda: kandinsky_5((16, 24, 24)),
-           "visual_transformer_blocks.0.self_attention", table=lambda table: table[0], rounds_to_bf16=True),
+           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
     Family("Kandinsky 5 Pro", Says(128, rms(2.0**-23), INTERLEAVED), lambda: kandinsky_5((32, 48, 48)),
-           "visual_transformer_blocks.0.self_attention", table=lambda table: table[0], rounds_to_bf16=True),
+           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
     Family("Kandinsky 6", Says(128, rms(2.0**-23), INTERLEAVED), kandinsky_6,
            "visual_transformer_blocks.0.video_dec_block.self_attention"),
     Family("Motif-Video, double block", Says(128, rms(1e-6), INTERLEAVED, "last"), motif_video,
@@ -342,7 +367,6 @@ FAMILIES = [
 
 # Self-attention over a video that is not compared, and why.
 LEFT_OUT = {
-    "MiniMax-H3": "not expressible: RoPE turns 96 of 128 channels",
     "FramePack": "not expressible: rows of history, which are no frames, stand before the video, and text behind it",
     "SkyReels-V2, forcing": "not expressible: a block of frames sees no later block",
     "Cosmos 3": "not expressible: several heads of Q share one of K and V, and the text does not see the video",
@@ -454,7 +478,9 @@ class Captured:
         rotary = self.arguments[self.rotary]
         # Kandinsky has matrices of [[cos, -sin], [sin, cos]].
         tables = (rotary[..., 0, 0], rotary[..., 1, 0]) if isinstance(rotary, Tensor) else rotary
-        tensors |= zip(("freqs_cos", "freqs_sin"), map(self.family.table, tables), strict=True)
+        if self.family.heads_before_rows:
+            tables = [table.transpose(1, 2) for table in tables]
+        tensors |= zip(("freqs_cos", "freqs_sin"), tables, strict=True)
         for prefix, norms in (("norm", self.video_norms), ("norm_added", self.text_norms)):
             for role, norm in norms.items():
                 tensors |= {f"{prefix}_{role[0]}.{name}": value for name, value in norm.state_dict().items()}
