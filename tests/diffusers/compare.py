@@ -44,7 +44,7 @@ import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -71,7 +71,8 @@ TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11}
 F32 = 2.0**-24
 DEVIATIONS = 3.0
-# A tensor core adds 16 products to a sum in one step, and cuts 20 numbers at 25 bits below the largest of them.
+# A tensor core adds 16 products to a sum in one step. It cuts 20 numbers at 25 bits below the
+# largest of them.
 STEP, CUT = 16, 20 * 2.0**-25
 
 
@@ -102,7 +103,8 @@ INTERLEAVED_PER_HEAD = {"pairs": "interleaved", "per_head": True}
 HALF_PER_HEAD = {"pairs": "half", "per_head": True}
 
 
-# Models and the arguments of their forward. What is not named has the default of its class, which is the real model's.
+# Models and the arguments of their forward. What is not named has the default of its class, which
+# is the real model's.
 
 
 def noise(*shape: int) -> Tensor:
@@ -134,8 +136,8 @@ def hunyuan_video_1_5():
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, num_layers=1, num_refiner_layers=1,
         text_embed_dim=EMBEDDING, text_embed_2_dim=EMBEDDING, image_embed_dim=EMBEDDING,
     )
-    # The text is two prompts and an image, which has no valid tokens when it is all zeros. The model moves all valid
-    # tokens to the front, 17 and 6 of 24.
+    # The text is two prompts and an image, which has no valid tokens when it is all zeros. The model
+    # moves all valid tokens to the front, 17 and 6 of 24.
     return model, dict(
         hidden_states=latents(patch=1), timestep=TIMES, encoder_hidden_states=noise(BATCH, 12, EMBEDDING),
         encoder_attention_mask=first([10, 4], 12), encoder_hidden_states_2=noise(BATCH, 8, EMBEDDING),
@@ -213,7 +215,8 @@ def minimax_h3():
         in_channels=CHANNELS, audio_in_channels=CHANNELS, text_dim=EMBEDDING, time_embed_hidden_dim=EMBEDDING,
         time_embed_dim=EMBEDDING,
     )
-    # The caller lays out one sequence: the prompt, sound and then the video, whose clock starts after the prompt.
+    # The caller lays out one sequence: the prompt, sound and then the video, whose clock starts after
+    # the prompt.
     prompt, sound, video = torch.arange(TEXT + VIDEO).split([TEXT - AUDIO, AUDIO, VIDEO])
     place = torch.cartesian_prod(torch.arange(FRAMES) + len(prompt), torch.arange(HEIGHT), torch.arange(WIDTH))
     clock = torch.cat([prompt, sound])[:, None]
@@ -299,7 +302,8 @@ class Family:
     lengths: list[int] | None = None
     # The model's RoPE tables are [B, H, S, D / 2].
     heads_before_rows: bool = False
-    # The class rounds Q and K to bf16 after RoPE, whatever type the model has. Then the spec has bf16 too.
+    # The class rounds Q and K to bf16 after RoPE, whatever type the model has. Then the spec has
+    # bf16 too.
     rounds_to_bf16: bool = False
 
     def spec(self) -> dict:
@@ -337,9 +341,10 @@ FAMILIES = [
     Family("CogVideoX-1.5", shipped("cogvideox_1_5_5b_768x1360"),
            lambda: cogvideox(2, crops_coords=None, grid_type="slice", max_size=(30, 45)),
            "transformer_blocks.0.attn1"),
-    # NVIDIA's code has an eps of 1e-6, and so have the shipped specs.
-    Family("Cosmos", Says(128, rms(1e-5), {"pairs": "half"}), cosmos, "transformer_blocks.0.attn1"),
-    Family("Cosmos-Predict2.5", Says(128, rms(1e-5), {"pairs": "half"}),
+    # The shipped spec has an eps of 1e-6, as NVIDIA's code has.
+    Family("Cosmos", replace(shipped("cosmos_1_14b_704x1280"), qk_norm=rms(1e-5)), cosmos,
+           "transformer_blocks.0.attn1"),
+    Family("Cosmos-Predict2.5", replace(shipped("cosmos_1_14b_704x1280"), qk_norm=rms(1e-5)),
            lambda: cosmos(extra_pos_embed_type=None, rope_scale=(1.0, 3.0, 3.0)), "transformer_blocks.0.attn1"),
     Family("LTX-Video", shipped("ltx_video_512x704"), ltx_video, "transformer_blocks.0.attn1"),
     Family("LTX-2", Says(128, rms(1e-6, "heads"), INTERLEAVED_PER_HEAD), lambda: ltx_2("interleaved"),
@@ -459,7 +464,7 @@ class Captured:
         return output.unflatten(2, (HEADS, -1)).double()
 
     def scores_inputs(self) -> list[tuple]:
-        """Q, K and V after norm and RoPE, [B, H, S, D], and the mask, of each call of torch's attention."""
+        """What each call of torch's attention gets: Q, K and V, [B, H, S, D], and the mask."""
         calls = []
         attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -512,7 +517,8 @@ def tolerances(calls: list[tuple], family: Family) -> list[Tensor]:
     """How far the rows of each batch item may lie away, [S, H]: see the head of this file."""
     dtype = family.spec()["attention"]["dtype"]
     u = ROUNDOFF[dtype]
-    # The root mean square of what f32 moves over a boundary, in that of rounding: see `layer_row` in tolerance.rs.
+    # The root mean square of what f32 moves over a boundary, relative to that of rounding. It is
+    # `other_side` in tolerance.rs.
     over_boundary = 2 * math.sqrt(64 * F32 * u) / (u / math.sqrt(3))
     items = []
     for query, key, value, mask in calls:
@@ -591,7 +597,8 @@ def main():
     chosen = [family for family in FAMILIES if any(name.lower() in family.name.lower() for name in wanted)]
     if not chosen:
         parser.error(f"no family has that name; there are {'; '.join(family.name for family in FAMILIES)}")
-    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}; relative errors; rows and controls in tolerances\n")
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}")
+    print("Errors are relative. The largest distances of a row, ours and those of the controls, are in tolerances.\n")
     print(f"{'family':<27} {'class':<35} {'head dim':<13} {'error':>8} {'allowed':>8} {'worst row':>9}  controls")
     agree = [compare(family, arguments.command) for family in chosen]
     print()
