@@ -145,14 +145,19 @@ def hunyuan_video_1_5():
     )
 
 
-def wan(model: type):
+def wan(model: type, **config):
     model = model(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, num_layers=1, text_dim=EMBEDDING,
-        ffn_dim=EMBEDDING,
+        ffn_dim=EMBEDDING, **config,
     )
     return model, dict(
         hidden_states=latents(), timestep=TIMES, encoder_hidden_states=noise(BATCH, TEXT, EMBEDDING),
     )
+
+
+def wan_vace():
+    model, inputs = wan(diffusers.WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=CHANNELS)
+    return model, inputs | dict(control_hidden_states=latents())
 
 
 def cogvideox(patch_size_t: int | None, **grid):
@@ -334,6 +339,7 @@ FAMILIES = [
     Family("HunyuanVideo-1.5", shipped("hunyuan_video_1_5_720p"), hunyuan_video_1_5,
            "transformer_blocks.0.attn", LENGTHS),
     Family("Wan", shipped("wan_14b_720p"), lambda: wan(diffusers.WanTransformer3DModel), "blocks.0.attn1"),
+    Family("Wan-VACE, control block", shipped("wan_14b_720p"), wan_vace, "vace_blocks.0.attn1"),
     Family("SkyReels-V2", shipped("wan_14b_720p"), lambda: wan(diffusers.SkyReelsV2Transformer3DModel),
            "blocks.0.attn1"),
     Family("CogVideoX", shipped("cogvideox_5b_480x720"),
