@@ -140,7 +140,7 @@ impl Inputs {
     /// Even heads attend to their own frame, odd heads to their own patch in all frames. After norm
     /// and RoPE, Q and K hold a random code of the frame or of the patch.
     pub fn planted(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let patches = spec.layout.tokens_per_frame as usize;
+        let patches = spec.layout.tokens_per_frame.value as usize;
         Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
             normals.code(head, if head.is_multiple_of(2) { video / patches } else { video % patches }, values);
             drawn != V
@@ -159,7 +159,7 @@ impl Inputs {
     /// random amount of the direction, plus noise. So most masks show what it attends to most. All
     /// rows have the norm sqrt(head_dim), with a QK-norm and without.
     pub fn rising(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let (frames, patches) = (spec.layout.frames as usize, spec.layout.tokens_per_frame as usize);
+        let (frames, patches) = (spec.layout.frames.value as usize, spec.layout.tokens_per_frame.value as usize);
         let inputs = Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
             let mut generator = quick_generator(seed, Drawn::Parts, (head as u64) << 32 | video as u64);
             let mut normal = || f64::from(normals.pick(generator.random()));
@@ -258,7 +258,7 @@ impl Inputs {
     /// key has exactly. So the mask that shows more of what a query looks at is the better one,
     /// whether it shows that key or not.
     pub fn hidden(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let patches = spec.layout.tokens_per_frame as usize;
+        let patches = spec.layout.tokens_per_frame.value as usize;
         let last = spec.layout.video_tokens() as usize - 1;
         let [highest, own] = hidden_scores(spec.dtype);
         let score = highest.hypot(own);
@@ -301,7 +301,7 @@ impl Inputs {
     /// by one key changes a large part of a row.
     pub fn edges(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
         let layout = spec.layout;
-        let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);
+        let (frames, patches) = (layout.frames.value as usize, layout.tokens_per_frame.value as usize);
         let at_temporal = |position: usize| position % frames * patches + position / frames;
         let inputs = Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
             if drawn != Q {
@@ -373,7 +373,7 @@ impl Inputs {
     ) -> Inputs {
         let normals = Normals::new(spec, seed);
         let (layout, rope) = (spec.layout, spec.rope.as_ref().map(|_| RopeTables::random(spec, 1, heads, seed)));
-        let video = (layout.frames * layout.tokens_per_frame) as usize;
+        let video = (layout.frames.value * layout.tokens_per_frame.value) as usize;
         let (sequence, dim) = (layout.sequence() as usize, spec.head_dim as usize);
         let tokens = |drawn: Drawn| {
             Inputs::tokens(spec, batch, heads, |token, bits| {

@@ -5,7 +5,7 @@
 //! use framestride_check::verify::{Effort, verify};
 //!
 //! # fn main() -> framestride::Result<()> {
-//! let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_plain")?)?;
+//! let module = Module::load(&Device::emulator(), &Spec::shipped("tiny_plain")?)?;
 //! let report = verify(&module, 1, Effort::default(), &|what, part| println!("{what} {part:.2}"))?;
 //! assert!(report.ok, "{:?}", report.checks.failed().next());
 //! # Ok(())

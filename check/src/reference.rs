@@ -7,7 +7,7 @@
 //! Everything starts from inputs that are already rounded to the spec's type
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
-use framestride::shapes::layout::{HeadType, Layout, TextPosition};
+use framestride::shapes::layout::{Divisor, HeadType, Layout, TextPosition};
 use framestride::shapes::spec::{Dtype, NormKind, Pairs, Spec};
 use rayon::prelude::*;
 
@@ -134,7 +134,8 @@ fn statistic(row: &[f64], kind: NormKind, eps: f64) -> Statistic {
 
 /// The index among the text tokens that a row of the model's order has, if it is text.
 fn text_index(layout: &Layout, row: usize) -> Option<usize> {
-    let (text, video) = (layout.text_tokens as usize, layout.frames as usize * layout.tokens_per_frame as usize);
+    let (text, video) =
+        (layout.text_tokens as usize, layout.frames.value as usize * layout.tokens_per_frame.value as usize);
     match layout.text_position {
         TextPosition::First => (row < text).then_some(row),
         TextPosition::Last => (row >= video).then(|| row - video),
@@ -174,7 +175,7 @@ pub struct Mask {
 impl Mask {
     /// The rule of a head type, for a sequence whose first `valid_text` text tokens are valid.
     pub fn new(layout: &Layout, head: HeadType, valid_text: usize) -> Mask {
-        let (frames, patches) = (layout.frames as usize, layout.tokens_per_frame as usize);
+        let (frames, patches) = (layout.frames.value as usize, layout.tokens_per_frame.value as usize);
         let rows = frames * patches + layout.text_tokens as usize;
         let tokens = (0..rows)
             .map(|row| match (text_index(layout, row), video_index(layout, row)) {
@@ -450,7 +451,8 @@ impl Head {
         let rows: Vec<UnderEachMask> = (0..samples)
             .into_par_iter()
             .map(|index| {
-                let row = first_video + layout.sampled_video_row(seed, head_index, index, samples) as usize;
+                let row =
+                    first_video + layout.sampled_video_row(seed, head_index, index, Divisor::new(samples)) as usize;
                 let scores = self.scores(row, scale);
                 HeadType::ALL.map(|head| self.attend_scores(head, row, scale, &scores))
             })

@@ -40,15 +40,15 @@ pub fn rope_axis(pair: usize, pairs: usize) -> (usize, usize, usize) {
 /// video tokens on every axis.
 pub fn token_coordinates(spec: &Spec, row: usize) -> [usize; 3] {
     let layout = &spec.layout;
-    let patches = layout.tokens_per_frame as usize;
+    let patches = layout.tokens_per_frame.value as usize;
     let [height, width] = spec.grid.map_or([1, patches], |grid| grid.map(|side| side as usize));
     let (first_text, first_video) = match layout.text_position {
         TextPosition::First => (0, layout.text_tokens as usize),
-        TextPosition::Last => (layout.frames as usize * patches, 0),
+        TextPosition::Last => (layout.frames.value as usize * patches, 0),
     };
     let text = layout.text_tokens as usize;
     if row >= first_text && row < first_text + text {
-        return [(layout.frames as usize).max(height).max(width) + row - first_text; 3];
+        return [(layout.frames.value as usize).max(height).max(width) + row - first_text; 3];
     }
     let video = row - first_video;
     [video / patches, video % patches / width, video % width]

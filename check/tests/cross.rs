@@ -7,9 +7,10 @@
 //! is cut somewhere. Sequences have 60 to 400 tokens.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use framestride::shapes::spec::Spec;
-use framestride::{Device, Kernels, Module};
+use framestride::{Device, Module};
 use framestride_check::device_tensors::Arrangement;
 use framestride_check::layer_run::{HeadResult, run_layer};
 use framestride_check::tensors::{Inputs, narrow};
@@ -58,10 +59,10 @@ fn pairwise() -> Vec<Choice> {
     rows
 }
 
-/// The kernels of a spec, built now.
-fn kernels(text: &str) -> Kernels {
+/// The kernels of a spec.
+fn module(text: &str) -> Arc<Module> {
     let spec = Spec::parse("a spec", text).unwrap_or_else(|error| panic!("{text}\n{error}"));
-    Kernels::for_spec(&spec).unwrap_or_else(|error| panic!("{text}\n{error}"))
+    Module::load(&Device::emulator(), &spec).unwrap_or_else(|error| panic!("{text}\n{error}"))
 }
 
 /// The spec of one row.
@@ -108,7 +109,7 @@ fn kernels_of_sampled_specs_match_the_reference() {
         .enumerate()
         .flat_map_iter(|(index, row)| {
             let text = toml(index, row);
-            let module = Module::load(&Device::emulator(), &kernels(&text)).unwrap();
+            let module = module(&text);
             let has_text = module.spec().layout.text_tokens > 0;
             let lengths = [CaseText::Full, CaseText::Partial, CaseText::Empty];
             let arrangements = [TokensFirst, HeadsFirst, PackedQkv, Unaligned];
@@ -141,7 +142,7 @@ fn channels_behind_the_rotated_ones_are_carried() {
             "name = \"carried\"\n[video]\nframes = 3\ntokens_per_frame = 50\n[attention]\nheads = 2\nhead_dim = 64\n
              [rope]\npairs = \"{pairs}\"\nchannels = 48\n[masks.spatial]\nhalf_width = 40\n[masks.temporal]\nhalf_width = 40\n"
         );
-        let module = Module::load(&Device::emulator(), &kernels(&text)).unwrap();
+        let module = module(&text);
         let mut inputs = Inputs::random(module.spec(), 1, 2, 4);
         for row in 0..150 {
             let element = inputs.q.index(0, row, 1) + 50;
@@ -229,7 +230,7 @@ fn edges_and_random_specs_match_the_reference() {
     let failures: Vec<String> = specs
         .par_iter()
         .flat_map_iter(|text| {
-            let module = Module::load(&Device::emulator(), &kernels(text)).unwrap();
+            let module = module(text);
             let report = verify(&module, seed, Effort::default(), &|_, _| ())
                 .unwrap_or_else(|error| panic!("{text}\nseed {seed}: {error}"));
             let failed = report.checks.into_iter().filter(|check| !check.ok);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Dtype;
-use framestride::{Device, HeadTypes, Kernels, Module, SparseAttention, Stream, Workspace};
+use framestride::{Device, HeadTypes, Module, SparseAttention, Spec, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
 use framestride_check::layer_run::run_layer;
 use framestride_check::rope::RopeTables;
@@ -14,7 +14,7 @@ use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
 use framestride_check::verify::{Case, CaseContent, CaseExtent, CaseText, CaseTypes, Effort, verify_case};
 
 fn module(name: &str) -> Arc<Module> {
-    Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap()
+    Module::load(&Device::emulator(), &Spec::shipped(name).unwrap()).unwrap()
 }
 
 /// A seed that differs each time. It is printed, so that a failure can be had again.
@@ -297,7 +297,7 @@ fn nan_is_carried() {
 /// Inputs that are made by hand, and whose parts do not fit each other, are refused.
 #[test]
 fn inputs_that_contradict_themselves() {
-    let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();
+    let module = Module::load(&Device::emulator(), &Spec::shipped("tiny_text_last").unwrap()).unwrap();
     let right = Inputs::random(module.spec(), 1, 2, 1);
     type Change = fn(&mut Inputs);
     let changes: [(&str, Change); 5] = [

@@ -2,7 +2,7 @@
 //! else does.
 
 use framestride::shapes::layout::HeadType;
-use framestride::{Device, Kernels, Module};
+use framestride::{Device, Module, Spec};
 use framestride_check::layer_run;
 use framestride_check::tensors::Inputs;
 use framestride_check::timing::{Bench, BenchOptions, Timed};
@@ -11,7 +11,7 @@ const COPY: u64 = 1 << 16;
 
 #[test]
 fn rows_count_the_work_of_their_kernels() {
-    let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();
+    let module = Module::load(&Device::emulator(), &Spec::shipped("tiny_text_last").unwrap()).unwrap();
     let spec = module.spec();
     let mut bench = Bench::new(&module, None, &BenchOptions { copy_bytes: COPY, ..BenchOptions::default() }).unwrap();
     for _ in 0..3 {
@@ -58,7 +58,7 @@ fn rows_count_the_work_of_their_kernels() {
 
 #[test]
 fn given_inputs_have_the_output_of_a_run() {
-    let module = Module::load(&Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap()).unwrap();
+    let module = Module::load(&Device::emulator(), &Spec::shipped("tiny_text_last").unwrap()).unwrap();
     let spec = module.spec();
     let inputs = Inputs::random(spec, spec.batch as usize, spec.heads as usize, 11);
     let timed = vec![Timed::Profiled];
@@ -78,7 +78,7 @@ fn weights_are_of_a_norm_that_there_is() {
         ("tiny_text_last", -1.0, Some("0 to 1000")),
         ("tiny_text_last", 3.0, None),
     ] {
-        let module = Module::load(&Device::emulator(), &Kernels::shipped(spec).unwrap()).unwrap();
+        let module = Module::load(&Device::emulator(), &Spec::shipped(spec).unwrap()).unwrap();
         let options = BenchOptions { qk_norm_weight, copy_bytes: COPY, ..BenchOptions::default() };
         let error = Bench::new(&module, None, &options).err().map(|error| error.to_string());
         let as_expected = match (&error, expected) {

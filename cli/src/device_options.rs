@@ -86,7 +86,7 @@ impl DeviceOptions {
             }
         };
         bar.say("loading kernels", None);
-        Module::load(device, &kernels)
+        Module::load_kernels(device, &kernels)
     }
 }
 

@@ -83,17 +83,23 @@ pub fn main() -> ExitCode {
     };
     let outcome = match cli.command {
         Command::Describe(arguments) => commands::describe::describe(arguments),
-        Command::Build(arguments) => commands::build::build(arguments),
+        // The builder has errors of its own.
+        Command::Build(arguments) => return end(commands::build::build(arguments), cli.json),
         Command::Verify(arguments) => commands::verify::verify(arguments),
         Command::Run(arguments) => commands::run::run(arguments),
         Command::Bench(arguments) => commands::bench::bench(arguments),
         Command::Plot(arguments) => commands::plot::plot(arguments),
         Command::Doctor => Ok(commands::doctor::doctor()),
     };
+    end(outcome.map_err(Into::into), cli.json)
+}
+
+/// Prints what a command found or why it did not, and gives its exit code.
+fn end(outcome: Result<outcome::Outcome, Box<dyn std::error::Error>>, json: bool) -> ExitCode {
     let outcome = match outcome {
         Ok(outcome) => outcome,
         Err(error) => {
-            if cli.json {
+            if json {
                 let text = format!("{:#}\n", json!({ "ok": false, "error": error.to_string() }));
                 if let Err(error) = print(&text) {
                     return fail(error);
@@ -102,7 +108,7 @@ pub fn main() -> ExitCode {
             return fail(error);
         }
     };
-    let text = if cli.json { format!("{:#}\n", outcome.json) } else { outcome.text };
+    let text = if json { format!("{:#}\n", outcome.json) } else { outcome.text };
     if outcome.aside {
         eprint!("{text}");
     } else if let Err(error) = print(&text) {
@@ -115,10 +121,11 @@ pub fn main() -> ExitCode {
 }
 
 /// Prints an error, and gives its exit code.
-fn fail(error: Error) -> ExitCode {
+fn fail(error: impl Into<Box<dyn std::error::Error>>) -> ExitCode {
+    let error = error.into();
     // A kernel that faults has failed its check.
-    let failed = matches!(error, Error::Emulator(_) | Error::Driver { .. });
-    let text = error.to_string();
+    let failed = matches!(error.downcast_ref(), Some(Error::Emulator(_) | Error::Driver { .. }));
+    let text = plain(&error.to_string(), MESSAGE_BYTES).into_owned();
     let prefix = if text.starts_with("error") { "" } else { "error: " };
     eprintln!("{prefix}{}", text.trim_end());
     ExitCode::from(if failed { FAILED } else { BAD_INPUT })

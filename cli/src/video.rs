@@ -49,13 +49,13 @@ pub fn grid(spec: &Spec, frames: &Frames, source: &str) -> Result<[usize; 2]> {
         ));
     };
     let grid = grid.map(|side| side as usize);
-    if frames.count < spec.layout.frames as usize || frames.height < grid[0] || frames.width < grid[1] {
+    if frames.count < spec.layout.frames.value as usize || frames.height < grid[0] || frames.width < grid[1] {
         return Err(Error::input(
             format!("{source}, tensor frames"),
             format!("{} frames of {} x {} pixels", frames.count, frames.height, frames.width),
             format!(
                 "at least {} frames of {} x {} pixels, one for each patch of spec {}",
-                spec.layout.frames, grid[0], grid[1], spec.name
+                spec.layout.frames.value, grid[0], grid[1], spec.name
             ),
             "Give a longer or larger video, or a smaller spec",
         ));
@@ -136,7 +136,7 @@ fn scale_to(vector: &mut [f64], size: f64) {
 pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Result<Inputs> {
     let grid = grid(spec, frames, source)?;
     let layout = &spec.layout;
-    let (count, head_dim) = (layout.frames as usize, spec.head_dim as usize);
+    let (count, head_dim) = (layout.frames.value as usize, spec.head_dim as usize);
     let features = features(frames, count, grid);
     let video = count * grid[0] * grid[1];
     let first_video = layout.first_video_row() as usize;

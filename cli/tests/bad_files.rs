@@ -304,7 +304,7 @@ fn messages_stay_small_and_plain() {
     let folder = tempfile::tempdir().unwrap();
     let escapes = "\u{1b}]0;title\u{7}\u{9b}31m";
     let path = folder.path().join(format!("{escapes}.safetensors"));
-    let kernels = Kernels::shipped(SPEC).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap()).unwrap();
     let long = "x".repeat(14 << 20);
     let mut errors = Vec::new();
     for name in [long.as_str(), escapes] {
@@ -312,7 +312,7 @@ fn messages_stay_small_and_plain() {
         std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
         errors.push(load_inputs(&path, &spec(SPEC)).unwrap_err());
         errors.push(load_frames(&path).err().unwrap());
-        errors.push(Kernels::shipped(name).unwrap_err());
+        errors.push(framestride::Error::from(Spec::shipped(name).unwrap_err()));
         errors.push(framestride::Error::from(Spec::parse(name, &format!("name = '{name}'")).unwrap_err()));
         errors.push(Kernels::parse(name, kernels.ptx(), name).unwrap_err());
         errors.push(Kernels::from_file(name).unwrap_err());

@@ -27,7 +27,7 @@ fn json(arguments: &[&str]) -> (Value, i32) {
 }
 
 fn tiny() -> Spec {
-    Kernels::shipped("tiny_text_last").unwrap().spec().clone()
+    Spec::shipped("tiny_text_last").unwrap()
 }
 
 fn path(path: &Path) -> &str {
@@ -74,11 +74,12 @@ fn verify() {
 #[test]
 fn verify_finds_wrong_kernels() {
     let folder = tempfile::tempdir().unwrap();
-    let kernels = Kernels::shipped("tiny_text_last").unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap()).unwrap();
     // The position of the body of an entry.
     let entry = |name: &str| kernels.ptx().find(&format!(".entry {name}(")).unwrap();
     let changes = [
-        ("pack", 0, "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
+        // The first one is for a norm over all heads.
+        ("pack", 1, "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
         // These are exponentials, in the order of the text. A thread has 64 weights of a first tile
         // without offsets, then 64 of another tile. Factors follow, where offsets are lowered, and
         // the weights of the tile that made it necessary. The last are the weights of another tile
@@ -146,8 +147,7 @@ fn run_on_tensors() {
     let out = SafeTensors::deserialize(&written).unwrap();
     assert_eq!(out.tensor("out").unwrap().shape(), [1, 139, 2, 64]);
     assert_eq!(out.tensor("lse").unwrap().shape(), [1, 2, 139]);
-    let module =
-        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    let module = framestride::Module::load(&framestride::Device::emulator(), &Spec::shipped("tiny_text_last").unwrap());
     let expected = layer_run::run_layer(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().out;
     let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     assert_eq!(out.tensor("out").unwrap().data(), expected);
@@ -235,8 +235,7 @@ fn run_says_what_is_not_comparable() {
     let mut inputs = Inputs::random(&tiny(), 1, 2, 14);
     inputs.q_norm = framestride_check::tensors::Norm { weight: Some(vec![1000.0; 64]), bias: None };
     inputs.k_norm = inputs.q_norm.clone();
-    let module =
-        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    let module = framestride::Module::load(&framestride::Device::emulator(), &Spec::shipped("tiny_text_last").unwrap());
     let report = layer_run::run_layer(&module.unwrap(), &inputs, &[], &|_, _| ()).unwrap().report;
     assert!(!report.ok && report.not_finite.is_empty());
     for head in report.heads {
@@ -387,7 +386,7 @@ fn drivers() {
     let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
     assert!(code == 2 && error.contains("device memory"), "{code}: {error}");
     assert!(
-        Kernels::shipped("tiny_plain").unwrap().ptx().contains("\n.version 8.3\n"),
+        Kernels::for_spec(&Spec::shipped("tiny_plain").unwrap()).unwrap().ptx().contains("\n.version 8.3\n"),
         "12.3 is the first for PTX 8.3"
     );
 }
@@ -411,8 +410,7 @@ fn run_with_options() {
     let masks: Vec<_> = report["heads"].as_array().unwrap().iter().map(|head| head["mask"].as_str().unwrap()).collect();
     assert_eq!(masks, ["spatial", "dense", "spatial", "dense"]);
     (inputs.scale, inputs.text_lengths) = (Some(0.25), Some(vec![5, 24]));
-    let module =
-        framestride::Module::load(&framestride::Device::emulator(), &Kernels::shipped("tiny_text_last").unwrap());
+    let module = framestride::Module::load(&framestride::Device::emulator(), &Spec::shipped("tiny_text_last").unwrap());
     inputs.rope = Some(framestride_check::rope::RopeTables::from_grid(&spec, 2));
     let expected = bytes(&layer_run::run_layer(&module.unwrap(), &inputs, &[1], &|_, _| ()).unwrap().out);
     let written = std::fs::read(folder.path().join("layer.out.safetensors")).unwrap();

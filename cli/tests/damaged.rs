@@ -120,7 +120,8 @@ fn tensor_files() {
 fn videos() {
     let (_, spec) = shipped("tiny_plain");
     let grid = spec.grid.unwrap().map(|side| side as usize);
-    let (bytes, header) = tensors(&[("frames", Dtype::U8, &[spec.layout.frames as usize, grid[0], 2 * grid[1], 3])]);
+    let (bytes, header) =
+        tensors(&[("frames", Dtype::U8, &[spec.layout.frames.value as usize, grid[0], 2 * grid[1], 3])]);
     survive(&bytes, header, |bytes| with_file(bytes, |path| video::inputs(&spec, 1, &load_frames(path)?, "video")));
 }
 
@@ -134,7 +135,7 @@ fn specs() {
 
 #[test]
 fn manifests() {
-    let kernels = Kernels::shipped("tiny_text_last").unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap()).unwrap();
     let json = kernels.manifest().to_json();
     survive(json.as_bytes(), json.len(), |bytes| {
         let text = String::from_utf8_lossy(bytes);

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use framestride::Kernels;
+use framestride::Spec;
 use framestride_check::tensors::{Inputs, Tokens};
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -39,7 +39,7 @@ fn refused(output: &Output, words: &str) {
 
 /// Q, K and V of `tiny_text_last`.
 fn tensors(file: &Path) {
-    let spec = Kernels::shipped("tiny_text_last").unwrap().spec().clone();
+    let spec = Spec::shipped("tiny_text_last").unwrap();
     let inputs = Inputs::random(&spec, 1, 2, 5);
     let bytes = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
     let data = [("q", bytes(&inputs.q)), ("k", bytes(&inputs.k)), ("v", bytes(&inputs.v))];
@@ -212,7 +212,7 @@ fn what_a_file_leaves_open_is_said() {
     tensors(&qkv);
     let output = run(&qkv, &["--json", "--out", "/dev/null"]);
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let spec = Kernels::shipped("tiny_text_last").unwrap().spec().clone();
+    let spec = Spec::shipped("tiny_text_last").unwrap();
     let assumed = json["assumed"].as_array().unwrap();
     let says = |word: &str| assumed.iter().any(|line| line.as_str().unwrap().contains(word));
     assert_eq!(says("q_norm"), spec.qk_norm.is_some());

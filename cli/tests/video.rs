@@ -1,6 +1,6 @@
 //! Inputs made from a video are of the kinds that trained heads are.
 
-use framestride::Kernels;
+use framestride::Spec;
 use framestride_check::reference::Reference;
 use framestride_cli::tensor_files::load_frames;
 use framestride_cli::video;
@@ -10,7 +10,7 @@ use framestride_cli::video;
 #[test]
 fn video_makes_heads_of_both_types() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/data/bigbuckbunny_16x72x128.safetensors");
-    let spec = Kernels::shipped("demo").unwrap().spec().clone();
+    let spec = Spec::shipped("demo").unwrap();
     let inputs = video::inputs(&spec, spec.heads as usize, &load_frames(path.as_ref()).unwrap(), path).unwrap();
     inputs.check(&spec, "video").unwrap();
     let reference = Reference::new(&spec, &inputs);

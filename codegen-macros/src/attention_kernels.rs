@@ -1,15 +1,19 @@
 //! `attention_kernels!`: turns a spec, from its file or spelled out, into constants and kernel
-//! entries.
+//! entries. A template has literals that are filled in later, in place of the constants
+//! ([`framestride_shapes::numbers`]).
 //!
 //! The spelled-out form becomes the lines of a TOML file, which the same parser reads. So both
 //! forms have the same keys, defaults and checks. An error of a line is reported at the tokens that
 //! it came from.
 
 use framestride_shapes::arch::{Arch, Products};
-use framestride_shapes::blocks::{PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS};
+use framestride_shapes::blocks::{
+    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS, Tiles,
+};
 use framestride_shapes::dtype::Dtype;
-use framestride_shapes::layout::TextPosition;
-use framestride_shapes::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
+use framestride_shapes::image::Image;
+use framestride_shapes::layout::Divisor;
+use framestride_shapes::numbers::{Number, Numbers, PREFIX};
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
 use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
@@ -22,13 +26,28 @@ use syn::{Error, Expr, LitStr, Result, Token, braced};
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let parse = |input: ParseStream| {
         let krate = crate::kernels_crate(input)?;
-        let is_file = input.peek(syn::Ident) && input.fork().parse::<Ident>()? == "spec";
-        Ok((krate, if is_file { from_file(input) } else { spelled_out(input) }?))
+        let first = input.fork().parse::<Ident>().map(|name| name.to_string()).unwrap_or_default();
+        match first.as_str() {
+            "template" => Ok(kernels(&krate, &Target::Template(template(input)?))),
+            "spec" => Ok(of_spec(&krate, from_file(input)?)),
+            _ => Ok(of_spec(&krate, spelled_out(input)?)),
+        }
     };
-    let (krate, Shape { spec, text, file }) = parse.parse2(input)?;
-    let kernels = kernels(&krate, &spec, file.as_deref());
+    parse.parse2(input)
+}
+
+/// The kernels of a spec, and its text.
+fn of_spec(krate: &TokenStream, Shape { spec, text, file }: Shape) -> TokenStream {
+    let kernels = kernels(krate, &Target::Spec(Box::new(spec)));
     let (length, bytes) = (text.len(), Literal::byte_string(text.as_bytes()));
-    Ok(quote! {
+    let rebuilt_for = file.map(|file| {
+        quote!(
+            const _: &[u8] = include_bytes!(#file);
+        )
+    });
+    quote! {
+        #rebuilt_for
+
         #kernels
 
         #[doc(hidden)]
@@ -36,7 +55,71 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
         #[unsafe(no_mangle)]
         #[allow(non_upper_case_globals)]
         pub static framestride_spec: [u8; #length] = *#bytes;
-    })
+    }
+}
+
+/// What kernels are written for.
+enum Target {
+    /// One spec.
+    Spec(Box<Spec>),
+    /// Every spec whose packed rows are like this.
+    Template(Image),
+}
+
+impl Target {
+    fn image(&self) -> Image {
+        match self {
+            Target::Spec(spec) => spec.image(),
+            Target::Template(image) => *image,
+        }
+    }
+
+    /// The fields of `Numbers`, and how the model writes each.
+    fn numbers(&self, krate: &TokenStream) -> Vec<(Ident, TokenStream)> {
+        let numbers = match self {
+            Target::Spec(spec) => Numbers::of(spec),
+            // Only the types of its fields are looked at.
+            Target::Template(_) => Numbers::default(),
+        };
+        let divisor = quote!(#krate::shapes::layout::Divisor);
+        let field = |(name, number): (&str, Number)| {
+            let literals = number.literals(name).into_iter().map(|(name, _)| {
+                let name = format!("{PREFIX}{name}");
+                quote!(#krate::literal!(#name))
+            });
+            let value = match (self, number) {
+                (Target::Spec(_), Number::U32(value)) => quote!(#value),
+                (Target::Spec(_), Number::Bool(value)) => quote!(#value),
+                (Target::Spec(_), Number::F32(value)) => quote!(#value),
+                (Target::Spec(_), Number::Divisor(Divisor { value, .. })) => quote!(const { #divisor::new(#value) }),
+                (Target::Template(_), Number::U32(_)) => quote!(#(#literals)*),
+                (Target::Template(_), Number::Bool(_)) => quote!(#(#literals)* != 0),
+                (Target::Template(_), Number::F32(_)) => quote!(f32::from_bits(#(#literals)*)),
+                (Target::Template(_), Number::Divisor(_)) => quote!(#divisor::from_parts([#(#literals),*])),
+            };
+            (Ident::new(name, Span::call_site()), value)
+        };
+        numbers.fields().into_iter().map(field).collect()
+    }
+}
+
+/// `template = { head_dim = 128, dtype = bf16 }`.
+fn template(input: ParseStream) -> Result<Image> {
+    let entry: Entry = input.parse()?;
+    let (mut head_dim, mut dtype) = (None, None);
+    for part in &entry.inner {
+        let (name, value) = (part.name.to_string(), part.toml());
+        match name.as_str() {
+            "head_dim" => head_dim = [64, 128].into_iter().find(|head_dim| value == head_dim.to_string()),
+            "dtype" => dtype = Dtype::ALL.into_iter().find(|dtype| value == format!("{:?}", dtype.as_str())),
+            _ => return Err(Error::new(part.name.span(), "unknown key; allowed: head_dim, dtype")),
+        }
+    }
+    input.parse::<Option<Token![,]>>()?;
+    match (head_dim, dtype) {
+        (Some(head_dim), Some(dtype)) if input.is_empty() => Ok(Image { head_dim, dtype }),
+        _ => Err(Error::new(entry.span(), "write `template = { head_dim = 64 or 128, dtype = bf16 or f16 }`")),
+    }
 }
 
 /// What the macro was given.
@@ -187,71 +270,33 @@ fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     all
 }
 
-/// The model's constants and the entries. `krate` is the path of `framestride_kernels`.
-fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream {
-    let layout = &spec.layout;
-    let text_position = match layout.text_position {
-        TextPosition::First => quote!(First),
-        TextPosition::Last => quote!(Last),
-    };
-    let (frames, tokens_per_frame, text_tokens) = (layout.frames, layout.tokens_per_frame, layout.text_tokens);
-    let (sink_frames, spatial, temporal) = (layout.sink_frames, layout.spatial_half_width, layout.temporal_half_width);
-    let (heads, head_dim, rows) = (spec.heads, spec.head_dim, spec.profile.rows);
-    let tiles = spec.tiles();
+/// Writes the model and the entries. `krate` is the path of `framestride_kernels`.
+fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
+    let image = target.image();
+    let (head_dim, tiles) = (image.head_dim, Tiles::for_head_dim(image.head_dim));
     let (query_rows, key_rows, stages) = (tiles.query_rows, tiles.key_rows, tiles.stages);
-    let element = match spec.dtype {
+    let element = match image.dtype {
         Dtype::Bf16 => quote!(Bf16),
         Dtype::F16 => quote!(F16),
     };
-    let norm_rope = quote!(#krate::shapes::norm_rope);
-    let qk_norm = match spec.qk_norm {
-        None => quote!(None),
-        Some(QkNorm { kind, over, eps }) => {
-            let kind = match kind {
-                NormKind::Rms => quote!(Rms),
-                NormKind::Layer => quote!(Layer),
-            };
-            let over = match over {
-                NormOver::Head => quote!(Head),
-                NormOver::Heads => quote!(Heads),
-            };
-            quote!(Some(#norm_rope::QkNorm { kind: #norm_rope::NormKind::#kind, over: #norm_rope::NormOver::#over, eps: #eps }))
-        }
-    };
-    let rope = match spec.rope {
-        None => quote!(None),
-        Some(Rope { pairs, channels, text, per_head }) => {
-            let pairs = match pairs {
-                Pairs::Interleaved => quote!(Interleaved),
-                Pairs::Half => quote!(Half),
-            };
-            quote!(Some(#norm_rope::Rope {
-                pairs: #norm_rope::Pairs::#pairs,
-                channels: #channels,
-                text: #text,
-                per_head: #per_head,
-            }))
-        }
-    };
-    let image = spec.image();
+    let (names, values): (Vec<_>, Vec<_>) = target.numbers(krate).into_iter().unzip();
     // Bodies are named for the first family that they were written for.
     let family = match Arch::default().products {
         Products::Wgmma => quote!(sm90),
     };
-    let pack = PackBlock::new(heads, image);
+    let pack = match target {
+        Target::Spec(spec) => PackBlock::new(spec.heads, image),
+        Target::Template(_) => PackBlock::LARGEST,
+    };
     let (pack_threads, pack_blocks, pack_shared) =
         (pack.threads(), pack.min_blocks, PackShared::new(pack.warps, pack.held_steps).bytes);
     let (profile_shared, select_shared) = (ProfileShared::new(image).bytes, SelectShared::new(SELECT_THREADS).bytes);
     let (attention_threads, attention_shared) = (tiles.threads(), AttentionShared::new(tiles, image).bytes);
-    let rebuilt_for = file.map(|file| {
-        quote!(
-            const _: &[u8] = include_bytes!(#file);
-        )
-    });
-    let doc = format!("The model that `{}` declares.", spec.name);
+    let doc = match target {
+        Target::Spec(spec) => format!("The model that `{}` declares.", spec.name),
+        Target::Template(_) => "Any model, whose numbers are literals that are filled in later.".to_string(),
+    };
     quote! {
-        #rebuilt_for
-
         #[doc = #doc]
         pub struct SpecModel;
 
@@ -264,20 +309,12 @@ fn kernels(krate: &TokenStream, spec: &Spec, file: Option<&str>) -> TokenStream 
         }
 
         impl #krate::model::Model for SpecModel {
-            const LAYOUT: #krate::shapes::layout::Layout = #krate::shapes::layout::Layout {
-                frames: #frames,
-                tokens_per_frame: #tokens_per_frame,
-                text_tokens: #text_tokens,
-                text_position: #krate::shapes::layout::TextPosition::#text_position,
-                sink_frames: #sink_frames,
-                spatial_half_width: #spatial,
-                temporal_half_width: #temporal,
-            };
-            const HEADS: u32 = #heads;
+            #[inline(always)]
+            fn numbers() -> #krate::shapes::numbers::Numbers {
+                #krate::shapes::numbers::Numbers { #(#names: #values,)* }
+            }
+
             const HEAD_DIM: u32 = #head_dim;
-            const QK_NORM: Option<#norm_rope::QkNorm> = #qk_norm;
-            const ROPE: Option<#norm_rope::Rope> = #rope;
-            const PROFILE_ROWS: u32 = #rows;
             const TILES: #krate::shapes::blocks::Tiles =
                 #krate::shapes::blocks::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
             type Element = #krate::element::#element;

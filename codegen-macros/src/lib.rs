@@ -69,6 +69,10 @@ pub fn tile_products(input: TokenStream) -> TokenStream {
 /// attention_kernels!(spec = "shapes/my.toml");
 /// ```
 ///
+/// With `template = { head_dim = 128, dtype = bf16 }` it writes the kernels of every spec with that
+/// head dim and type. Their numbers are literals with names, which loading fills in
+/// (`framestride_shapes::numbers`).
+///
 /// The path is relative to the crate's `Cargo.toml`. Or the spec is spelled out, with the keys of
 /// the TOML file. Tables become braces, and defaults are those of the file:
 ///
@@ -132,6 +136,13 @@ mod tests {
             qk_norm = layer { over = heads, eps = 1e-5 }, rope = half { text = true },
             mask = spatial { half_width = 30 }, mask = temporal { density = 0.6 }, sink_frames = 1,
         };
+        insta::assert_snapshot!(pretty(crate::attention_kernels::expand(input)));
+    }
+
+    /// Numbers of the spec are literals with names.
+    #[test]
+    fn template() {
+        let input = quote! { ::framestride_kernels; template = { head_dim = 64, dtype = f16 } };
         insta::assert_snapshot!(pretty(crate::attention_kernels::expand(input)));
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate has
 //! only `SOURCES`, which tells the builder where the sources lie.
-#![cfg_attr(target_arch = "nvptx64", no_std, feature(asm_experimental_arch, stmt_expr_attributes))]
+#![cfg_attr(target_arch = "nvptx64", no_std, feature(asm_experimental_arch))]
 #![warn(missing_docs)]
 // Every function that touches the device is unsafe as a whole, and its documentation has its
 // contract.
@@ -46,6 +46,25 @@ pub use framestride_shapes as shapes;
 #[macro_export]
 macro_rules! attention_kernels {
     ($($shape:tt)*) => { $crate::macros::attention_kernels! { $crate; $($shape)* } };
+}
+
+/// A literal of a template, u32: the name stands where PTX has a literal, until a number is filled
+/// in. The builder leaves this instruction to LLVM as arithmetic, which may move and merge it.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! literal {
+    ($name:literal) => {{
+        let value: u32;
+        // SAFETY: the instruction sets a register.
+        unsafe {
+            ::core::arch::asm!(
+                ::core::concat!("mov.u32 {}, ", $name, ";"),
+                out(reg32) value,
+                options(pure, nomem, nostack)
+            )
+        };
+        value
+    }};
 }
 
 /// [`macros::tile_products!`], likewise.

@@ -1,30 +1,27 @@
-//! What `attention_kernels!` states of a spec, as constants that the kernels are compiled for, and
-//! what follows from them.
+//! What `attention_kernels!` states of a spec, and what follows from it.
+//!
+//! What decides which instructions multiply is a constant. Everything else is a number, which is a
+//! constant when kernels are compiled for one spec, and a literal in a template
+//! ([`Numbers`](framestride_shapes::numbers)). So no array has a size, and no loop is unrolled, by
+//! such a number.
 
 use crate::cuda::global;
 use crate::cuda::mma::TileProducts;
 use crate::element::Element;
-use framestride_shapes::blocks::{PackBlock, SAMPLE_ROWS, SELECT_THREADS, Tiles};
+use framestride_shapes::blocks::{SELECT_THREADS, Tiles};
 use framestride_shapes::image::{ATOM_ROWS, Image};
 use framestride_shapes::layout::Layout;
-use framestride_shapes::norm_rope::{QkNorm, Rope};
+use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::PartialsLayout;
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
 
 /// The attention layers of one model, as its spec declares them.
 pub trait Model {
-    /// Frames, text, sinks, half widths.
-    const LAYOUT: Layout;
-    /// Heads of the model: the extent of a norm over all heads.
-    const HEADS: u32;
+    /// The numbers of the spec.
+    fn numbers() -> Numbers;
+
     /// 64 or 128.
     const HEAD_DIM: u32;
-    /// QK-norm.
-    const QK_NORM: Option<QkNorm>;
-    /// Rotary embedding.
-    const ROPE: Option<Rope>;
-    /// Sampled rows a head.
-    const PROFILE_ROWS: u32;
     /// Tiles of the attention kernel.
     const TILES: Tiles;
     /// bf16 or f16.
@@ -39,10 +36,6 @@ pub trait Model {
     const IMAGE: Image = Image { head_dim: Self::HEAD_DIM, dtype: Self::Element::DTYPE };
     /// Bytes of a row of atoms of the image.
     const ATOMS_BYTES: u32 = Self::IMAGE.bytes(ATOM_ROWS);
-    /// A block of **pack**.
-    const PACK: PackBlock = PackBlock::new(Self::HEADS, Self::IMAGE);
-    /// The shared memory of **pack**.
-    const PACK_SHARED: PackShared = PackShared::new(Self::PACK.warps, Self::PACK.held_steps);
     /// The shared memory of **profile**.
     const PROFILE_SHARED: ProfileShared = ProfileShared::new(Self::IMAGE);
     /// The shared memory of **select**.
@@ -50,11 +43,23 @@ pub trait Model {
     /// The shared memory of **attention**.
     const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::IMAGE);
 
+    /// Frames, text, sinks, half widths.
+    #[inline(always)]
+    fn layout() -> Layout {
+        Self::numbers().layout()
+    }
+
+    /// The shared memory of **pack**.
+    #[inline(always)]
+    fn pack_shared() -> PackShared {
+        let Numbers { pack_threads, pack_held_steps, .. } = Self::numbers();
+        PackShared::new(pack_threads / 32, pack_held_steps)
+    }
+
     /// How the partial results of profiling lie, with the keys of a head in `splits` parts.
     #[inline(always)]
     fn partials(splits: u32) -> PartialsLayout {
-        let groups = Self::PROFILE_ROWS.div_ceil(SAMPLE_ROWS);
-        PartialsLayout { rows: Self::PROFILE_ROWS, groups, splits, head_dim: Self::HEAD_DIM }
+        Self::numbers().partials(Self::HEAD_DIM, splits)
     }
 }
 
@@ -64,9 +69,6 @@ pub trait Model {
 /// `text_lengths` is 0 or holds a u32 for the item.
 #[inline(always)]
 pub unsafe fn valid_text<M: Model>(text_lengths: u64, batch_item: u32) -> u32 {
-    if M::LAYOUT.text_tokens == 0 || text_lengths == 0 {
-        M::LAYOUT.text_tokens
-    } else {
-        global::load_u32(text_lengths + batch_item as u64 * 4).min(M::LAYOUT.text_tokens)
-    }
+    let all = M::numbers().text_tokens;
+    if all == 0 || text_lengths == 0 { all } else { global::load_u32(text_lengths + batch_item as u64 * 4).min(all) }
 }

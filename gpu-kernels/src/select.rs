@@ -33,7 +33,7 @@ pub unsafe fn select<M: Model>(params: &SelectParams) {
     let (own_warp, lane) = (thread::warp(), thread::lane());
     let mut errors = [0.0f32; CANDIDATES];
     let mut row = own_warp;
-    while row < M::PROFILE_ROWS {
+    while row < M::numbers().profile_rows.value {
         let sample = Sample::of::<M>(params, head, row);
         let mut column = lane * 2;
         // The first outputs are on their way while the factors are computed.
@@ -78,7 +78,7 @@ pub unsafe fn select<M: Model>(params: &SelectParams) {
             );
             other += 1;
         }
-        let mean = total.map(|error| error * (1.0 / (M::PROFILE_ROWS * M::HEAD_DIM) as f32));
+        let mean = total.map(|error| error * M::numbers().error_mean);
         let (mut least, mut chosen) = (mean[0], HeadType::CANDIDATES[0]);
         each_candidate(
             #[inline(always)]

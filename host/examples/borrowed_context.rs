@@ -12,7 +12,7 @@ use std::error::Error;
 use cudarc::driver::{CudaContext, DevicePtr};
 use framestride::device::Gpu;
 use framestride::shapes::params::Tensor;
-use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
+use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Workspace};
 
 fn main() -> Result<(), Box<dyn Error>> {
     // cudarc panics where there is no driver, so this library is asked first.
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // SAFETY: the context outlives the device and everything that is made with it, since it was
     // made before them.
     let device = Device::from(unsafe { Gpu::borrow(context.cu_ctx().cast())? });
-    let module = Module::load(&device, &Kernels::shipped("tiny_plain")?)?;
+    let module = Module::load(&device, &Spec::shipped("tiny_plain")?)?;
     let spec = module.spec();
     let attention = SparseAttention::new(&module, spec.batch, spec.heads)?;
 

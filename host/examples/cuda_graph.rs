@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use framestride::device::{Gpu, OwnedStream};
 use framestride::shapes::params::Tensor;
-use framestride::{Device, HeadTypes, Kernels, Layer, Module, Result, SparseAttention, Workspace};
+use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Spec, Workspace};
 
 fn main() -> Result<()> {
     let gpu = match Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu)) {
@@ -21,7 +21,7 @@ fn main() -> Result<()> {
         }
     };
     let device = Device::Gpu(Arc::clone(&gpu));
-    let module = Module::load(&device, &Kernels::shipped("tiny_plain")?)?;
+    let module = Module::load(&device, &Spec::shipped("tiny_plain")?)?;
     let spec = module.spec();
     let attention = SparseAttention::new(&module, spec.batch, spec.heads)?;
     let workspace = Workspace::allocate(&device, attention.workspace_bytes())?;

@@ -6,7 +6,7 @@
 
 use framestride::device::Gpu;
 use framestride::shapes::params::Tensor;
-use framestride::{Device, HeadTypes, Kernels, Layer, Module, Result, SparseAttention, Stream, Workspace};
+use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Spec, Stream, Workspace};
 
 fn main() -> Result<()> {
     let gpu = Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu));
@@ -19,7 +19,7 @@ fn main() -> Result<()> {
     );
 
     // The kernels of one model. The spec says what the model's attention looks like.
-    let module = Module::load(&device, &Kernels::shipped("tiny_plain")?)?;
+    let module = Module::load(&device, &Spec::shipped("tiny_plain")?)?;
     let spec = module.spec();
     let (batch, heads) = (spec.batch, spec.heads);
     let attention = SparseAttention::new(&module, batch, heads)?;

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, Spec};
 use framestride_shapes::workspace::WorkspaceLayout;
@@ -229,6 +230,22 @@ fn rope_elements(spec: &Spec, shape: TensorShape, stride: u64) -> Result<u64> {
             "Pass the elements of one table where tables follow each other, 0 where all share one",
         ),
     }
+}
+
+/// Checks half widths ([`Layer::half_widths`]).
+pub(crate) fn check_half_widths(spec: &Spec, half_widths: [u32; HeadType::CANDIDATES.len()]) -> Result<()> {
+    let most = spec.layout.video_tokens();
+    for (head_type, half_width) in HeadType::CANDIDATES.into_iter().zip(half_widths) {
+        if half_width == 0 || half_width > most {
+            return Err(Error::input(
+                format!("half_widths, {}", head_type.name()),
+                half_width,
+                format!("1 to {most} tokens for spec {}", spec.name),
+                "Leave it out for the spec's own",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The region of `words` 4-byte words at an address, which must be aligned.

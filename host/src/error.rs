@@ -62,9 +62,6 @@ pub enum Error {
     /// The emulator stopped a kernel, or could not read its PTX.
     #[error("emulator: {}", plain(.0, MESSAGE_BYTES - 10))]
     Emulator(String),
-    /// The kernels of a spec could not be built.
-    #[error("{}", plain(.0, MESSAGE_BYTES))]
-    Build(String),
 }
 
 /// A part of an [`Error::Input`] has at most so many bytes.

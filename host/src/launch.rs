@@ -135,8 +135,8 @@ mod tests {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
         assert_eq!(Kernel::Pack.params_bytes(), 3 * TENSOR + 4 * NORM + 9 * 8 + 6 * 4);
-        assert_eq!(Kernel::Profile.params_bytes(), 6 * 8 + 4 * 4);
+        assert_eq!(Kernel::Profile.params_bytes(), 6 * 8 + 6 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
-        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 4 * 8 + 4 * 4);
+        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 4 * 8 + 6 * 4);
     }
 }

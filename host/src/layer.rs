@@ -68,6 +68,10 @@ pub struct Layer {
     /// Address where the natural log-sum-exp of each row is written, f32 \[B, H, S\]. 0 asks for
     /// none.
     pub lse: u64,
+    /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
+    /// are taken. [`half_width_of_density`](framestride_shapes::density::half_width_of_density) makes
+    /// them of densities. They may differ between calls.
+    pub half_widths: Option<[u32; HeadType::CANDIDATES.len()]>,
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
     ///
     /// Q is multiplied by scale x log2(e) before it is rounded to the spec's type. So in f16 the

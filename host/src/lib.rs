@@ -1,18 +1,19 @@
-//! Sparse attention for video diffusion transformers, on GPU kernels made for the model's shape.
+//! Sparse attention for video diffusion transformers, on GPU kernels made for the model's shape. Any
+//! shape is a spec, and loading one takes seconds at most and needs no compiler but the driver's.
 //!
 //! One layer takes Q, K and V as a model's projections leave them. It normalises and rotates them,
 //! and finds out whether each head looks along space or along time. Then it computes attention with
 //! the mask of that kind.
 //!
 //! ```no_run
-//! use framestride::{Device, Kernels, Module, Stream, Workspace};
+//! use framestride::{Device, Module, Spec, Stream, Workspace};
 //! use framestride::{HeadTypes, Layer, SparseAttention};
 //!
 //! # fn main() -> framestride::Result<()> {
 //! # let (q, k, v, out, cos, sin) = Default::default();
 //! // Once. The driver compiles the kernels when they are loaded.
 //! let device = Device::gpu(0)?;
-//! let module = Module::load(&device, &Kernels::shipped("hunyuan_video_720p")?)?;
+//! let module = Module::load(&device, &Spec::shipped("hunyuan_video_720p")?)?;
 //! let attention = SparseAttention::new(&module, 1, 24)?; // batch, heads
 //! let workspace = Workspace::allocate(&device, attention.workspace_bytes())?;
 //!
@@ -46,7 +47,7 @@
 //!
 //! * [`SparseAttention`], [`Layer`], [`HeadTypes`], [`Workspace`]: one layer, and the memory it
 //!   needs.
-//! * [`Kernels`], [`Module`]: kernels that were shipped, built or read from files, and loaded.
+//! * [`Kernels`], [`Module`]: kernels that were filled in for a spec or read from files, and loaded.
 //! * [`device`]: GPUs through the CUDA driver, and the emulator.
 //! * [`launch`]: what one layer launches, for those who want to time or place the launches
 //!   themselves.
@@ -56,8 +57,7 @@
 //!
 //! All are on by default. Without them this crate loads kernels from files and runs them on a GPU.
 //!
-//! * `shipped`: the kernels of the shipped specs are embedded, and need no compiler.
-//! * `build`: kernels of any spec are built when they are asked for, with the device compiler.
+//! * `templates`: kernels of any spec are made of embedded templates.
 //! * `emulator`: a device without a GPU. It runs the kernels on the CPU, slowly, and reports what a
 //!   GPU forgives.
 #![warn(missing_docs)]
@@ -70,11 +70,14 @@ pub mod launch;
 mod layer;
 mod module;
 mod plan;
+#[cfg(feature = "templates")]
+mod template;
 mod workspace;
 
 pub use device::{Device, Stream};
 pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
+pub use framestride_shapes::spec::Spec;
 pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
 pub use module::{Kernels, Module};
 pub use plan::workspace_layout;

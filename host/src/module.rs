@@ -1,4 +1,4 @@
-//! Kernels of one spec: shipped, built or read from files, and loaded on a device.
+//! Kernels of one spec: filled in from a template or read from files, and loaded on a device.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,10 +12,6 @@ use crate::device::{Device, Loaded};
 use crate::error::{Error, Result};
 use crate::launch::Kernel;
 
-/// The kernels of the shipped specs: name, PTX and manifest of each.
-#[cfg(feature = "shipped")]
-const SHIPPED: &[(&str, &str, &str)] = include!(concat!(env!("OUT_DIR"), "/shipped.rs"));
-
 /// PTX and manifest of one spec, checked against each other, and not yet on a device.
 #[derive(Clone, Debug)]
 pub struct Kernels {
@@ -27,57 +23,24 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Names of the specs whose kernels are embedded in this crate.
-    #[cfg(feature = "shipped")]
-    pub fn shipped_names() -> impl Iterator<Item = &'static str> {
-        SHIPPED.iter().map(|&(name, ..)| name)
-    }
-
-    /// The embedded kernels of a shipped spec. They need no device compiler.
+    /// The kernels of any spec: a template of this library with the numbers of the spec. It takes
+    /// milliseconds, and needs no compiler.
     ///
     /// # Errors
-    /// An [`Error::Input`] that lists the names there are.
-    #[cfg(feature = "shipped")]
-    pub fn shipped(name: &str) -> Result<Kernels> {
-        let Some((_, ptx, manifest)) = SHIPPED.iter().find(|(shipped, ..)| *shipped == name) else {
-            return Err(Error::input(
-                "spec name",
-                format!("{name:?}"),
-                format!("one of {}", Kernels::shipped_names().collect::<Vec<_>>().join(", ")),
-                "Build other specs with framestride-builder or `framestride build`",
-            ));
-        };
-        Kernels::parse(&format!("{name}.json"), ptx, manifest)
-    }
-
-    /// The kernels of a spec, built with the device compiler: 20 to 40 s the first time.
-    ///
-    /// With the feature `shipped`, the embedded ones are taken when they were made from an equal
-    /// spec.
-    ///
-    /// # Errors
-    /// [`Error::Build`] when the kernels cannot be built, with what is missing.
-    #[cfg(feature = "build")]
+    /// An [`Error::Input`] when the fields of the spec were changed after it was read.
+    #[cfg(feature = "templates")]
     pub fn for_spec(spec: &Spec) -> Result<Kernels> {
-        #[cfg(feature = "shipped")]
-        if SHIPPED.iter().any(|(name, ..)| *name == spec.name) {
-            let shipped = Kernels::shipped(&spec.name)?;
-            if shipped.spec == *spec {
-                return Ok(shipped);
-            }
-        }
-        let built =
-            framestride_builder::Kernels::from_parsed(spec).build().map_err(|error| Error::Build(error.to_string()))?;
-        let kernels = Kernels::new(&built.name, &built.ptx, built.manifest)?;
-        if kernels.spec != *spec {
+        let (ptx, manifest) = crate::template::fill(spec)?;
+        if manifest.spec()? != *spec {
             return Err(Error::input(
                 format!("spec {}", spec.name),
                 "fields that its text does not say",
-                "a spec as it was read: kernels are built from the text",
+                "a spec as it was read: its manifest carries the text",
                 "Change the text and read it again",
             ));
         }
-        Ok(kernels)
+        let resources = resources(&manifest.name, &manifest)?;
+        Ok(Kernels { ptx, manifest, spec: spec.clone(), resources })
     }
 
     /// Reads `NAME.ptx`, and the manifest `NAME.json` beside it.
@@ -94,12 +57,9 @@ impl Kernels {
     /// # Errors
     /// An error that says whether the digest, the spec, the kernels or their parameters do not fit.
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
-        Kernels::new(file, ptx, Manifest::parse(file, manifest)?)
-    }
-
-    /// [`Kernels::parse`] with a manifest that is already read.
-    fn new(file: &str, ptx: &str, manifest: Manifest) -> Result<Kernels> {
-        let resources = check(file, ptx, &manifest)?;
+        let manifest = Manifest::parse(file, manifest)?;
+        check(file, ptx, &manifest)?;
+        let resources = resources(file, &manifest)?;
         let spec = manifest.spec()?;
         Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, resources })
     }
@@ -123,34 +83,45 @@ impl Kernels {
     }
 }
 
-/// Checks PTX and manifest against each other and against this library. Gives what each kernel
-/// needs to be launched.
-fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<[KernelResources; Kernel::ALL.len()]> {
-    let again = "Build the kernels again with this version of framestride";
-    let digest: String = Sha256::digest(ptx).iter().map(|byte| format!("{byte:02x}")).collect();
+/// SHA-256 of a text in lower-case hexadecimal.
+pub(crate) fn sha256(text: &str) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// How kernels of another version are mended.
+const AGAIN: &str = "Build the kernels again with this version of framestride";
+
+/// Checks PTX and manifest against each other.
+fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<()> {
+    let digest = sha256(ptx);
     if digest != manifest.ptx_sha256 {
         let allowed = format!("the manifest's {}", manifest.ptx_sha256);
-        return Err(Error::input(format!("{file}, ptx_sha256"), format!("PTX with SHA-256 {digest}"), allowed, again));
+        return Err(Error::input(format!("{file}, ptx_sha256"), format!("PTX with SHA-256 {digest}"), allowed, AGAIN));
     }
     if let Some(Mismatch { place, manifest, ptx }) = manifest.mismatch(ptx) {
         return Err(Error::input(
             format!("{file}, {place}"),
             manifest,
             format!("what the PTX was made for, {ptx}"),
-            again,
+            AGAIN,
         ));
     }
+    Ok(())
+}
+
+/// What each kernel needs to be launched. Checks that this library can launch it.
+fn resources(file: &str, manifest: &Manifest) -> Result<[KernelResources; Kernel::ALL.len()]> {
     if let Err(error) = manifest.arch.parse::<Arch>() {
-        return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), again));
+        return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), AGAIN));
     }
     let resources = Kernel::ALL.map(|kernel| {
         let subject = format!("{file}, kernel {}", kernel.entry());
         let Some(found) = manifest.kernel(kernel.entry()) else {
-            return Err(Error::input(subject, "nothing", "the four kernels of a layer", again));
+            return Err(Error::input(subject, "nothing", "the four kernels of a layer", AGAIN));
         };
         if found.params_bytes as usize != kernel.params_bytes() {
             let allowed = format!("the {} that this host writes", kernel.params_bytes());
-            return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, again));
+            return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, AGAIN));
         }
         Ok(found.clone())
     });
@@ -168,12 +139,21 @@ pub struct Module {
 }
 
 impl Module {
+    /// Loads the kernels of any spec on a device ([`Kernels::for_spec`]).
+    ///
+    /// # Errors
+    /// As [`Module::load_kernels`] and [`Kernels::for_spec`].
+    #[cfg(feature = "templates")]
+    pub fn load(device: &Device, spec: &Spec) -> Result<Arc<Module>> {
+        Module::load_kernels(device, &Kernels::for_spec(spec)?)
+    }
+
     /// Loads kernels on a device. On a GPU the driver compiles the PTX now, and never later.
     ///
     /// # Errors
     /// An [`Error::Input`] when the GPU or its driver does not run the kernels, [`Error::Driver`]
     /// or [`Error::Emulator`] when the PTX cannot be loaded.
-    pub fn load(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
+    pub fn load_kernels(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
         let Kernels { ptx, manifest, spec, resources } = kernels;
         let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
         let loaded = device.load(&manifest.name, ptx, shared_bytes)?;

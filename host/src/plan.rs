@@ -7,7 +7,7 @@ use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileP
 use framestride_shapes::spec::Spec;
 use framestride_shapes::workspace::WorkspaceLayout;
 
-use crate::call::{TensorShape, check_call, check_scale, is_aligned};
+use crate::call::{TensorShape, check_call, check_half_widths, check_scale, is_aligned};
 use crate::error::Result;
 use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
 use crate::layer::{HeadTypes, Layer, SparseAttention};
@@ -29,6 +29,10 @@ impl SparseAttention {
         };
         let scale = layer.scale.unwrap_or(1.0 / (spec.head_dim as f32).sqrt());
         check_scale(spec, scale)?;
+        let own = [spec.layout.spatial_half_width, spec.layout.temporal_half_width];
+        let half_widths = layer.half_widths.unwrap_or(own);
+        check_half_widths(spec, half_widths)?;
+        let [spatial_half_width, temporal_half_width] = half_widths;
         workspace.check(self.module.device(), &self.workspace)?;
         check_call(spec, shape, layer, types, workspace.address(), &self.workspace)?;
 
@@ -83,6 +87,8 @@ impl SparseAttention {
                 batch,
                 heads,
                 aligned: is_aligned(&layer.out, shape).into(),
+                spatial_half_width,
+                temporal_half_width,
                 reserved: 0,
             });
             let items = u64::from(shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
@@ -102,6 +108,8 @@ impl SparseAttention {
                 batch,
                 heads,
                 splits,
+                spatial_half_width,
+                temporal_half_width,
                 reserved: 0,
             });
             let select = Params::Select(SelectParams {

@@ -1,11 +1,11 @@
 //! Everything that can be wrong with a manifest or a call, each with its message.
-#![cfg(all(feature = "emulator", feature = "shipped"))]
+#![cfg(all(feature = "emulator", feature = "templates"))]
 
 use std::fmt::Write;
 use std::sync::Arc;
 
 use framestride::shapes::params::{NormWeights, Tensor};
-use framestride::shapes::spec::Dtype;
+use framestride::shapes::spec::{Dtype, Spec};
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
 
 /// A spec of 5 frames of 23 tokens, 24 text tokens, 2 heads of 64, bf16, rms norm and RoPE.
@@ -13,7 +13,7 @@ const SPEC: &str = "tiny_text_last";
 
 #[test]
 fn manifests() {
-    let kernels = Kernels::shipped(SPEC).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap()).unwrap();
     let json = kernels.manifest().to_json();
     let params = kernels.manifest().kernel("pack").unwrap().params_bytes;
     let cases = [
@@ -27,7 +27,7 @@ fn manifests() {
         ),
         ("other frames", kernels.ptx().to_owned(), json.replace("\\nframes = ", "\\nframes = 1")),
         ("other launch table", kernels.ptx().to_owned(), json.replacen("\"min_blocks\": 1", "\"min_blocks\": 0", 1)),
-        ("other format", kernels.ptx().to_owned(), json.replace("\"format\": 1", "\"format\": 2")),
+        ("other format", kernels.ptx().to_owned(), json.replace("\"format\": 2", "\"format\": 3")),
         ("truncated", kernels.ptx().to_owned(), json.split("\"spec\"").next().unwrap_or_default().to_owned()),
     ];
     let mut messages = String::new();
@@ -51,8 +51,8 @@ fn manifests() {
     let mut changed = kernels.manifest().clone();
     changed.kernels[0].min_blocks += 1;
     assert!(Kernels::parse("changed.json", kernels.ptx(), &changed.to_json()).is_err());
-    let unknown = Kernels::shipped("no_such_model").unwrap_err().to_string();
-    assert!(unknown.starts_with("spec name: found \"no_such_model\"\n = allowed: one of "), "{unknown}");
+    let unknown = Spec::shipped("tiny_plan").unwrap_err().to_string();
+    assert!(unknown.contains("no shipped spec has this name") && unknown.contains("write tiny_plain"), "{unknown}");
     insta::assert_snapshot!(messages);
 }
 
@@ -105,7 +105,7 @@ type Change = fn(&mut Layer, &mut HeadTypes, &mut Borrowed);
 
 #[test]
 fn calls() {
-    let module = Module::load(&Device::emulator(), &Kernels::shipped(SPEC).unwrap()).unwrap();
+    let module = Module::load(&Device::emulator(), &Spec::shipped(SPEC).unwrap()).unwrap();
     let cases: [(&str, Change); 36] = [
         ("null q", |layer, _, _| layer.q.data = 0),
         ("odd address", |layer, _, _| layer.k.data += 1),
@@ -157,7 +157,7 @@ fn calls() {
         let error = SparseAttention::new(&module, batch, heads).err().unwrap();
         writeln!(messages, "## batch {batch}, {heads} heads\n{error}").unwrap();
     }
-    let all = Module::load(&Device::emulator(), &Kernels::shipped("tiny_heads_sinks").unwrap()).unwrap();
+    let all = Module::load(&Device::emulator(), &Spec::shipped("tiny_heads_sinks").unwrap()).unwrap();
     for (name, heads) in [("some", 2), ("more", 4), ("no", 0)] {
         let error = SparseAttention::new(&all, 2, heads).err().unwrap();
         writeln!(messages, "## {name} heads of a norm over heads\n{error}").unwrap();
@@ -177,7 +177,7 @@ fn calls() {
 #[test]
 fn tables_of_batch_items() {
     let refused = |name: &str, extent: [u32; 2], change: fn(&mut Layer)| {
-        let module = Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap();
+        let module = Module::load(&Device::emulator(), &Spec::shipped(name).unwrap()).unwrap();
         call_of(&module, extent, |layer, _, _| change(layer)).unwrap_err().to_string()
     };
     let messages = [
@@ -193,7 +193,7 @@ fn tables_of_batch_items() {
     insta::assert_snapshot!(messages.join("\n\n"));
 
     // Tables of two items may be parts of one.
-    let module = Module::load(&Device::emulator(), &Kernels::shipped(SPEC).unwrap()).unwrap();
+    let module = Module::load(&Device::emulator(), &Spec::shipped(SPEC).unwrap()).unwrap();
     let launched = call_of(&module, [2, 2], |layer, _, _| layer.rope_batch = 32).unwrap_err();
     assert!(matches!(launched, framestride::Error::Emulator(_)), "{launched}");
 }
@@ -206,7 +206,7 @@ fn scales() {
         let error = call(module, |layer, _, _| layer.scale = Some(scale)).unwrap_err().to_string();
         !error.starts_with(&format!("scale: found {scale:e}"))
     };
-    let module = |name: &str| Module::load(&Device::emulator(), &Kernels::shipped(name).unwrap()).unwrap();
+    let module = |name: &str| Module::load(&Device::emulator(), &Spec::shipped(name).unwrap()).unwrap();
     let (bf16, f16) = (module(SPEC), module("tiny_layer_half"));
     assert_eq!((bf16.spec().dtype, bf16.spec().head_dim), (Dtype::Bf16, 64));
     assert_eq!((f16.spec().dtype, f16.spec().head_dim), (Dtype::F16, 128));
@@ -243,8 +243,7 @@ fn memory_of_others() {
     );
     assert_eq!(device.clone().read(&mine, 508, 4).unwrap(), [7; 4]);
 
-    let attention =
-        SparseAttention::new(&Module::load(&device, &Kernels::shipped(SPEC).unwrap()).unwrap(), 1, 2).unwrap();
+    let attention = SparseAttention::new(&Module::load(&device, &Spec::shipped(SPEC).unwrap()).unwrap(), 1, 2).unwrap();
     let bytes = attention.workspace_bytes();
     let mut read = |what: &str, device: &Device, address: u64, bytes: u64| {
         // SAFETY: the emulator has its own memory alone, and says where there is none.

@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 pub use framestride_shapes::arch::Arch;
-use framestride_shapes::layout::HeadType;
+use framestride_shapes::image::Image;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
 pub use framestride_shapes::spec::Spec;
@@ -54,7 +54,7 @@ pub mod toolchain;
 mod translation;
 
 pub use core_library::device_options;
-use device_crate::DeviceCrate;
+use device_crate::{DeviceCrate, Generated};
 pub use error::BuildError;
 use error::at;
 use toolchain::Toolchain;
@@ -67,6 +67,8 @@ enum Source {
     File(PathBuf),
     /// A spec that is already read and checked.
     Parsed(Box<Spec>),
+    /// Any spec whose packed rows are like this.
+    Template(Image),
     /// A user's own device crate.
     Crate(PathBuf),
 }
@@ -147,6 +149,15 @@ impl Kernels {
     /// from.
     pub fn from_parsed(spec: &Spec) -> Kernels {
         Kernels::of(vec![Source::Parsed(Box::new(spec.clone()))])
+    }
+
+    /// The templates of kernels, one for each of [`Image::ALL`].
+    ///
+    /// The numbers of a spec are literals in them that have names, and loading fills them in
+    /// ([`framestride_shapes::numbers`]). The manifest of a template has no spec, and the bounds of
+    /// `pack` in it are the largest.
+    pub fn templates() -> Kernels {
+        Kernels::of(Image::ALL.map(Source::Template).to_vec())
     }
 
     /// The kernels of a device crate of your own. `path` is its folder or its Cargo.toml.
@@ -249,7 +260,7 @@ impl Kernels {
     fn check_names(&self, jobs: &[Job]) -> Result<(), BuildError> {
         let named = |index: usize| match &jobs[index] {
             Job::Spec(spec) => Some((&spec.name, &spec.source.file)),
-            Job::Crate(_) => None,
+            Job::Template(_) | Job::Crate(_) => None,
         };
         for (second, first) in (0..jobs.len()).flat_map(|second| (0..second).map(move |first| (second, first))) {
             if let (Some((name, first)), Some((other, second))) = (named(first), named(second))
@@ -270,7 +281,14 @@ impl Kernels {
     ) -> Result<Built, BuildError> {
         let device = match job {
             Job::Crate(path) => DeviceCrate::own(path, self.arch, cache, toolchain)?,
-            Job::Spec(spec) => DeviceCrate::generate(&spec.name, &spec.source.text, self.arch, cache, toolchain)?,
+            Job::Spec(spec) => {
+                let kernels = Generated::Spec(&spec.source.text);
+                DeviceCrate::generate(&spec.name, kernels, self.arch, cache, toolchain)?
+            }
+            Job::Template(image) => {
+                let name = format!("{}_{}", self.arch.name, image.name());
+                DeviceCrate::generate(&name, Generated::Template(*image), self.arch, cache, toolchain)?
+            }
         };
         let name = device.name.clone();
         let tell = |stage: fn(String) -> Progress| {
@@ -296,15 +314,12 @@ impl Kernels {
             compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
             ptx_sha256: String::new(),
             kernels: translation.kernels(),
-            densities: spec.as_ref().map(|spec| Densities {
-                dense: spec.density(HeadType::Dense),
-                spatial: spec.density(HeadType::Spatial),
-                temporal: spec.density(HeadType::Temporal),
-            }),
+            template_sha256: None,
+            densities: spec.as_ref().map(Densities::of),
             workspace_bytes: spec.as_ref().map(|spec| spec.workspace(spec.batch, spec.heads, 1).bytes),
             spec: translation.spec.clone(),
         };
-        let ptx = format!("{}\n{}", manifest.statement(), translation.ptx());
+        let ptx = format!("{}\n{}", manifest.statement(), translation.ptx);
         manifest.ptx_sha256 = device_crate::sha256(&ptx);
         let files = match out_dir {
             Some(folder) => {
@@ -323,6 +338,7 @@ impl Kernels {
 /// A source that has passed its checks.
 enum Job {
     Spec(Box<Spec>),
+    Template(Image),
     Crate(PathBuf),
 }
 
@@ -331,6 +347,7 @@ impl Job {
         Ok(match source {
             Source::File(path) => Job::Spec(Box::new(Spec::from_file(path)?)),
             Source::Parsed(spec) => Job::Spec(spec.clone()),
+            Source::Template(image) => Job::Template(*image),
             Source::Crate(path) => Job::Crate(path.clone()),
         })
     }
@@ -382,7 +399,7 @@ impl BuildScript {
                     watch(&manifest.with_file_name("src"));
                     watch(&manifest);
                 }
-                Source::Parsed(_) => {}
+                Source::Parsed(_) | Source::Template(_) => {}
             }
         }
     }

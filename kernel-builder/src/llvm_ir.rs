@@ -3,7 +3,9 @@
 //! 1. Every inline `asm!` becomes **convergent**. rustc emits the calls without that attribute, and
 //!    LLVM may then duplicate a `bar.sync` into both sides of a branch. Two barriers where the
 //!    source has one are a hang or a race on a GPU. LLVM optimises no crate before this step, and
-//!    what comes out behind it is looked at ([`crate::convergence`]).
+//!    what comes out behind it is looked at ([`crate::convergence`]). The literals of a template
+//!    stay as they are, because they are arithmetic: convergent ones could not be merged, hoisted
+//!    or selected, and ptxas then serialises the products of attention.
 //! 2. Every entry gets its **launch bounds** (`nvvm.maxntid`, `nvvm.minctasm`). Without them ptxas
 //!    silently drops `setmaxnreg`. They come from the launch tables that the macros write: a global
 //!    `framestride_launch_<entry>` holds a JSON object.
@@ -16,6 +18,7 @@
 use std::collections::BTreeMap;
 
 use framestride_shapes::arch::Arch;
+use framestride_shapes::numbers::PREFIX;
 use serde::{Deserialize, Serialize};
 
 /// The prefix of the globals that hold launch tables.
@@ -63,6 +66,8 @@ pub struct Finished {
     pub made_convergent: usize,
     /// Number of calls of inline assembly that already were convergent.
     pub already_convergent: usize,
+    /// Number of calls of inline assembly that are literals of a template.
+    pub literals: usize,
 }
 
 /// The IR is not what the finishing step expects, and nothing was built.
@@ -124,6 +129,7 @@ pub fn finish(ir: &str, arch: Arch) -> Result<Finished, FinishError> {
         spec: read_spec(ir)?,
         made_convergent: 0,
         already_convergent: 0,
+        literals: 0,
     };
     let mut out = String::with_capacity(ir.len() + 4096);
     let mut new_groups = Vec::new();
@@ -143,7 +149,12 @@ pub fn finish(ir: &str, arch: Arch) -> Result<Finished, FinishError> {
             let end = asm_call_end(line).ok_or_else(|| unknown("inline assembly that is no plain call"))?;
             let attributes = &line[end..];
             let group = attributes.split('#').nth(1).and_then(leading_number).and_then(|number| groups.get(&number));
-            if has_word(attributes, "convergent") || group.is_some_and(|group| has_word(group, "convergent")) {
+            if is_literal(line) {
+                finished.literals += 1;
+                out.push_str(line);
+            } else if line.contains(PREFIX) {
+                return Err(unknown("a literal of a template in another instruction than `mov.u32`"));
+            } else if has_word(attributes, "convergent") || group.is_some_and(|group| has_word(group, "convergent")) {
                 finished.already_convergent += 1;
                 out.push_str(line);
             } else {
@@ -298,6 +309,16 @@ fn is_asm(line: &str) -> bool {
     line.starts_with(' ') && has_word(line.split('"').next().unwrap_or(""), "asm")
 }
 
+/// Whether the instruction with inline assembly only sets a register to a literal of a template.
+fn is_literal(line: &str) -> bool {
+    let mut texts = line.split('"').skip(1).step_by(2);
+    let name = texts.next().and_then(|text| text.strip_prefix("mov.u32 ${0}, ")?.strip_suffix(';'));
+    let is_name = |name: &str| {
+        name.strip_prefix(PREFIX).is_some_and(|rest| rest.bytes().all(|byte| byte == b'_' || byte.is_ascii_lowercase()))
+    };
+    name.is_some_and(is_name) && matches!(texts.next(), Some("=r" | "=&r"))
+}
+
 fn has_word(text: &str, word: &str) -> bool {
     text.split([' ', ',']).any(|found| found == word)
 }
@@ -400,6 +421,22 @@ attributes #4 = { convergent nounwind }
         let tables_back =
             format!("{TABLE}{}", finished.ir.replace(" \"nvvm.maxntid\"=\"384,1,1\" \"nvvm.minctasm\"=\"1\"", ""));
         assert_eq!(finish(&tables_back).unwrap().made_convergent, 0);
+    }
+
+    #[test]
+    fn literals_of_a_template_stay_arithmetic() {
+        let literal = "  %x = tail call i32 asm \"mov.u32 ${0}, FS_text_tokens;\", \"=r\"() #4, !srcloc !2\n";
+        let ir = format!("{TABLE}{ENTRY}define internal void @f() #2 {{\n{literal}}}\n");
+        let finished = finish(&ir).unwrap();
+        assert_eq!((finished.literals, finished.made_convergent), (1, 0));
+        assert!(finished.ir.contains(literal));
+        // A literal in an instruction that does more might have to stay where it is.
+        for (from, to) in
+            [("mov.u32", "add.u32"), ("\"=r\"()", "\"=r,~{memory}\"()"), ("tokens;", "tokens; bar.sync 0;")]
+        {
+            let error = finish(&ir.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains("another instruction than `mov.u32`"), "{error}");
+        }
     }
 
     #[test]

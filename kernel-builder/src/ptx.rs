@@ -29,6 +29,15 @@ pub fn bound(ptx: &str, entry: &str, directive: &str) -> Option<u32> {
     value.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
+/// The PTX with a name in place of the first number of a directive, which the entry has.
+pub(crate) fn with_name(ptx: &str, entry: &str, directive: &str, name: &str) -> String {
+    let directive = format!(".{directive} ");
+    let entry = ptx.find(&format!(".entry {entry}(")).unwrap_or(ptx.len());
+    let Some(at) = ptx[entry..].find(&directive) else { return ptx.to_string() };
+    let (head, rest) = ptx.split_at(entry + at + directive.len());
+    [head, name, rest.trim_start_matches(|c: char| c.is_ascii_digit())].concat()
+}
+
 /// Offset and size in bytes of each parameter of an entry. Each parameter begins at the next
 /// multiple of its alignment, as the driver lays them out. `None` if there is no such entry, or if
 /// a parameter has an unknown form.

@@ -6,12 +6,13 @@ use std::path::Path;
 use std::process::Command;
 
 use framestride_shapes::manifest::{KernelResources, Param, Ptxas};
+use framestride_shapes::numbers::{Numbers, PREFIX};
 use serde::{Deserialize, Serialize};
 
 use crate::device_crate::{DeviceCrate, digest};
 use crate::error::{at, said};
 use crate::files::write_atomically;
-use crate::llvm_ir::{self, LaunchTable};
+use crate::llvm_ir::{self, Finished, LaunchTable};
 use crate::toolchain::{self, CudaTools, Toolchain};
 use crate::{Arch, BuildError, convergence, ptx, ptxas};
 
@@ -21,8 +22,10 @@ pub(crate) struct Translation {
     tables: Vec<LaunchTable>,
     /// The spec that the crate's `attention_kernels!` states.
     pub spec: Option<String>,
-    /// What is kept between builds.
-    kept: Kept,
+    /// The PTX. In a template, bounds of a launch that depend on the spec are literals with names.
+    pub ptx: String,
+    /// What ptxas says of each kernel, if there is one. It cannot compile a template.
+    ptxas: Option<BTreeMap<String, Ptxas>>,
 }
 
 /// What is kept beside the IR, so that a build without changes ends here.
@@ -65,7 +68,8 @@ impl Translation {
         };
         // What was kept is checked too, because it may come from a version that checked less.
         check(device, &kept.ptx, &finished.tables)?;
-        let tool = CudaTools::find().ptxas;
+        let ptx = name_bounds(&kept.ptx, &finished);
+        let tool = CudaTools::find().ptxas.filter(|_| finished.literals == 0);
         let version = tool.as_deref().and_then(toolchain::cuda_version);
         kept.ptxas = match (tool, version, kept.ptxas.take()) {
             (None, ..) => None,
@@ -78,18 +82,18 @@ impl Translation {
         };
         let json = serde_json::to_vec(&kept).map_err(|error| at("write", &file)(error.into()))?;
         write_atomically(&file, &json)?;
-        Ok(Translation { tables: finished.tables, spec: finished.spec, kept })
-    }
-
-    /// The PTX.
-    pub fn ptx(&self) -> &str {
-        &self.kept.ptx
+        Ok(Translation {
+            tables: finished.tables,
+            spec: finished.spec,
+            ptx,
+            ptxas: kept.ptxas.map(|(_, report)| report),
+        })
     }
 
     /// The kernels for the manifest, in the order of the PTX.
     pub fn kernels(&self) -> Vec<KernelResources> {
         let kernel = |table: &LaunchTable| {
-            let places = ptx::params(self.ptx(), &table.entry).unwrap_or_default();
+            let places = ptx::params(&self.ptx, &table.entry).unwrap_or_default();
             let params = table.params.iter().zip(&places).map(|(param, &(offset, bytes))| Param {
                 name: param.name.clone(),
                 ty: param.ty.clone(),
@@ -103,12 +107,30 @@ impl Translation {
                 shared_bytes: table.shared_bytes,
                 params_bytes: places.last().map_or(0, |(offset, bytes)| offset + bytes),
                 params: params.collect(),
-                ptxas: self.kept.ptxas.as_ref().and_then(|(_, reports)| reports.get(&table.entry).cloned()),
+                ptxas: self.ptxas.as_ref().and_then(|reports| reports.get(&table.entry).cloned()),
             }
         };
-        let order = ptx::entries(self.ptx());
+        let order = ptx::entries(&self.ptx);
         order.iter().filter_map(|name| self.tables.iter().find(|table| table.entry == *name)).map(kernel).collect()
     }
+}
+
+/// In a template, gives names to those bounds of a launch that are among the numbers of a spec: the
+/// threads of an entry and its blocks on a multiprocessor.
+fn name_bounds(text: &str, finished: &Finished) -> String {
+    let mut text = text.to_string();
+    if finished.literals > 0 {
+        let names: Vec<&str> = Numbers::default().fields().into_iter().map(|(name, _)| name).collect();
+        for table in &finished.tables {
+            for (directive, bound) in [("maxntid", "threads"), ("minnctapersm", "min_blocks")] {
+                let name = format!("{}_{bound}", table.entry);
+                if names.contains(&name.as_str()) {
+                    text = ptx::with_name(&text, &table.entry, directive, &format!("{PREFIX}{name}"));
+                }
+            }
+        }
+    }
+    text
 }
 
 /// Options of `opt` and `llc`.

@@ -69,6 +69,9 @@ pub struct PackBlock {
 }
 
 impl PackBlock {
+    /// What no block has more of: the bounds of a template, before a spec's are filled in.
+    pub const LARGEST: PackBlock = PackBlock { held_steps: MOST_HELD_STEPS, warps: 8, min_blocks: 1 };
+
     /// Makes the block for a model of so many heads.
     pub const fn new(heads: u32, image: Image) -> PackBlock {
         let steps = (heads * image.bytes(1)).div_ceil(PACK_STEP_BYTES);

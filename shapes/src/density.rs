@@ -82,7 +82,7 @@ impl BodySum {
     fn below(layout: &Layout, head: HeadType, bound: u128) -> BodySum {
         // In both layouts the body is what follows the first `skipped` positions of every period.
         let (period, skipped) = match head {
-            HeadType::Temporal => (wide(layout.frames), wide(layout.sink_frames)),
+            HeadType::Temporal => (wide(layout.frames.value), wide(layout.sink_frames)),
             HeadType::Dense | HeadType::Spatial => (wide(layout.video_tokens()), wide(layout.sink_tokens())),
         };
         let (periods, rest) = (bound / period, bound % period);

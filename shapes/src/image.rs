@@ -51,6 +51,25 @@ pub struct Image {
 }
 
 impl Image {
+    /// All that kernels exist for.
+    pub const ALL: [Image; 4] = [
+        Image { head_dim: 64, dtype: Dtype::Bf16 },
+        Image { head_dim: 64, dtype: Dtype::F16 },
+        Image { head_dim: 128, dtype: Dtype::Bf16 },
+        Image { head_dim: 128, dtype: Dtype::F16 },
+    ];
+
+    /// Its place in [`Image::ALL`].
+    pub const fn index(self) -> usize {
+        2 * (self.head_dim == 128) as usize + (matches!(self.dtype, Dtype::F16)) as usize
+    }
+
+    /// The name of the template whose packed rows are these, such as `bf16_128`.
+    #[cfg(feature = "std")]
+    pub fn name(self) -> String {
+        format!("{}_{}", self.dtype.as_str(), self.head_dim)
+    }
+
     /// Bytes of so many rows.
     #[inline(always)]
     pub const fn bytes(self, rows: u32) -> u32 {

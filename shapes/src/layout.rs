@@ -16,9 +16,9 @@
 //! * **Packed order of queries** ([`Layout::query_order`]): it is the same, but does not set sinks
 //!   apart. Neighbours in a query tile are neighbours in position and see nearly the same keys.
 //!
-//! All of it is `u32` arithmetic without panics, so that kernels compile it with the numbers of a
-//! spec as constants. The valid text length is an argument everywhere: it is known only at launch
-//! and differs between batch items.
+//! All of it is `u32` arithmetic without panics and without a division by a number of the spec
+//! ([`Divisor`]), so that kernels compile it. The valid text length is an argument everywhere: it
+//! is known only at launch and differs between batch items.
 
 use crate::image::ATOM_ROWS;
 
@@ -71,6 +71,67 @@ pub enum TextPosition {
     Last,
 }
 
+/// A number of a spec by which kernels divide: a multiplication and a shift.
+///
+/// ptxas divides by a literal as it divides by any register. So the reciprocal comes with the
+/// number.
+///
+/// With shift = ceil(log2 d) and multiplier = ceil(2^(31 + shift) / d), x / d is the upper half of
+/// 2 x multiplier, shifted right by shift. This holds for all x below 2^31: the multiplier is too
+/// large by less than 1, which adds less than x / 2^(31 + shift) < 1 / d to the quotient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Divisor {
+    /// The number, at least 1.
+    pub value: u32,
+    multiplier: u32,
+    shift: u32,
+}
+
+impl Default for Divisor {
+    fn default() -> Divisor {
+        Divisor::new(1)
+    }
+}
+
+impl Divisor {
+    /// Makes it for a number. 0 counts as 1.
+    pub const fn new(value: u32) -> Divisor {
+        let value = if value == 0 { 1 } else { value };
+        let shift = if value == 1 { 0 } else { (value - 1).ilog2() + 1 };
+        Divisor { value, multiplier: (1u64 << (31 + shift)).div_ceil(value as u64) as u32, shift }
+    }
+
+    /// Puts together again what [`Divisor::parts`] gave.
+    #[inline(always)]
+    pub const fn from_parts([value, multiplier, shift]: [u32; 3]) -> Divisor {
+        Divisor { value, multiplier, shift }
+    }
+
+    /// The number, its multiplier and its shift.
+    pub const fn parts(self) -> [u32; 3] {
+        [self.value, self.multiplier, self.shift]
+    }
+
+    /// x / value, for x below 2^31.
+    #[inline(always)]
+    pub const fn quotient(self, x: u32) -> u32 {
+        ((2 * x) as u64 * self.multiplier as u64 >> 32) as u32 >> self.shift
+    }
+
+    /// x / value and x % value, for x below 2^31.
+    #[inline(always)]
+    pub const fn divide(self, x: u32) -> (u32, u32) {
+        let quotient = self.quotient(x);
+        (quotient, x - quotient * self.value)
+    }
+
+    /// x / value, rounded up, for x + value up to 2^31.
+    #[inline(always)]
+    pub const fn div_ceil(self, x: u32) -> u32 {
+        self.quotient(x + (self.value - 1))
+    }
+}
+
 /// Zero rows behind each packed head. No tile has more rows, so a tile that starts at any token can
 /// be copied whole.
 pub const PAD_ROWS: u32 = 192;
@@ -78,10 +139,10 @@ pub const PAD_ROWS: u32 = 192;
 /// The geometry of one attention layer. The module's documentation explains the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// F, the number of latent frames, at least 1.
-    pub frames: u32,
-    /// P, the tokens of a frame, at least 1.
-    pub tokens_per_frame: u32,
+    /// F, the number of latent frames.
+    pub frames: Divisor,
+    /// P, the tokens of a frame.
+    pub tokens_per_frame: Divisor,
     /// T, the text tokens. 0 means that there is no text.
     pub text_tokens: u32,
     /// Where the text stands in the model's order.
@@ -193,7 +254,7 @@ impl Layout {
     /// N, the video tokens.
     #[inline(always)]
     pub const fn video_tokens(&self) -> u32 {
-        self.frames * self.tokens_per_frame
+        self.frames.value * self.tokens_per_frame.value
     }
 
     /// S, all tokens of the model's sequence.
@@ -211,7 +272,7 @@ impl Layout {
     /// Video tokens in sink frames.
     #[inline(always)]
     pub const fn sink_tokens(&self) -> u32 {
-        self.sink_frames * self.tokens_per_frame
+        self.sink_frames * self.tokens_per_frame.value
     }
 
     /// Half width of a head type in tokens. A dense head has N, which covers every token.
@@ -222,6 +283,13 @@ impl Layout {
             HeadType::Spatial => self.spatial_half_width,
             HeadType::Temporal => self.temporal_half_width,
         }
+    }
+
+    /// The same geometry with bands of other half widths in tokens, in the order of
+    /// [`HeadType::CANDIDATES`].
+    #[inline(always)]
+    pub const fn with_half_widths(&self, [spatial, temporal]: [u32; HeadType::CANDIDATES.len()]) -> Layout {
+        Layout { spatial_half_width: spatial, temporal_half_width: temporal, ..*self }
     }
 
     /// Row of the model's order at which the video starts.
@@ -260,12 +328,12 @@ impl Layout {
         match head {
             HeadType::Dense | HeadType::Spatial => valid_text + video,
             HeadType::Temporal => {
-                let (frame, patch) = (video / self.tokens_per_frame, video % self.tokens_per_frame);
+                let (frame, patch) = self.tokens_per_frame.divide(video);
                 let sinks = self.sink_frames;
                 if frame < sinks {
                     valid_text + patch * sinks + frame
                 } else {
-                    valid_text + self.sink_tokens() + patch * (self.frames - sinks) + (frame - sinks)
+                    valid_text + self.sink_tokens() + patch * (self.frames.value - sinks) + (frame - sinks)
                 }
             }
         }
@@ -284,9 +352,8 @@ impl Layout {
         match head {
             HeadType::Dense | HeadType::Spatial => self.first_video_row() + order,
             HeadType::Temporal => {
-                let position = self.position(head, order);
-                let (patch, frame) = (position / self.frames, position % self.frames);
-                self.first_video_row() + frame * self.tokens_per_frame + patch
+                let (patch, frame) = self.frames.divide(self.position(head, order));
+                self.first_video_row() + frame * self.tokens_per_frame.value + patch
             }
         }
     }
@@ -298,15 +365,15 @@ impl Layout {
         match head {
             HeadType::Dense | HeadType::Spatial => order,
             HeadType::Temporal => {
-                let sinks = self.sink_frames;
-                if order < self.sink_tokens() {
-                    // Without sinks this branch is never taken, but its divisor must not be a
-                    // constant zero.
-                    let sinks = sinks | (sinks == 0) as u32;
-                    order / sinks * self.frames + order % sinks
+                let (frames, sinks) = (self.frames.value, self.sink_frames);
+                if sinks == 0 {
+                    // Kernels ask for nothing else, and so they do not divide here.
+                    order
+                } else if order < self.sink_tokens() {
+                    order / sinks * frames + order % sinks
                 } else {
-                    let (body, others) = (order - self.sink_tokens(), self.frames - sinks);
-                    body / others * self.frames + sinks + body % others
+                    let (body, others) = (order - self.sink_tokens(), frames - sinks);
+                    body / others * frames + sinks + body % others
                 }
             }
         }
@@ -318,8 +385,8 @@ impl Layout {
         match head {
             HeadType::Dense | HeadType::Spatial => position.saturating_sub(self.sink_tokens()),
             HeadType::Temporal => {
-                position / self.frames * (self.frames - self.sink_frames)
-                    + (position % self.frames).saturating_sub(self.sink_frames)
+                let (patch, frame) = self.frames.divide(position);
+                patch * (self.frames.value - self.sink_frames) + frame.saturating_sub(self.sink_frames)
             }
         }
     }
@@ -420,9 +487,10 @@ impl Layout {
     #[inline(always)]
     pub const fn temporal_patches(&self, position: u32, frame: u32) -> [u32; 2] {
         let half_width = self.half_width(HeadType::Temporal);
-        let start = (position + 1).saturating_sub(half_width + frame).div_ceil(self.frames);
-        let end = (position + half_width).saturating_sub(frame).div_ceil(self.frames);
-        [start, if end < self.tokens_per_frame { end } else { self.tokens_per_frame }]
+        let start = self.frames.div_ceil((position + 1).saturating_sub(half_width + frame));
+        let end = self.frames.div_ceil((position + half_width).saturating_sub(frame));
+        let patches = self.tokens_per_frame.value;
+        [start, if end < patches { end } else { patches }]
     }
 
     /// Row of the video, in the model's frame-major order, that profiling draws as sample `index`
@@ -431,10 +499,13 @@ impl Layout {
     /// The video is divided into `samples` equal strata, and one row is drawn uniformly from each.
     /// So all of the video is looked at.
     #[inline(always)]
-    pub const fn sampled_video_row(&self, seed: u64, head: u32, index: u32, samples: u32) -> u32 {
-        let video = self.video_tokens() as u64;
-        let low = index as u64 * video / samples as u64;
-        let high = (index as u64 + 1) * video / samples as u64;
+    pub const fn sampled_video_row(&self, seed: u64, head: u32, index: u32, samples: Divisor) -> u32 {
+        let (share, rest) = samples.divide(self.video_tokens());
+        // Where a stratum begins is index x video / samples, rounded down.
+        let (low, high) = (
+            index * share + samples.quotient(index * rest),
+            (index + 1) * share + samples.quotient((index + 1) * rest),
+        );
         let width = if high > low { high - low } else { 1 };
         // This is the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom
         // number generators, 2014).
@@ -442,6 +513,6 @@ impl Layout {
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^= x >> 31;
-        (low + (((x >> 32) * width) >> 32)) as u32
+        low + (((x >> 32) * width as u64) >> 32) as u32
     }
 }

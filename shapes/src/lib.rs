@@ -5,6 +5,7 @@
 //!   `no_std`: the kernels compile this very code, and the host plans with it.
 //! * [`dtype`], [`image`]: the elements, and where each byte of a packed image lies. `no_std`.
 //! * [`norm_rope`]: QK-norm and RoPE. `no_std`.
+//! * [`numbers`]: the numbers of a spec that kernels know, which loading fills in. `no_std`.
 //! * [`params`]: the parameter blocks that the host writes and the kernels read. `no_std`.
 //! * [`blocks`], [`shared`]: how the kernels' blocks are made, and what lies where in their shared
 //!   memory. `no_std`.
@@ -33,6 +34,7 @@ pub mod layout;
 #[cfg(feature = "serde")]
 pub mod manifest;
 pub mod norm_rope;
+pub mod numbers;
 pub mod params;
 pub mod shared;
 #[cfg(feature = "std")]

@@ -3,12 +3,13 @@
 //!
 //! ```json
 //! {
-//!   "format": 1,
+//!   "format": 2,
 //!   "name": "demo",
 //!   "spec": "name = \"demo\"\n...",
 //!   "arch": "sm_90a",
 //!   "compiler": { "rustc": "1.96.0 (...)", "llvm": "22.1.2" },
 //!   "ptx_sha256": "64 hexadecimal digits",
+//!   "template_sha256": null,
 //!   "kernels": [
 //!     {
 //!       "entry": "attention", "threads": 384, "min_blocks": 1, "shared_bytes": 213248,
@@ -38,11 +39,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::arch::Arch;
+use crate::layout::HeadType;
 use crate::spec::{Spec, SpecError};
 use crate::text::plain;
 
 /// The format that this version writes and reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// A PTX file's manifest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,6 +63,10 @@ pub struct Manifest {
     pub compiler: Compiler,
     /// SHA-256 of the PTX file, 64 lower-case hexadecimal digits.
     pub ptx_sha256: String,
+    /// SHA-256 of the template that the PTX was filled in from ([`crate::numbers`]). It is `null`
+    /// for kernels that were compiled as they are.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub template_sha256: Option<String>,
     /// The kernels, in the order of the PTX.
     pub kernels: Vec<KernelResources>,
     /// Exact densities of the head types. It is `null` without a spec.
@@ -143,6 +149,14 @@ pub struct Densities {
     pub spatial: f64,
     /// Of temporal heads.
     pub temporal: f64,
+}
+
+impl Densities {
+    /// The densities of a spec.
+    pub fn of(spec: &Spec) -> Densities {
+        let [dense, spatial, temporal] = HeadType::ALL.map(|head| spec.density(head));
+        Densities { dense, spatial, temporal }
+    }
 }
 
 /// How the first line of a PTX begins.
@@ -270,9 +284,12 @@ impl Manifest {
 
     /// Why the fields cannot all be right.
     fn contradiction(&self) -> Option<String> {
-        let digest = &self.ptx_sha256;
-        if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
-            return Some(format!("ptx_sha256 is {digest:?}, not 64 lower-case hexadecimal digits"));
+        let digests = [("ptx_sha256", Some(&self.ptx_sha256)), ("template_sha256", self.template_sha256.as_ref())];
+        for (field, digest) in digests.into_iter().filter_map(|(field, digest)| Some((field, digest?))) {
+            if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+            {
+                return Some(format!("{field} is {digest:?}, not 64 lower-case hexadecimal digits"));
+            }
         }
         let most_threads = Arch::named(&self.arch).unwrap_or_default().block_threads;
         for (i, kernel) in self.kernels.iter().enumerate() {

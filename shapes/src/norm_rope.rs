@@ -1,5 +1,5 @@
-//! What is done to Q and K before attention: QK-norm and RoPE. `no_std`. A spec states it, and the
-//! kernels are compiled for it.
+//! What is done to Q and K before attention: QK-norm and RoPE. `no_std`. A spec states it, and it
+//! is among the numbers that kernels know.
 
 /// The kind of a QK-norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -126,8 +126,22 @@ pub struct ProfileParams {
     /// Parts that the keys of a head are split into, at most
     /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS).
     pub splits: u32,
+    /// Half width of the spatial band in tokens, 1 to N.
+    pub spatial_half_width: u32,
+    /// Half width of the temporal band in tokens, 1 to N.
+    pub temporal_half_width: u32,
     /// This field keeps the size a multiple of 8.
     pub reserved: u32,
+}
+
+impl ProfileParams {
+    /// The half widths of the bands, in the order of [`HeadType::CANDIDATES`].
+    #[inline(always)]
+    pub const fn half_widths(&self) -> [u32; HeadType::CANDIDATES.len()] {
+        // As two fields, each is read where it is needed. An array would be copied to the stack, because
+        // the type of a head chooses an element.
+        [self.spatial_half_width, self.temporal_half_width]
+    }
 }
 
 /// Parameters of **select**, which merges the splits, measures each candidate mask and names each
@@ -180,8 +194,22 @@ pub struct AttentionParams {
     pub heads: u32,
     /// 1 when the address and every stride of `out` are multiples of 16 bytes, else 0.
     pub aligned: u32,
+    /// Half width of the spatial band in tokens, 1 to N.
+    pub spatial_half_width: u32,
+    /// Half width of the temporal band in tokens, 1 to N.
+    pub temporal_half_width: u32,
     /// This field keeps the size a multiple of 8.
     pub reserved: u32,
+}
+
+impl AttentionParams {
+    /// The half widths of the bands, in the order of [`HeadType::CANDIDATES`].
+    #[inline(always)]
+    pub const fn half_widths(&self) -> [u32; HeadType::CANDIDATES.len()] {
+        // As two fields, each is read where it is needed. An array would be copied to the stack, because
+        // the type of a head chooses an element.
+        [self.spatial_half_width, self.temporal_half_width]
+    }
 }
 
 /// Bytes of the memory at [`AttentionParams::schedule`].

@@ -2,9 +2,9 @@
 //!
 //! A spec says what a model's self-attention looks like. It has the numbers of tokens, heads and
 //! channels, and what happens to Q and K before the product. It says how wide the masks are that
-//! replace the dense one. Kernels are generated for one spec and know it as constants. What differs
-//! from call to call is given at launch: the batch, the valid length of the text, strides, and the
-//! heads.
+//! replace the dense one. Kernels know the numbers of one spec, which loading fills in
+//! ([`crate::numbers`]). What differs from call to call is given at launch: the batch, the valid
+//! length of the text, strides, the heads, and other half widths.
 //!
 //! ```
 //! use framestride_shapes::{layout::HeadType, spec::Spec};
@@ -164,6 +164,7 @@ use crate::density;
 use crate::image::Image;
 use crate::layout::{HeadType, Layout, TextPosition};
 use crate::params::PartialsLayout;
+use crate::text::nearest;
 use crate::tiling::{TileCounts, count_tiles};
 use crate::workspace::WorkspaceLayout;
 use check::{most_heads, read_spec};
@@ -325,6 +326,24 @@ impl Spec {
     /// written, so that a density is solved again for another shape.
     pub fn to_builder(&self) -> SpecBuilder {
         SpecBuilder::with_values_of(self)
+    }
+
+    /// The spec of a model that this crate knows ([`crate::models`]).
+    ///
+    /// # Errors
+    /// A [`SpecError`] that lists the names there are.
+    pub fn shipped(name: &str) -> Result<Spec, SpecError> {
+        match crate::models().iter().find(|(known, _)| *known == name) {
+            Some((_, text)) => Spec::parse(&format!("{name} (shipped)"), text),
+            None => {
+                let names: Vec<&str> = crate::models().iter().map(|(known, _)| *known).collect();
+                let mend =
+                    nearest(name, names.iter().copied()).map_or("read a file".into(), |near| format!("write {near}"));
+                let found = "no shipped spec has this name";
+                let problem = Source { file: name, text: "" }.problem(None, "", found, names.join(", "), mend);
+                Err(SpecError { problems: vec![problem] })
+            }
+        }
     }
 
     /// Tile sizes of the attention kernel.

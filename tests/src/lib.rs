@@ -1,17 +1,18 @@
-//! Tests across crates: what the builder makes of every shipped spec, down to the machine code.
+//! Tests across crates: what the templates are for every shipped spec, down to the machine code.
 //!
 //! * `snapshots`: one reviewed file for each spec, `snapshots/NAME.snap`, with its manifest, launch
-//!   table, report of ptxas and instructions. Of two small specs the whole PTX is kept.
+//!   table, report of ptxas and instructions. Of one template the whole PTX is kept.
 //! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the
-//!   softmax under the products, which [`sass`] reads.
+//!   softmax under the products, which [`sass`] reads. Random specs are looked at too, and main
+//!   loops are compared with those of kernels that know their spec.
 //! * `documents`: links between the pages of the repository.
-//! * `shipped`: `host/kernels` holds what the builder makes today.
+//! * `shipped`: `host/kernels` holds the templates that the builder makes today.
 //! * `engine`: the crates that an engine links, which are few.
 //! * `own_crate`: a user's own device crate (`device/`), with a spelled-out shape and a kernel that
 //!   is written by hand.
 //!
 //! The tests need a device compiler, ptxas and nvdisasm, which `cargo xtask test` sets up. The
-//! kernels are built once for all tests.
+//! kernels are assembled once for all tests.
 //!
 //! After a change to kernels, macros or specs, look at what it did to the generated code, and keep
 //! it, with
@@ -39,44 +40,53 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use framestride::{Kernels, Spec};
 use framestride_builder::toolchain::{CudaTools, Inventory};
-use framestride_builder::{Arch, Built, Kernels};
-use framestride_shapes::spec::Spec;
+use framestride_builder::{Arch, Built};
+use framestride_shapes::manifest::Ptxas;
 use rayon::prelude::*;
 use sass::Listing;
 
-/// One shipped spec and everything made of it.
+/// A spec and everything made of it.
 struct Model {
-    spec: Spec,
-    built: Built,
+    kernels: Kernels,
+    /// What ptxas says of each kernel.
+    resources: BTreeMap<String, Ptxas>,
     machine_code: Listing,
 }
 
-/// Every shipped spec, in the order of their names, built by the first test that asks.
+impl Model {
+    /// The shipped kernels of a spec, assembled.
+    fn of(spec: &Spec) -> Result<Model, String> {
+        let kernels = Kernels::for_spec(spec).map_err(|error| error.to_string())?;
+        let (machine_code, resources) = Listing::from_ptx(&spec.name, kernels.ptx(), Arch::SM_90A, &CudaTools::find())?;
+        Ok(Model { kernels, resources, machine_code })
+    }
+}
+
+/// Every shipped spec, in the order of their names, assembled for the first test that asks.
 fn models() -> &'static [Model] {
     static MODELS: OnceLock<Result<Vec<Model>, String>> = OnceLock::new();
-    match MODELS.get_or_init(make_models) {
+    let make = |&(name, _): &(&str, &str)| Model::of(&Spec::shipped(name).map_err(|error| error.to_string())?);
+    match MODELS.get_or_init(|| framestride_shapes::models().par_iter().map(make).collect()) {
         Ok(models) => models,
         Err(message) => panic!("{message}"),
     }
 }
 
-fn make_models() -> Result<Vec<Model>, String> {
-    let tools = CudaTools::find();
-    let names = framestride_shapes::models().iter().map(|(name, _)| name);
-    let files: Vec<PathBuf> = names.map(|name| checkout(&format!("shapes/models/{name}.toml"))).collect();
-    let built = Kernels::from_specs(&files).arch(Arch::SM_90A).build_all().map_err(|error| error.to_string())?;
-    let model = |built: Built| {
-        let machine_code = Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &tools)?;
-        let spec = built.manifest.spec().map_err(|error| error.to_string())?;
-        Ok(Model { spec, built, machine_code })
-    };
-    built.into_par_iter().map(model).collect()
+/// The shipped model of this name.
+fn model(name: &str) -> &'static Model {
+    let model = models().iter().find(|model| model.kernels.spec().name == name);
+    model.unwrap_or_else(|| panic!("no shipped spec `{name}`"))
 }
 
-/// The model of this name.
-fn model(name: &str) -> &'static Model {
-    models().iter().find(|model| model.built.name == name).unwrap_or_else(|| panic!("no shipped spec `{name}`"))
+/// The templates, built by the first test that asks.
+fn templates() -> &'static [Built] {
+    static TEMPLATES: OnceLock<Result<Vec<Built>, String>> = OnceLock::new();
+    match TEMPLATES.get_or_init(|| framestride_builder::Kernels::templates().build_all().map_err(|e| e.to_string())) {
+        Ok(templates) => templates,
+        Err(message) => panic!("{message}"),
+    }
 }
 
 /// A path of the checkout.
@@ -105,12 +115,13 @@ fn without_comments(ptx: &str) -> String {
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
-/// Everything that `check` finds wrong, each with the name of its model.
-fn wrong_models(check: impl Fn(&Model) -> Vec<String> + Sync) -> Vec<String> {
-    let models = models().par_iter();
-    models
-        .flat_map_iter(|model| check(model).into_iter().map(|wrong| format!("{}: {wrong}", model.built.name)))
-        .collect()
+/// A random number (splitmix64).
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// How often each instruction stands there, one instruction a line.

@@ -1,13 +1,113 @@
-//! What the machine code of every shipped kernel must and must not have.
+//! What the machine code of templates must and must not have, whatever spec is filled in.
 
-use framestride_builder::ptx;
+use std::fmt::Write;
+use std::sync::OnceLock;
 
-use crate::{Model, wrong_models};
+use framestride::Spec;
+use framestride_builder::{Arch, ptx, toolchain::CudaTools};
+use rayon::prelude::*;
+
+use crate::sass::Listing;
+use crate::{Model, checkout, model, models, random};
+
+/// How many random specs are looked at. `FRAMESTRIDE_RANDOM_SPECS` gives another number.
+const RANDOM_SPECS: usize = 12;
+
+/// Random specs, assembled by the first test that asks.
+fn random_models() -> &'static [Model] {
+    static MODELS: OnceLock<Vec<Model>> = OnceLock::new();
+    MODELS.get_or_init(|| {
+        let count = std::env::var("FRAMESTRIDE_RANDOM_SPECS").ok().and_then(|count| count.parse().ok());
+        let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_nanos() as u64);
+        println!("seed {seed}");
+        let texts: Vec<String> = (0..count.unwrap_or(RANDOM_SPECS)).map(|index| random_spec(index, seed)).collect();
+        let make = |text: &String| {
+            let spec = Spec::parse("random", text).unwrap_or_else(|error| panic!("{text}\n{error}"));
+            Model::of(&spec).unwrap_or_else(|error| panic!("{text}\n{error}"))
+        };
+        texts.par_iter().map(make).collect()
+    })
+}
+
+/// The text of a random spec: any operators, from a few tokens to the most that models have.
+fn random_spec(index: usize, seed: u64) -> String {
+    let mut state = seed.wrapping_add(index as u64);
+    let mut below = |limit: u32| (random(&mut state) >> 32) as u32 % limit;
+    // 1 to 2^most, small ones as often as large ones.
+    let logarithmic = |below: &mut dyn FnMut(u32) -> u32, most: u32| {
+        let bits = 1 + below(most);
+        1 + below(1 << bits)
+    };
+    let (frames, tokens) = (logarithmic(&mut below, 7), logarithmic(&mut below, 12));
+    let head_dim = [64, 128][below(2) as usize];
+    let has_text = below(2) == 0;
+    let mut text = format!("name = \"random_{index}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
+    if has_text {
+        let (tokens, position) = (logarithmic(&mut below, 10), ["first", "last"][below(2) as usize]);
+        let _ = writeln!(text, "[text]\ntokens = {tokens}\nposition = \"{position}\"");
+    }
+    let (heads, dtype) = (1 + below(64), ["bf16", "f16"][below(2) as usize]);
+    let _ = writeln!(text, "[attention]\nheads = {heads}\nhead_dim = {head_dim}\ndtype = \"{dtype}\"");
+    if below(4) != 0 {
+        let (kind, over) = (["rms", "layer"][below(2) as usize], ["head", "heads"][below(2) as usize]);
+        let _ = writeln!(text, "[qk_norm]\nkind = \"{kind}\"\nover = \"{over}\"\neps = 1e-6");
+    }
+    if below(4) != 0 {
+        let (pairs, per_head) = (["interleaved", "half"][below(2) as usize], below(2) == 0);
+        let rotates_text = has_text && below(2) == 0;
+        let _ = writeln!(text, "[rope]\npairs = \"{pairs}\"\ntext = {rotates_text}\nper_head = {per_head}");
+        if below(2) == 0 {
+            let _ = writeln!(text, "channels = {}", 16 * (1 + below(head_dim / 16)));
+        }
+    }
+    let half_widths = [1 + below(frames * tokens), 1 + below(frames * tokens)];
+    let _ = writeln!(
+        text,
+        "[masks.spatial]\nhalf_width = {}\n[masks.temporal]\nhalf_width = {}",
+        half_widths[0], half_widths[1]
+    );
+    let (sinks, rows) = (below(frames.min(3)), 1 + below((frames * tokens).min(1024)));
+    let _ = writeln!(text, "[sink]\nframes = {sinks}\n[profile]\nrows = {rows}");
+    text
+}
 
 /// Fails with every complaint about any model.
 fn gate(what: &str, check: impl Fn(&Model) -> Vec<String> + Sync) {
-    let wrong = wrong_models(check);
+    let models: Vec<&Model> = models().iter().chain(random_models()).collect();
+    let complaints = |model: &&Model| {
+        let spec = model.kernels.spec();
+        // The text of a random spec is found nowhere else.
+        let name = if spec.name.starts_with("random") { &spec.source.text } else { &spec.name };
+        check(model).into_iter().map(move |wrong| format!("{name}: {wrong}")).collect::<Vec<_>>()
+    };
+    let wrong: Vec<String> = models.par_iter().flat_map_iter(complaints).collect();
     assert!(wrong.is_empty(), "{what}:\n{}", wrong.join("\n"));
+}
+
+/// The main loops of a template are those of kernels that know their spec as constants: as many,
+/// with the same exponentials, and at most 3% longer.
+#[test]
+fn main_loops_are_as_short_as_with_constants() {
+    const SPECS: [&str; 4] = ["hunyuan_video_720p", "wan_14b_720p", "cogvideox_1_5_5b_768x1360", "ltx_video_512x704"];
+    let files = SPECS.map(|name| checkout(&format!("shapes/models/{name}.toml")));
+    let built = framestride_builder::Kernels::from_specs(files).build_all().unwrap_or_else(|error| panic!("{error}"));
+    for built in built {
+        let (own, _) = Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &CudaTools::find())
+            .unwrap_or_else(|error| panic!("{error}"));
+        for entry in ["attention", "profile"] {
+            let loops = |listing: &Listing| {
+                listing.function(entry).map(|function| function.overlaps()).filter(|loops| !loops.is_empty())
+            };
+            let (own, filled) = (loops(&own), loops(&model(&built.name).machine_code));
+            let (own, filled) = (own.unwrap_or_default(), filled.unwrap_or_default());
+            assert_eq!(own.len(), filled.len(), "{}, {entry}", built.name);
+            for (own, filled) in own.into_iter().zip(filled) {
+                assert_eq!(own.between_waits, filled.between_waits, "{}, {entry}", built.name);
+                let (own, filled) = (own.main_loop.len(), filled.main_loop.len());
+                assert!(100 * filled <= 103 * own, "{}, {entry}: {filled} instructions for {own}", built.name);
+            }
+        }
+    }
 }
 
 /// A register that is spilled or lies on the stack costs a trip to memory each time. If the
@@ -17,8 +117,8 @@ fn gate(what: &str, check: impl Fn(&Model) -> Vec<String> + Sync) {
 fn no_stack_no_spill_no_remark() {
     gate("ptxas reports what no kernel may have", |model| {
         let mut wrong = Vec::new();
-        for kernel in &model.built.manifest.kernels {
-            let Some(report) = &kernel.ptxas else {
+        for kernel in &model.kernels.manifest().kernels {
+            let Some(report) = model.resources.get(&kernel.entry) else {
                 wrong.push(format!("{} has no report", kernel.entry));
                 continue;
             };
@@ -39,17 +139,17 @@ fn no_stack_no_spill_no_remark() {
 #[test]
 fn no_call() {
     gate("functions are called", |model| {
-        let calls = ptx::calls(&model.built.ptx);
+        let calls = ptx::calls(model.kernels.ptx());
         let mut wrong: Vec<String> =
             calls.iter().map(|(line, call)| format!("line {line} of the PTX: {call}")).collect();
-        for kernel in &model.built.manifest.kernels {
+        for kernel in &model.kernels.manifest().kernels {
             match model.machine_code.function(&kernel.entry) {
                 Some(function) if function.count("CALL") == 0 => {}
                 Some(function) => wrong.push(format!("{} has {} CALL", kernel.entry, function.count("CALL"))),
                 None => wrong.push(format!("{} has no machine code", kernel.entry)),
             }
         }
-        wrong.extend((model.machine_code.functions.len() != model.built.manifest.kernels.len()).then(|| {
+        wrong.extend((model.machine_code.functions.len() != model.kernels.manifest().kernels.len()).then(|| {
             let names: Vec<&str> = model.machine_code.functions.iter().map(|function| function.name.as_str()).collect();
             format!("the machine code has the functions {}, more than the entries", names.join(", "))
         }));
@@ -67,8 +167,8 @@ fn no_call() {
 #[test]
 fn the_softmax_runs_under_the_products() {
     gate("the softmax does not stand between the two waits of the main loop", |model| {
-        let tiles = model.spec.tiles();
-        if model.spec.layout.sequence() <= 2 * tiles.key_rows {
+        let tiles = model.kernels.spec().tiles();
+        if model.kernels.spec().layout.sequence() <= 2 * tiles.key_rows {
             return Vec::new();
         }
         let Some(attention) = model.machine_code.function("attention") else {
@@ -79,7 +179,7 @@ fn the_softmax_runs_under_the_products() {
         let exponentials = (tiles.key_rows / 2) as usize;
         // A product takes 16 of its inner dimension at a time: head_dim for the scores, key_rows
         // for the output.
-        let products = (model.spec.head_dim / 16 + tiles.key_rows / 16) as usize;
+        let products = (model.kernels.spec().head_dim / 16 + tiles.key_rows / 16) as usize;
         let mut expected = vec![
             ("loops with a wait for one group and a wait for none", loops.len(), 2),
             // Each loop has a first tile before it. Where offsets are lowered, both rows have a

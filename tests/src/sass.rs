@@ -7,13 +7,14 @@
 //! second wait (`gsb0, 0x0`), so that it runs while the second group is in flight.
 //! [`Function::overlaps`] tells whether it does.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
 use framestride_builder::toolchain::CudaTools;
 use framestride_builder::{Arch, ptxas};
+use framestride_shapes::manifest::Ptxas;
 
 /// The machine code of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +58,14 @@ pub struct Overlap {
 }
 
 impl Listing {
-    /// Assembles PTX and disassembles the result. Fails if a tool is missing, or with what the tool
-    /// says.
-    pub fn from_ptx(name: &str, ptx: &str, arch: Arch, tools: &CudaTools) -> Result<Listing, String> {
+    /// Assembles PTX and disassembles the result. Gives ptxas's report of each kernel too. Fails if a
+    /// tool is missing, or with what the tool says.
+    pub fn from_ptx(
+        name: &str,
+        ptx: &str,
+        arch: Arch,
+        tools: &CudaTools,
+    ) -> Result<(Listing, BTreeMap<String, Ptxas>), String> {
         let (Some(assembler), Some(disassembler)) = (&tools.ptxas, &tools.nvdisasm) else {
             return Err("these tests need ptxas and nvdisasm: `cargo xtask test` installs them, `cargo xtask doctor` \
                         shows where they are looked for"
@@ -68,13 +74,13 @@ impl Listing {
         let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
         let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
         fs::write(&source, ptx).map_err(|error| format!("cannot write {}: {error}", source.display()))?;
-        ptxas::assemble(name, assembler, arch, &source, &cubin).map_err(|error| error.to_string())?;
+        let report = ptxas::assemble(name, assembler, arch, &source, &cubin).map_err(|error| error.to_string())?;
         let answer = Command::new(disassembler).arg("-c").arg(&cubin).output();
         let answer = answer.map_err(|error| format!("{} does not start: {error}", disassembler.display()))?;
         if !answer.status.success() {
             return Err(format!("{name}: nvdisasm says: {}", String::from_utf8_lossy(&answer.stderr)));
         }
-        Ok(Listing::parse(&String::from_utf8_lossy(&answer.stdout)))
+        Ok((Listing::parse(&String::from_utf8_lossy(&answer.stdout)), report))
     }
 
     /// Reads what `nvdisasm -c` prints.

@@ -1,4 +1,4 @@
-//! What the builder makes of every shipped spec, in files that a person reads:
+//! What the templates are for every shipped spec, in files that a person reads:
 //! `snapshots/NAME.snap`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -6,13 +6,13 @@ use std::fmt::Write;
 use std::panic::catch_unwind;
 use std::{env, fs};
 
-use framestride_builder::{Built, ptx};
+use framestride_builder::ptx;
+use framestride_shapes::manifest::Manifest;
 
-use crate::{Model, checkout, entry_text, listed, model, models, ptxas_version, same_text, without_comments};
+use crate::{Model, checkout, entry_text, listed, models, ptxas_version, same_text, templates, without_comments};
 
-/// Small specs whose whole PTX is kept. They have both head dims, both element types, and all
-/// operators or none.
-const WHOLE: [&str; 2] = ["tiny_plain", "tiny_heads_sinks"];
+/// The template whose whole PTX is kept. The others differ in tiles and element type.
+const WHOLE: &str = "sm_90a_bf16_64";
 
 /// Sections that ptxas writes. They are compared only under the ptxas that they were recorded with.
 const OF_PTXAS: [&str; 2] = ["Resources (ptxas)", "Machine code (ptxas)"];
@@ -22,7 +22,7 @@ fn every_spec() {
     let ptxas = ptxas_version();
     check_all(models().iter().map(|model| {
         let text = report(model, &ptxas);
-        check(&model.built.name, &text, |recorded, text| {
+        check(&model.kernels.manifest().name, &text, |recorded, text| {
             let keep_ptxas = tools(recorded).rsplit("ptxas ").next() == Some(&ptxas);
             same_text("report", &comparable(recorded, keep_ptxas), &comparable(text, keep_ptxas))
         })
@@ -31,13 +31,11 @@ fn every_spec() {
 
 #[test]
 fn whole_ptx() {
-    check_all(WHOLE.into_iter().map(|name| {
-        let built = &model(name).built;
-        let text = format!("// {}\n{}", compiler(built), without_comments(&built.ptx));
-        check(&format!("{name}_ptx"), &text, |recorded, text| {
-            same_text("histogram of instructions", &listed(&ptx::histogram(recorded)), &listed(&ptx::histogram(text)))
-        })
-    }));
+    let template = templates().iter().find(|template| template.name == WHOLE).expect("is a template");
+    let text = format!("// {}\n{}", compiler(&template.manifest), without_comments(&template.ptx));
+    check_all(std::iter::once(check(&format!("{WHOLE}_ptx"), &text, |recorded, text| {
+        same_text("histogram of instructions", &listed(&ptx::histogram(recorded)), &listed(&ptx::histogram(text)))
+    })));
 }
 
 /// Compares `text` with `snapshots/NAME.snap`. If other tools recorded it, which the first line
@@ -73,8 +71,8 @@ fn tools(text: &str) -> &str {
     text.lines().next().unwrap_or("")
 }
 
-fn compiler(built: &Built) -> String {
-    format!("rustc {}, LLVM {}", built.manifest.compiler.rustc, built.manifest.compiler.llvm)
+fn compiler(manifest: &Manifest) -> String {
+    format!("rustc {}, LLVM {}", manifest.compiler.rustc, manifest.compiler.llvm)
 }
 
 /// The sections that must be the same under any tools. Those of ptxas belong to them if
@@ -87,7 +85,7 @@ fn comparable(text: &str, keep_ptxas: bool) -> String {
 
 /// Everything about one spec, in sections that an empty line divides.
 fn report(model: &Model, ptxas: &str) -> String {
-    let manifest = &model.built.manifest;
+    let manifest = model.kernels.manifest();
     let (_, toml) = framestride_shapes::models().iter().find(|(name, _)| *name == manifest.name).expect("is shipped");
     assert_eq!(manifest.spec.as_deref(), Some(*toml), "the manifest must carry the spec as it was written");
     let densities = manifest.densities.as_ref().expect("a spec has densities");
@@ -115,7 +113,7 @@ fn report(model: &Model, ptxas: &str) -> String {
             kernel.shared_bytes.to_string(),
             params.collect::<Vec<_>>().join(", "),
         ]));
-        let report = kernel.ptxas.as_ref().expect("ptxas has reported");
+        let report = model.resources.get(&kernel.entry).expect("ptxas has reported");
         let messages = if report.messages.is_empty() { "none".into() } else { report.messages.join("; ") };
         resources.push(row([
             kernel.entry.clone(),
@@ -133,7 +131,7 @@ fn report(model: &Model, ptxas: &str) -> String {
     }
     let attention = model.machine_code.function("attention").expect("there is an attention kernel");
 
-    let mut text = format!("{}, ptxas {ptxas}\n", compiler(&model.built));
+    let mut text = format!("{}, ptxas {ptxas}\n", compiler(manifest));
     section(&mut text, "Manifest", &manifest_rows.map(Vec::from));
     section(&mut text, "Launch table", &launch);
     section(&mut text, OF_PTXAS[0], &resources);
@@ -148,15 +146,15 @@ fn report(model: &Model, ptxas: &str) -> String {
             overlap.between_waits
         );
     }
-    section(&mut text, "Instructions (PTX)", &instructions(&model.built));
+    section(&mut text, "Instructions (PTX)", &instructions(model.kernels.ptx(), manifest));
     text
 }
 
 /// A table of how often each instruction stands in each kernel.
-fn instructions(built: &Built) -> Vec<Vec<String>> {
-    let entries: Vec<&str> = built.manifest.kernels.iter().map(|kernel| kernel.entry.as_str()).collect();
+fn instructions(text: &str, manifest: &Manifest) -> Vec<Vec<String>> {
+    let entries: Vec<&str> = manifest.kernels.iter().map(|kernel| kernel.entry.as_str()).collect();
     let counts: Vec<BTreeMap<String, usize>> =
-        entries.iter().map(|entry| ptx::histogram(entry_text(&built.ptx, entry))).collect();
+        entries.iter().map(|entry| ptx::histogram(entry_text(text, entry))).collect();
     let opcodes: BTreeSet<&String> = counts.iter().flat_map(BTreeMap::keys).collect();
     let number = |count: Option<&usize>| count.map_or(".".to_string(), usize::to_string);
     let line = |name: &str, cells: Vec<String>| [name.to_string()].into_iter().chain(cells).collect();

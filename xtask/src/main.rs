@@ -17,7 +17,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   test [ARGS]   set up what is missing, ptxas and disassembler included, lint, run every test, and plant a dozen
                 mutants; or, with ARGS, run what cargo test ARGS runs
   lint          format, lints and documentation, of the code for the GPU too, and the promised minimum Rust
-  kernels       make the shipped kernels again: host/kernels/NAME.ptx and .json for every shapes/models/NAME.toml
+  kernels       make the shipped templates of kernels again: host/kernels
   mutants [NAME ...]
                 plant mistakes in the kernels, all of tests/mutants/mutants.toml or those named, and expect verify
                 to see each
@@ -59,7 +59,6 @@ fn main() -> ExitCode {
 
 /// Builds everything and runs the main job on real frames.
 fn demo() -> Result<(), String> {
-    setup::device_compiler()?;
     step("building framestride, then the main job on Big Buck Bunny: 16 frames of 72 x 128 pixels");
     run(cargo()
         .args(["run", "--release", "--package", "framestride-cli", "--", "run", "shapes/models/demo.toml"])

@@ -350,7 +350,7 @@ fn draw_rows(layout: &Layout, valid_text: usize, count: usize, generator: &mut i
         return (0..sequence).collect();
     }
     let mut rows: BTreeSet<usize> = (0..count).map(|_| generator.random_range(0..sequence)).collect();
-    let (frame, text) = (layout.tokens_per_frame as usize, layout.text_tokens as usize);
+    let (frame, text) = (layout.tokens_per_frame.value as usize, layout.text_tokens as usize);
     let video = layout.first_video_row() as usize;
     let first_text = if video == 0 { sequence - text } else { 0 };
     let ends = [
@@ -359,7 +359,7 @@ fn draw_rows(layout: &Layout, valid_text: usize, count: usize, generator: &mut i
         first_text + text,
         video,
         video + layout.sink_frames as usize * frame,
-        video + layout.frames as usize * frame,
+        video + layout.frames.value as usize * frame,
     ];
     // Each end has a row before it and a row behind it.
     rows.extend(

@@ -55,7 +55,7 @@ impl PackedHead<'_> {
 
     /// Number of packed rows that are neither padding nor invalid text. They come first.
     fn live(&self) -> usize {
-        self.valid_text + (self.spec.layout.frames * self.spec.layout.tokens_per_frame) as usize
+        self.valid_text + (self.spec.layout.frames.value * self.spec.layout.tokens_per_frame.value) as usize
     }
 
     /// Ranges of packed rows to compare, in whole groups of [`ATOM_ROWS`].
@@ -65,7 +65,7 @@ impl PackedHead<'_> {
     pub fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
         let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
         let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
-        let sinks = self.valid_text + (layout.sink_frames * layout.tokens_per_frame) as usize;
+        let sinks = self.valid_text + (layout.sink_frames * layout.tokens_per_frame.value) as usize;
         let mut groups: BTreeSet<usize> = (0..PACKED_GROUPS).map(|_| generator.random_range(0..=tail)).collect();
         groups.extend(
             [0, self.valid_text.saturating_sub(1), self.valid_text, sinks.saturating_sub(1), sinks]

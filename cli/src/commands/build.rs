@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::Args;
 use framestride::shapes::arch::Arch;
-use framestride::{Error, Result};
+use framestride::{Error, Kernels};
 use serde_json::json;
 
 use crate::outcome::Outcome;
@@ -13,7 +13,10 @@ use crate::output::Output;
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 
-/// Builds the kernels of a spec: NAME.ptx and its manifest NAME.json.
+/// Compiles the kernels of a spec, with the spec's numbers as constants: NAME.ptx and its manifest
+/// NAME.json. It needs the device compiler.
+///
+/// No other command needs these files: kernels of any spec come from the templates in this program.
 #[derive(Args)]
 pub struct Build {
     /// The spec.
@@ -21,15 +24,17 @@ pub struct Build {
     /// The family of GPUs, such as sm_90a.
     #[arg(long, default_value = Arch::SM_90A.name)]
     arch: String,
+    /// Write what the other commands load, the template with the spec's numbers, and compile nothing.
+    #[arg(long)]
+    template: bool,
     /// Folder for the two files.
     #[arg(long, default_value = ".")]
     out: PathBuf,
 }
 
 /// Builds kernels.
-pub fn build(Build { spec: argument, arch, out }: Build) -> Result<Outcome> {
-    let build_error = |error: framestride_builder::BuildError| Error::Build(error.to_string());
-    let arch = arch.parse::<Arch>().map_err(|error| Error::Build(error.to_string()))?;
+pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Outcome, Box<dyn std::error::Error>> {
+    let arch = arch.parse::<Arch>()?;
     let spec = read_spec(&argument)?;
     std::fs::create_dir_all(&out).map_err(|error| Error::file(&out, error))?;
     let output = |extension| Output::new(&out.join(format!("{}.{extension}", spec.name)), &[Path::new(&argument)]);
@@ -37,14 +42,20 @@ pub fn build(Build { spec: argument, arch, out }: Build) -> Result<Outcome> {
     let bar = Bar::new();
     bar.say(&format!("building {}", spec.source.file), None);
     let started = Instant::now();
-    let built = framestride_builder::Kernels::from_parsed(&spec).arch(arch).build().map_err(build_error)?;
+    let (ptx, manifest) = if template {
+        let filled = Kernels::for_spec(&spec)?;
+        (filled.ptx().to_string(), filled.manifest().clone())
+    } else {
+        let built = framestride_builder::Kernels::from_parsed(&spec).arch(arch).build()?;
+        (built.ptx, built.manifest)
+    };
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
-    outputs[0].write(built.ptx.as_bytes())?;
-    outputs[1].write(built.manifest.to_json().as_bytes())?;
+    outputs[0].write(ptx.as_bytes())?;
+    outputs[1].write(manifest.to_json().as_bytes())?;
     let files: Vec<String> = outputs.iter().map(|output| output.path().display().to_string()).collect();
-    let mut lines = format!("{} in {seconds:.1} s: {}\n", built.name, files.join(", "));
-    for kernel in &built.manifest.kernels {
+    let mut lines = format!("{} in {seconds:.1} s: {}\n", manifest.name, files.join(", "));
+    for kernel in &manifest.kernels {
         lines +=
             &format!("  {:<10} {:>4} threads, {:>6} bytes shared", kernel.entry, kernel.threads, kernel.shared_bytes);
         if let Some(ptxas) = &kernel.ptxas {
@@ -52,6 +63,6 @@ pub fn build(Build { spec: argument, arch, out }: Build) -> Result<Outcome> {
         }
         lines.push('\n');
     }
-    let json = json!({ "name": built.name, "seconds": seconds, "files": files, "kernels": built.manifest.kernels });
+    let json = json!({ "name": manifest.name, "seconds": seconds, "files": files, "kernels": manifest.kernels });
     Ok(Outcome::new(lines, json, true))
 }

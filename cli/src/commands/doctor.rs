@@ -1,7 +1,7 @@
 //! `framestride doctor`: what this machine has and lacks.
 
-use framestride::Kernels;
 use framestride::device::{Gpu, cuda_version};
+use framestride::shapes::models;
 use framestride_builder::toolchain;
 use serde_json::json;
 
@@ -39,8 +39,8 @@ pub fn doctor() -> Outcome {
             json!({ "missing": error.to_string(), "runs_kernels": false }),
         ),
     };
-    let shipped: Vec<&str> = Kernels::shipped_names().collect();
-    let text = format!("{tools}{gpu_text}shipped kernels: {}\n", shipped.join(", "));
+    let shipped: Vec<&str> = models().iter().map(|(name, _)| *name).collect();
+    let text = format!("{tools}{gpu_text}shipped specs: {}\n", shipped.join(", "));
     let json = json!({ "can_build": tools.can_build(), "tools": tools, "gpu": gpu_json, "shipped": shipped });
     Outcome::new(text, json, true)
 }

@@ -112,8 +112,8 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> Picture {
         &format!(
             "{}: {} frames x {} tokens, {} text, {} sink frames; query tiles of {}, key tiles of {} rows",
             spec.name,
-            layout.frames,
-            layout.tokens_per_frame,
+            layout.frames.value,
+            layout.tokens_per_frame.value,
             layout.text_tokens,
             layout.sink_frames,
             spec.tiles().query_rows,

@@ -59,7 +59,7 @@ impl RunPictures {
     pub fn write(&self, spec: &Spec, inputs: &Inputs, run: &LayerRun, frames: Option<&Frames>) -> Result<Vec<PathBuf>> {
         if let Some(frames) = frames {
             let grid = video::grid(spec, frames, "video")?;
-            let count = spec.layout.frames as usize;
+            let count = spec.layout.frames.value as usize;
             let query = video::interesting_token(&video::features(frames, count, grid), count);
             let reference = Reference::new(spec, inputs);
             for ((head, &head_type), output) in run.types.iter().enumerate().zip(&self.attention) {

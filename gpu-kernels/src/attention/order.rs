@@ -7,27 +7,23 @@ use crate::cuda::{global, thread};
 use crate::model::Model;
 use framestride_shapes::params::AttentionParams;
 
-/// Query tiles of a head.
-const fn head_tiles<M: Model>() -> u32 {
-    M::LAYOUT.sequence().div_ceil(M::TILES.query_rows)
-}
-
 /// Query tiles of a launch.
 #[inline(always)]
 pub fn count<M: Model>(params: &AttentionParams) -> u32 {
-    head_tiles::<M>() * params.batch * params.heads
+    M::layout().sequence().div_ceil(M::TILES.query_rows) * params.batch * params.heads
 }
 
 /// Head (over batch x heads) and number in that head of query tile `index` of a launch.
 #[inline(always)]
 pub fn head_and_tile<M: Model>(params: &AttentionParams, index: u32) -> (u32, u32) {
-    let text_tiles = M::LAYOUT.text_tokens.div_ceil(M::TILES.query_rows);
-    let video_tiles = head_tiles::<M>() - text_tiles;
+    let numbers = M::numbers();
+    let text_tiles = numbers.text_tokens.div_ceil(M::TILES.query_rows);
     let with_text = text_tiles * params.batch * params.heads;
     if index < with_text {
-        (index / text_tiles.max(1), index % text_tiles.max(1))
+        numbers.text_tiles.divide(index)
     } else {
-        ((index - with_text) / video_tiles.max(1), text_tiles + (index - with_text) % video_tiles.max(1))
+        let (head, tile) = numbers.video_tiles.divide(index - with_text);
+        (head, text_tiles + tile)
     }
 }
 

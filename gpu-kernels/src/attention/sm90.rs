@@ -92,7 +92,7 @@ unsafe fn produce<M: Model>(params: &AttentionParams) {
         let next = if is_first_lane { order::take_next(params) } else { 0 };
         let work = Work::<M>::at(params, index);
         // Rows are counted over all heads: memory has fewer than 2^32.
-        let first_row = work.head * M::LAYOUT.packed_rows();
+        let first_row = work.head * M::layout().packed_rows();
         let bytes = |row: u32| (first_row + row) as u64 * M::IMAGE.bytes(1) as u64;
         let load = |Ring { tiles, full, free }: Ring, packed: u64, Slot { stage, parity }: Slot, tile: u32| {
             let (free, full) = (Barrier::at(free, stage), Barrier::at(full, stage));

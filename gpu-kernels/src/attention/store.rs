@@ -27,7 +27,7 @@ pub unsafe fn store<M: Model>(
     // What depends on the lane alone is computed here. It would take registers all through the
     // tiles otherwise.
     let lane = math::opaque(lane);
-    let seen_end = work.valid_text + M::LAYOUT.video_tokens();
+    let seen_end = work.valid_text + M::layout().video_tokens();
     let (item, head) = (work.head / params.heads, work.head % params.heads);
     let total = rows.total();
     let mut address = [0u64; 2];
@@ -35,8 +35,8 @@ pub unsafe fn store<M: Model>(
     let mut row = 0;
     while row < 2 {
         let packed = thread_rows[row];
-        if packed < M::LAYOUT.sequence() {
-            let model_row = M::LAYOUT.query_order().model_row(work.head_type, packed, work.valid_text);
+        if packed < M::layout().sequence() {
+            let model_row = M::layout().query_order().model_row(work.head_type, packed, work.valid_text);
             let out = &params.out;
             address[row] = out.data
                 + (item as u64 * out.batch + model_row as u64 * out.row + head as u64 * out.head)
@@ -50,7 +50,7 @@ pub unsafe fn store<M: Model>(
                 let lse = (math::log2(total[row]) - rows.offset[row]) * core::f32::consts::LN_2;
                 let lse = if live { lse } else { f32::NEG_INFINITY };
                 global::store_f32(
-                    params.lse + (work.head as u64 * M::LAYOUT.sequence() as u64 + model_row as u64) * 4,
+                    params.lse + (work.head as u64 * M::layout().sequence() as u64 + model_row as u64) * 4,
                     lse,
                 );
             }

@@ -36,6 +36,12 @@ impl<M: Model> Work<M> {
         };
         let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
         let first_row = tile * M::TILES.query_rows;
-        Work { head, head_type, valid_text, first_row, mask: Band::new(head_type, valid_text, first_row) }
+        Work {
+            head,
+            head_type,
+            valid_text,
+            first_row,
+            mask: Band::new(params.half_widths(), head_type, valid_text, first_row),
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use core::marker::PhantomData;
 
-use super::Mask;
+use super::{CANDIDATES, Mask};
 use crate::cuda::warp;
 use crate::model::Model;
 use crate::softmax;
@@ -13,6 +13,8 @@ use framestride_shapes::layout::{HeadType, KeyTiles, Layout, RangeVisible, Visib
 /// The band of a head, for one query tile of **attention**.
 pub struct Band<M> {
     head_type: HeadType,
+    /// Half width in tokens.
+    half_width: u32,
     valid_text: u32,
     keys: KeyTiles,
     model: PhantomData<M>,
@@ -28,12 +30,21 @@ impl<M> Clone for Band<M> {
 impl<M> Copy for Band<M> {}
 
 impl<M: Model> Band<M> {
-    /// Makes the band for the query tile whose first packed row is `first_row`.
+    /// Makes the band for the query tile whose first packed row is `first_row`. `half_widths` are
+    /// those of all candidates.
     #[inline(always)]
-    pub fn new(head_type: HeadType, valid_text: u32, first_row: u32) -> Band<M> {
-        let range = M::LAYOUT.range_visible(head_type, first_row, M::TILES.query_rows, valid_text);
-        let keys = M::LAYOUT.key_tiles(range, M::TILES.key_rows);
-        Band { head_type, valid_text, keys, model: PhantomData }
+    pub fn new(half_widths: [u32; CANDIDATES], head_type: HeadType, valid_text: u32, first_row: u32) -> Band<M> {
+        let layout = M::layout().with_half_widths(half_widths);
+        let half_width = layout.half_width(head_type);
+        let range = layout.range_visible(head_type, first_row, M::TILES.query_rows, valid_text);
+        let keys = layout.key_tiles(range, M::TILES.key_rows);
+        Band { head_type, half_width, valid_text, keys, model: PhantomData }
+    }
+
+    /// The geometry, in which every band is as wide as this one.
+    #[inline(always)]
+    fn layout(&self) -> Layout {
+        M::layout().with_half_widths([self.half_width; CANDIDATES])
     }
 }
 
@@ -53,12 +64,12 @@ impl<M: Model> Mask for Band<M> {
 
     #[inline(always)]
     fn warp(&self, first_row: u32) -> RangeVisible {
-        M::LAYOUT.range_visible(self.head_type, first_row, 16, self.valid_text)
+        self.layout().range_visible(self.head_type, first_row, 16, self.valid_text)
     }
 
     #[inline(always)]
     fn thread(&self, rows: [u32; 2]) -> [Visible; 2] {
-        rows.map(|row| M::LAYOUT.visible(self.head_type, row, self.valid_text))
+        rows.map(|row| self.layout().visible(self.head_type, row, self.valid_text))
     }
 
     #[inline(always)]
@@ -87,28 +98,36 @@ impl<M: Model> Mask for Band<M> {
 /// ([`Visible::keys`]). The sample is row `video` of the video. Keys lie in the spatial layout,
 /// where the temporal band is a run of each frame.
 #[inline(always)]
-pub fn sample_keys<M: Model>(candidate: u32, video: u32, valid_text: u32, first: u32) -> u64 {
+pub fn sample_keys<M: Model>(
+    half_widths: [u32; CANDIDATES],
+    candidate: u32,
+    video: u32,
+    valid_text: u32,
+    first: u32,
+) -> u64 {
+    let layout = M::layout().with_half_widths(half_widths);
     match super::candidate(candidate) {
-        HeadType::Temporal => keys_by_frame::<M>(video, valid_text, first),
-        head_type => M::LAYOUT.visible(head_type, valid_text + video, valid_text).keys(first),
+        HeadType::Temporal => keys_by_frame(&layout, video, valid_text, first),
+        head_type => layout.visible(head_type, valid_text + video, valid_text).keys(first),
     }
 }
 
 /// The same through the temporal band.
 #[inline(always)]
-fn keys_by_frame<M: Model>(video: u32, valid_text: u32, first: u32) -> u64 {
-    let Layout { frames, tokens_per_frame, sink_frames, .. } = M::LAYOUT;
-    let position = video % tokens_per_frame * frames + video / tokens_per_frame;
-    let prefix = valid_text + M::LAYOUT.sink_tokens();
-    let mut frame = (first.saturating_sub(valid_text) / tokens_per_frame).max(sink_frames);
+fn keys_by_frame(layout: &Layout, video: u32, valid_text: u32, first: u32) -> u64 {
+    let Layout { frames, tokens_per_frame, sink_frames, .. } = *layout;
+    let (frame, patch) = tokens_per_frame.divide(video);
+    let position = patch * frames.value + frame;
+    let prefix = valid_text + layout.sink_tokens();
+    let mut frame = tokens_per_frame.quotient(first.saturating_sub(valid_text)).max(sink_frames);
     let mut keys = 0;
     // Each frame in the tile has a run.
     loop {
-        let first_token = valid_text + frame * tokens_per_frame;
-        let [start, end] = M::LAYOUT.temporal_patches(position, frame);
+        let first_token = valid_text + frame * tokens_per_frame.value;
+        let [start, end] = layout.temporal_patches(position, frame);
         keys |= Visible { prefix, start: first_token + start, end: first_token + end }.keys(first);
         frame += 1;
-        if frame >= frames || first_token + tokens_per_frame >= first + KEY_ROWS {
+        if frame >= frames.value || first_token + tokens_per_frame.value >= first + KEY_ROWS {
             return keys;
         }
     }

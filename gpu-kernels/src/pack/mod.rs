@@ -19,8 +19,8 @@ use crate::model::{Model, valid_text};
 use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{NormWeights, PackParams, PackPass};
-use norm::{Affine, Statistic, head_statistic, norm_over_heads, token_statistic};
-use rope::{Rotation, Tables, rotates_per_head, rotates_text};
+use norm::{Affine, Statistic, head_statistic, token_statistic};
+use rope::{Rotation, Tables};
 use row::{Head, Heads, Held, chunk};
 
 /// The kernel's body.
@@ -42,7 +42,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.batch != 0);
     let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);
-    let (own_warp, warps) = (thread::warp(), M::PACK.warps);
+    let (own_warp, warps) = (thread::warp(), M::numbers().pack_threads / 32);
     let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
     let row = group * warps + row;
     let (source, packed, norm, text_norm) = match operand {
@@ -52,15 +52,15 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     };
 
     let valid_text = valid_text::<M>(params.text_lengths, item);
-    let text = row.wrapping_sub(M::LAYOUT.first_text_row());
-    let is_text = text < M::LAYOUT.text_tokens;
-    let is_padding = row >= M::LAYOUT.sequence();
+    let text = row.wrapping_sub(M::layout().first_text_row());
+    let is_text = text < M::layout().text_tokens;
+    let is_padding = row >= M::layout().sequence();
     // Packed rows of padding and of invalid text are zero.
     let blank = is_padding || (is_text && text >= valid_text);
     let norm = if is_text { text_norm } else { norm };
-    let normed = M::QK_NORM.is_some() && operand != V && !blank;
-    let rotated = M::ROPE.is_some() && operand != V && !blank && (rotates_text::<M>() || !is_text);
-    let rope_row = if rotates_text::<M>() { row } else { row.wrapping_sub(M::LAYOUT.first_video_row()) };
+    let normed = M::numbers().has_norm && operand != V && !blank;
+    let rotated = M::numbers().has_rope && operand != V && !blank && (M::numbers().rope_text || !is_text);
+    let rope_row = if M::numbers().rope_text { row } else { row.wrapping_sub(M::layout().first_video_row()) };
 
     let chunk = chunk::<M>();
     let element_bytes = M::Element::DTYPE.bytes() as u64;
@@ -73,9 +73,9 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
         types: if params.head_types == 0 { 0 } else { params.head_types + (item * params.heads) as u64 * 4 },
         only_temporal: params.pass == PackPass::Temporal as u32,
         blank,
-        all_read: normed && norm_over_heads::<M>(),
+        all_read: normed && M::numbers().norm_over_heads,
         held: Held {
-            address: shared::address(M::PACK_SHARED.held, own_warp) + thread::lane() * CHUNK_BYTES,
+            address: shared::address(M::pack_shared().held, own_warp) + thread::lane() * CHUNK_BYTES,
             first: u32::MAX,
             temporal: 0,
             written: 0,
@@ -85,19 +85,19 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
 
     // What all heads of the token share stays in registers.
     let token_affine =
-        if normed && !norm_over_heads::<M>() { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
+        if normed && !M::numbers().norm_over_heads { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
     let scale = if operand == Q { params.scale_log2 } else { 1.0 };
     let tables = Tables::of_item(params, item);
-    let token_rotation = if rotated && !rotates_per_head::<M>() {
+    let token_rotation = if rotated && !M::numbers().rope_per_head {
         Rotation::load::<M>(tables, rope_row, chunk).scaled(scale)
     } else {
         Rotation::IDENTITY
     };
     let token_statistic =
-        if normed && norm_over_heads::<M>() { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
-    let image_bytes = M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64;
+        if normed && M::numbers().norm_over_heads { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
+    let image_bytes = M::IMAGE.bytes(M::layout().packed_rows()) as u64;
     let place = |head_type: HeadType| {
-        let order = if operand == Q { M::LAYOUT.query_order() } else { M::LAYOUT };
+        let order = if operand == Q { M::layout().query_order() } else { M::layout() };
         let packed_row = if is_padding { row } else { order.packed_row(head_type, row, valid_text) };
         M::IMAGE.chunk(packed_row, chunk)
     };
@@ -111,14 +111,14 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                 let head = if written { index } else { 0 };
                 let mut x = element::widen::<M::Element>(values);
                 if normed {
-                    x = if norm_over_heads::<M>() {
-                        Affine::load::<M>(norm, head * M::HEAD_DIM + chunk * 8).apply(x, token_statistic)
+                    x = if M::numbers().norm_over_heads {
+                        Affine::load::<M>(norm, head * M::HEAD_DIM + chunk * 8).apply::<M>(x, token_statistic)
                     } else {
-                        token_affine.apply(x, head_statistic::<M>(x))
+                        token_affine.apply::<M>(x, head_statistic::<M>(x))
                     };
                 }
                 if rotated {
-                    let rotation = if rotates_per_head::<M>() {
+                    let rotation = if M::numbers().rope_per_head {
                         Rotation::load::<M>(tables, rope_row * params.heads + head, chunk).scaled(scale)
                     } else {
                         token_rotation

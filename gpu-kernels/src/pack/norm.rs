@@ -4,19 +4,7 @@ use super::row::Heads;
 use crate::cuda::{global, math, warp};
 use crate::element;
 use crate::model::Model;
-use framestride_shapes::norm_rope::{NormKind, NormOver};
 use framestride_shapes::params::NormWeights;
-
-/// Whether the QK-norm has one statistic for all heads of a token.
-#[inline(always)]
-pub fn norm_over_heads<M: Model>() -> bool {
-    M::QK_NORM.is_some_and(|norm| matches!(norm.over, NormOver::Heads))
-}
-
-#[inline(always)]
-fn is_layer_norm<M: Model>() -> bool {
-    M::QK_NORM.is_some_and(|norm| matches!(norm.kind, NormKind::Layer))
-}
 
 /// What a norm does before weight and bias: y = (x - mean) factor.
 #[derive(Clone, Copy)]
@@ -28,24 +16,19 @@ pub struct Statistic {
 impl Statistic {
     pub const IDENTITY: Statistic = Statistic { mean: 0.0, factor: 1.0 };
 
-    /// The norm subtracts this mean of `count` elements. `sum` is the lane's part of their sum. An
-    /// RMS norm subtracts nothing.
+    /// The norm subtracts this mean of elements. `sum` is the lane's part of their sum, and `share`
+    /// is one over their number: a division in full precision would be a call. An RMS norm
+    /// subtracts nothing.
     #[inline(always)]
-    unsafe fn mean<M: Model, const LANES: u32>(sum: f32, count: u32) -> f32 {
-        // It is multiplied by the reciprocal of a constant: a division in full precision would be a
-        // call.
-        if is_layer_norm::<M>() { warp::sum::<LANES>(sum) * (1.0 / count as f32) } else { 0.0 }
+    unsafe fn mean<M: Model, const LANES: u32>(sum: f32, share: f32) -> f32 {
+        if M::numbers().norm_is_layer { warp::sum::<LANES>(sum) * share } else { 0.0 }
     }
 
     /// Makes it from the squared distances to the mean. `distance` is the lane's part of their sum.
     #[inline(always)]
-    unsafe fn new<M: Model, const LANES: u32>(mean: f32, distance: f32, count: u32) -> Statistic {
-        let eps = match M::QK_NORM {
-            Some(norm) => norm.eps as f32,
-            None => 0.0,
-        };
-        let variance = warp::sum::<LANES>(distance) * (1.0 / count as f32);
-        Statistic { mean, factor: math::reciprocal_sqrt(variance + eps) }
+    unsafe fn new<M: Model, const LANES: u32>(mean: f32, distance: f32, share: f32) -> Statistic {
+        let variance = warp::sum::<LANES>(distance) * share;
+        Statistic { mean, factor: math::reciprocal_sqrt(variance + M::numbers().norm_eps) }
     }
 }
 
@@ -66,17 +49,18 @@ impl Affine {
         if norm.weight != 0 {
             affine.weight = global::load_f32x8(norm.weight + first as u64 * 4);
         }
-        if is_layer_norm::<M>() && norm.bias != 0 {
+        if M::numbers().norm_is_layer && norm.bias != 0 {
             affine.bias = global::load_f32x8(norm.bias + first as u64 * 4);
         }
         affine
     }
 
     #[inline(always)]
-    pub fn apply(&self, mut x: [f32; 8], statistic: Statistic) -> [f32; 8] {
+    pub fn apply<M: Model>(&self, mut x: [f32; 8], statistic: Statistic) -> [f32; 8] {
         let mut i = 0;
         while i < 8 {
-            x[i] = math::fma((x[i] - statistic.mean) * statistic.factor, self.weight[i], self.bias[i]);
+            let distance = distance::<M>(x[i], statistic.mean);
+            x[i] = math::fma(distance * statistic.factor, self.weight[i], self.bias[i]);
             i += 1;
         }
         x
@@ -87,22 +71,22 @@ impl Affine {
 #[inline(always)]
 pub unsafe fn token_statistic<M: Model>(heads: &mut Heads) -> Statistic {
     let (mut sum, mut distance) = (0.0, 0.0);
-    if is_layer_norm::<M>() {
+    if M::numbers().norm_is_layer {
         heads.each::<M>(
             #[inline(always)]
             |head| sum += element::widen::<M::Element>(head.values).iter().sum::<f32>(),
         );
     }
-    let mean = Statistic::mean::<M, 32>(sum, M::HEADS * M::HEAD_DIM);
+    let mean = Statistic::mean::<M, 32>(sum, M::numbers().heads_mean);
     heads.each::<M>(
         #[inline(always)]
         |head| {
             if head.read {
-                distance += squared_distance(element::widen::<M::Element>(head.values), mean);
+                distance += squared_distance::<M>(element::widen::<M::Element>(head.values), mean);
             }
         },
     );
-    Statistic::new::<M, 32>(mean, distance, M::HEADS * M::HEAD_DIM)
+    Statistic::new::<M, 32>(mean, distance, M::numbers().heads_mean)
 }
 
 /// The statistic of one head's row, over the lanes that hold it.
@@ -113,16 +97,24 @@ pub unsafe fn head_statistic<M: Model>(x: [f32; 8]) -> Statistic {
 
 #[inline(always)]
 unsafe fn head_statistic_over<M: Model, const LANES: u32>(x: [f32; 8]) -> Statistic {
-    let mean = Statistic::mean::<M, LANES>(x.iter().sum(), M::HEAD_DIM);
-    Statistic::new::<M, LANES>(mean, squared_distance(x, mean), M::HEAD_DIM)
+    let share = 1.0 / M::HEAD_DIM as f32;
+    let mean = Statistic::mean::<M, LANES>(x.iter().sum(), share);
+    Statistic::new::<M, LANES>(mean, squared_distance::<M>(x, mean), share)
 }
 
 /// The sum of (x - mean)^2.
 #[inline(always)]
-fn squared_distance(x: [f32; 8], mean: f32) -> f32 {
+fn squared_distance<M: Model>(x: [f32; 8], mean: f32) -> f32 {
     let mut sum = 0.0;
     for x in x {
-        sum = math::fma(x - mean, x - mean, sum);
+        let distance = distance::<M>(x, mean);
+        sum = math::fma(distance, distance, sum);
     }
     sum
+}
+
+/// x - mean. The mean of an RMS norm is 0, and ptxas does not leave out a subtraction of 0.
+#[inline(always)]
+fn distance<M: Model>(x: f32, mean: f32) -> f32 {
+    if M::numbers().norm_is_layer { x - mean } else { x }
 }

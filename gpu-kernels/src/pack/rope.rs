@@ -2,41 +2,19 @@
 
 use crate::cuda::{global, math, warp};
 use crate::model::Model;
-use framestride_shapes::norm_rope::Pairs;
 use framestride_shapes::params::PackParams;
-
-#[inline(always)]
-pub fn rotates_text<M: Model>() -> bool {
-    M::ROPE.is_some_and(|rope| rope.text)
-}
-
-#[inline(always)]
-pub fn rotates_per_head<M: Model>() -> bool {
-    M::ROPE.is_some_and(|rope| rope.per_head)
-}
-
-#[inline(always)]
-fn is_interleaved<M: Model>() -> bool {
-    M::ROPE.is_some_and(|rope| matches!(rope.pairs, Pairs::Interleaved))
-}
-
-/// Channels of a head that are rotated. They come first.
-#[inline(always)]
-fn channels<M: Model>() -> u32 {
-    M::ROPE.map_or(0, |rope| rope.channels)
-}
 
 /// Whether a chunk of a head is rotated, or lies behind the rotated channels.
 #[inline(always)]
 fn is_rotated<M: Model>(chunk: u32) -> bool {
     // The first comparison is one of constants, and leaves no code where it holds.
-    channels::<M>() == M::HEAD_DIM || chunk < channels::<M>() / 8
+    M::numbers().rope_channels == M::HEAD_DIM || chunk < M::numbers().rope_channels / 8
 }
 
 /// The chunk that a rotated chunk of one half is paired with, in the other half.
 #[inline(always)]
 fn partner<M: Model>(chunk: u32) -> u32 {
-    let half = channels::<M>() / 16;
+    let half = M::numbers().rope_channels / 16;
     if chunk < half { chunk + half } else { chunk - half }
 }
 
@@ -69,12 +47,12 @@ impl Rotation {
     /// Loads them from row `row` of the tables. A chunk that is not rotated gets the identity.
     #[inline(always)]
     pub unsafe fn load<M: Model>(tables: Tables, row: u32, chunk: u32) -> Rotation {
-        let row = row as u64 * (channels::<M>() / 2 * 4) as u64;
+        let row = row as u64 * (M::numbers().rope_channels / 2 * 4) as u64;
         let mut rotation = Rotation::IDENTITY;
         if !is_rotated::<M>(chunk) {
             return rotation;
         }
-        if is_interleaved::<M>() {
+        if M::numbers().rope_interleaved {
             let place = row + (chunk * 16) as u64;
             let (cos, sin) = (global::load_f32x4(tables.cos + place), global::load_f32x4(tables.sin + place));
             let mut i = 0;
@@ -115,7 +93,7 @@ impl Rotation {
     pub unsafe fn apply<M: Model>(&self, x: [f32; 8], chunk: u32) -> [f32; 8] {
         let Rotation { cos, sin } = self;
         let mut out = x;
-        if is_interleaved::<M>() {
+        if M::numbers().rope_interleaved {
             let mut i = 0;
             while i < 4 {
                 let (a, b) = (x[2 * i], x[2 * i + 1]);
@@ -124,8 +102,10 @@ impl Rotation {
                 i += 1;
             }
         } else {
-            // Lanes that differ like the chunks hold them for the same head.
-            let lanes = chunk ^ partner::<M>(chunk);
+            // Lanes that differ like the chunks hold them for the same head. Between whole halves the
+            // distance is a constant, which takes no register.
+            let is_whole = M::numbers().rope_channels == M::HEAD_DIM;
+            let lanes = if is_whole { M::HEAD_DIM / 16 } else { chunk ^ partner::<M>(chunk) };
             let mut i = 0;
             while i < 8 {
                 out[i] = math::fma(warp::exchange(x[i], lanes), sin[i], x[i] * cos[i]);

@@ -76,7 +76,7 @@ impl Heads {
         let steps = self.count.div_ceil(heads_at_once::<M>());
         let mut first = 0;
         while first < steps {
-            let count = M::PACK.held_steps.min(steps - first);
+            let count = M::numbers().pack_held_steps.min(steps - first);
             // They are still held from the last time if the whole row has room.
             if self.held.first != first {
                 self.hold::<M>(first, count);
@@ -101,7 +101,7 @@ impl Heads {
     unsafe fn hold<M: Model>(&mut self, first: u32, count: u32) {
         let (mut present, mut temporal) = (0, 0);
         let mut i = 0;
-        while i < M::PACK.held_steps {
+        while i < M::numbers().pack_held_steps {
             // Each lane of a head looks at another step.
             let head = head_of::<M>(first + i + chunk::<M>());
             let is_present = head < self.count;

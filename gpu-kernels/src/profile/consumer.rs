@@ -19,7 +19,7 @@ use framestride_shapes::params::ProfileParams;
 /// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
 #[inline(always)]
 pub unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
-    let packed_q = params.packed_q + M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
+    let packed_q = params.packed_q + M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
     const THREADS: u32 = CONSUMERS * WARPGROUP;
     let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
     let chunks = M::IMAGE.row_chunks();
@@ -49,7 +49,7 @@ pub unsafe fn consume<M: Model>(
     let warpgroup = consumer_warp / 4;
     let columns = if Map::<M>::TURNS { 0 } else { warpgroup };
     let samples = fragment::thread_rows(consumer_warp % 4 * 16, lane);
-    let end = valid_text + M::LAYOUT.video_tokens();
+    let end = valid_text + M::layout().video_tokens();
     let consumer = Consumer { lane, warpgroup, columns, samples, end };
     let plan = M::partials(params.splits);
     let partial = params.partials + plan.offset(head, group, split) * 4;

@@ -111,7 +111,7 @@ pub unsafe fn profile<M: Model>(params: &ProfileParams) {
     let (split, group, head) = (thread::block_x(), thread::block_y(), thread::block_z());
     let thread_warp = thread::warp();
     let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
-    let end = valid_text + M::LAYOUT.video_tokens();
+    let end = valid_text + M::layout().video_tokens();
     let tiles = end.div_ceil(KEY_ROWS);
     // Splits differ by one tile at most.
     let (share, rest) = (tiles / params.splits, tiles % params.splits);
@@ -180,6 +180,7 @@ fn next_sweep(mask: u32, lost: u32) -> u32 {
 /// The row of the video, frame-major, that is a sample. Samples beyond the last repeat it.
 #[inline(always)]
 fn sampled_row<M: Model>(params: &ProfileParams, head: u32, group: u32, sample: u32) -> u32 {
-    let index = (group * SAMPLE_ROWS + sample).min(M::PROFILE_ROWS - 1);
-    M::LAYOUT.sampled_video_row(params.seed, head, index, M::PROFILE_ROWS)
+    let samples = M::numbers().profile_rows;
+    let index = (group * SAMPLE_ROWS + sample).min(samples.value - 1);
+    M::layout().sampled_video_row(params.seed, head, index, samples)
 }

@@ -69,7 +69,7 @@ impl Producer {
     /// Brings the tiles once. Returns whether the thread's sample sees any of their keys.
     #[inline(always)]
     unsafe fn bring<M: Model>(&mut self, params: &ProfileParams, head: u32, tiles: &Range<u32>) -> bool {
-        let head_bytes = M::IMAGE.bytes(M::LAYOUT.packed_rows()) as u64 * head as u64;
+        let head_bytes = M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
         let bytes = M::IMAGE.bytes(KEY_ROWS);
         let mut all_seen = 0;
         let mut tile = tiles.start;
@@ -93,7 +93,7 @@ impl Producer {
                 );
             }
             let first = tile * KEY_ROWS;
-            let seen = band::sample_keys::<M>(self.candidate, self.video, self.valid_text, first);
+            let seen = band::sample_keys::<M>(params.half_widths(), self.candidate, self.video, self.valid_text, first);
             let place = Map::<M>::seen(stage, self.sample) + self.candidate * 8;
             shared::store_u32(place, seen as u32);
             shared::store_u32(place + 4, (seen >> 32) as u32);

@@ -93,8 +93,8 @@ impl SpecBuilder {
         } = spec;
         SpecBuilder::new()
             .name(name)
-            .frames(layout.frames)
-            .tokens_per_frame(layout.tokens_per_frame)
+            .frames(layout.frames.value)
+            .tokens_per_frame(layout.tokens_per_frame.value)
             .grid(*grid)
             .text(layout.text_tokens, layout.text_position)
             .heads(*heads)

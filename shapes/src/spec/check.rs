@@ -7,7 +7,7 @@ use super::{
 };
 use crate::density;
 use crate::image::{ATOM_ROWS, Image};
-use crate::layout::{HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::layout::{Divisor, HeadType, Layout, PAD_ROWS, TextPosition};
 
 const NAME: &Key = find("name");
 const FRAMES: &Key = find("video.frames");
@@ -127,8 +127,8 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     let image = Image { head_dim, dtype: dtype.unwrap_or(Dtype::Bf16) };
     check_sizes(r, frames?, tokens_per_frame?, text_tokens?, image, heads?, batch?, rope?)?;
     let mut layout = Layout {
-        frames: frames?,
-        tokens_per_frame: tokens_per_frame?,
+        frames: Divisor::new(frames?),
+        tokens_per_frame: Divisor::new(tokens_per_frame?),
         text_tokens: text_tokens?,
         text_position: text_position?,
         sink_frames: sink_frames.filter(|&sinks| Some(sinks) < frames)?,
@@ -336,16 +336,16 @@ fn solve_width(r: &mut Reader, keys: &WidthKeys, layout: &Layout, width: Width) 
             None
         }
         Width::Frames(frames) => {
-            let tokens = (frames * f64::from(layout.tokens_per_frame)).round();
-            if tokens >= 1.0 && frames <= f64::from(layout.frames) {
+            let tokens = (frames * f64::from(layout.tokens_per_frame.value)).round();
+            if tokens >= 1.0 && frames <= f64::from(layout.frames.value) {
                 return Some(tokens as u32);
             }
             // Half a token is rounded to one token.
-            let least = rounded_up(0.5 / f64::from(layout.tokens_per_frame));
+            let least = rounded_up(0.5 / f64::from(layout.tokens_per_frame.value));
             r.report(
                 keys.frames,
                 format!("is {frames}, which makes {tokens} tokens"),
-                format!("a number from {least} to {}, which make 1 to {video} tokens", layout.frames),
+                format!("a number from {least} to {}, which make 1 to {video} tokens", layout.frames.value),
                 if tokens < 1.0 { "give a wider band" } else { "give a narrower band" },
             );
             None

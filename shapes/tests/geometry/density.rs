@@ -1,7 +1,7 @@
 //! Densities by formula and by counting.
 
 use framestride_shapes::density::{half_width_of_density, least_density, visible_pairs, visible_pairs_of_width};
-use framestride_shapes::layout::{HeadType, Layout};
+use framestride_shapes::layout::{Divisor, HeadType, Layout};
 use proptest::prelude::*;
 
 use crate::{cases, layouts, rule, shipped};
@@ -59,8 +59,8 @@ proptest! {
 #[test]
 fn ties_go_to_the_smaller_width() {
     let layout = Layout {
-        frames: 1,
-        tokens_per_frame: 4,
+        frames: Divisor::new(1),
+        tokens_per_frame: Divisor::new(4),
         text_tokens: 0,
         text_position: framestride_shapes::layout::TextPosition::Last,
         sink_frames: 0,

@@ -2,7 +2,8 @@
 
 use framestride_shapes::fragment::{seen_keys, thread_keys};
 use framestride_shapes::image::ATOM_ROWS;
-use framestride_shapes::layout::{HeadType, Layout, PAD_ROWS, TextPosition, Visible};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS, TextPosition, Visible};
+use framestride_shapes::numbers::Numbers;
 use proptest::prelude::*;
 
 use crate::rule::{self, Token};
@@ -71,12 +72,12 @@ proptest! {
     fn temporal_patches_are_the_rule(layout in layouts()) {
         let rows = |video: u32| layout.first_video_row() + video;
         for query in 0..layout.video_tokens() {
-            let position = query % layout.tokens_per_frame * layout.frames + query / layout.tokens_per_frame;
-            for frame in layout.sink_frames..layout.frames {
+            let position = query % layout.tokens_per_frame.value * layout.frames.value + query / layout.tokens_per_frame.value;
+            for frame in layout.sink_frames..layout.frames.value {
                 let [start, end] = layout.temporal_patches(position, frame);
-                prop_assert!(start <= end && end <= layout.tokens_per_frame);
-                for patch in 0..layout.tokens_per_frame {
-                    let key = rows(frame * layout.tokens_per_frame + patch);
+                prop_assert!(start <= end && end <= layout.tokens_per_frame.value);
+                for patch in 0..layout.tokens_per_frame.value {
+                    let key = rows(frame * layout.tokens_per_frame.value + patch);
                     let expected = rule::sees(&layout, HeadType::Temporal, rows(query), key, layout.text_tokens);
                     prop_assert_eq!((start..end).contains(&patch), expected, "query {}, frame {}, {}", query, frame, patch);
                 }
@@ -124,7 +125,7 @@ proptest! {
         let video = layout.video_tokens();
         let samples = samples.min(video);
         for index in 0..samples {
-            let row = layout.sampled_video_row(seed, head, index, samples);
+            let row = layout.sampled_video_row(seed, head, index, Divisor::new(samples));
             let stratum = index * video / samples..(index + 1) * video / samples;
             prop_assert!(stratum.contains(&row), "sample {index} of {samples} is row {row}, outside {stratum:?}");
         }
@@ -136,8 +137,8 @@ proptest! {
 #[test]
 fn samples_are_uniform() {
     let layout = Layout {
-        frames: 8,
-        tokens_per_frame: 8,
+        frames: Divisor::new(8),
+        tokens_per_frame: Divisor::new(8),
         text_tokens: 0,
         text_position: TextPosition::Last,
         sink_frames: 0,
@@ -148,7 +149,7 @@ fn samples_are_uniform() {
     for seed in 0..100 {
         for head in 0..40 {
             for index in 0..4 {
-                counts[layout.sampled_video_row(seed, head, index, 4) as usize] += 1;
+                counts[layout.sampled_video_row(seed, head, index, Divisor::new(4)) as usize] += 1;
             }
         }
     }
@@ -168,8 +169,8 @@ fn largest_layouts_do_not_overflow() {
         let text_tokens = most - video;
         for sink_frames in [0, 1, frames - 1] {
             let layout = Layout {
-                frames,
-                tokens_per_frame,
+                frames: Divisor::new(frames),
+                tokens_per_frame: Divisor::new(tokens_per_frame),
                 text_tokens,
                 text_position: TextPosition::First,
                 sink_frames: sink_frames.min(frames - 1),
@@ -250,5 +251,39 @@ proptest! {
         for lane in 0..32 {
             prop_assert_eq!(thread_keys(keys, lane), seen_keys(visible, first, 64, lane), "lane {}", lane);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    /// A divisor divides as `/` and `%` do, around multiples and at the largest numbers too.
+    #[test]
+    fn divisors_divide(value in prop_oneof![1..=100u32, 1..1u32 << 25], x in 0..1u32 << 31, near in -2..=2i64) {
+        let divisor = Divisor::new(value);
+        let multiple = i64::from(x / value * value) + near;
+        let largest = (1u32 << 31) - 1;
+        for x in [x, largest, largest - x % 100, multiple.clamp(0, i64::from(largest)) as u32] {
+            prop_assert_eq!(divisor.divide(x), (x / value, x % value), "{} by {}", x, value);
+            prop_assert_eq!(divisor.quotient(x), x / value);
+            if x + value <= 1 << 31 {
+                prop_assert_eq!(divisor.div_ceil(x), x.div_ceil(value), "{} by {}, rounded up", x, value);
+            }
+        }
+        prop_assert_eq!(Divisor::from_parts(divisor.parts()), divisor);
+    }
+}
+
+/// Kernels get the geometry of a spec as numbers, and half widths at launch.
+#[test]
+fn numbers_hold_the_layout() {
+    for spec in super::shipped() {
+        let numbers = Numbers::of(&spec);
+        let half_widths = [spec.layout.spatial_half_width, spec.layout.temporal_half_width];
+        assert_eq!(numbers.layout().with_half_widths(half_widths), spec.layout, "{}", spec.name);
+        assert_eq!(numbers.partials(spec.head_dim, 3), spec.partials(3), "{}", spec.name);
+        let names: Vec<String> = numbers.literals().into_iter().map(|(name, _)| name).collect();
+        let unique: std::collections::BTreeSet<&String> = names.iter().collect();
+        assert_eq!(unique.len(), names.len(), "two literals have one name: {names:?}");
     }
 }

@@ -10,7 +10,7 @@ mod layout;
 mod rule;
 mod tiling;
 
-use framestride_shapes::layout::{HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, TextPosition};
 use proptest::prelude::*;
 
 /// Cases are cheap and the edges of layouts many.
@@ -27,8 +27,8 @@ fn layouts() -> impl Strategy<Value = Layout> {
             let width = move || prop_oneof![1..=video, 1..=video.div_ceil(4), Just(video)];
             (0..frames, width(), width()).prop_map(move |(sink_frames, spatial_half_width, temporal_half_width)| {
                 Layout {
-                    frames,
-                    tokens_per_frame,
+                    frames: Divisor::new(frames),
+                    tokens_per_frame: Divisor::new(tokens_per_frame),
                     text_tokens,
                     text_position: if first { TextPosition::First } else { TextPosition::Last },
                     sink_frames,

@@ -13,8 +13,8 @@ pub enum Token {
 
 /// The token at a row of the model's order.
 pub fn token(layout: &Layout, row: u32) -> Token {
-    let video = layout.frames * layout.tokens_per_frame;
-    let video_row = |row: u32| Token::Video(row / layout.tokens_per_frame, row % layout.tokens_per_frame);
+    let video = layout.frames.value * layout.tokens_per_frame.value;
+    let video_row = |row: u32| Token::Video(row / layout.tokens_per_frame.value, row % layout.tokens_per_frame.value);
     match layout.text_position {
         TextPosition::First if row < layout.text_tokens => Token::Text(row),
         TextPosition::First => video_row(row - layout.text_tokens),
@@ -27,8 +27,8 @@ pub fn token(layout: &Layout, row: u32) -> Token {
 pub fn position(layout: &Layout, head: HeadType, frame: u32, place: u32) -> i64 {
     let (frame, place) = (i64::from(frame), i64::from(place));
     match head {
-        HeadType::Dense | HeadType::Spatial => frame * i64::from(layout.tokens_per_frame) + place,
-        HeadType::Temporal => place * i64::from(layout.frames) + frame,
+        HeadType::Dense | HeadType::Spatial => frame * i64::from(layout.tokens_per_frame.value) + place,
+        HeadType::Temporal => place * i64::from(layout.frames.value) + frame,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use framestride_shapes::layout::{HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, TextPosition};
 use framestride_shapes::models;
 use framestride_shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width,
@@ -61,8 +61,8 @@ fn every_key_is_read() {
     let expected = Spec {
         name: "hunyuan_video_720p".into(),
         layout: Layout {
-            frames: 33,
-            tokens_per_frame: 3600,
+            frames: Divisor::new(33),
+            tokens_per_frame: Divisor::new(3600),
             text_tokens: 256,
             text_position: TextPosition::Last,
             sink_frames: 0,
@@ -103,8 +103,8 @@ fn what_is_not_written_has_its_default() {
     let expected = Spec {
         name: "least".into(),
         layout: Layout {
-            frames: 3,
-            tokens_per_frame: 7,
+            frames: Divisor::new(3),
+            tokens_per_frame: Divisor::new(7),
             text_tokens: 0,
             text_position: TextPosition::Last,
             sink_frames: 0,
@@ -235,8 +235,8 @@ fn shapes() {
             spec.heads,
             spec.head_dim,
             spec.dtype.as_str(),
-            layout.frames,
-            layout.tokens_per_frame,
+            layout.frames.value,
+            layout.tokens_per_frame.value,
             layout.sequence(),
             layout.sink_frames,
         );
@@ -315,7 +315,7 @@ fn written(spec: &Spec) -> Value {
     };
     json!({
         "name": spec.name,
-        "video": { "frames": spec.layout.frames, "tokens_per_frame": spec.layout.tokens_per_frame, "grid": spec.grid },
+        "video": { "frames": spec.layout.frames.value, "tokens_per_frame": spec.layout.tokens_per_frame.value, "grid": spec.grid },
         "text": { "tokens": spec.layout.text_tokens, "position": position },
         "attention": {
             "heads": spec.heads, "head_dim": spec.head_dim, "dtype": spec.dtype.as_str(), "batch": spec.batch,

@@ -1,7 +1,7 @@
 //! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is
 //! refused and names the limit.
 
-use framestride_shapes::layout::{HeadType, Layout, PAD_ROWS};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS};
 use framestride_shapes::spec::Spec;
 
 /// A spec of one frame, with the keys that `more` adds to it.
@@ -36,10 +36,10 @@ fn ask(layout: &Layout) {
             }
         }
         for position in [0, layout.video_tokens() - 1] {
-            layout.temporal_patches(position, layout.frames - 1);
+            layout.temporal_patches(position, layout.frames.value - 1);
         }
     }
-    let last = layout.sampled_video_row(u64::MAX, u32::MAX, 1023, 1024);
+    let last = layout.sampled_video_row(u64::MAX, u32::MAX, 1023, Divisor::new(1024));
     assert!(last < layout.video_tokens());
 }
 

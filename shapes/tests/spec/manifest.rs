@@ -1,6 +1,5 @@
 //! The manifest beside a PTX file, and the workspace whose size it names.
 
-use framestride_shapes::layout::HeadType;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT, KernelResources, Manifest, Param, Ptxas};
 use framestride_shapes::models;
 use framestride_shapes::spec::Spec;
@@ -19,6 +18,7 @@ fn manifest() -> Manifest {
         arch: "sm_90a".into(),
         compiler: Compiler { rustc: "1.96.0 (0123456)".into(), llvm: "22.1.2".into() },
         ptx_sha256: "0123456789abcdef".repeat(4),
+        template_sha256: None,
         kernels: vec![KernelResources {
             entry: "attention".into(),
             threads: 512,
@@ -28,11 +28,7 @@ fn manifest() -> Manifest {
             params: vec![Param { name: "params".into(), ty: "AttentionParams".into(), offset: 0, bytes: 104 }],
             ptxas: Some(Ptxas { registers: 128, stack: 0, spill_stores: 0, spill_loads: 0, messages: vec![] }),
         }],
-        densities: Some(Densities {
-            dense: 1.0,
-            spatial: spec.density(HeadType::Spatial),
-            temporal: spec.density(HeadType::Temporal),
-        }),
+        densities: Some(Densities::of(&spec)),
         workspace_bytes: Some(spec.workspace(spec.batch, spec.heads, 1).bytes),
     }
 }
@@ -122,8 +118,8 @@ fn bad_manifests() {
     let cases: &[(&str, &str, &str)] = &[
         ("not JSON", "{", "["),
         ("cut off", "\"workspace_bytes\"", "\u{0}"),
-        ("no format", "\"format\": 1,", ""),
-        ("another format", "\"format\": 1,", "\"format\": 2, \"kernel_ids\": [],"),
+        ("no format", "\"format\": 2,", ""),
+        ("another format", "\"format\": 2,", "\"format\": 3, \"kernel_ids\": [],"),
         ("field missing", "\"arch\": \"sm_90a\",", ""),
         ("unknown field", "\"arch\"", "\"target\": 1, \"arch\""),
         ("wrong type", "\"threads\": 512", "\"threads\": \"512\""),

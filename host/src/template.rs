@@ -1,0 +1,109 @@
+//! Templates of kernels, whose numbers are filled in when a spec is loaded.
+//!
+//! There is one for each element type and head dim. Where kernels know a number of the spec, the
+//! PTX of a template has a name ([`framestride_shapes::numbers`]).
+
+use std::collections::HashMap;
+use std::io::Read;
+
+use flate2::read::GzDecoder;
+use framestride_shapes::blocks::PackBlock;
+use framestride_shapes::image::Image;
+use framestride_shapes::manifest::{Densities, Manifest};
+use framestride_shapes::numbers::{Numbers, PREFIX};
+use framestride_shapes::shared::PackShared;
+use framestride_shapes::spec::Spec;
+
+use crate::error::{Error, Result};
+use crate::launch::Kernel;
+use crate::module::sha256;
+
+/// The name, the compressed PTX and the manifest of each template, in the order of [`Image::ALL`].
+const TEMPLATES: [(&str, &[u8], &str); Image::ALL.len()] = {
+    macro_rules! templates {
+        ($($name:literal),*) => {
+            [$((
+                $name,
+                include_bytes!(concat!("../kernels/", $name, ".ptx.gz")),
+                include_str!(concat!("../kernels/", $name, ".json")),
+            )),*]
+        };
+    }
+    templates!["sm_90a_bf16_64", "sm_90a_f16_64", "sm_90a_bf16_128", "sm_90a_f16_128"]
+};
+
+/// The PTX of the spec's template with the numbers of the spec, and its manifest.
+pub(crate) fn fill(spec: &Spec) -> Result<(String, Manifest)> {
+    let (name, compressed, manifest) = TEMPLATES[spec.image().index()];
+    let damaged = |found: String| {
+        Error::input(
+            format!("template {name}"),
+            found,
+            "the template that this version was built with",
+            "Install it again",
+        )
+    };
+    let mut template = String::new();
+    GzDecoder::new(compressed).read_to_string(&mut template).map_err(|error| damaged(error.to_string()))?;
+    let mut manifest = Manifest::parse(name, manifest)?;
+    // Its first line says what it was made for, which is another thing now.
+    let body = template.split_once('\n').map_or("", |(_, body)| body);
+    let body = with_numbers(body, &Numbers::of(spec))
+        .map_err(|unknown| damaged(format!("{PREFIX}{unknown}, which is no number of a spec")))?;
+    let pack = PackBlock::new(spec.heads, spec.image());
+    for kernel in &mut manifest.kernels {
+        if kernel.entry == Kernel::Pack.entry() {
+            kernel.threads = pack.threads();
+            kernel.min_blocks = pack.min_blocks;
+            kernel.shared_bytes = PackShared::new(pack.warps, pack.held_steps).bytes;
+        }
+    }
+    manifest.name.clone_from(&spec.name);
+    manifest.spec = Some(spec.source.text.clone());
+    manifest.densities = Some(Densities::of(spec));
+    manifest.workspace_bytes = Some(spec.workspace(spec.batch, spec.heads, 1).bytes);
+    let ptx = format!("{}\n{body}", manifest.statement());
+    manifest.template_sha256 = Some(std::mem::replace(&mut manifest.ptx_sha256, sha256(&ptx)));
+    Ok((ptx, manifest))
+}
+
+/// A template's text with a number in place of each name. The error is a name that has none.
+fn with_numbers<'a>(template: &'a str, numbers: &Numbers) -> Result<String, &'a str> {
+    let literals: HashMap<String, u32> = numbers.literals().into_iter().collect();
+    let mut parts = template.split(PREFIX);
+    let mut filled = String::with_capacity(template.len());
+    filled += parts.next().unwrap_or("");
+    for part in parts {
+        let end = part.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(part.len());
+        let (name, rest) = part.split_at(end);
+        filled += &literals.get(name).ok_or(name)?.to_string();
+        filled += rest;
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_names_are_filled_in() {
+        let numbers = Numbers { text_tokens: 7, text_first: true, norm_eps: 1.0, ..Numbers::default() };
+        let filled = with_numbers("mov.u32 %r1, FS_text_tokens;\n.maxntid FS_frames_shift\nFS_norm_eps", &numbers);
+        assert_eq!(filled.unwrap(), format!("mov.u32 %r1, 7;\n.maxntid 0\n{}", 1f32.to_bits()));
+        // `text_tokens` is a prefix of this name.
+        assert_eq!(with_numbers("FS_text_tokens_more;", &numbers), Err("text_tokens_more"));
+    }
+
+    #[test]
+    fn templates_are_in_order_and_whole() {
+        for (image, (name, compressed, manifest)) in Image::ALL.into_iter().zip(TEMPLATES) {
+            let mut ptx = String::new();
+            GzDecoder::new(compressed).read_to_string(&mut ptx).unwrap();
+            let manifest = Manifest::parse(name, manifest).unwrap();
+            assert!(name.ends_with(&image.name()), "{name} stands at the place of {}", image.name());
+            assert_eq!((manifest.name.as_str(), &manifest.ptx_sha256), (name, &sha256(&ptx)));
+            assert_eq!(manifest.mismatch(&ptx), None);
+        }
+    }
+}
