@@ -94,13 +94,11 @@ def shipped(name: str) -> Says:
     return Says(spec["attention"]["head_dim"], spec["qk_norm"], spec["rope"], spec.get("text", {}).get("position"))
 
 
-def rms(eps: float, over: str = "head") -> dict:
-    return {"kind": "rms", "over": over, "eps": eps}
+def rms(eps: float) -> dict:
+    return {"kind": "rms", "over": "head", "eps": eps}
 
 
 INTERLEAVED = {"pairs": "interleaved"}
-INTERLEAVED_PER_HEAD = {"pairs": "interleaved", "per_head": True}
-HALF_PER_HEAD = {"pairs": "half", "per_head": True}
 
 
 # Models and the arguments of their forward. What is not named has the default of its class, which
@@ -347,30 +345,28 @@ FAMILIES = [
     Family("CogVideoX-1.5", shipped("cogvideox_1_5_5b_768x1360"),
            lambda: cogvideox(2, crops_coords=None, grid_type="slice", max_size=(30, 45)),
            "transformer_blocks.0.attn1"),
-    # The shipped spec has an eps of 1e-6, as NVIDIA's code has.
+    # The shipped specs have an eps of 1e-6, as NVIDIA's code has.
     Family("Cosmos", replace(shipped("cosmos_1_14b_704x1280"), qk_norm=rms(1e-5)), cosmos,
            "transformer_blocks.0.attn1"),
-    Family("Cosmos-Predict2.5", replace(shipped("cosmos_1_14b_704x1280"), qk_norm=rms(1e-5)),
+    Family("Cosmos-Predict2.5", replace(shipped("cosmos_predict_2_5_2b_704x1280"), qk_norm=rms(1e-5)),
            lambda: cosmos(extra_pos_embed_type=None, rope_scale=(1.0, 3.0, 3.0)), "transformer_blocks.0.attn1"),
     Family("LTX-Video", shipped("ltx_video_512x704"), ltx_video, "transformer_blocks.0.attn1"),
-    Family("LTX-2", Says(128, rms(1e-6, "heads"), INTERLEAVED_PER_HEAD), lambda: ltx_2("interleaved"),
-           "transformer_blocks.0.attn1"),
-    Family("LTX-2.3 and 2.5", Says(128, rms(1e-6, "heads"), HALF_PER_HEAD), lambda: ltx_2("split"),
-           "transformer_blocks.0.attn1", heads_before_rows=True),
+    Family("LTX-2", shipped("ltx_2_1088x1920"), lambda: ltx_2("interleaved"), "transformer_blocks.0.attn1"),
+    Family("LTX-2.3 and 2.5", shipped("ltx_2_5_1088x1920"), lambda: ltx_2("split"), "transformer_blocks.0.attn1",
+           heads_before_rows=True),
     # Prompt and sound are rows before the video, and all rows are rotated.
-    Family("MiniMax-H3", Says(128, rms(1e-5), {"pairs": "half", "channels": 96, "text": True}, "first"), minimax_h3,
-           "transformer_blocks.0.attn"),
-    Family("Mochi", Says(128, rms(1e-5), INTERLEAVED_PER_HEAD, "last"), mochi, "transformer_blocks.0.attn1", LENGTHS),
+    Family("MiniMax-H3", shipped("minimax_h3_5s_768x1344"), minimax_h3, "transformer_blocks.0.attn"),
+    Family("Mochi", shipped("mochi_1_480x848"), mochi, "transformer_blocks.0.attn1", LENGTHS),
+    Family("Kandinsky 5 Lite", shipped("kandinsky_5_lite_512x768"), lambda: kandinsky_5((16, 24, 24)),
+           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
+    Family("Kandinsky 5 Pro", shipped("kandinsky_5_pro_768x1280"), lambda: kandinsky_5((32, 48, 48)),
+           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
     # The norms have no eps of their own. torch takes the distance of f32 numbers near 1.
-    Family("Kandinsky 5 Lite", Says(64, rms(2.0**-23), INTERLEAVED), lambda: kandinsky_5((16, 24, 24)),
-           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
-    Family("Kandinsky 5 Pro", Says(128, rms(2.0**-23), INTERLEAVED), lambda: kandinsky_5((32, 48, 48)),
-           "visual_transformer_blocks.0.self_attention", rounds_to_bf16=True),
     Family("Kandinsky 6", Says(128, rms(2.0**-23), INTERLEAVED), kandinsky_6,
            "visual_transformer_blocks.0.video_dec_block.self_attention"),
-    Family("Motif-Video, double block", Says(128, rms(1e-6), INTERLEAVED, "last"), motif_video,
-           "transformer_blocks.0.attn", LENGTHS),
-    Family("Motif-Video, single block", Says(128, rms(1e-6), INTERLEAVED, "last"), motif_video,
+    Family("Motif-Video, double block", shipped("motif_video_2b_736x1280"), motif_video, "transformer_blocks.0.attn",
+           LENGTHS),
+    Family("Motif-Video, single block", shipped("motif_video_2b_736x1280"), motif_video,
            "single_transformer_blocks.0.attn", LENGTHS),
     Family("EasyAnimate", Says(64, {"kind": "layer", "over": "head", "eps": 1e-6}, INTERLEAVED, "first"),
            easy_animate, "transformer_blocks.0.attn1"),

@@ -7,6 +7,7 @@ mod good;
 mod limits;
 mod manifest;
 mod schema;
+mod shipped;
 
 /// Writes a JSON value as the TOML of a spec.
 fn toml(value: &serde_json::Value) -> String {
