@@ -337,7 +337,7 @@ FAMILIES = [
     Family("HunyuanVideo-1.5", shipped("hunyuan_video_1_5_720p"), hunyuan_video_1_5,
            "transformer_blocks.0.attn", LENGTHS),
     Family("Wan", shipped("wan_14b_720p"), lambda: wan(diffusers.WanTransformer3DModel), "blocks.0.attn1"),
-    Family("Wan-VACE, control block", shipped("wan_14b_720p"), wan_vace, "vace_blocks.0.attn1"),
+    Family("Wan-VACE, control block", shipped("wan_vace_14b_720p"), wan_vace, "vace_blocks.0.attn1"),
     Family("SkyReels-V2", shipped("wan_14b_720p"), lambda: wan(diffusers.SkyReelsV2Transformer3DModel),
            "blocks.0.attn1"),
     Family("CogVideoX", shipped("cogvideox_5b_480x720"),
