@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use framestride_builder::Spec;
 use serde::Deserialize;
 
 use crate::{cargo, root, run, setup, step};
@@ -178,7 +179,9 @@ enum Verdict {
 /// Builds a spec's kernels from a copy of the sources, and lets the unchanged command verify them.
 fn judge(copy: &Path, spec: &str) -> Result<Verdict, String> {
     let spec = root().join("tests/mutants").join(format!("{spec}.toml"));
+    let name = Spec::from_file(&spec).map_err(|error| error.to_string())?.name;
     let kernels = copy.join("kernels");
+    let ptx = kernels.join(format!("{name}.ptx"));
     let framestride = |arguments: &[&str]| -> Result<Output, String> {
         let mut command = Command::new(root().join("target/debug/framestride"));
         command.arg(arguments[0]).arg(&spec).args(&arguments[1..]).env("FRAMESTRIDE_SOURCE", copy);
@@ -188,7 +191,9 @@ fn judge(copy: &Path, spec: &str) -> Result<Verdict, String> {
     if !built.status.success() {
         return Ok(Verdict::Broken(format!("does not build: {}", first_lines(&built.stderr))));
     }
-    let verified = framestride(&["verify", "--device", "emulator", "--seed", SEED])?;
+    // Without these kernels, the command would take those of its templates.
+    let verified =
+        framestride(&["verify", "--device", "emulator", "--seed", SEED, "--ptx", &ptx.display().to_string()])?;
     let complaints: Vec<u8> = if verified.stderr.is_empty() {
         let text = String::from_utf8_lossy(&verified.stdout);
         text.lines().find(|line| line.contains("FAILED")).unwrap_or_default().into()
