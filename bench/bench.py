@@ -38,6 +38,7 @@ DEFAULT_SHAPES = [
     "wan_2_1_1_3b_480p",
 ]
 PEERS = ["cudnn", "flash2", "flex", "flash4", "torch", "compile"]
+OURS, COMPILED = "framestride", "framestride, compiled for the spec"
 SAMPLE_MILLISECONDS = 20.0
 MOST_RUNS = 500
 FLEX_BLOCK = 128
@@ -53,7 +54,7 @@ def arguments():
     parser.add_argument("--shape-seconds", type=float, default=80, help="no new round, and no new peer, of a shape after this long")
     parser.add_argument("--seconds", type=float, default=450, help="no new shape after this long, and the last one is cut short")
     parser.add_argument("--binary", default=os.environ.get("FRAMESTRIDE", str(ROOT / "target/release/framestride")))
-    parser.add_argument("--ptx-dir", type=pathlib.Path, help="folder with NAME.ptx and NAME.json for specs that are not shipped")
+    parser.add_argument("--compiled", type=pathlib.Path, help="folder where `framestride build` put kernels: timed beside the templates")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench/results", help="folder for the results")
     parser.add_argument("--name", help="name of the results file; the GPU's when not given")
     parser.add_argument("--error-mib", type=float, default=256, help="errors are measured where Q is at most so large")
@@ -103,8 +104,8 @@ class Shape:
         self.norm, self.rope = toml.get("qk_norm"), toml.get("rope")
         if self.norm:
             self.norm = {"over": "head", "eps": 1e-6} | self.norm
-        ptx = args.ptx_dir and args.ptx_dir / f"{self.name}.ptx"
-        self.ptx = ["--ptx", str(ptx)] if ptx and ptx.exists() else []
+        compiled = args.compiled and args.compiled / f"{self.name}.ptx"
+        self.compiled = ["--ptx", str(compiled)] if compiled and compiled.exists() else None
         self.tensor_bytes = 2 * self.batch * self.sequence * self.heads * self.head_dim
         self.table_shape = None
         if self.rope:
@@ -403,11 +404,12 @@ def contenders(shape, inputs, wanted):
 
 
 class Ours:
-    """`framestride bench --paced`: a round for each line that it is sent."""
+    """`framestride bench --paced`: a round for each line that it is sent. `options` say which kernels, if not the templates."""
 
-    def __init__(self, shape, args, matmul_tflops, seconds):
+    def __init__(self, who, shape, args, matmul_tflops, seconds, options=()):
+        self.who = who
         self.log = tempfile.TemporaryFile("w+")
-        command = [args.binary, "--json", "bench", shape.argument, "--device", "gpu", "--paced", *shape.ptx]
+        command = [args.binary, "--json", "bench", shape.argument, "--device", "gpu", "--paced", *options]
         if matmul_tflops:
             command += ["--matmul-tflops", f"{matmul_tflops:.3f}"]
         pipe = subprocess.PIPE
@@ -469,13 +471,13 @@ def measure_errors(shape, inputs, args, peers, our_rows):
                 if peer.what in ("dense", "sparse") and peer.mask == name and peer.samples and "alone" not in peer.who:
                     peer.rel_error = peer.attempt(lambda: rel_error(peer.call()[:, :, rows], reference))
             command = [args.binary, "bench", shape.argument, "--device", "gpu", "--rounds", "1", "--types", mask]
-            command += ["--qkv", tensors, "--out", out, *shape.ptx]
+            command += ["--qkv", tensors, "--out", out]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode != 0:
                 raise RuntimeError(done.stderr.strip())
             found = load_file(out)["out"][:, rows.cpu()].transpose(1, 2).to(DEVICE)
             for row in our_rows:
-                if row["what"] in ("dense", "sparse") and row["mask"] == name:
+                if row["who"] == OURS and row["what"] in ("dense", "sparse") and row["mask"] == name:
                     row["rel_error"] = rel_error(found, reference)
 
 
@@ -483,24 +485,28 @@ def measure(shape, args, ceilings, end):
     """Rows of one shape, and of ours the memory and the digest of the kernels."""
     started = time.monotonic()
     deadline = min(started + args.shape_seconds, end)
-    rows, ours, about = [], None, {}
-    failed = {"shape": shape.name, "what": "layer", "mask": None, "who": "framestride", "ms": None, "density": None}
-    try:
-        # Before anything is allocated here: it measures by how much free memory falls.
-        ours = Ours(shape, args, ceilings["matmul"], deadline - started + 120)
-    except Exception as error:
-        rows.append(failed | {"why": reason(error)})
-        print(f"    framestride: {reason(error)}", flush=True)
+    rows, ours, about = [], [], {}
+
+    def fail(who, error):
+        rows.append({"shape": shape.name, "what": "layer", "mask": None, "who": who, "ms": None, "density": None, "why": reason(error)})
+        print(f"    {who}: {reason(error)}", flush=True)
+
+    # Before anything is allocated here: they measure by how much free memory falls.
+    for who, options in [(OURS, ()), (COMPILED, shape.compiled)]:
+        if options is not None:
+            try:
+                ours.append(Ours(who, shape, args, ceilings["matmul"], deadline - started + 120, options))
+            except Exception as error:
+                fail(who, error)
     inputs = Inputs(shape)
     peers = contenders(shape, inputs, args.peers)
     for index in range(args.rounds):
-        if ours:
+        for child in ours if index == 0 else random.sample(ours, len(ours)):
             try:
-                ours.round()
+                child.round()
             except Exception as error:
-                rows.append(failed | {"why": reason(error)})
-                print(f"    framestride: {reason(error)}", flush=True)
-                ours = None
+                fail(child.who, error)
+                ours.remove(child)
         for peer in peers if index == 0 else random.sample(peers, len(peers)):
             if peer.why is None and not peer.samples and time.monotonic() > deadline:
                 peer.why = "not started within the time limit"
@@ -514,12 +520,14 @@ def measure(shape, args, ceilings, end):
         if time.monotonic() > deadline:
             print(f"    time limit after {index + 1} rounds", flush=True)
             break
-    if ours:
+    for child in ours:
         try:
-            report = ours.finish()
-            rows, about = report["rows"], {key: report[key] for key in ("memory", "ptx_sha256")}
+            report = child.finish()
+            rows += [row | {"who": child.who} for row in report["rows"]]
+            if child.who == OURS:
+                about = {key: report[key] for key in ("memory", "ptx_sha256", "loading")}
         except Exception as error:
-            rows.append(failed | {"why": reason(error)})
+            fail(child.who, error)
     if shape.tensor_bytes <= args.error_mib * 2**20 and time.monotonic() < deadline:
         try:
             measure_errors(shape, inputs, args, peers, rows)

@@ -15,7 +15,7 @@ use framestride::launch::{Launch, Profiling};
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{NormKind, Spec};
-use framestride::{Device, Error, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
+use framestride::{Device, Error, HeadTypes, Layer, Loading, Module, Result, SparseAttention, Stream, Workspace};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -119,6 +119,24 @@ pub struct Memory {
     pub beyond_tensors: Option<f64>,
 }
 
+/// How long kernels took to load, in seconds ([`Loading`]).
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct LoadingSeconds {
+    /// The template was filled in.
+    pub fill: f64,
+    /// The device loaded the kernels.
+    pub load: f64,
+    /// The part of `load` that the driver's compiler took. It is 0 when the driver found the kernels
+    /// in its cache.
+    pub compile: f64,
+}
+
+impl From<Loading> for LoadingSeconds {
+    fn from(Loading { fill, load, compile, .. }: Loading) -> LoadingSeconds {
+        LoadingSeconds { fill, load, compile }
+    }
+}
+
 /// What was found of all kernels of a spec.
 #[derive(Clone, Debug, Serialize)]
 pub struct BenchReport {
@@ -126,6 +144,8 @@ pub struct BenchReport {
     pub spec: String,
     /// SHA-256 of the PTX, as in its manifest. It tells which kernels these are.
     pub ptx_sha256: String,
+    /// How long the kernels took to load.
+    pub loading: LoadingSeconds,
     /// The GPU.
     pub device: String,
     /// Shape of Q: batch items, tokens, heads, head_dim.
@@ -419,6 +439,7 @@ impl Bench {
         Ok(BenchReport {
             spec: spec.name.clone(),
             ptx_sha256: self.module.manifest().ptx_sha256.clone(),
+            loading: LoadingSeconds::from(self.module.loading()),
             device: self.module.device().name(),
             shape: self.inputs.shape,
             rounds: self.items.iter().map(|item| item.samples.len()).min().unwrap_or(0),

@@ -69,23 +69,17 @@ impl DeviceOptions {
 
     /// The kernels of a spec on a device.
     pub fn load(&self, spec: &Spec, device: &Device, bar: &Bar) -> Result<Arc<Module>> {
-        bar.say("kernels", None);
-        let kernels = match &self.ptx {
-            None => Kernels::for_spec(spec)?,
-            Some(ptx) => {
-                let kernels = Kernels::from_file(ptx)?;
-                if kernels.spec() != spec {
-                    return Err(Error::input(
-                        ptx.display(),
-                        format!("kernels of another spec, named {}", kernels.manifest().name),
-                        format!("kernels of {}", spec.source.file),
-                        "Build them again from this spec",
-                    ));
-                }
-                kernels
-            }
-        };
         bar.say("loading kernels", None);
+        let Some(ptx) = &self.ptx else { return Module::load(device, spec) };
+        let kernels = Kernels::from_file(ptx)?;
+        if kernels.spec() != spec {
+            return Err(Error::input(
+                ptx.display(),
+                format!("kernels of another spec, named {}", kernels.manifest().name),
+                format!("kernels of {}", spec.source.file),
+                "Build them again from this spec",
+            ));
+        }
         Module::load_kernels(device, &kernels)
     }
 }

@@ -79,6 +79,6 @@ pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
 pub use framestride_shapes::spec::Spec;
 pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
-pub use module::{Kernels, Module};
+pub use module::{Kernels, Loading, Module};
 pub use plan::workspace_layout;
 pub use workspace::Workspace;

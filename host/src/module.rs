@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use framestride_shapes::arch::Arch;
 use framestride_shapes::manifest::{KernelResources, Manifest, Mismatch};
@@ -135,7 +136,29 @@ pub struct Module {
     spec: Spec,
     manifest: Manifest,
     loaded: Loaded,
+    loading: Loading,
     resources: [KernelResources; Kernel::ALL.len()],
+}
+
+/// How long a module took to load.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Loading {
+    /// Seconds that it took to fill in the template. It is 0 for kernels that were there before.
+    pub fill: f64,
+    /// Seconds that the device took to load the kernels.
+    pub load: f64,
+    /// Seconds of these that the driver's compiler took. It is 0 when the driver found the kernels
+    /// in its cache, and on the emulator.
+    pub compile: f64,
+}
+
+impl Loading {
+    /// Whether the driver compiled the kernels now, and did not find them in its cache.
+    #[must_use]
+    pub fn is_compiled(&self) -> bool {
+        self.compile > 0.0
+    }
 }
 
 impl Module {
@@ -145,7 +168,12 @@ impl Module {
     /// As [`Module::load_kernels`] and [`Kernels::for_spec`].
     #[cfg(feature = "templates")]
     pub fn load(device: &Device, spec: &Spec) -> Result<Arc<Module>> {
-        Module::load_kernels(device, &Kernels::for_spec(spec)?)
+        let start = Instant::now();
+        let kernels = Kernels::for_spec(spec)?;
+        let fill = start.elapsed().as_secs_f64();
+        let mut module = Module::on_device(device, &kernels)?;
+        module.loading.fill = fill;
+        Ok(Arc::new(module))
     }
 
     /// Loads kernels on a device. On a GPU the driver compiles the PTX now, and never later.
@@ -154,16 +182,30 @@ impl Module {
     /// An [`Error::Input`] when the GPU or its driver does not run the kernels, [`Error::Driver`]
     /// or [`Error::Emulator`] when the PTX cannot be loaded.
     pub fn load_kernels(device: &Device, kernels: &Kernels) -> Result<Arc<Module>> {
+        Module::on_device(device, kernels).map(Arc::new)
+    }
+
+    fn on_device(device: &Device, kernels: &Kernels) -> Result<Module> {
         let Kernels { ptx, manifest, spec, resources } = kernels;
         let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
+        let start = Instant::now();
         let loaded = device.load(&manifest.name, ptx, shared_bytes)?;
-        Ok(Arc::new(Module {
+        let compile = f64::from(loaded.compile_ms()) / 1e3;
+        let loading = Loading { fill: 0.0, load: start.elapsed().as_secs_f64(), compile };
+        Ok(Module {
             device: device.clone(),
             spec: spec.clone(),
             manifest: manifest.clone(),
             loaded,
+            loading,
             resources: resources.clone(),
-        }))
+        })
+    }
+
+    /// How long it took to load.
+    #[must_use]
+    pub fn loading(&self) -> Loading {
+        self.loading
     }
 
     /// The device that the kernels are on.

@@ -115,7 +115,7 @@ impl Divisor {
     /// x / value, for x below 2^31.
     #[inline(always)]
     pub const fn quotient(self, x: u32) -> u32 {
-        ((2 * x) as u64 * self.multiplier as u64 >> 32) as u32 >> self.shift
+        (((2 * x) as u64 * self.multiplier as u64) >> 32) as u32 >> self.shift
     }
 
     /// x / value and x % value, for x below 2^31.

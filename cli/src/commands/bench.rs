@@ -159,6 +159,9 @@ fn bench_text(report: &timing::BenchReport) -> String {
             show(row.density, 4),
         );
     }
+    let timing::LoadingSeconds { fill, load, compile } = report.loading;
+    let how = if compile > 0.0 { format!("which compiled for {compile:.3} s") } else { "from its cache".into() };
+    text += &format!("\nloaded in {:.3} s: template {fill:.3} s, driver {load:.3} s ({how})\n", fill + load);
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let memory = &report.memory;
     text += "\nTFLOP/s count visible pairs; GB/s count each byte that must be moved once. The ceiling of attention is --matmul-tflops, of the rest the copy.\n";

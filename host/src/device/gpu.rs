@@ -372,6 +372,9 @@ pub(crate) struct GpuModule {
     module: sys::CUmodule,
     /// The entries, indexed by [`Kernel`].
     functions: [sys::CUfunction; Kernel::ALL.len()],
+    /// Milliseconds that the driver's compiler took. The driver says 0 when it found the kernels in
+    /// its cache.
+    pub compile_ms: f32,
     gpu: Arc<Gpu>,
 }
 
@@ -397,12 +400,15 @@ impl GpuModule {
         let image = text(&format!("PTX of {name}"), ptx)?;
         let _current = Current::push(gpu)?;
         let mut log = vec![0u8; 16 * 1024];
-        let mut options =
-            [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
+        let mut options = [
+            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+            sys::CUjit_option::CU_JIT_WALL_TIME,
+        ];
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void, std::ptr::null_mut()];
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is terminated, and both option arrays have the given length; the log
-        // buffer outlives the call.
+        // buffer outlives the call. The driver writes the wall time into its place among the values.
         let status = unsafe {
             sys::cuModuleLoadDataEx(
                 &mut module,
@@ -431,7 +437,8 @@ impl GpuModule {
             other => other,
         })?;
         let functions = [std::ptr::null_mut(); Kernel::ALL.len()];
-        let mut loaded = GpuModule { module, functions, gpu: Arc::clone(gpu) };
+        let compile_ms = f32::from_bits(values[2] as usize as u32);
+        let mut loaded = GpuModule { module, functions, compile_ms, gpu: Arc::clone(gpu) };
         for ((kernel, function), shared_bytes) in Kernel::ALL.into_iter().zip(&mut loaded.functions).zip(shared_bytes) {
             let entry = text("entry", kernel.entry())?;
             // SAFETY: the module is loaded, the name terminated, `function` live; the function is

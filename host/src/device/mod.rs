@@ -48,6 +48,17 @@ pub(crate) enum Loaded {
     Emulator(ptx_emulator::Module),
 }
 
+impl Loaded {
+    /// Milliseconds that the driver's compiler took.
+    pub(crate) fn compile_ms(&self) -> f32 {
+        match self {
+            Loaded::Gpu(module) => module.compile_ms,
+            #[cfg(feature = "emulator")]
+            Loaded::Emulator(_) => 0.0,
+        }
+    }
+}
+
 /// Device memory, freed on drop.
 pub struct Buffer {
     device: Device,
