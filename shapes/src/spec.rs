@@ -75,7 +75,8 @@
 //! * **`text`** is for models that attend over video and text together (HunyuanVideo, CogVideoX).
 //!   Models with cross-attention to the text (Wan, LTX-Video, Cosmos) leave it out. `tokens` is the
 //!   padded length. How many of them are valid is given at launch, for each batch item. Text sees
-//!   everything and is seen by everything.
+//!   everything and is seen by everything. So sound and conditions that stand beside the text count
+//!   as text too (MiniMax-H3).
 //! * **`attention.batch`** is what plans and reports assume. It is 2 with classifier-free guidance.
 //!   A launch may have another batch, and any number of heads.
 //! * **`qk_norm.over`** is the extent of one statistic. `"head"` takes the `head_dim` channels of
