@@ -201,7 +201,8 @@ pub struct RangeVisible {
     pub any_start: u32,
     /// End of that run.
     pub any_end: u32,
-    /// Start of the body rows that every row sees. There are none when they end at or before it.
+    /// Start of the body rows that every row sees. There are none when they end at or before it. It
+    /// is 0 when they follow the prefix, which every row sees too.
     pub all_start: u32,
     /// End of the body rows that every row sees.
     pub all_end: u32,
@@ -215,7 +216,7 @@ impl RangeVisible {
     #[inline(always)]
     pub const fn sees_all(self, first: u32, rows: u32) -> bool {
         let end = first + rows;
-        end <= self.prefix || (end <= self.all_end && (first >= self.all_start || self.all_start <= self.prefix))
+        end <= self.prefix || (first >= self.all_start && end <= self.all_end)
     }
 }
 
@@ -423,7 +424,8 @@ impl Layout {
         let end = valid_text + self.video_tokens();
         let none = RangeVisible { prefix, any_start: end, any_end: 0, all_start: prefix, all_end: end, live: false };
         let text = self.extend(none, head, first, rows, 0, valid_text, valid_text);
-        self.extend(text, head, first, rows, valid_text, end, valid_text)
+        let range = self.extend(text, head, first, rows, valid_text, end, valid_text);
+        if range.all_start <= prefix { RangeVisible { all_start: 0, ..range } } else { range }
     }
 
     /// `range`, extended by those rows of `[first, first + rows)` that lie in the group `[from,

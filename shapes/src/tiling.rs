@@ -119,7 +119,6 @@ pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u3
 /// see.
 fn full_tiles(range: RangeVisible, first: u32, count: u32, rows: u32) -> u64 {
     let end_within = |bound: u32| (bound.saturating_sub(first) / rows).min(count);
-    let least = if range.all_start <= range.prefix { 0 } else { range.all_start };
-    let (prefix, start) = (end_within(range.prefix), least.saturating_sub(first).div_ceil(rows));
+    let (prefix, start) = (end_within(range.prefix), range.all_start.saturating_sub(first).div_ceil(rows));
     u64::from(prefix + end_within(range.all_end).saturating_sub(start.max(prefix)))
 }
