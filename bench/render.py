@@ -253,12 +253,15 @@ def main():
         parser.error("no results: run bench/bench.py on a machine with a Hopper GPU first")
     all_results = [json.loads(path.read_text()) for path in paths]
     text = INTRO
-    for results in all_results:
+    for path, results in zip(paths, all_results):
         rows = Rows(results["rows"])
         shown = {name: shape for name, shape in results["shapes"].items() if not SWEPT.search(name)}
         if not shown:
             continue
-        text += f"## {results['gpu']}\n\n" + header(results)
+        # A GPU may have several files: the rest of the name says what is in each.
+        gpu = re.sub("[^a-z0-9]+", "_", results["gpu"].lower())
+        about = path.stem.removeprefix(gpu).replace("_", " ")
+        text += f"## {results['gpu']}{':' if about else ''}{about}\n\n" + header(results)
         glances = [[name, *glance(rows.of(shape=name), shape.get("memory"))] for name, shape in shown.items()]
         text += table(GLANCE, glances) + "\n"
         text += "".join(sections(name, shape, rows.of(shape=name)) for name, shape in shown.items())
