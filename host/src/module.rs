@@ -31,8 +31,8 @@ impl Kernels {
     /// An [`Error::Input`] when the fields of the spec were changed after it was read.
     #[cfg(feature = "templates")]
     pub fn for_spec(spec: &Spec) -> Result<Kernels> {
-        let (ptx, manifest) = crate::template::fill(spec)?;
-        if manifest.spec()? != *spec {
+        // What follows counts on a spec that was checked, as its text is when it is read.
+        if Spec::parse(&spec.source.file, &spec.source.text)? != *spec {
             return Err(Error::input(
                 format!("spec {}", spec.name),
                 "fields that its text does not say",
@@ -40,6 +40,7 @@ impl Kernels {
                 "Change the text and read it again",
             ));
         }
+        let (ptx, manifest) = crate::template::fill(spec)?;
         let resources = resources(&manifest.name, &manifest)?;
         Ok(Kernels { ptx, manifest, spec: spec.clone(), resources })
     }

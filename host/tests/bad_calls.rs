@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use framestride::shapes::layout::Divisor;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
@@ -54,6 +55,31 @@ fn manifests() {
     let unknown = Spec::shipped("tiny_plan").unwrap_err().to_string();
     assert!(unknown.contains("no shipped spec has this name") && unknown.contains("write tiny_plain"), "{unknown}");
     insta::assert_snapshot!(messages);
+}
+
+/// A spec whose fields were changed after it was read is refused, whatever they say now.
+#[test]
+fn changed_specs() {
+    let spec = Spec::shipped(SPEC).unwrap();
+    let changes: [fn(&mut Spec); 12] = [
+        |spec| spec.name.push('2'),
+        |spec| spec.heads = 0,
+        |spec| spec.heads = u32::MAX,
+        |spec| spec.batch = u32::MAX,
+        |spec| spec.head_dim = 0,
+        |spec| spec.head_dim = u32::MAX,
+        |spec| spec.profile.rows = 0,
+        |spec| spec.profile.rows = u32::MAX,
+        |spec| spec.layout.frames = Divisor::new(u32::MAX),
+        |spec| spec.layout.tokens_per_frame.value = 0,
+        |spec| spec.layout.sink_frames = u32::MAX,
+        |spec| spec.source.text.clear(),
+    ];
+    for (index, change) in changes.into_iter().enumerate() {
+        let mut changed = spec.clone();
+        change(&mut changed);
+        assert!(Kernels::for_spec(&changed).is_err(), "change {index} was accepted");
+    }
 }
 
 /// The address and the bytes of a borrowed workspace.
