@@ -5,8 +5,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::Dtype;
-use framestride::{Device, HeadTypes, Module, SparseAttention, Spec, Stream, Workspace};
+use framestride::shapes::spec::{Dtype, Width};
+use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
 use framestride_check::layer_run::run_layer;
 use framestride_check::rope::RopeTables;
@@ -139,6 +139,47 @@ fn seeds_of_launches() {
         for check in verify_case(&module, &case, seed, Effort::default()).unwrap() {
             assert!(check.ok, "seed {seed}: {check:?}");
         }
+    }
+}
+
+/// A launch with half widths of its own gives, bit for bit, what kernels of a spec with them give.
+/// The next launch without them has the spec's again.
+#[test]
+fn half_widths_of_launches() {
+    let module = module("tiny_heads_sinks");
+    let (device, spec) = (module.device(), module.spec());
+    let inputs = Inputs::random(spec, 1, spec.heads as usize, fresh_seed());
+    let types: Vec<u8> = (0..spec.heads).flat_map(|head| (1 + head % 2).to_le_bytes()).collect();
+    let given = device.upload(&types).unwrap();
+    // The output with given types, that with profiled types, and what profiling found.
+    let layers = |module: &Arc<Module>, half_widths| {
+        let attention = SparseAttention::new(module, 1, spec.heads).unwrap();
+        let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+        let arrangement = Arrangement::TokensFirst;
+        let mut placed = DeviceLayer::upload(device, &inputs, arrangement, arrangement).unwrap();
+        placed.layer.half_widths = half_widths;
+        let outs = [HeadTypes::Given(given.address()), HeadTypes::Profiled].map(|types| {
+            // SAFETY: all memory is this function's, and outlives the work.
+            unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+            placed.out.download(device).unwrap().0
+        });
+        (outs, attention.read_profile(&workspace).unwrap())
+    };
+    let own = layers(&module, None);
+    let video = spec.layout.video_tokens();
+    for [spatial, temporal] in [[1, video], [13, 40]] {
+        let widths = spec.to_builder().spatial(Width::Tokens(spatial)).temporal(Width::Tokens(temporal));
+        let expected = layers(&Module::load(device, &widths.build().unwrap()).unwrap(), None);
+        assert_ne!(expected, own);
+        assert_eq!(layers(&module, Some([spatial, temporal])), expected, "{spatial} and {temporal}");
+        assert_eq!(layers(&module, None), own, "after {spatial} and {temporal}");
+    }
+    let attention = SparseAttention::new(&module, 1, spec.heads).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    for wrong in [[0, 1], [1, 0], [video + 1, 1], [1, u32::MAX]] {
+        let layer = Layer { half_widths: Some(wrong), ..Layer::default() };
+        let error = attention.launches(&layer, HeadTypes::Profiled, &workspace).err().unwrap().to_string();
+        assert!(error.contains("half_widths") && error.contains(&format!("1 to {video}")), "{error}");
     }
 }
 

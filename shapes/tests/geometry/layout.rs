@@ -183,6 +183,84 @@ fn largest_layouts_do_not_overflow() {
     }
 }
 
+/// Layouts whose sequence is the longest that a spec may have, or a little less.
+fn largest_layouts() -> impl Strategy<Value = Layout> {
+    // Head dims 128 and 64.
+    let most = prop::sample::select(vec![16_777_016u32, 33_554_232]);
+    (most, 0..=25u32, any::<u32>(), any::<bool>()).prop_flat_map(|(most, bits, low, first)| {
+        let frames = ((1 << bits) | (low & ((1 << bits) - 1))).min(most);
+        let tokens = most / frames;
+        let tokens = prop_oneof![Just(tokens), 1..=tokens, tokens.saturating_sub(3).max(1)..=tokens];
+        (Just((most, frames)), tokens, any::<[u32; 4]>(), Just(first)).prop_map(
+            |((most, frames), tokens, [text, sinks, spatial, temporal], first)| {
+                let video = frames * tokens;
+                // A number up to `most`. Small numbers are as likely as large ones.
+                let up_to = |most: u32, random: u32| (random >> 5 >> (random % 27)) % (most + 1);
+                let text_tokens = if text % 3 == 0 { most - video } else { up_to(most - video, text) };
+                let half_width = |random| if random % 5 == 0 { video } else { 1 + up_to(video - 1, random) };
+                Layout {
+                    frames: Divisor::new(frames),
+                    tokens_per_frame: Divisor::new(tokens),
+                    text_tokens,
+                    text_position: if first { TextPosition::First } else { TextPosition::Last },
+                    sink_frames: if sinks % 4 == 0 { frames - 1 } else { up_to(frames - 1, sinks) },
+                    spatial_half_width: half_width(spatial),
+                    temporal_half_width: half_width(temporal),
+                }
+            },
+        )
+    })
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    /// The same rules at the largest sizes, for random rows and at every end of what they see.
+    #[test]
+    fn largest_layouts_follow_the_rule(
+        layout in largest_layouts(),
+        head in heads(),
+        text in 0..=4u32,
+        rows: [u32; 8],
+        seed: u64,
+    ) {
+        let valid_text = (u64::from(layout.text_tokens) * u64::from(text) / 4) as u32;
+        let (sequence, live) = (layout.sequence(), valid_text + layout.video_tokens());
+        for row in rows.map(|row| row % sequence) {
+            let packed = layout.packed_row(head, row, valid_text);
+            prop_assert!(packed < sequence);
+            prop_assert_eq!(layout.model_row(head, packed, valid_text), row);
+            let query = layout.query_order().packed_row(head, row, valid_text);
+            prop_assert_eq!(layout.query_order().model_row(head, query, valid_text), row);
+            if query >= live {
+                continue;
+            }
+            let visible = layout.visible(head, query, valid_text);
+            prop_assert!(visible.prefix <= visible.start && visible.start <= visible.end && visible.end <= live);
+            let ends = [0, visible.prefix, visible.start, visible.end, live, sequence, row, packed];
+            for key in ends.into_iter().chain(rows).flat_map(|end| end.saturating_sub(1)..=end.saturating_add(1)) {
+                let key = key % sequence;
+                let key_row = layout.model_row(head, key, valid_text);
+                let expected = rule::sees(&layout, head, row, key_row, valid_text);
+                prop_assert_eq!(visible.sees(key), expected, "query {} and key {}", query, key);
+                let [query_video, video] = [row, key_row].map(|row| row.wrapping_sub(layout.first_video_row()));
+                let tokens = layout.tokens_per_frame.value;
+                let is_body = video < layout.video_tokens() && video / tokens >= layout.sink_frames;
+                if head == HeadType::Temporal && query_video < layout.video_tokens() && is_body {
+                    let [start, end] = layout.temporal_patches(query - valid_text, video / tokens);
+                    prop_assert_eq!((start..end).contains(&(video % tokens)), expected, "query {} and key {}", query, key);
+                }
+            }
+        }
+        let samples = (1 + rows[0] % 1024).min(layout.video_tokens());
+        for index in rows.map(|row| row % samples) {
+            let drawn = layout.sampled_video_row(seed, rows[1] % 65535, index, Divisor::new(samples));
+            let end = |index: u32| u64::from(index) * u64::from(layout.video_tokens()) / u64::from(samples);
+            prop_assert!((end(index)..end(index + 1)).contains(&drawn.into()));
+        }
+    }
+}
+
 #[test]
 fn shipped_layouts() {
     for spec in shipped() {
