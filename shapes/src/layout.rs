@@ -383,6 +383,10 @@ impl Layout {
     /// Number of body tokens whose position is below `position`, which is at most N.
     #[inline(always)]
     const fn body_rank(&self, head: HeadType, position: u32) -> u32 {
+        if self.sink_frames == 0 {
+            // ptxas folds a branch on a literal, but not max(0, x), nor x / n * n + x % n.
+            return position;
+        }
         match head {
             HeadType::Dense | HeadType::Spatial => position.saturating_sub(self.sink_tokens()),
             HeadType::Temporal => {
@@ -416,49 +420,26 @@ impl Layout {
 
     /// What the query rows `[first, first + rows)` see.
     ///
-    /// Text sees everything, and in the video the start and the end of a row's run grow with the
-    /// row. So the first and the last row of each of the two groups decide.
+    /// Text sees everything. In the video the start and the end of a row's run grow with the row, so
+    /// its first and its last row decide.
     #[inline(always)]
     pub const fn range_visible(&self, head: HeadType, first: u32, rows: u32, valid_text: u32) -> RangeVisible {
         let prefix = valid_text + self.sink_tokens();
         let end = valid_text + self.video_tokens();
-        let none = RangeVisible { prefix, any_start: end, any_end: 0, all_start: prefix, all_end: end, live: false };
-        let text = self.extend(none, head, first, rows, 0, valid_text, valid_text);
-        let range = self.extend(text, head, first, rows, valid_text, end, valid_text);
-        if range.all_start <= prefix { RangeVisible { all_start: 0, ..range } } else { range }
-    }
-
-    /// `range`, extended by those rows of `[first, first + rows)` that lie in the group `[from,
-    /// to)`.
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    const fn extend(
-        &self,
-        range: RangeVisible,
-        head: HeadType,
-        first: u32,
-        rows: u32,
-        from: u32,
-        to: u32,
-        valid_text: u32,
-    ) -> RangeVisible {
-        const fn min(a: u32, b: u32) -> u32 {
-            if a < b { a } else { b }
-        }
-        const fn max(a: u32, b: u32) -> u32 {
-            if a > b { a } else { b }
-        }
-        let (low, high) = (max(first, from), min(first + rows, to));
+        let has_text = first < valid_text;
+        let text = RangeVisible { prefix, any_start: prefix, any_end: end, all_start: 0, all_end: end, live: has_text };
+        let low = if has_text { valid_text } else { first };
+        let high = if first + rows < end { first + rows } else { end };
         if low >= high {
-            return range;
+            return text;
         }
         let (top, bottom) = (self.visible(head, low, valid_text), self.visible(head, high - 1, valid_text));
         RangeVisible {
-            prefix: range.prefix,
-            any_start: min(range.any_start, top.start),
-            any_end: max(range.any_end, bottom.end),
-            all_start: max(range.all_start, bottom.start),
-            all_end: min(range.all_end, top.end),
+            prefix,
+            any_start: if has_text { prefix } else { top.start },
+            any_end: if has_text { end } else { bottom.end },
+            all_start: if bottom.start == prefix { 0 } else { bottom.start },
+            all_end: top.end,
             live: true,
         }
     }
