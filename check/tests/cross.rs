@@ -163,7 +163,7 @@ const EDGES: [&str; 4] = [
     "name = \"one_frame\"\n[video]\nframes = 1\ntokens_per_frame = 35\n[attention]\nheads = 2\nhead_dim = 64\n
      [masks.spatial]\nhalf_width = 3\n[masks.temporal]\nhalf_width = 35\n",
     "name = \"one_frame_and_text\"\n[video]\nframes = 1\ntokens_per_frame = 193\n[text]\ntokens = 17\nposition = \"first\"\n
-     [attention]\nheads = 2\nhead_dim = 128\ndtype = \"f16\"\nbatch = 2\n[qk_norm]\nkind = \"layer\"\n[rope]\npairs = \"half\"\n
+     [attention]\nheads = 2\nhead_dim = 128\ndtype = \"f16\"\nbatch = 2\n[qk_norm]\nkind = \"layer\"\neps = 1e-30\n[rope]\npairs = \"half\"\n
      [masks.spatial]\ndensity = 0.27\n[masks.temporal]\nhalf_width = 2\n[profile]\nrows = 153\nseed = 9223372036854775807\n",
     "name = \"one_mask_dense\"\n[video]\nframes = 2\ntokens_per_frame = 65\n[text]\ntokens = 100\nposition = \"first\"\n
      [attention]\nheads = 2\nhead_dim = 64\nbatch = 3\n[qk_norm]\nkind = \"layer\"\n[rope]\npairs = \"half\"\ntext = true\n

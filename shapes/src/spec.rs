@@ -83,7 +83,8 @@
 //!   each head, `"heads"` takes all heads x head_dim channels of a token. Models have the latter
 //!   that normalise before they split the heads (Wan, LTX-Video). A launch of such a model needs
 //!   all heads.
-//! * **`qk_norm.eps`** must be a number that f32 holds: from 1.2e-38 to 1.
+//! * **`qk_norm.eps`** is from 1e-30 to 1, so that squares which f32 does not hold make no difference
+//!   beside it.
 //! * **`rope.pairs`** names the channels that rotate together: `"interleaved"` for (2i, 2i + 1),
 //!   `"half"` for (i, i + `channels` / 2).
 //! * **`rope.channels`** is for models that rotate only the first channels of each head
