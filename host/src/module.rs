@@ -62,6 +62,11 @@ impl Kernels {
         let manifest = Manifest::parse(file, manifest)?;
         check(file, ptx, &manifest)?;
         let resources = resources(file, &manifest)?;
+        if manifest.spec.is_none() {
+            let (found, allowed) = ("none: these kernels are a template", "kernels with the numbers of a spec");
+            let mend = "Write them with `framestride build SPEC --template`";
+            return Err(Error::input(format!("{file}, spec"), found, allowed, mend));
+        }
         let spec = manifest.spec()?;
         Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, resources })
     }

@@ -2,8 +2,10 @@
 #![cfg(all(feature = "emulator", feature = "templates"))]
 
 use std::fmt::Write;
+use std::io::Read;
 use std::sync::Arc;
 
+use flate2::read::GzDecoder;
 use framestride::shapes::layout::Divisor;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::{Dtype, Spec};
@@ -49,6 +51,11 @@ fn manifests() {
         let message = message.join(" ");
         writeln!(messages, "## {name}\n{message}").unwrap();
     }
+    let mut template = String::new();
+    let compressed = &include_bytes!("../kernels/sm_90a_bf16_64.ptx.gz")[..];
+    GzDecoder::new(compressed).read_to_string(&mut template).unwrap();
+    let error = Kernels::parse("template.json", &template, include_str!("../kernels/sm_90a_bf16_64.json")).unwrap_err();
+    assert!(error.to_string().starts_with("template.json, spec: found none"), "{error}");
     let mut changed = kernels.manifest().clone();
     changed.kernels[0].min_blocks += 1;
     assert!(Kernels::parse("changed.json", kernels.ptx(), &changed.to_json()).is_err());
