@@ -301,6 +301,28 @@ fn doctor_looks_at_everything() {
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
 
+/// Where no compiler can be found, doctor says that nothing but compiling needs one, and kernels are
+/// loaded.
+#[test]
+fn without_a_compiler() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+        command.args(arguments).env_clear().env("HOME", folder.path()).current_dir(folder.path());
+        let output = command.output().unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        (output.status.code(), text)
+    };
+    let (code, found) = run(&["doctor"]);
+    assert!(code == Some(0) && found.contains("without them everything works"), "{found}");
+    let (code, found) = run(&["verify", "tiny_plain", "--device", "emulator"]);
+    assert!(code == Some(0) && found.contains("checks passed"), "{found}");
+    let (code, found) = run(&["build", "tiny_plain", "--template"]);
+    assert!(code == Some(0) && folder.path().join("tiny_plain.json").is_file(), "{found}");
+    let (code, found) = run(&["build", "tiny_plain"]);
+    assert!(code == Some(2) && found.contains("no device compiler"), "{found}");
+}
+
 /// What a driver says is looked at before anything is launched. Where it is older than the kernels'
 /// PTX, every message names the least driver, and `auto` takes the emulator. The pretended driver only answers what is asked before a launch.
 #[cfg(target_os = "linux")]

@@ -12,8 +12,7 @@ use std::process::{Command, ExitCode};
 
 const USAGE: &str = "usage: cargo xtask COMMAND
 
-  demo          set up the device compiler if it is missing, build, and run the main job on Big Buck Bunny;
-                pictures go to demo-report/
+  demo          build, and run the main job on Big Buck Bunny; pictures go to demo-report/
   test [ARGS]   set up what is missing, ptxas and disassembler included, lint, run every test, and plant a dozen
                 mutants; or, with ARGS, run what cargo test ARGS runs
   lint          format, lints and documentation, of the code for the GPU too, and the promised minimum Rust

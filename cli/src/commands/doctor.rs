@@ -40,7 +40,12 @@ pub fn doctor() -> Outcome {
         ),
     };
     let shipped: Vec<&str> = models().iter().map(|(name, _)| *name).collect();
-    let text = format!("{tools}{gpu_text}shipped specs: {}\n", shipped.join(", "));
+    // A user without a compiler must not think that kernels cannot be loaded.
+    let needless = match tools.can_build() {
+        true => "",
+        false => "without them everything works but `framestride build` (with --template it does too)\n",
+    };
+    let text = format!("{tools}{needless}{gpu_text}shipped specs: {}\n", shipped.join(", "));
     let json = json!({ "can_build": tools.can_build(), "tools": tools, "gpu": gpu_json, "shipped": shipped });
     Outcome::new(text, json, true)
 }
