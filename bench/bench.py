@@ -94,12 +94,11 @@ class Shape:
         if described.returncode != 0:
             raise RuntimeError(described.stderr.strip() or described.stdout.strip())
         self.described = json.loads(described.stdout)
-        for key in ["name", "sequence", "frames", "tokens_per_frame", "text_tokens", "sink_frames", "heads", "head_dim", "batch"]:
+        for key in ["name", "sequence", "frames", "tokens_per_frame", "text_tokens", "before_tokens", "after_tokens", "sink_frames", "heads", "head_dim", "batch"]:
             setattr(self, key, self.described[key])
         self.dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[self.described["dtype"]]
         self.video = self.frames * self.tokens_per_frame
-        text_first = toml.get("text", {}).get("position") == "first"
-        self.first_video = self.text_tokens if text_first else 0
+        self.first_video = self.before_tokens
         self.masks = {mask["mask"]: mask for mask in self.described["masks"]}
         self.norm, self.rope = toml.get("qk_norm"), toml.get("rope")
         if self.norm:
@@ -109,10 +108,12 @@ class Shape:
         self.tensor_bytes = 2 * self.batch * self.sequence * self.heads * self.head_dim
         self.table_shape = None
         if self.rope:
-            rows = self.sequence if self.rope.get("text") else self.video
+            text = self.rope.get("text") and toml["text"].get("position", "last")
+            self.first_rotated = 0 if self.rope.get("before") or text == "first" else self.first_video
+            end = self.sequence if self.rope.get("after") or text == "last" else self.first_video + self.video
             heads = [self.heads] if self.rope.get("per_head") else []
             self.rotated = self.rope.get("channels", self.head_dim)
-            self.table_shape = [rows, *heads, self.rotated // 2]
+            self.table_shape = [end - self.first_rotated, *heads, self.rotated // 2]
         self.table_bytes = 2 * 4 * math.prod(self.table_shape) if self.table_shape else 0
 
     def flop(self, mask):
@@ -121,7 +122,7 @@ class Shape:
     def rule(self, mask="spatial"):
         """Which rows see which, in model order, all text valid, as a function of the two rows: from the rule, not from our code."""
         first, video, frames, patches = self.first_video, self.video, self.frames, self.tokens_per_frame
-        half_width, sinks, text = self.masks[mask]["half_width"], self.sink_frames * patches, self.text_tokens
+        half_width, sinks, after = self.masks[mask]["half_width"], self.sink_frames * patches, self.after_tokens
         temporal = mask == "temporal"
 
         def sees(query, key):
@@ -133,9 +134,9 @@ class Shape:
             seen = distance.abs() < half_width
             if sinks:
                 seen = seen | ((key >= 0) & (key < sinks))
-            if text and first:
+            if first:
                 seen = seen | (query < 0) | (key < 0)
-            elif text:
+            if after:
                 seen = seen | (query >= video) | (key >= video)
             return seen
 
@@ -156,8 +157,7 @@ class Shape:
                 y = y + bias.to(wide)
             y = y.view(shape)
         if self.rope:
-            first = 0 if self.rope.get("text") else self.first_video
-            rows = self.table_shape[0]
+            first, rows = self.first_rotated, self.table_shape[0]
             if len(self.table_shape) == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             cos, sin = cos.to(wide), sin.to(wide)

@@ -11,7 +11,7 @@ use framestride::shapes::spec::Dtype;
 use framestride::{Device, Error, Layer, Result, Stream};
 use rayon::prelude::*;
 
-use crate::tensors::{ELEMENT, Inputs, Norm, Tokens, widen};
+use crate::tensors::{ELEMENT, Inputs, Norm, Text, Tokens, widen};
 
 /// How a `[B, S, H, D]` tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -342,7 +342,7 @@ pub struct DeviceLayer {
     lse: Buffer,
     /// Q, K and V.
     inputs: [DeviceTensor; 3],
-    /// The memory of norm weights, RoPE tables and text lengths.
+    /// The memory of norm weights, RoPE tables and lengths of text.
     buffers: Vec<Buffer>,
 }
 
@@ -368,11 +368,19 @@ impl DeviceLayer {
         let mut norm = |norm: &Norm| -> Result<NormWeights> {
             Ok(NormWeights { weight: floats(norm.weight.as_ref())?, bias: floats(norm.bias.as_ref())? })
         };
+        let (q_norm, k_norm) = (norm(&inputs.q_norm)?, norm(&inputs.k_norm)?);
+        let mut text = |text: &Text| -> Result<framestride::Text> {
+            Ok(framestride::Text {
+                lengths: 0,
+                q_norm: text.q_norm.as_ref().map(&mut norm).transpose()?,
+                k_norm: text.k_norm.as_ref().map(&mut norm).transpose()?,
+            })
+        };
         let mut layer = Layer {
-            q_norm: norm(&inputs.q_norm)?,
-            k_norm: norm(&inputs.k_norm)?,
-            q_norm_text: inputs.q_norm_text.as_ref().map(&mut norm).transpose()?,
-            k_norm_text: inputs.k_norm_text.as_ref().map(&mut norm).transpose()?,
+            q_norm,
+            k_norm,
+            before: text(&inputs.before)?,
+            after: text(&inputs.after)?,
             scale: inputs.scale,
             ..Layer::default()
         };
@@ -386,9 +394,10 @@ impl DeviceLayer {
             (layer.cos, layer.sin) = (floats(Some(&spread(&tables.cos)))?, floats(Some(&spread(&tables.sin)))?);
             layer.rope_batch = if tables.items == 1 { 0 } else { (length + ROPE_GAP) as u64 };
         }
-        if let Some(lengths) = &inputs.text_lengths {
+        for (text, inputs) in [(&mut layer.before, &inputs.before), (&mut layer.after, &inputs.after)] {
+            let Some(lengths) = &inputs.lengths else { continue };
             let buffer = upload_words(device, lengths.iter().map(|length| length.to_le_bytes()))?;
-            layer.text_lengths = buffer.address();
+            text.lengths = buffer.address();
             buffers.push(buffer);
         }
         let tensors = DeviceTensor::upload_layer(device, [&inputs.q, &inputs.k, &inputs.v], arrangement)?;

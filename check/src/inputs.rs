@@ -9,7 +9,7 @@ use crate::random::Drawn::{self, K, Q, V};
 use crate::random::{Normals, norm_weights, quick_generator, row_generator};
 use crate::reference::norm;
 use crate::rope::RopeTables;
-use crate::tensors::{Inputs, Norm, Tokens, narrow};
+use crate::tensors::{Inputs, Norm, Text, Tokens, narrow};
 
 /// Gives a row a Euclidean norm.
 fn resize(row: &mut [f64], size: f64) {
@@ -110,16 +110,14 @@ impl Inputs {
                 Norm { weight: Some(weight), bias: (norm.kind == NormKind::Layer).then(|| values(0.0)) }
             }
         };
-        let (q_norm, k_norm, q_text, k_text) = (norm(), norm(), norm(), norm());
-        let text_norms = spec.qk_norm.is_some() && spec.layout.text_tokens > 0;
+        let (q_norm, k_norm) = (norm(), norm());
+        let mut text = |tokens: u32| match spec.qk_norm {
+            Some(_) if tokens > 0 => Text { lengths: None, q_norm: Some(norm()), k_norm: Some(norm()) },
+            _ => Text::default(),
+        };
+        let (before, after) = (text(spec.layout.before), text(spec.layout.after));
         let rope = spec.rope.as_ref().map(|_| RopeTables::random(spec, batch, heads, seed));
-        Inputs {
-            q_norm,
-            k_norm,
-            q_norm_text: text_norms.then_some(q_text),
-            k_norm_text: text_norms.then_some(k_text),
-            ..Inputs::new([tokens(Q), tokens(K), tokens(V)], rope)
-        }
+        Inputs { q_norm, k_norm, before, after, ..Inputs::new([tokens(Q), tokens(K), tokens(V)], rope) }
     }
 
     /// Random V and K, and queries that equal their own keys.
@@ -379,7 +377,7 @@ impl Inputs {
             Inputs::tokens(spec, batch, heads, |token, bits| {
                 let row = token % sequence;
                 normals.token(drawn, token, dim, bits);
-                let token = row.checked_sub(layout.first_video_row() as usize).filter(|&token| token < video);
+                let token = row.checked_sub(layout.before as usize).filter(|&token| token < video);
                 let Some(token) = token else { return };
                 let mut row_values = vec![0.0; dim];
                 for (head, bits) in bits.chunks_exact_mut(dim).enumerate() {

@@ -150,7 +150,7 @@ pub fn run_layer(
     let operations_of_row = (sequence * head_dim * 4) as f64;
     let affordable = (REFERENCE_OPERATIONS / operations_of_row / (batch * heads) as f64).ceil() as usize;
     let rows = sampled_rows(affordable.max(16), sequence);
-    let not_finite = inputs.not_finite();
+    let not_finite = inputs.not_finite(&module.spec().layout);
     let mut results = Vec::with_capacity(profiles.len());
     let (mut all_error, mut all_size) = (0.0, 0.0);
     for (index, profile) in profiles.iter().enumerate() {
@@ -253,9 +253,9 @@ fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSe
     let (queries, keys) = (mask.query_order(), mask.key_order());
     let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
     // The packed rows of invalid text are zero, whatever the tensor holds.
-    let live = head.valid_text + spec.layout.video_tokens() as usize;
+    let live = (head.valid.sum() + spec.layout.video_tokens()) as usize;
     let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
-    query_tiles(&spec.layout, head_type, spec.tiles(), head.valid_text as u32)
+    query_tiles(&spec.layout, head_type, spec.tiles(), head.valid.sum())
         .filter(|tile| {
             let has_sick = |first: u32, rows: u32| sick.range(first as usize..(first + rows) as usize).next().is_some();
             tile.key_tiles.iter().any(|tile| has_sick(tile.first_row, tile.rows))

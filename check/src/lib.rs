@@ -1,7 +1,7 @@
 //! Whether framestride's kernels are right, and how fast they are.
 //!
 //! ```
-//! use framestride::{Device, Kernels, Module};
+//! use framestride::{Device, Module, Spec};
 //! use framestride_check::verify::{Effort, verify};
 //!
 //! # fn main() -> framestride::Result<()> {

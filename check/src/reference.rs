@@ -7,7 +7,7 @@
 //! Everything starts from inputs that are already rounded to the spec's type
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
-use framestride::shapes::layout::{Divisor, HeadType, Layout, TextPosition};
+use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::spec::{Dtype, NormKind, Pairs, Spec};
 use rayon::prelude::*;
 
@@ -67,14 +67,19 @@ impl<'a> Reference<'a> {
         };
         let mut x = tokens.row(batch, row, head);
         let layout = &self.spec.layout;
-        let is_text = text_index(layout, row).is_some();
+        let place = Place::of(layout, row);
+        let text = match place {
+            Place::Video(_) => None,
+            Place::Before(_) => Some(&self.inputs.before),
+            Place::After(_) => Some(&self.inputs.after),
+        };
         if let Some(norm) = &self.spec.qk_norm {
             let statistic = match &self.over_heads {
                 Some(statistics) => statistics[index][batch * tokens.rows + row],
                 None => statistic(&x, norm.kind, norm.eps),
             };
             let first = if self.spec.norm_is_over_heads() { head * tokens.head_dim } else { 0 };
-            let Norm { weight, bias } = self.inputs.norm(operand, is_text);
+            let Norm { weight, bias } = self.inputs.norm(operand, text);
             for (d, x) in x.iter_mut().enumerate() {
                 let weight = weight.as_ref().map_or(1.0, |weight| f64::from(weight[first + d]));
                 let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[first + d]));
@@ -82,9 +87,13 @@ impl<'a> Reference<'a> {
             }
         }
         if let (Some(rope), Some(tables)) = (&self.spec.rope, &self.inputs.rope)
-            && (rope.text || !is_text)
+            && match place {
+                Place::Video(_) => true,
+                Place::Before(_) => rope.before,
+                Place::After(_) => rope.after,
+            }
         {
-            let table_row = if rope.text { row } else { video_index(layout, row).unwrap_or(0) };
+            let table_row = if rope.before { row } else { row - layout.before as usize };
             let table = if rope.per_head { table_row * tokens.heads + head } else { table_row };
             let half = rope.channels as usize / 2;
             let item = if tables.items == 1 { 0 } else { batch * (tables.cos.len() / tables.items) };
@@ -114,7 +123,7 @@ impl<'a> Reference<'a> {
         Head::new(
             &self.spec.layout,
             self.spec.head_dim as usize,
-            self.inputs.valid_text(&self.spec.layout, batch),
+            self.inputs.valid(&self.spec.layout, batch),
             gather(Operand::Query),
             gather(Operand::Key),
             self.inputs.v.head(batch, head),
@@ -132,25 +141,26 @@ fn statistic(row: &[f64], kind: NormKind, eps: f64) -> Statistic {
     Statistic { mean, scale: 1.0 / (square + eps).sqrt() }
 }
 
-/// The index among the text tokens that a row of the model's order has, if it is text.
-fn text_index(layout: &Layout, row: usize) -> Option<usize> {
-    let (text, video) =
-        (layout.text_tokens as usize, layout.frames.value as usize * layout.tokens_per_frame.value as usize);
-    match layout.text_position {
-        TextPosition::First => (row < text).then_some(row),
-        TextPosition::Last => (row >= video).then(|| row - video),
-    }
+/// What stands at a row of the model's order, and its index among what stands there.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Text before the video.
+    Before(usize),
+    /// The video, frame by frame.
+    Video(usize),
+    /// Text after the video.
+    After(usize),
 }
 
-/// The index among the video tokens, frame by frame, that a row of the model's order has, if it is
-/// video.
-fn video_index(layout: &Layout, row: usize) -> Option<usize> {
-    match text_index(layout, row) {
-        Some(_) => None,
-        None => match layout.text_position {
-            TextPosition::First => Some(row - layout.text_tokens as usize),
-            TextPosition::Last => Some(row),
-        },
+impl Place {
+    fn of(layout: &Layout, row: usize) -> Place {
+        let before = layout.before as usize;
+        let video = layout.frames.value as usize * layout.tokens_per_frame.value as usize;
+        match row.checked_sub(before) {
+            None => Place::Before(row),
+            Some(row) if row < video => Place::Video(row),
+            Some(row) => Place::After(row - video),
+        }
     }
 }
 
@@ -173,14 +183,15 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// The rule of a head type, for a sequence whose first `valid_text` text tokens are valid.
-    pub fn new(layout: &Layout, head: HeadType, valid_text: usize) -> Mask {
+    /// The rule of a head type, for a sequence with so much valid text.
+    pub fn new(layout: &Layout, head: HeadType, valid: ValidText) -> Mask {
         let (frames, patches) = (layout.frames.value as usize, layout.tokens_per_frame.value as usize);
-        let rows = frames * patches + layout.text_tokens as usize;
+        let rows = layout.before as usize + frames * patches + layout.after as usize;
         let tokens = (0..rows)
-            .map(|row| match (text_index(layout, row), video_index(layout, row)) {
-                (Some(text), _) if text < valid_text => Token::Text,
-                (None, Some(video)) => {
+            .map(|row| match Place::of(layout, row) {
+                Place::Before(text) if text < valid.before as usize => Token::Text,
+                Place::After(text) if text < valid.after as usize => Token::Text,
+                Place::Video(video) => {
                     let (frame, patch) = (video / patches, video % patches);
                     let position = match head {
                         HeadType::Dense | HeadType::Spatial => frame * patches + patch,
@@ -188,7 +199,7 @@ impl Mask {
                     };
                     Token::Video { sink: frame < layout.sink_frames as usize, position: position as i64 }
                 }
-                _ => Token::Invalid,
+                Place::Before(_) | Place::After(_) => Token::Invalid,
             })
             .collect();
         let half_width = match head {
@@ -215,7 +226,7 @@ impl Mask {
     /// other video tokens, invalid text. Video tokens stand in the order of their positions.
     pub fn key_order(&self) -> Vec<usize> {
         let mut rows: Vec<usize> = (0..self.tokens.len()).collect();
-        // The sort is stable, so text keeps its order.
+        // The sort is stable, so text keeps its order, with that before the video first.
         rows.sort_by_key(|&row| match self.tokens[row] {
             Token::Text => (0, 0),
             Token::Video { sink: true, position } => (1, position),
@@ -257,7 +268,7 @@ pub struct Head {
     /// V.
     pub values: Vec<f64>,
     /// How many text tokens are valid.
-    pub valid_text: usize,
+    pub valid: ValidText,
     key_norms: Vec<f64>,
     value_norms: Vec<f64>,
     /// The rule of each type, indexed by the type's value.
@@ -327,15 +338,15 @@ impl Head {
     pub fn new(
         layout: &Layout,
         head_dim: usize,
-        valid_text: usize,
+        valid: ValidText,
         queries: Vec<f64>,
         keys: Vec<f64>,
         values: Vec<f64>,
     ) -> Head {
-        let masks = HeadType::ALL.map(|head| Mask::new(layout, head, valid_text));
+        let masks = HeadType::ALL.map(|head| Mask::new(layout, head, valid));
         let norms = |rows: &[f64]| rows.par_chunks_exact(head_dim).map(norm).collect();
         let (key_norms, value_norms) = (norms(&keys), norms(&values));
-        Head { head_dim, queries, keys, values, valid_text, key_norms, value_norms, masks }
+        Head { head_dim, queries, keys, values, valid, key_norms, value_norms, masks }
     }
 
     /// The head with Q and K rounded to a 16-bit type, as the kernels store them. Q is rounded
@@ -345,7 +356,7 @@ impl Head {
             rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x * scale)) / scale).collect()
         };
         let (queries, keys) = (round(&self.queries, query_scale), round(&self.keys, 1.0));
-        Head::new(layout, self.head_dim, self.valid_text, queries, keys, self.values.clone())
+        Head::new(layout, self.head_dim, self.valid, queries, keys, self.values.clone())
     }
 
     /// Rows of the sequence.
@@ -444,15 +455,11 @@ impl Head {
 
     /// What profiling finds for this head. `head_index` counts over batch x heads.
     pub fn profile(&self, layout: &Layout, scale: f64, seed: u64, head_index: u32, samples: u32) -> ProfileErrors {
-        let first_video = match layout.text_position {
-            TextPosition::First => layout.text_tokens as usize,
-            TextPosition::Last => 0,
-        };
         let rows: Vec<UnderEachMask> = (0..samples)
             .into_par_iter()
             .map(|index| {
-                let row =
-                    first_video + layout.sampled_video_row(seed, head_index, index, Divisor::new(samples)) as usize;
+                let row = layout.before as usize
+                    + layout.sampled_video_row(seed, head_index, index, Divisor::new(samples)) as usize;
                 let scores = self.scores(row, scale);
                 HeadType::ALL.map(|head| self.attend_scores(head, row, scale, &scores))
             })

@@ -102,13 +102,15 @@ pub(crate) fn verify_launches(
     // A GPU has a layer for each set, and one whose inputs are replaced before each replay. Two of
     // them run at a time.
     let (layers, workspaces, repeats) = if gpu.is_some() { (sets + 1, 2, REPEATS) } else { (1, 1, 1) };
-    let (spec, text) = (module.spec(), module.spec().layout.text_tokens);
+    let spec = module.spec();
     let attention = SparseAttention::new(module, batch, heads)?;
     let layer = |set| {
         let seed = seed.wrapping_add(set as u64);
         let mut inputs = Inputs::random(spec, batch as usize, heads as usize, seed);
         let mut generator = row_generator(seed, u64::MAX);
-        inputs.text_lengths = (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
+        let mut lengths =
+            |text: u32| (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
+        (inputs.before.lengths, inputs.after.lengths) = (lengths(spec.layout.before), lengths(spec.layout.after));
         DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
     };
     progress("inputs of launches in several ways");

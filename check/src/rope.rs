@@ -1,6 +1,5 @@
 //! Tables of rotary embeddings: what the kernels are given, and the rotation that undoes it.
 
-use framestride::shapes::layout::TextPosition;
 use framestride::shapes::spec::{Pairs, Spec};
 use rand::RngExt;
 use rayon::prelude::*;
@@ -36,21 +35,18 @@ pub fn rope_axis(pair: usize, pairs: usize) -> (usize, usize, usize) {
     }
 }
 
-/// Frame, height and width of the token at `row` of the model's order. Text tokens lie behind all
-/// video tokens on every axis.
+/// Frame, height and width of the token at `row` of the model's order. On every axis text tokens lie
+/// behind all video tokens: first those before the video, then those after it.
 pub fn token_coordinates(spec: &Spec, row: usize) -> [usize; 3] {
     let layout = &spec.layout;
     let patches = layout.tokens_per_frame.value as usize;
     let [height, width] = spec.grid.map_or([1, patches], |grid| grid.map(|side| side as usize));
-    let (first_text, first_video) = match layout.text_position {
-        TextPosition::First => (0, layout.text_tokens as usize),
-        TextPosition::Last => (layout.frames.value as usize * patches, 0),
-    };
-    let text = layout.text_tokens as usize;
-    if row >= first_text && row < first_text + text {
-        return [(layout.frames.value as usize).max(height).max(width) + row - first_text; 3];
+    let (before, tokens) = (layout.before as usize, layout.frames.value as usize * patches);
+    if row < before || row >= before + tokens {
+        let text = if row < before { row } else { row - tokens };
+        return [(layout.frames.value as usize).max(height).max(width) + text; 3];
     }
-    let video = row - first_video;
+    let video = row - before;
     [video / patches, video % patches / width, video % width]
 }
 
@@ -69,8 +65,7 @@ impl RopeTables {
     pub fn from_grid(spec: &Spec, heads: usize) -> RopeTables {
         let half = pairs(spec);
         let tables = if spec.rope.is_some_and(|rope| rope.per_head) { heads } else { 1 };
-        let first_row =
-            if spec.rope.as_ref().is_some_and(|rope| rope.text) { 0 } else { spec.layout.first_video_row() as usize };
+        let first_row = spec.rope_rows().start as usize;
         let angles: Vec<f64> = (0..RopeTables::length(spec, heads))
             .into_par_iter()
             .map(|index| {
@@ -107,10 +102,11 @@ impl RopeTables {
     /// With -1 it turns back what a kernel will turn forth. `token` counts in the model's order.
     pub fn rotate(&self, spec: &Spec, heads: usize, token: usize, head: usize, row: &mut [f64], direction: f64) {
         let Some(rope) = &spec.rope else { return };
-        let first_row = if rope.text { 0 } else { spec.layout.first_video_row() as usize };
-        let Some(table_row) = token.checked_sub(first_row).filter(|&row| row < spec.rope_rows() as usize) else {
+        let rows = spec.rope_rows();
+        if !rows.contains(&(token as u32)) {
             return;
-        };
+        }
+        let table_row = token - rows.start as usize;
         let half = pairs(spec);
         let table = if rope.per_head { table_row * heads + head } else { table_row };
         for pair in 0..half {

@@ -1,7 +1,7 @@
 //! The inputs of one layer on the host: Q, K, V and what goes with them.
 
 use framestride::call::{check_heads, check_scale};
-use framestride::shapes::layout::Layout;
+use framestride::shapes::layout::{Layout, ValidText};
 use framestride::shapes::spec::{Dtype, NormKind, Spec};
 use framestride::{Error, Result};
 use half::{bf16, f16};
@@ -126,6 +126,17 @@ pub struct Norm {
     pub bias: Option<Vec<f32>>,
 }
 
+/// The text on one side of the video.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Text {
+    /// Valid tokens of each batch item, which come first. Without them, all are valid.
+    pub lengths: Option<Vec<u32>>,
+    /// QK-norm of these rows of Q. Without it, they get the norm of video rows.
+    pub q_norm: Option<Norm>,
+    /// QK-norm of these rows of K, likewise.
+    pub k_norm: Option<Norm>,
+}
+
 /// Everything that one layer reads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Inputs {
@@ -139,14 +150,12 @@ pub struct Inputs {
     pub q_norm: Norm,
     /// QK-norm of video rows of K.
     pub k_norm: Norm,
-    /// QK-norm of text rows of Q. Without it, text rows get the norm of video rows.
-    pub q_norm_text: Option<Norm>,
-    /// QK-norm of text rows of K, likewise.
-    pub k_norm_text: Option<Norm>,
+    /// The text before the video.
+    pub before: Text,
+    /// The text after the video.
+    pub after: Text,
     /// The RoPE tables. They are given exactly when the spec has `[rope]`.
     pub rope: Option<RopeTables>,
-    /// Valid text tokens of each batch item. Without them, all text is valid.
-    pub text_lengths: Option<Vec<u32>>,
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
     pub scale: Option<f32>,
 }
@@ -155,32 +164,44 @@ impl Inputs {
     /// Inputs whose norms have no weights, whose text is all valid, and whose scale is the default.
     pub fn new([q, k, v]: [Tokens; 3], rope: Option<RopeTables>) -> Inputs {
         let (q_norm, k_norm) = (Norm::default(), Norm::default());
-        Inputs { q, k, v, q_norm, k_norm, q_norm_text: None, k_norm_text: None, rope, text_lengths: None, scale: None }
+        Inputs { q, k, v, q_norm, k_norm, before: Text::default(), after: Text::default(), rope, scale: None }
     }
 
-    /// The norm weights of text rows or of video rows.
-    pub fn norm(&self, operand: Operand, is_text: bool) -> &Norm {
-        let (video, text) = match operand {
-            Operand::Query => (&self.q_norm, &self.q_norm_text),
-            Operand::Key => (&self.k_norm, &self.k_norm_text),
-        };
-        if is_text { text.as_ref().unwrap_or(video) } else { video }
+    /// What files and messages call the text before the video and that after it. Where there is
+    /// text on one side alone, that is `text`.
+    pub const fn text_names(layout: &Layout) -> [&'static str; 2] {
+        match (layout.before, layout.after) {
+            (1.., 1..) => ["before", "after"],
+            (1.., 0) => ["text", "after"],
+            (0, _) => ["before", "text"],
+        }
+    }
+
+    /// The norm weights of a side's text, or without that of video rows.
+    pub fn norm<'a>(&'a self, operand: Operand, text: Option<&'a Text>) -> &'a Norm {
+        match operand {
+            Operand::Query => text.and_then(|text| text.q_norm.as_ref()).unwrap_or(&self.q_norm),
+            Operand::Key => text.and_then(|text| text.k_norm.as_ref()).unwrap_or(&self.k_norm),
+        }
+    }
+
+    /// All norms that are given, and their names.
+    fn norms(&self, layout: &Layout) -> impl Iterator<Item = (String, &Norm)> {
+        let sides = Inputs::text_names(layout).into_iter().zip([&self.before, &self.after]);
+        let of_text = sides.flat_map(|(side, text)| {
+            [(format!("q_norm_{side}"), text.q_norm.as_ref()), (format!("k_norm_{side}"), text.k_norm.as_ref())]
+        });
+        let all = [("q_norm".into(), Some(&self.q_norm)), ("k_norm".into(), Some(&self.k_norm))];
+        all.into_iter().chain(of_text).filter_map(|(name, norm)| norm.map(|norm| (name, norm)))
     }
 
     /// Names the first element of each tensor that is not finite, such as "k[0, 17, 1, 5] is inf".
-    pub fn not_finite(&self) -> Vec<String> {
+    pub fn not_finite(&self, layout: &Layout) -> Vec<String> {
         let tokens = [("q", &self.q), ("k", &self.k), ("v", &self.v)].into_iter().filter_map(|(key, tokens)| {
             tokens.first_not_finite().map(|(index, value)| format!("{key}{index:?} is {value}"))
         });
-        let norms = [
-            ("q_norm", Some(&self.q_norm)),
-            ("k_norm", Some(&self.k_norm)),
-            ("q_norm_text", self.q_norm_text.as_ref()),
-            ("k_norm_text", self.k_norm_text.as_ref()),
-        ];
-        let affine = norms
-            .into_iter()
-            .filter_map(|(key, norm)| norm.map(|norm| (key, norm)))
+        let affine = self
+            .norms(layout)
             .flat_map(|(key, norm)| [(format!("{key}.weight"), &norm.weight), (format!("{key}.bias"), &norm.bias)]);
         let affine = affine.filter_map(|(key, values)| values.as_ref().map(|values| (key, values)));
         let tables = self.rope.iter().flat_map(|rope| [("cos".to_owned(), &rope.cos), ("sin".to_owned(), &rope.sin)]);
@@ -193,8 +214,9 @@ impl Inputs {
 
     /// Valid text tokens of a batch item. A length beyond the text counts as all of it, as in the
     /// kernels.
-    pub fn valid_text(&self, layout: &Layout, batch: usize) -> usize {
-        self.text_lengths.as_ref().map_or(layout.text_tokens, |lengths| lengths[batch].min(layout.text_tokens)) as usize
+    pub fn valid(&self, layout: &Layout, batch: usize) -> ValidText {
+        let valid = |text: &Text, all: u32| text.lengths.as_ref().map_or(all, |lengths| lengths[batch].min(all));
+        ValidText { before: valid(&self.before, layout.before), after: valid(&self.after, layout.after) }
     }
 
     /// Softmax scale.
@@ -238,13 +260,7 @@ impl Inputs {
             }
         }
         let norm_length = spec.qk_norm.map(|_| spec.norm_length(heads as u32) as usize);
-        for (key, norm) in [
-            ("q_norm", Some(&self.q_norm)),
-            ("k_norm", Some(&self.k_norm)),
-            ("q_norm_text", self.q_norm_text.as_ref()),
-            ("k_norm_text", self.k_norm_text.as_ref()),
-        ] {
-            let Some(norm) = norm else { continue };
+        for (key, norm) in self.norms(&spec.layout) {
             for (part, values) in [("weight", &norm.weight), ("bias", &norm.bias)] {
                 let Some(values) = values else { continue };
                 let subject = format!("{source}, tensor {key}.{part}");
@@ -284,7 +300,7 @@ impl Inputs {
                             format!("{source}, tensor {key}"),
                             format!("{} elements in {} tables", table.len(), tables.items),
                             format!("shape {shape:?}, once or for each of {batch} batch items"),
-                            "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true",
+                            "The rows are the video rows, and those of text that the spec's rope rotates too; one table a head with rope.per_head = true",
                         ));
                     }
                 }
@@ -310,13 +326,15 @@ impl Inputs {
         if let Some(scale) = self.scale {
             check_scale(spec, scale)?;
         }
-        if let Some(lengths) = &self.text_lengths {
+        let sides = [(&self.before, spec.layout.before), (&self.after, spec.layout.after)];
+        for (name, (text, tokens)) in Inputs::text_names(&spec.layout).into_iter().zip(sides) {
+            let Some(lengths) = &text.lengths else { continue };
             let longest = lengths.iter().copied().max().unwrap_or(0);
-            if lengths.len() != batch || longest > spec.layout.text_tokens {
+            if lengths.len() != batch || longest > tokens {
                 return Err(Error::input(
-                    format!("{source}, text_lengths"),
+                    format!("{source}, {name}_lengths"),
                     format!("{lengths:?}"),
-                    format!("one length of at most {} for each of {batch} batch items", spec.layout.text_tokens),
+                    format!("one length of at most {tokens} for each of {batch} batch items"),
                     "A length counts the valid text tokens, which come first among the text",
                 ));
             }

@@ -3,7 +3,7 @@
 //! found greedily from a fixed seed.
 //!
 //! Each spec runs three layers. So the pairs also meet dense, given and profiled types, random and
-//! rising scores, all lengths of text and all arrangements. Frame sizes are odd, so that every tile
+//! rising scores, all lengths of text on each side and all arrangements. Frame sizes are odd, so that every tile
 //! is cut somewhere. Sequences have 60 to 400 tokens.
 
 use std::fmt::Write;
@@ -27,7 +27,7 @@ const FACTORS: [&[&str]; 11] = [
     &["", "interleaved", "half"],
     &["text = false", "text = true"],
     &["per_head = false", "per_head = true"],
-    &["", "first", "last"],
+    &["", "first", "last", "both"],
     &["frames = 0", "frames = 1", "frames = 2"],
     &["3 37", "7 51", "4 19", "5 73"],
     &["batch = 1\nheads = 3", "batch = 2\nheads = 1", "batch = 2\nheads = 2"],
@@ -70,16 +70,23 @@ fn toml(index: usize, row: &Choice) -> String {
     let value = |factor: usize| FACTORS[factor][row[factor]];
     let (frames, tokens) = value(8).split_once(' ').unwrap();
     let mut text = format!("name = \"cross_{index}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
-    if !value(6).is_empty() {
-        write!(text, "[text]\ntokens = 21\nposition = \"{}\"\n", value(6)).unwrap();
+    match value(6) {
+        "" => {}
+        "both" => text += "[before]\ntokens = 12\n[after]\ntokens = 19\n",
+        position => write!(text, "[text]\ntokens = 21\nposition = \"{position}\"\n").unwrap(),
     }
     write!(text, "[attention]\n{}\n{}\n{}\n", value(0), value(1), value(9)).unwrap();
     if let Some((kind, over)) = value(2).split_once(' ') {
         write!(text, "[qk_norm]\nkind = \"{kind}\"\nover = \"{over}\"\neps = 1e-5\n").unwrap();
     }
     if !value(3).is_empty() {
-        // Rotated text needs text.
-        let rotates_text = if value(6).is_empty() { "text = false" } else { value(4) };
+        // Rotated text needs text. Of that on both sides, one is rotated.
+        let rotates_text = match (value(6), value(4)) {
+            ("", _) => "text = false",
+            ("both", "text = false") => "before = true",
+            ("both", _) => "after = true",
+            (_, rotates_text) => rotates_text,
+        };
         write!(text, "[rope]\npairs = \"{}\"\n{rotates_text}\n{}\n{}\n", value(3), value(5), value(10)).unwrap();
     }
     // Half widths differ from spec to spec.
@@ -110,14 +117,15 @@ fn kernels_of_sampled_specs_match_the_reference() {
         .flat_map_iter(|(index, row)| {
             let text = toml(index, row);
             let module = module(&text);
-            let has_text = module.spec().layout.text_tokens > 0;
+            let layout = module.spec().layout;
             let lengths = [CaseText::Full, CaseText::Partial, CaseText::Empty];
             let arrangements = [TokensFirst, HeadsFirst, PackedQkv, Unaligned];
             let cases = [CaseTypes::Mixed, CaseTypes::Profiled, CaseTypes::Dense].into_iter().enumerate();
             cases
                 .flat_map(|(number, types)| {
                     let case = Case {
-                        text: if has_text { lengths[(index + number) % 3] } else { CaseText::Full },
+                        text: [(layout.before, index + number), (layout.after, index + 2 * number)]
+                            .map(|(tokens, which)| if tokens > 0 { lengths[which % 3] } else { CaseText::Full }),
                         inputs: arrangements[(index + number) % 4],
                         out: arrangements[(index / 4 + number) % 4],
                         ..Case::new(types, [CaseContent::Random, CaseContent::Rising][(index + number) % 2])
@@ -180,8 +188,14 @@ fn random_spec(name: &str, generator: &mut ChaCha8Rng) -> String {
     loop {
         let (frames, tokens) = (generator.random_range(1..7u32), generator.random_range(1..120u32));
         let mut text = format!("name = \"{name}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
-        let has_text = generator.random();
-        if has_text {
+        let mut rotated = Vec::new();
+        if generator.random() {
+            for side in ["before", "after"] {
+                writeln!(text, "[{side}]\ntokens = {}", generator.random_range(1..50)).unwrap();
+                rotated.push(side);
+            }
+        } else if generator.random() {
+            rotated.push("text");
             let position = pick(generator, &["first", "last"]);
             let tokens = generator.random_range(1..100);
             write!(text, "[text]\ntokens = {tokens}\nposition = \"{position}\"\n").unwrap();
@@ -195,10 +209,13 @@ fn random_spec(name: &str, generator: &mut ChaCha8Rng) -> String {
             write!(text, "[qk_norm]\nkind = \"{kind}\"\nover = \"{over}\"\neps = {eps}\n").unwrap();
         }
         if generator.random() {
-            let (rotates_text, per_head): (bool, bool) = (has_text && generator.random(), generator.random());
+            let per_head: bool = generator.random();
             let (pairs, step) = [("interleaved", 8), ("half", 16)][generator.random_range(0..2)];
             let channels = step * generator.random_range(1..=128 / step);
-            write!(text, "[rope]\npairs = \"{pairs}\"\ntext = {rotates_text}\nper_head = {per_head}\n").unwrap();
+            write!(text, "[rope]\npairs = \"{pairs}\"\nper_head = {per_head}\n").unwrap();
+            for side in rotated {
+                writeln!(text, "{side} = {}", generator.random::<bool>()).unwrap();
+            }
             // More than a head of 64 has are refused, and another spec is drawn.
             writeln!(text, "channels = {channels}").unwrap();
         }

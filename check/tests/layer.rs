@@ -38,7 +38,7 @@ macro_rules! shipped {
         #[test]
         fn $name() {
             let spec = module(stringify!($name));
-            passes(stringify!($name), &Case::all(spec.spec().layout.text_tokens > 0, true));
+            passes(stringify!($name), &Case::all(&spec.spec().layout, true));
         }
     )*};
 }
@@ -52,7 +52,7 @@ fn arrangements() {
         .into_iter()
         .flat_map(|inputs| Arrangement::ALL.map(|out| (inputs, out)))
         .map(|(inputs, out)| Case {
-            text: CaseText::Partial,
+            text: [CaseText::Partial; 2],
             inputs,
             out,
             ..Case::new(CaseTypes::Mixed, CaseContent::Random)
@@ -66,7 +66,7 @@ fn arrangements() {
 #[test]
 fn a_sample() {
     let (module, seed) = (module("tiny_heads_sinks"), fresh_seed());
-    for case in Case::all(true, true) {
+    for case in Case::all(&module.spec().layout, true) {
         for check in verify_case(&module, &case, seed, Effort { reference_operations: 0.0 }).unwrap() {
             assert!(check.ok, "seed {seed}: {check:?}");
             let sampled = [
@@ -94,9 +94,18 @@ fn masks_and_text_lengths() {
     let types = HeadType::ALL.map(CaseTypes::All).into_iter().chain([CaseTypes::Profiled]);
     let cases: Vec<Case> = types
         .flat_map(|types| [CaseText::Empty, CaseText::Partial, CaseText::FullGiven].map(|text| (types, text)))
-        .map(|(types, text)| Case { text, ..Case::new(types, CaseContent::Random) })
+        .map(|(types, text)| Case { text: [text; 2], ..Case::new(types, CaseContent::Random) })
         .collect();
     passes("tiny_heads_sinks", &cases);
+    // With text on both sides, every length of one meets every length of the other.
+    let lengths = [CaseText::Empty, CaseText::Partial, CaseText::FullGiven, CaseText::Beyond];
+    let cases: Vec<Case> = lengths
+        .into_iter()
+        .flat_map(|before| lengths.map(|after| [before, after]))
+        .zip([CaseTypes::Mixed, CaseTypes::Profiled, CaseTypes::Dense].into_iter().cycle())
+        .map(|(text, types)| Case { text, ..Case::new(types, CaseContent::Random) })
+        .collect();
+    passes("tiny_text_rope", &cases);
 }
 
 /// The output of one layer.
@@ -309,7 +318,7 @@ fn nan_is_carried() {
     let module = module("tiny_text_last");
     let spec = module.spec();
     let mut inputs = Inputs::random(spec, 1, 2, 5);
-    inputs.text_lengths = Some(vec![10]);
+    inputs.after.lengths = Some(vec![10]);
     let (sick, invalid) = (40, 130);
     for row in [sick, invalid] {
         for head in 0..2 {
@@ -320,7 +329,8 @@ fn nan_is_carried() {
     let types = module.device().upload(&[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
     let out = forward(&module, &inputs, HeadTypes::Given(types.address()));
     for (head, head_type) in [HeadType::Spatial, HeadType::Temporal].into_iter().enumerate() {
-        let mask = framestride_check::reference::Mask::new(&spec.layout, head_type, 10);
+        let valid = inputs.valid(&spec.layout, 0);
+        let mask = framestride_check::reference::Mask::new(&spec.layout, head_type, valid);
         for row in 0..spec.layout.sequence() as usize {
             let found = widen(spec.dtype, out.bits[out.index(0, row, head)]);
             // 0 x NaN is NaN on the tensor cores. So rows of the same tile may catch it, and rows

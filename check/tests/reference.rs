@@ -1,7 +1,7 @@
 //! The f64 reference is compared with what can be worked out by hand. Inputs that are made for a
 //! purpose serve it.
 
-use framestride::shapes::layout::HeadType;
+use framestride::shapes::layout::{HeadType, ValidText};
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::{KeyTile, query_tiles};
 use framestride_check::reference::{Head, Mask, Operand, Reference, norm};
@@ -23,7 +23,7 @@ fn spec(name: &str) -> Spec {
 fn visible_pairs_are_those_of_the_formula() {
     for spec in tiny_specs() {
         for head in HeadType::ALL {
-            let mask = Mask::new(&spec.layout, head, spec.layout.text_tokens as usize);
+            let mask = Mask::new(&spec.layout, head, spec.layout.all_text());
             assert_eq!(mask.visible_pairs(), spec.visible_pairs(head), "{} {head:?}", spec.name);
         }
     }
@@ -35,8 +35,10 @@ fn visible_pairs_are_those_of_the_formula() {
 fn packed_order_is_that_of_the_kernels() {
     for spec in tiny_specs() {
         for head in HeadType::ALL {
-            for valid in [0, spec.layout.text_tokens / 2, spec.layout.text_tokens] {
-                let mask = Mask::new(&spec.layout, head, valid as usize);
+            let parts = |all: u32| [0, all / 2, all];
+            let sides = |before| parts(spec.layout.after).map(|after| ValidText { before, after });
+            for valid in parts(spec.layout.before).into_iter().flat_map(sides) {
+                let mask = Mask::new(&spec.layout, head, valid);
                 let orders = [(mask.key_order(), spec.layout), (mask.query_order(), spec.layout.query_order())];
                 for (order, layout) in orders {
                     for (packed, row) in order.into_iter().enumerate() {
@@ -102,7 +104,7 @@ fn norms_normalise() {
     for spec in tiny_specs().filter(|spec| spec.qk_norm.is_some()) {
         let mut inputs = Inputs::random(&spec, 1, spec.heads as usize, 2);
         (inputs.q_norm, inputs.k_norm) = (Norm::default(), Norm::default());
-        (inputs.q_norm_text, inputs.k_norm_text) = (None, None);
+        (inputs.before, inputs.after) = Default::default();
         let reference = Reference::new(&spec, &inputs);
         let over_heads = spec.name == "tiny_heads_sinks" || spec.name == "tiny_text_rope";
         for row in [0, 5, 100] {
@@ -268,7 +270,7 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
     for spec in tiny_specs().filter(long).chain([spec("demo")]) {
         let [least, most] = spec.dtype.tile_sums().map(f64::from);
         let mut inputs = Inputs::sudden(&spec, 1, spec.heads as usize, 6);
-        inputs.text_lengths = Some(vec![0]);
+        (inputs.before.lengths, inputs.after.lengths) = (Some(vec![0]), Some(vec![0]));
         let head = Reference::new(&spec, &inputs).head(0, 0);
         let mask = head.mask(HeadType::Dense);
         let (queries, keys) = (mask.query_order(), mask.key_order());
@@ -301,7 +303,7 @@ fn lone_rows_are_alone() {
         let [least, most] = spec.dtype.tile_sums().map(f64::from);
         let mut found = std::collections::BTreeSet::new();
         let mut inputs = Inputs::lone(&spec, 1, spec.heads as usize, 6);
-        inputs.text_lengths = Some(vec![0]);
+        (inputs.before.lengths, inputs.after.lengths) = (Some(vec![0]), Some(vec![0]));
         let reference = Reference::new(&spec, &inputs);
         let video = spec.layout.video_tokens();
         for head in 0..spec.heads as usize {
@@ -341,10 +343,10 @@ fn lone_rows_are_alone() {
 fn a_hidden_key_is_above_all() {
     for spec in tiny_specs().chain([spec("demo")]) {
         let mut inputs = Inputs::hidden(&spec, 1, spec.heads as usize, 7);
-        inputs.text_lengths = Some(vec![0]);
+        (inputs.before.lengths, inputs.after.lengths) = (Some(vec![0]), Some(vec![0]));
         let reference = Reference::new(&spec, &inputs);
         let vanishing = if spec.dtype == Dtype::F16 { 25.0 } else { 126.0 };
-        let highest = (spec.layout.first_video_row() + spec.layout.video_tokens() - 1) as usize;
+        let highest = (spec.layout.before + spec.layout.video_tokens() - 1) as usize;
         for number in 0..spec.heads {
             let head = reference.head(0, number as usize);
             let hidden = (0..head.rows()).step_by(5).filter(|&row| {
@@ -378,9 +380,9 @@ fn rising_scores_rise_and_fall() {
             let mask = head.mask(head_type);
             let (queries, keys) = (mask.query_order(), mask.key_order());
             let [mut risen, mut overflown, mut vanished, mut kept, mut rows] = [0.0; 5];
-            for tile in query_tiles(&spec.layout, head_type, spec.tiles(), spec.layout.text_tokens) {
+            for tile in query_tiles(&spec.layout, head_type, spec.tiles(), spec.layout.text_tokens()) {
                 let last = (tile.first_row + tile.rows).min(spec.layout.sequence());
-                for row in (tile.first_row.max(spec.layout.text_tokens)..last).step_by(7) {
+                for row in (tile.first_row.max(spec.layout.text_tokens())..last).step_by(7) {
                     let row = queries[row as usize];
                     let scores = head.scores(row, inputs.query_scale());
                     let (mut largest, mut most, mut least) = (f64::NEG_INFINITY, 0.0f64, 0.0f64);

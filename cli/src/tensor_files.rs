@@ -9,6 +9,9 @@
 //! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | \[D\], \[H D\] | floats |
 //! | `text_lengths` | | \[B\], or \[\] for one batch item | integers |
 //!
+//! Where a spec has text on both sides of the video, names have `before` and `after` in place of
+//! `text`, and diffusers has no name for either.
+//!
 //! Q, K and V are rounded to the spec's type. RoPE tables are of the C channels that are rotated,
 //! `rope.channels`. They have an extent of heads where each head has its own, and \[B\] before all
 //! others where each batch item has its own. They are made from the grid when they are not given.
@@ -37,7 +40,7 @@ use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::text::nearest;
 use framestride::{Error, Result};
 use framestride_check::rope::{RopeTables, paired};
-use framestride_check::tensors::{Inputs, Norm, Tokens, narrow, widen};
+use framestride_check::tensors::{Inputs, Norm, Text, Tokens, narrow, widen};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::TensorView;
@@ -45,8 +48,11 @@ use safetensors::{Dtype as Stored, SafeTensors};
 
 use crate::output::Output;
 
-/// The names of a layer's tensors, and what diffusers calls them.
-const LAYER: [(&str, &str); 14] = [
+/// A tensor's name, and what diffusers calls it.
+type Names = (&'static str, &'static str);
+
+/// The names of a layer's tensors, but for those of text.
+const LAYER: [Names; 9] = [
     ("q", "query"),
     ("k", "key"),
     ("v", "value"),
@@ -56,6 +62,10 @@ const LAYER: [(&str, &str); 14] = [
     ("q_norm.bias", "norm_q.bias"),
     ("k_norm.weight", "norm_k.weight"),
     ("k_norm.bias", "norm_k.bias"),
+];
+
+/// The names of text on one side of the video alone.
+const TEXT: [Names; 5] = [
     ("q_norm_text.weight", "norm_added_q.weight"),
     ("q_norm_text.bias", "norm_added_q.bias"),
     ("k_norm_text.weight", "norm_added_k.weight"),
@@ -63,11 +73,31 @@ const LAYER: [(&str, &str); 14] = [
     ("text_lengths", ""),
 ];
 
+/// The names of text on both sides of the video.
+const BOTH_SIDES: [Names; 10] = [
+    ("q_norm_before.weight", ""),
+    ("q_norm_before.bias", ""),
+    ("k_norm_before.weight", ""),
+    ("k_norm_before.bias", ""),
+    ("before_lengths", ""),
+    ("q_norm_after.weight", ""),
+    ("q_norm_after.bias", ""),
+    ("k_norm_after.weight", ""),
+    ("k_norm_after.bias", ""),
+    ("after_lengths", ""),
+];
+
+/// The names of a layer's tensors for a spec.
+fn layer_names(spec: &Spec) -> Vec<Names> {
+    let text = if Inputs::text_names(&spec.layout).contains(&"text") { &TEXT[..] } else { &BOTH_SIDES };
+    [&LAYER, text].concat()
+}
+
 /// The names of a video's tensors.
-const VIDEO: [(&str, &str); 1] = [("frames", "")];
+const VIDEO: [Names; 1] = [("frames", "")];
 
 /// The name that this project has for a tensor of a file.
-fn known(names: &[(&'static str, &'static str)], found: &str) -> Option<&'static str> {
+fn known(names: &[Names], found: &str) -> Option<&'static str> {
     // The path counts, since cross-attention (`attn2`) has norms of the same names.
     let parts: Vec<&str> = found.split('.').collect();
     let in_layer = match parts.iter().rposition(|part| ["attn", "attn1"].contains(part)) {
@@ -115,7 +145,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 impl<'a> File<'a> {
-    fn parse(path: &'a Path, bytes: &'a [u8], names: &[(&'static str, &'static str)]) -> Result<File<'a>> {
+    fn parse(path: &'a Path, bytes: &'a [u8], names: &[Names]) -> Result<File<'a>> {
         let stored = SafeTensors::deserialize(bytes).map_err(|error| {
             Error::input(
                 path.display(),
@@ -316,7 +346,7 @@ impl<'a> File<'a> {
         }
         let Some(items) = [1, batch].into_iter().find(|&items| is_twice(items)) else {
             let each = if batch > 1 { format!(", or {batch} of them") } else { String::new() };
-            let mend = "The rows are the video rows, or all rows with rope.text = true; one table a head with rope.per_head = true";
+            let mend = "The rows are the video rows, and those of text that the spec's rope rotates too; one table a head with rope.per_head = true";
             return Err(self.wrong_shape(name, view, format!("shape {shape:?}{each}"), mend));
         };
         let channels = self.singles(name, view)?;
@@ -339,7 +369,7 @@ impl<'a> File<'a> {
         Ok(Some((items, table)))
     }
 
-    fn lengths(&self, name: &str, spec: &Spec, batch: usize) -> Result<Option<Vec<u32>>> {
+    fn lengths(&self, name: &str, spec: &Spec, most: u32, batch: usize) -> Result<Option<Vec<u32>>> {
         let Some(view) = self.find(name) else { return Ok(None) };
         let data = view.data();
         macro_rules! integers {
@@ -366,13 +396,12 @@ impl<'a> File<'a> {
                 "Store one length for each batch item",
             ));
         }
-        let most = spec.layout.text_tokens;
         let length = |(index, &value): (usize, &i128)| {
             u32::try_from(value).ok().filter(|&length| length <= most).ok_or_else(|| {
                 Error::input(
                     self.subject(name),
                     format!("{value} at {:?}", indices(index, view.shape())),
-                    format!("0 to {most}, the text tokens of spec {}", spec.name),
+                    format!("0 to {most}, the text tokens there of spec {}", spec.name),
                     "A length counts the valid text tokens of a batch item, which come first among the text",
                 )
             })
@@ -399,7 +428,7 @@ fn indices(mut index: usize, shape: &[usize]) -> Vec<usize> {
 /// bytes do not account for.
 pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
     let bytes = read(path)?;
-    let file = File::parse(path, &bytes, &LAYER)?;
+    let file = File::parse(path, &bytes, &layer_names(spec))?;
     let ([batch, _, heads, _], _) = file.layer_shape("q", spec)?;
     for name in ["k", "v"] {
         let (shape, _) = file.layer_shape(name, spec)?;
@@ -413,14 +442,22 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
         }
     }
     let tables = (file.tables("cos", spec, batch, heads)?, file.tables("sin", spec, batch, heads)?);
+    let [before, after] = Inputs::text_names(&spec.layout);
+    let text = |side: &str, tokens: u32| -> Result<Text> {
+        Ok(Text {
+            lengths: file.lengths(&format!("{side}_lengths"), spec, tokens, batch)?,
+            q_norm: file.norm(&format!("q_norm_{side}"))?,
+            k_norm: file.norm(&format!("k_norm_{side}"))?,
+        })
+    };
     let inputs = Inputs {
         q: file.tokens("q", spec)?,
         k: file.tokens("k", spec)?,
         v: file.tokens("v", spec)?,
         q_norm: file.norm("q_norm")?.unwrap_or_default(),
         k_norm: file.norm("k_norm")?.unwrap_or_default(),
-        q_norm_text: file.norm("q_norm_text")?,
-        k_norm_text: file.norm("k_norm_text")?,
+        before: text(before, spec.layout.before)?,
+        after: text(after, spec.layout.after)?,
         rope: match tables {
             (Some((items, cos)), Some((other, sin))) if items == other => Some(RopeTables { items, cos, sin }),
             (Some((items, _)), Some((other, _))) => {
@@ -435,7 +472,6 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
             (Some(_), None) => return Err(only_one(&file, "sin", "cos")),
             (None, Some(_)) => return Err(only_one(&file, "cos", "sin")),
         },
-        text_lengths: file.lengths("text_lengths", spec, batch)?,
         scale: None,
     };
     inputs.check(spec, &path.display().to_string())?;

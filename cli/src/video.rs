@@ -139,8 +139,9 @@ pub fn inputs(spec: &Spec, heads: usize, frames: &Frames, source: &str) -> Resul
     let (count, head_dim) = (layout.frames.value as usize, spec.head_dim as usize);
     let features = features(frames, count, grid);
     let video = count * grid[0] * grid[1];
-    let first_video = layout.first_video_row() as usize;
-    let default = Rope { pairs: Pairs::Interleaved, channels: spec.head_dim, text: false, per_head: false };
+    let first_video = layout.before as usize;
+    let default =
+        Rope { pairs: Pairs::Interleaved, channels: spec.head_dim, before: false, after: false, per_head: false };
     let rope = spec.rope.unwrap_or(default);
     let turned = Spec { rope: Some(rope), ..spec.clone() };
     let tables = RopeTables::from_grid(&turned, heads);

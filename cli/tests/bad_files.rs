@@ -197,7 +197,7 @@ fn tensors_as_diffusers_has_them() {
         load_inputs(&path, &spec)
     };
     let mut inputs = Inputs::random(&spec, 2, 2, 3);
-    inputs.text_lengths = Some(vec![7, 24]);
+    inputs.after.lengths = Some(vec![7, 24]);
     let bits = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
     let heads_first = |tokens: &Tokens| -> Vec<u8> {
         let rows =
@@ -218,8 +218,8 @@ fn tensors_as_diffusers_has_them() {
         ("freqs_sin", Dtype::F32, vec![2, 115, 1, 64], twice(&tables.sin)),
         ("transformer_blocks.0.attn.norm_q.weight", Dtype::F32, vec![64], norm(&inputs.q_norm.weight)),
         ("attn1.norm_k.weight", Dtype::F32, vec![64], norm(&inputs.k_norm.weight)),
-        ("norm_added_q.weight", Dtype::F32, vec![64], text(&inputs.q_norm_text)),
-        ("attn.norm_added_k.weight", Dtype::F32, vec![64], text(&inputs.k_norm_text)),
+        ("norm_added_q.weight", Dtype::F32, vec![64], text(&inputs.after.q_norm)),
+        ("attn.norm_added_k.weight", Dtype::F32, vec![64], text(&inputs.after.k_norm)),
         ("text_lengths", Dtype::U64, vec![2, 1], [7u64, 24].iter().flat_map(|length| length.to_le_bytes()).collect()),
     ];
     assert_eq!(load(&theirs).unwrap(), inputs);
@@ -252,7 +252,7 @@ fn tensors_as_diffusers_has_them() {
     // One batch item may have one length without a shape.
     let one = ["q", "k", "v"].map(|name| (name, Dtype::BF16, vec![1, 139, 2, 64], vec![0; 139 * 256]));
     let length = ("text_lengths", Dtype::I16, vec![], 5i16.to_le_bytes().to_vec());
-    assert_eq!(load(&[&one[..], &[length]].concat()).unwrap().text_lengths, Some(vec![5]));
+    assert_eq!(load(&[&one[..], &[length]].concat()).unwrap().after.lengths, Some(vec![5]));
 }
 
 #[test]
@@ -299,6 +299,60 @@ fn videos() {
 
 /// Names and texts of megabytes, and bytes that a terminal would obey, make short and plain
 /// messages.
+/// Where text stands on both sides of the video, each side has tensors of its own, and `text` is no
+/// name.
+#[test]
+fn text_on_both_sides() {
+    let spec = spec("tiny_text_rope");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qkv.safetensors");
+    let mut inputs = Inputs::random(&spec, 1, 2, 3);
+    (inputs.before.lengths, inputs.after.lengths) = (Some(vec![5]), Some(vec![16]));
+    let bits = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, tokens) in [("q", &inputs.q), ("k", &inputs.k), ("v", &inputs.v)] {
+        tensors.push((name.into(), Dtype::BF16, vec![1, 573, 2, 128], bits(tokens)));
+    }
+    let tables = inputs.rope.as_ref().unwrap();
+    for (name, table) in [("cos", &tables.cos), ("sin", &tables.sin)] {
+        // The text after the video is rotated, and that before it is not.
+        tensors.push((name.into(), Dtype::F32, vec![13 * 41 + 17, 48], bytes(table)));
+    }
+    let norms = [
+        ("q_norm", Some(&inputs.q_norm)),
+        ("k_norm", Some(&inputs.k_norm)),
+        ("q_norm_before", inputs.before.q_norm.as_ref()),
+        ("k_norm_before", inputs.before.k_norm.as_ref()),
+        ("q_norm_after", inputs.after.q_norm.as_ref()),
+        ("k_norm_after", inputs.after.k_norm.as_ref()),
+    ];
+    for (name, norm) in norms {
+        let norm = norm.unwrap();
+        tensors.push((format!("{name}.weight"), Dtype::F32, vec![256], bytes(norm.weight.as_ref().unwrap())));
+        tensors.push((format!("{name}.bias"), Dtype::F32, vec![256], bytes(norm.bias.as_ref().unwrap())));
+    }
+    tensors.push(("before_lengths".into(), Dtype::U8, vec![1], vec![5]));
+    tensors.push(("after_lengths".into(), Dtype::U8, vec![1], vec![16]));
+    let load = |tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]| {
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, data)| (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        load_inputs(&path, &spec)
+    };
+    assert_eq!(load(&tensors).unwrap(), inputs);
+    let last = tensors.len() - 1;
+    tensors[last].3 = vec![18];
+    let error = load(&tensors).unwrap_err().to_string();
+    assert!(error.contains("tensor after_lengths: found 18 at [0]") && error.contains("0 to 17"), "{error}");
+    for name in ["text_lengths", "norm_added_q.weight"] {
+        tensors[last].0 = name.into();
+        let error = load(&tensors).unwrap_err().to_string();
+        assert!(error.contains("a name that nobody reads") && error.contains("after_lengths"), "{error}");
+    }
+}
+
 #[test]
 fn messages_stay_small_and_plain() {
     let folder = tempfile::tempdir().unwrap();

@@ -431,7 +431,7 @@ fn run_with_options() {
     assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
     let masks: Vec<_> = report["heads"].as_array().unwrap().iter().map(|head| head["mask"].as_str().unwrap()).collect();
     assert_eq!(masks, ["spatial", "dense", "spatial", "dense"]);
-    (inputs.scale, inputs.text_lengths) = (Some(0.25), Some(vec![5, 24]));
+    (inputs.scale, inputs.after.lengths) = (Some(0.25), Some(vec![5, 24]));
     let module = framestride::Module::load(&framestride::Device::emulator(), &Spec::shipped("tiny_text_last").unwrap());
     inputs.rope = Some(framestride_check::rope::RopeTables::from_grid(&spec, 2));
     let expected = bytes(&layer_run::run_layer(&module.unwrap(), &inputs, &[1], &|_, _| ()).unwrap().out);
@@ -446,11 +446,36 @@ fn run_with_options() {
         (["--text-lengths", "5"], "one length of at most 24 for each of 2 batch items"),
         (["--text-lengths", "5,25"], "at most 24"),
         (["--text-lengths", "5,-1"], "invalid"),
+        (["--before-lengths", "5,6"], "--before-lengths: found a spec with text on one side of the video"),
+        (["--after-lengths", "5,6"], "allowed: --text-lengths"),
     ] {
         let output = framestride(&[&run_file[..], &options].concat());
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(2) && error.contains(words), "{options:?}: {error}");
     }
+}
+
+/// Where text stands on both sides of the video, options give the lengths of each.
+#[test]
+fn run_with_text_on_both_sides() {
+    let spec = Spec::shipped("tiny_text_rope").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.safetensors");
+    let run = ["run", "tiny_text_rope", "--device", "emulator", "--out", path(&out)];
+    let (report, code) = json(&[&run[..], &["--before-lengths", "5", "--after-lengths", "0"]].concat());
+    assert_eq!((report["ok"].as_bool(), code), (Some(true), 0), "{report}");
+    let mut inputs = Inputs::planted(&spec, 1, 2, 0);
+    (inputs.before.lengths, inputs.after.lengths) = (Some(vec![5]), Some(vec![0]));
+    let module = framestride::Module::load(&framestride::Device::emulator(), &spec).unwrap();
+    let expected = layer_run::run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().out;
+    let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+    let written = std::fs::read(&out).unwrap();
+    assert!(SafeTensors::deserialize(&written).unwrap().tensor("out").unwrap().data() == expected);
+
+    let output = framestride(&[&run[..], &["--text-lengths", "5"]].concat());
+    let error = String::from_utf8(output.stderr).unwrap();
+    let words = ["--text-lengths: found a spec with text on both sides", "allowed: --before-lengths, --after-lengths"];
+    assert!(output.status.code() == Some(2) && words.iter().all(|words| error.contains(words)), "{error}");
 }
 
 /// Every command can read a spec from a pipe, which gives its text once.

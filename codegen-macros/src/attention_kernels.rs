@@ -208,7 +208,7 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
             "text" => Some(("text".to_string(), Some("position"))),
             "qk_norm" => Some(("qk_norm".to_string(), Some("kind"))),
             "rope" => Some(("rope".to_string(), Some("pairs"))),
-            "profile" | "schedule" => Some((name.clone(), None)),
+            "before" | "after" | "profile" | "schedule" => Some((name.clone(), None)),
             "mask" => {
                 Some((format!("masks.{}", entry.kind.as_ref().map(ToString::to_string).unwrap_or_default()), None))
             }
@@ -238,8 +238,8 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
             "sink_frames" => ("sink", "frames"),
             _ => {
                 let message = format!(
-                    "unknown key `{name}`; allowed: spec, name, frames, tokens_per_frame, grid, text, heads, head_dim, dtype, \
-                     batch, qk_norm, rope, mask, sink_frames, profile, schedule"
+                    "unknown key `{name}`; allowed: spec, name, frames, tokens_per_frame, grid, text, before, after, heads, \
+                     head_dim, dtype, batch, qk_norm, rope, mask, sink_frames, profile, schedule"
                 );
                 return Err(Error::new(entry.name.span(), message));
             }

@@ -10,7 +10,7 @@ use crate::cuda::mma::TileProducts;
 use crate::element::Element;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles};
 use framestride_shapes::image::{ATOM_ROWS, Image};
-use framestride_shapes::layout::Layout;
+use framestride_shapes::layout::{Layout, ValidText};
 use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::PartialsLayout;
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
@@ -63,12 +63,20 @@ pub trait Model {
     }
 }
 
-/// Valid text tokens of a batch item; at most the text there is, whatever memory says.
+/// Valid text tokens of a batch item, given the addresses of those before the video and of those
+/// after it. They are at most the text there is, whatever memory says.
 ///
 /// # Safety
-/// `text_lengths` is 0 or holds a u32 for the item.
+/// An address is 0 or holds a u32 for the item.
 #[inline(always)]
-pub unsafe fn valid_text<M: Model>(text_lengths: u64, batch_item: u32) -> u32 {
-    let all = M::numbers().text_tokens;
-    if all == 0 || text_lengths == 0 { all } else { global::load_u32(text_lengths + batch_item as u64 * 4).min(all) }
+pub unsafe fn valid_text<M: Model>(before_lengths: u64, after_lengths: u64, batch_item: u32) -> ValidText {
+    #[inline(always)]
+    unsafe fn valid(all: u32, lengths: u64, batch_item: u32) -> u32 {
+        if all == 0 || lengths == 0 { all } else { global::load_u32(lengths + batch_item as u64 * 4).min(all) }
+    }
+    let Numbers { before_tokens, after_tokens, .. } = M::numbers();
+    ValidText {
+        before: valid(before_tokens, before_lengths, batch_item),
+        after: valid(after_tokens, after_lengths, batch_item),
+    }
 }

@@ -90,8 +90,10 @@ pub(crate) fn check_call(
     let affine = [
         ("q_norm", Some(layer.q_norm)),
         ("k_norm", Some(layer.k_norm)),
-        ("q_norm_text", layer.q_norm_text),
-        ("k_norm_text", layer.k_norm_text),
+        ("before.q_norm", layer.before.q_norm),
+        ("before.k_norm", layer.before.k_norm),
+        ("after.q_norm", layer.after.q_norm),
+        ("after.k_norm", layer.after.k_norm),
     ];
     for (name, weights) in affine {
         let Some(weights) = weights else { continue };
@@ -130,8 +132,10 @@ pub(crate) fn check_call(
         }
     }
     let all_heads = u64::from(shape.batch) * u64::from(shape.heads);
-    if layer.text_lengths != 0 {
-        read.push(words_at("text_lengths", layer.text_lengths, 4, shape.batch.into())?);
+    for (name, lengths) in [("before.lengths", layer.before.lengths), ("after.lengths", layer.after.lengths)] {
+        if lengths != 0 {
+            read.push(words_at(name, lengths, 4, shape.batch.into())?);
+        }
     }
     if let HeadTypes::Given(address) = types {
         // The types that an earlier call left in the workspace may stay there.

@@ -47,10 +47,10 @@ pub struct Layer {
     pub q_norm: NormWeights,
     /// QK-norm of video rows of K, likewise.
     pub k_norm: NormWeights,
-    /// QK-norm of text rows of Q. Without it, text rows get the norm of video rows.
-    pub q_norm_text: Option<NormWeights>,
-    /// QK-norm of text rows of K, likewise.
-    pub k_norm_text: Option<NormWeights>,
+    /// The text before the video.
+    pub before: Text,
+    /// The text after the video.
+    pub after: Text,
     /// Address of the RoPE cosines when the spec has RoPE: f32 of the shape
     /// [`Spec::rope_table_shape`](framestride_shapes::spec::Spec::rope_table_shape), contiguous. A
     /// table may go on behind these rows: nothing reads what follows.
@@ -63,8 +63,6 @@ pub struct Layer {
     /// Items may be different parts of one long table. So prompts of different lengths, which shift
     /// the positions of the video, need no tables of their own.
     pub rope_batch: u64,
-    /// Address of the numbers of valid text tokens, u32 \[B\]. 0 means that all text is valid.
-    pub text_lengths: u64,
     /// Address where the natural log-sum-exp of each row is written, f32 \[B, H, S\]. 0 asks for
     /// none.
     pub lse: u64,
@@ -83,6 +81,18 @@ pub struct Layer {
     /// With another seed for each step and layer, other rows are looked at. A CUDA graph keeps the
     /// seed with which it was captured.
     pub seed: Option<u64>,
+}
+
+/// The text on one side of the video.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Text {
+    /// Address of the numbers of valid tokens, u32 \[B\]. Valid ones come first. 0 means that all
+    /// are valid.
+    pub lengths: u64,
+    /// QK-norm of these rows of Q. Without it, they get the norm of video rows.
+    pub q_norm: Option<NormWeights>,
+    /// QK-norm of these rows of K, likewise.
+    pub k_norm: Option<NormWeights>,
 }
 
 /// Where the type of each head comes from.

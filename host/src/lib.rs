@@ -7,7 +7,7 @@
 //!
 //! ```no_run
 //! use framestride::{Device, Module, Spec, Stream, Workspace};
-//! use framestride::{HeadTypes, Layer, SparseAttention};
+//! use framestride::{HeadTypes, Layer, SparseAttention, Text};
 //!
 //! # fn main() -> framestride::Result<()> {
 //! # let (q, k, v, out, cos, sin) = Default::default();
@@ -78,7 +78,7 @@ pub use device::{Device, Stream};
 pub use error::{Error, Result};
 pub use framestride_shapes as shapes;
 pub use framestride_shapes::spec::Spec;
-pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention};
+pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention, Text};
 pub use module::{Kernels, Loading, Module};
 pub use plan::workspace_layout;
 pub use workspace::Workspace;

@@ -88,11 +88,11 @@ mod tests {
 
     #[test]
     fn whole_names_are_filled_in() {
-        let numbers = Numbers { text_tokens: 7, text_first: true, norm_eps: 1.0, ..Numbers::default() };
-        let filled = with_numbers("mov.u32 %r1, FS_text_tokens;\n.maxntid FS_frames_shift\nFS_norm_eps", &numbers);
+        let numbers = Numbers { after_tokens: 7, norm_eps: 1.0, ..Numbers::default() };
+        let filled = with_numbers("mov.u32 %r1, FS_after_tokens;\n.maxntid FS_frames_shift\nFS_norm_eps", &numbers);
         assert_eq!(filled.unwrap(), format!("mov.u32 %r1, 7;\n.maxntid 0\n{}", 1f32.to_bits()));
-        // `text_tokens` is a prefix of this name.
-        assert_eq!(with_numbers("FS_text_tokens_more;", &numbers), Err("text_tokens_more"));
+        // `after_tokens` is a prefix of this name.
+        assert_eq!(with_numbers("FS_after_tokens_more;", &numbers), Err("after_tokens_more"));
     }
 
     #[test]

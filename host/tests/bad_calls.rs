@@ -9,7 +9,7 @@ use flate2::read::GzDecoder;
 use framestride::shapes::layout::Divisor;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::{Dtype, Spec};
-use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Workspace};
+use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Text, Workspace};
 
 /// A spec of 5 frames of 23 tokens, 24 text tokens, 2 heads of 64, bf16, rms norm and RoPE.
 const SPEC: &str = "tiny_text_last";
@@ -119,7 +119,7 @@ fn call_of(
         out: tensor(0x40_0000),
         cos: 0x50_0000,
         sin: 0x60_0000,
-        text_lengths: 0x70_0000,
+        after: Text { lengths: 0x70_0000, ..Text::default() },
         lse: 0x80_0000,
         ..Layer::default()
     };
@@ -139,7 +139,7 @@ type Change = fn(&mut Layer, &mut HeadTypes, &mut Borrowed);
 #[test]
 fn calls() {
     let module = Module::load(&Device::emulator(), &Spec::shipped(SPEC).unwrap()).unwrap();
-    let cases: [(&str, Change); 36] = [
+    let cases: [(&str, Change); 38] = [
         ("null q", |layer, _, _| layer.q.data = 0),
         ("odd address", |layer, _, _| layer.k.data += 1),
         ("strides in bytes that overflow", |layer, _, _| layer.v.row = u64::MAX / 2),
@@ -152,14 +152,14 @@ fn calls() {
         ("unaligned sines", |layer, _, _| layer.sin += 4),
         ("cosines that end beyond 2^64", |layer, _, _| layer.cos = u64::MAX - 15),
         ("unaligned weight", |layer, _, _| layer.q_norm = NormWeights { weight: 0x90_0008, bias: 0 }),
-        ("bias of an rms norm", |layer, _, _| layer.k_norm_text = Some(NormWeights { weight: 0, bias: 0x90_0000 })),
-        ("unaligned lengths", |layer, _, _| layer.text_lengths += 2),
-        ("lengths that end beyond 2^64", |layer, _, _| layer.text_lengths = u64::MAX - 3),
+        ("bias of an rms norm", |layer, _, _| layer.after.k_norm = Some(NormWeights { weight: 0, bias: 0x90_0000 })),
+        ("unaligned lengths", |layer, _, _| layer.after.lengths += 2),
+        ("lengths that end beyond 2^64", |layer, _, _| layer.after.lengths = u64::MAX - 3),
         ("unaligned lse", |layer, _, _| layer.lse += 2),
         ("lse over out", |layer, _, _| layer.lse = layer.out.data + 64),
         ("lse over q", |layer, _, _| layer.lse = layer.q.data + 64),
         ("lse over cosines", |layer, _, _| layer.lse = layer.cos + 64),
-        ("out over lengths", |layer, _, _| layer.text_lengths = layer.out.data),
+        ("out over lengths", |layer, _, _| layer.after.lengths = layer.out.data),
         ("out over head types", |layer, types, _| *types = HeadTypes::Given(layer.out.data)),
         ("out over sines", |layer, _, _| layer.sin = layer.out.data + 64),
         ("out over a weight", |layer, _, _| layer.k_norm.weight = layer.out.data + 64),
@@ -171,9 +171,13 @@ fn calls() {
         ("cosines in the workspace", |layer, _, borrowed| layer.cos = borrowed.address + 1024),
         ("a weight in the workspace", |layer, _, borrowed| layer.q_norm.weight = borrowed.address + 1024),
         ("a text weight in the workspace", |layer, _, borrowed| {
-            layer.k_norm_text = Some(NormWeights { weight: borrowed.address + 1024, bias: 0 })
+            layer.after.k_norm = Some(NormWeights { weight: borrowed.address + 1024, bias: 0 })
         }),
-        ("lengths in the workspace", |layer, _, borrowed| layer.text_lengths = borrowed.address + 1024),
+        ("out over lengths of the other side", |layer, _, _| layer.before.lengths = layer.out.data + 64),
+        ("a bias of the other side", |layer, _, _| {
+            layer.before.q_norm = Some(NormWeights { weight: 0, bias: 0x90_0000 })
+        }),
+        ("lengths in the workspace", |layer, _, borrowed| layer.after.lengths = borrowed.address + 1024),
         ("small workspace", |_, _, borrowed| borrowed.bytes = 1024),
         ("unaligned workspace", |_, _, borrowed| borrowed.address += 16),
         ("workspace that ends beyond 2^64", |_, _, borrowed| borrowed.address = u64::MAX - 255),

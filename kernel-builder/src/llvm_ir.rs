@@ -425,7 +425,7 @@ attributes #4 = { convergent nounwind }
 
     #[test]
     fn literals_of_a_template_stay_arithmetic() {
-        let literal = "  %x = tail call i32 asm \"mov.u32 ${0}, FS_text_tokens;\", \"=r\"() #4, !srcloc !2\n";
+        let literal = "  %x = tail call i32 asm \"mov.u32 ${0}, FS_after_tokens;\", \"=r\"() #4, !srcloc !2\n";
         let ir = format!("{TABLE}{ENTRY}define internal void @f() #2 {{\n{literal}}}\n");
         let finished = finish(&ir).unwrap();
         assert_eq!((finished.literals, finished.made_convergent), (1, 0));

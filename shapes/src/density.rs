@@ -25,7 +25,7 @@ pub fn visible_pairs(layout: &Layout, head: HeadType) -> u128 {
 /// [`visible_pairs`] with another half width than the layout's. It grows with the half width. A
 /// dense head has no width, and S² pairs.
 pub fn visible_pairs_of_width(layout: &Layout, head: HeadType, half_width: u32) -> u128 {
-    let (sequence, text, video) = (wide(layout.sequence()), wide(layout.text_tokens), wide(layout.video_tokens()));
+    let (sequence, text, video) = (wide(layout.sequence()), wide(layout.text_tokens()), wide(layout.video_tokens()));
     if matches!(head, HeadType::Dense) {
         return sequence * sequence;
     }

@@ -130,7 +130,7 @@ impl LayerTimes {
         let tiles = spec.tiles();
         let tile_flop = 4.0 * f64::from(tiles.query_rows) * f64::from(tiles.key_rows) * row;
         let attention = |layout: &Layout, head| {
-            let counts = count_tiles(layout, head, tiles, layout.text_tokens);
+            let counts = count_tiles(layout, head, tiles, layout.text_tokens());
             let work = (counts.full as f64 + edge * counts.edge as f64) * tile_flop;
             // One multiprocessor works on a query tile. If there are fewer of these, some have
             // nothing to do.

@@ -1,24 +1,27 @@
 //! Orders of the tokens of one head, and the keys that a query sees. `no_std`.
 //!
 //! Words: F is the number of latent frames (`frames`), and each has P tokens (`tokens_per_frame`).
-//! There are N = F P video tokens, T text tokens, and S = N + T in all.
+//! There are N = F P video tokens, T text tokens, and S = N + T in all. **Text** is every row beside
+//! the video: the prompt, but also frames of reference and what else a model puts there.
 //!
-//! * **Model order**: text stands first or last, and the video is frame-major.
+//! * **Model order**: text stands on both **sides** of the video, before it and after it. Either side
+//!   may have none. The video is frame-major.
 //! * **Position** of video token (f, p): it is `f P + p` in the spatial layout, and `p F + f` in
 //!   the temporal one.
 //! * **Rule**: a query sees a key when either is text, when the key lies in a sink frame, or when
 //!   their positions differ by less than the half width. Nobody sees text beyond the valid length
-//!   of its batch item.
+//!   of its side in its batch item.
 //! * **Packed order of keys**: `[valid text | sink-frame tokens | the other video tokens | invalid
-//!   text | padding]`. Video tokens stand by position, and those outside sink frames are the
-//!   **body**. In this order a query sees a prefix (text and sinks) and one contiguous run of the
+//!   text | padding]`. Text from before the video stands before that from after it. Video tokens
+//!   stand by position, and those outside sink frames are the **body**. In this order a query sees a prefix (text and sinks) and one contiguous run of the
 //!   body.
 //! * **Packed order of queries** ([`Layout::query_order`]): it is the same, but does not set sinks
 //!   apart. Neighbours in a query tile are neighbours in position and see nearly the same keys.
 //!
 //! All of it is `u32` arithmetic without panics and without a division by a number of the spec
-//! ([`Divisor`]), so that kernels compile it. The valid text length is an argument everywhere: it
-//! is known only at launch and differs between batch items.
+//! ([`Divisor`]), so that kernels compile it. Valid lengths are arguments everywhere: they are known
+//! only at launch and differ between batch items. What a row sees depends on their sum alone,
+//! `valid_text`. Where a row stands depends on both ([`ValidText`]).
 
 use crate::image::ATOM_ROWS;
 
@@ -62,13 +65,21 @@ impl HeadType {
     }
 }
 
-/// Where the text tokens stand in the model's order.
+/// How many text tokens of one batch item are valid on each side. They come first there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TextPosition {
-    /// Before the video tokens.
-    First,
-    /// After the video tokens.
-    Last,
+pub struct ValidText {
+    /// Of those before the video.
+    pub before: u32,
+    /// Of those after the video.
+    pub after: u32,
+}
+
+impl ValidText {
+    /// How many are valid on both sides together.
+    #[inline(always)]
+    pub const fn sum(self) -> u32 {
+        self.before + self.after
+    }
 }
 
 /// A number of a spec by which kernels divide: a multiplication and a shift.
@@ -143,10 +154,10 @@ pub struct Layout {
     pub frames: Divisor,
     /// P, the tokens of a frame.
     pub tokens_per_frame: Divisor,
-    /// T, the text tokens. 0 means that there is no text.
-    pub text_tokens: u32,
-    /// Where the text stands in the model's order.
-    pub text_position: TextPosition,
+    /// Text tokens before the video. 0 means that there are none.
+    pub before: u32,
+    /// Text tokens after the video, likewise.
+    pub after: u32,
     /// Leading frames that every query sees. There are fewer than `frames`.
     pub sink_frames: u32,
     /// Half width of the spatial band in tokens, 1 to N.
@@ -258,10 +269,22 @@ impl Layout {
         self.frames.value * self.tokens_per_frame.value
     }
 
+    /// T, the text tokens of both sides.
+    #[inline(always)]
+    pub const fn text_tokens(&self) -> u32 {
+        self.before + self.after
+    }
+
+    /// How many are valid when all text is.
+    #[inline(always)]
+    pub const fn all_text(&self) -> ValidText {
+        ValidText { before: self.before, after: self.after }
+    }
+
     /// S, all tokens of the model's sequence.
     #[inline(always)]
     pub const fn sequence(&self) -> u32 {
-        self.video_tokens() + self.text_tokens
+        self.video_tokens() + self.text_tokens()
     }
 
     /// Rows of one packed head: S rounded up to whole atoms, and [`PAD_ROWS`] behind them.
@@ -293,24 +316,6 @@ impl Layout {
         Layout { spatial_half_width: spatial, temporal_half_width: temporal, ..*self }
     }
 
-    /// Row of the model's order at which the video starts.
-    #[inline(always)]
-    pub const fn first_video_row(&self) -> u32 {
-        match self.text_position {
-            TextPosition::First => self.text_tokens,
-            TextPosition::Last => 0,
-        }
-    }
-
-    /// Row of the model's order at which the text starts.
-    #[inline(always)]
-    pub const fn first_text_row(&self) -> u32 {
-        match self.text_position {
-            TextPosition::First => 0,
-            TextPosition::Last => self.video_tokens(),
-        }
-    }
-
     /// The layout whose packed order is that of queries: this one without sinks. Ask this one, not
     /// that one, what its rows see.
     #[inline(always)]
@@ -318,14 +323,19 @@ impl Layout {
         Layout { sink_frames: 0, ..*self }
     }
 
-    /// Packed row among keys of row `row` of the model's order. `valid_text` text tokens are valid.
+    /// Packed row among keys of row `row` of the model's order. Padding stays where it is.
     #[inline(always)]
-    pub const fn packed_row(&self, head: HeadType, row: u32, valid_text: u32) -> u32 {
-        let text = row.wrapping_sub(self.first_text_row());
-        if text < self.text_tokens {
-            return if text < valid_text { text } else { self.video_tokens() + text };
+    pub const fn packed_row(&self, head: HeadType, row: u32, valid: ValidText) -> u32 {
+        let valid_text = valid.sum();
+        if row < self.before {
+            return if row < valid.before { row } else { valid.after + self.video_tokens() + row };
         }
-        let video = row - self.first_video_row();
+        let video = row - self.before;
+        if video >= self.video_tokens() {
+            // All rows before an invalid one are packed before it.
+            let text = video - self.video_tokens();
+            return if text < valid.after { valid.before + text } else { row };
+        }
         match head {
             HeadType::Dense | HeadType::Spatial => valid_text + video,
             HeadType::Temporal => {
@@ -342,19 +352,22 @@ impl Layout {
 
     /// Row of the model's order of packed row `packed < S`: the inverse of [`Layout::packed_row`].
     #[inline(always)]
-    pub const fn model_row(&self, head: HeadType, packed: u32, valid_text: u32) -> u32 {
+    pub const fn model_row(&self, head: HeadType, packed: u32, valid: ValidText) -> u32 {
+        let valid_text = valid.sum();
         if packed < valid_text {
-            return self.first_text_row() + packed;
+            let is_before = packed < valid.before;
+            return if is_before { packed } else { self.before + self.video_tokens() + packed - valid.before };
         }
         let order = packed - valid_text;
         if order >= self.video_tokens() {
-            return self.first_text_row() + (packed - self.video_tokens());
+            let text = packed - self.video_tokens() - valid.after;
+            return if text < self.before { text } else { packed };
         }
         match head {
-            HeadType::Dense | HeadType::Spatial => self.first_video_row() + order,
+            HeadType::Dense | HeadType::Spatial => self.before + order,
             HeadType::Temporal => {
                 let (patch, frame) = self.frames.divide(self.position(head, order));
-                self.first_video_row() + frame * self.tokens_per_frame.value + patch
+                self.before + frame * self.tokens_per_frame.value + patch
             }
         }
     }

@@ -98,8 +98,10 @@ pub struct Rope {
     /// How many leading channels of each head are rotated. It is a multiple of
     /// [`Pairs::channel_step`], at most the head dim.
     pub channels: u32,
-    /// Whether the tables cover text rows too.
-    pub text: bool,
+    /// Whether text before the video is rotated too. The tables then begin with its rows.
+    pub before: bool,
+    /// Whether text after the video is rotated too. The tables then end with its rows.
+    pub after: bool,
     /// Whether each head has its own tables.
     pub per_head: bool,
 }

@@ -1,7 +1,7 @@
 //! The numbers of a spec that its kernels know. `no_std`.
 //!
 //! Kernels that are compiled for one spec have them as constants. In a **template** each is a name,
-//! such as `FS_text_tokens`, which stands where PTX has a literal. Whoever loads a template writes
+//! such as `FS_after_tokens`, which stands where PTX has a literal. Whoever loads a template writes
 //! the numbers of a spec there ([`Numbers::literals`]). ptxas then compiles the same machine code
 //! as for constants.
 //!
@@ -11,7 +11,7 @@
 use crate::blocks::SAMPLE_ROWS;
 #[cfg(feature = "std")]
 use crate::blocks::{PackBlock, Tiles};
-use crate::layout::{Divisor, Layout, TextPosition};
+use crate::layout::{Divisor, Layout};
 use crate::params::PartialsLayout;
 #[cfg(feature = "std")]
 use crate::spec::{NormKind, NormOver, Pairs, Spec};
@@ -49,10 +49,10 @@ numbers! { |spec|
     frames: Divisor = spec.layout.frames;
     /// P, the tokens of a frame.
     tokens_per_frame: Divisor = spec.layout.tokens_per_frame;
-    /// T, the text tokens.
-    text_tokens: u32 = spec.layout.text_tokens;
-    /// Whether the text stands before the video in the model's order.
-    text_first: bool = spec.layout.text_position == TextPosition::First;
+    /// Text tokens before the video.
+    before_tokens: u32 = spec.layout.before;
+    /// Text tokens after the video.
+    after_tokens: u32 = spec.layout.after;
     /// Leading frames that every query sees.
     sink_frames: u32 = spec.layout.sink_frames;
     /// Query tiles of a head of **attention** that have text. 1 stands for none too.
@@ -85,8 +85,10 @@ numbers! { |spec|
     rope_interleaved: bool = spec.rope.is_some_and(|rope| rope.pairs == Pairs::Interleaved);
     /// Channels of a head that are rotated. They come first.
     rope_channels: u32 = spec.rope.map_or(0, |rope| rope.channels);
-    /// Whether text rows are rotated too.
-    rope_text: bool = spec.rope.is_some_and(|rope| rope.text);
+    /// Whether text before the video is rotated too.
+    rope_before: bool = spec.rope.is_some_and(|rope| rope.before);
+    /// Whether text after the video is rotated too.
+    rope_after: bool = spec.rope.is_some_and(|rope| rope.after);
     /// Whether each head has its own tables.
     rope_per_head: bool = spec.rope.is_some_and(|rope| rope.per_head);
 }
@@ -95,7 +97,7 @@ numbers! { |spec|
 #[cfg(feature = "std")]
 fn tiles(spec: &Spec) -> [u32; 2] {
     let Tiles { query_rows, .. } = spec.tiles();
-    let text = spec.layout.text_tokens.div_ceil(query_rows);
+    let text = spec.layout.text_tokens().div_ceil(query_rows);
     [text, spec.layout.sequence().div_ceil(query_rows) - text]
 }
 
@@ -113,8 +115,8 @@ impl Numbers {
         Layout {
             frames: self.frames,
             tokens_per_frame: self.tokens_per_frame,
-            text_tokens: self.text_tokens,
-            text_position: if self.text_first { TextPosition::First } else { TextPosition::Last },
+            before: self.before_tokens,
+            after: self.after_tokens,
             sink_frames: self.sink_frames,
             spatial_half_width: video,
             temporal_half_width: video,

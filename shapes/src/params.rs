@@ -61,21 +61,28 @@ pub struct PackParams {
     pub q_norm: NormWeights,
     /// QK-norm of video rows of K.
     pub k_norm: NormWeights,
-    /// QK-norm of text rows of Q.
-    pub q_norm_text: NormWeights,
-    /// QK-norm of text rows of K.
-    pub k_norm_text: NormWeights,
+    /// QK-norm of Q's text before the video.
+    pub q_norm_before: NormWeights,
+    /// QK-norm of K's text before the video.
+    pub k_norm_before: NormWeights,
+    /// QK-norm of Q's text after the video.
+    pub q_norm_after: NormWeights,
+    /// QK-norm of K's text after the video.
+    pub k_norm_after: NormWeights,
     /// RoPE cosines, f32 \[rows, channels / 2\], or \[rows, heads, channels / 2\] when each head
-    /// has its own. Rows are the video rows, or all rows of the model's order when text is rotated
-    /// too.
+    /// has its own. Rows are the video rows, in the model's order with the text of those sides that
+    /// are rotated too.
     pub cos: u64,
     /// RoPE sines, of the same shape.
     pub sin: u64,
     /// Elements from one batch item's table to the next, a multiple of 4. 0 means that all items
     /// share one.
     pub rope_batch: u64,
-    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
-    pub text_lengths: u64,
+    /// Valid text tokens before the video of each batch item, u32 \[batch\]. 0 means that all are
+    /// valid.
+    pub before_lengths: u64,
+    /// Those after the video, likewise.
+    pub after_lengths: u64,
     /// Head types, u32 \[batch, heads\]. 0 packs every head in the spatial layout.
     pub head_types: u64,
     /// Packed Q, an [image](crate::image) of each head.
@@ -113,8 +120,11 @@ pub struct ProfileParams {
     pub packed_k: u64,
     /// Packed V, likewise.
     pub packed_v: u64,
-    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
-    pub text_lengths: u64,
+    /// Valid text tokens before the video of each batch item, u32 \[batch\]. 0 means that all are
+    /// valid.
+    pub before_lengths: u64,
+    /// Those after the video, likewise.
+    pub after_lengths: u64,
     /// Where the partial results go. [`PartialsLayout`] says how they lie.
     pub partials: u64,
     /// Seed with which sampled rows are drawn.
@@ -183,8 +193,11 @@ pub struct AttentionParams {
     pub lse: u64,
     /// Head types, u32 \[batch, heads\]. 0 means that every head is dense.
     pub head_types: u64,
-    /// Valid text tokens of each batch item, u32 \[batch\]. 0 means that all text is valid.
-    pub text_lengths: u64,
+    /// Valid text tokens before the video of each batch item, u32 \[batch\]. 0 means that all are
+    /// valid.
+    pub before_lengths: u64,
+    /// Those after the video, likewise.
+    pub after_lengths: u64,
     /// Two u32 that are 0 before and after. They count the query tiles that blocks have taken
     /// beyond their first, and the blocks that are done.
     pub schedule: u64,

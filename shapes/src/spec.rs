@@ -21,6 +21,9 @@
 //!     tokens = 256                 # padding included
 //!     position = "last"            # "first" or "last"; default "last"
 //!
+//!     [before]                     # optional: tokens before the video that are treated as text is
+//!     tokens = 16                  # padding included; [after] describes those after the video
+//!
 //!     [attention]
 //!     heads = 24
 //!     head_dim = 128               # 64 or 128
@@ -35,7 +38,8 @@
 //!     [rope]                       # optional: rotary embedding; its tables are given at run time
 //!     pairs = "interleaved"        # "interleaved" or "half"
 //!     channels = 128               # leading channels of a head that are rotated; default head_dim
-//!     text = false                 # rotate text rows too; default false
+//!     text = false                 # rotate the rows of [text] too; default false
+//!     before = false               # rotate those of [before] too, and likewise `after`
 //!     per_head = false             # each head has its own tables; default false
 //!
 //!     [masks.spatial]              # band in frame-major order
@@ -57,9 +61,9 @@
 //!     dense_steps = 5              # default 0
 //!     dense_layers = 2             # default 0
 //! "#)?;
-//! assert_eq!(spec.layout.sequence(), 33 * 3600 + 256);
-//! assert_eq!(spec.layout.spatial_half_width, 15_695);
-//! assert!((spec.density(HeadType::Spatial) - 0.25).abs() < 1e-6);
+//! assert_eq!(spec.layout.sequence(), 16 + 33 * 3600 + 256);
+//! assert_eq!(spec.layout.spatial_half_width, 15_681);
+//! assert!((spec.density(HeadType::Spatial) - 0.25).abs() < 1e-5);
 //! # Ok::<(), framestride_shapes::spec::SpecError>(())
 //! ```
 //!
@@ -69,7 +73,8 @@
 //!
 //! Tokens are counted after patching. A latent frame of 90 x 160 in patches of 2 x 2 has a `grid`
 //! of \[45, 80\] and 3600 `tokens_per_frame`. With F `frames`, P `tokens_per_frame` and T text
-//! tokens, the sequence has S = F P + T tokens. Its N = F P video tokens lie frame by frame.
+//! tokens on both sides, the sequence has S = F P + T tokens. Its N = F P video tokens lie frame by
+//! frame.
 //!
 //! * **`video.grid`** must multiply to `tokens_per_frame`. Nothing but pictures needs it.
 //! * **`text`** is for models that attend over video and text together (HunyuanVideo, CogVideoX).
@@ -77,6 +82,10 @@
 //!   padded length. How many of them are valid is given at launch, for each batch item. Text sees
 //!   everything and is seen by everything. So sound and conditions that stand beside the text count
 //!   as text too (MiniMax-H3).
+//! * **`before`** and **`after`** are for models that have such rows on both sides of the video, or
+//!   other rows than text there: frames of reference, or clean frames of the past. Each side has
+//!   valid lengths and norm weights of its own. `text` is another way to write one of the two: with
+//!   position `"first"` it is `before`, with `"last"` it is `after`.
 //! * **`attention.batch`** is what plans and reports assume. It is 2 with classifier-free guidance.
 //!   A launch may have another batch, and any number of heads.
 //! * **`qk_norm.over`** is the extent of one statistic. `"head"` takes the `head_dim` channels of
@@ -91,8 +100,8 @@
 //!   (MiniMax-H3: 96 of 128). The others stay as the norm left them. Kernels rotate chunks of 8
 //!   channels, so it is a multiple of 8 with interleaved pairs. Halves exchange whole chunks, so it
 //!   is a multiple of 16 there.
-//! * **`rope.text`** says that the tables have rows for the text too, in the order of the model.
-//!   Without it, text is not rotated.
+//! * **`rope.text`**, **`rope.before`** and **`rope.after`** say that the tables have rows for this
+//!   text too, in the order of the model. Without it, text is not rotated.
 //! * **`masks`** are explained below.
 //! * **`sink.frames`** are fewer than `video.frames`.
 //! * **`profile.rows`** is 1 to 1024 and at most N. Kernels take rows in groups of 64, so 64 cost
@@ -150,6 +159,7 @@ mod read;
 #[cfg(feature = "schema")]
 mod schema;
 
+use std::ops::Range;
 use std::path::Path;
 
 pub use crate::dtype::Dtype;
@@ -164,7 +174,7 @@ pub use schema::json_schema;
 use crate::blocks::{SAMPLE_ROWS, Tiles};
 use crate::density;
 use crate::image::Image;
-use crate::layout::{HeadType, Layout, TextPosition};
+use crate::layout::{HeadType, Layout};
 use crate::params::PartialsLayout;
 use crate::text::nearest;
 use crate::tiling::{TileCounts, count_tiles};
@@ -181,7 +191,7 @@ use read::{Reader, read_file};
 pub struct Spec {
     /// `name`: what the files made from the spec are called.
     pub name: String,
-    /// `[video]`, `[text]`, `[sink]` and the half widths of `[masks]`, solved.
+    /// `[video]`, `[text]`, `[before]`, `[after]`, `[sink]` and the half widths of `[masks]`, solved.
     pub layout: Layout,
     /// `attention.head_dim`: 64 or 128.
     pub head_dim: u32,
@@ -296,14 +306,6 @@ impl Schedule {
     }
 }
 
-/// A text position as a spec writes it.
-pub const fn text_position_name(position: TextPosition) -> &'static str {
-    match position {
-        TextPosition::First => "first",
-        TextPosition::Last => "last",
-    }
-}
-
 impl Spec {
     /// Reads and checks a file.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Spec, SpecError> {
@@ -374,7 +376,7 @@ impl Spec {
 
     /// Tiles of the attention kernel that one head visits and skips. All text is valid.
     pub fn tile_counts(&self, head: HeadType) -> TileCounts {
-        count_tiles(&self.layout, head, self.tiles(), self.layout.text_tokens)
+        count_tiles(&self.layout, head, self.tiles(), self.layout.text_tokens())
     }
 
     /// The most batch x heads that one launch may have. A spec's own are within it.
@@ -403,17 +405,19 @@ impl Spec {
         if self.norm_is_over_heads() { heads * self.head_dim } else { self.head_dim }
     }
 
-    /// Rows of the RoPE tables. They are the video rows, or all rows of the model's order when text
-    /// is rotated too.
-    pub fn rope_rows(&self) -> u32 {
-        let rotates_text = self.rope.is_some_and(|rope| rope.text);
-        self.layout.video_tokens() + if rotates_text { self.layout.text_tokens } else { 0 }
+    /// The rows of the model's order that the RoPE tables have: those of the video, and those of the
+    /// text on either side that is rotated too.
+    pub fn rope_rows(&self) -> Range<u32> {
+        let Layout { before, after, .. } = self.layout;
+        let [rotates_before, rotates_after] = self.rope.map_or([false; 2], |rope| [rope.before, rope.after]);
+        let video_end = before + self.layout.video_tokens();
+        (if rotates_before { 0 } else { before })..(video_end + if rotates_after { after } else { 0 })
     }
 
     /// The shape of each RoPE table for a launch of `heads` heads. It is `[rows, channels / 2]`, or
     /// `[rows, heads, channels / 2]` where each head has its own. Without RoPE it is empty.
     pub fn rope_table_shape(&self, heads: u32) -> Vec<u32> {
-        let rows = self.rope_rows();
+        let rows = self.rope_rows().len() as u32;
         match self.rope {
             None => Vec::new(),
             Some(Rope { channels, per_head: true, .. }) => vec![rows, heads, channels / 2],

@@ -40,11 +40,10 @@ fn random_spec(index: usize, seed: u64) -> String {
     };
     let (frames, tokens) = (logarithmic(&mut below, 7), logarithmic(&mut below, 12));
     let head_dim = [64, 128][below(2) as usize];
-    let has_text = below(2) == 0;
     let mut text = format!("name = \"random_{index}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n");
-    if has_text {
-        let (tokens, position) = (logarithmic(&mut below, 10), ["first", "last"][below(2) as usize]);
-        let _ = writeln!(text, "[text]\ntokens = {tokens}\nposition = \"{position}\"");
+    let sides: Vec<&str> = ["before", "after"].into_iter().filter(|_| below(2) == 0).collect();
+    for side in &sides {
+        let _ = writeln!(text, "[{side}]\ntokens = {}", logarithmic(&mut below, 10));
     }
     let (heads, dtype) = (1 + below(64), ["bf16", "f16"][below(2) as usize]);
     let _ = writeln!(text, "[attention]\nheads = {heads}\nhead_dim = {head_dim}\ndtype = \"{dtype}\"");
@@ -54,8 +53,10 @@ fn random_spec(index: usize, seed: u64) -> String {
     }
     if below(4) != 0 {
         let (pairs, per_head) = (["interleaved", "half"][below(2) as usize], below(2) == 0);
-        let rotates_text = has_text && below(2) == 0;
-        let _ = writeln!(text, "[rope]\npairs = \"{pairs}\"\ntext = {rotates_text}\nper_head = {per_head}");
+        let _ = writeln!(text, "[rope]\npairs = \"{pairs}\"\nper_head = {per_head}");
+        for side in sides {
+            let _ = writeln!(text, "{side} = {}", below(2) == 0);
+        }
         if below(2) == 0 {
             let _ = writeln!(text, "channels = {}", 16 * (1 + below(head_dim / 16)));
         }

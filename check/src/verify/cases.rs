@@ -1,6 +1,6 @@
 //! The layers that `verify` runs.
 
-use framestride::shapes::layout::HeadType;
+use framestride::shapes::layout::{HeadType, Layout};
 use framestride::shapes::spec::Spec;
 use rand::{Rng, RngExt};
 
@@ -20,7 +20,7 @@ pub enum CaseTypes {
     Profiled,
 }
 
-/// How much text is valid.
+/// How much of the text on one side of the video is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CaseText {
     /// All of it. No lengths are given.
@@ -36,7 +36,7 @@ pub enum CaseText {
 }
 
 impl CaseText {
-    /// Valid text tokens of each batch item, where there are `text` of them.
+    /// Valid text tokens of each batch item, where the side has `text` of them.
     pub(super) fn lengths(self, text: u32, batch: u32, generator: &mut impl Rng) -> Option<Vec<u32>> {
         match self {
             CaseText::Full => None,
@@ -106,8 +106,8 @@ pub enum CaseExtent {
 pub struct Case {
     /// Types of the heads.
     pub types: CaseTypes,
-    /// Valid text.
-    pub text: CaseText,
+    /// Valid text before the video and after it.
+    pub text: [CaseText; 2],
     /// What Q, K and V hold.
     pub content: CaseContent,
     /// How many batch items and heads are launched.
@@ -128,7 +128,7 @@ impl Case {
     pub const fn new(types: CaseTypes, content: CaseContent) -> Case {
         Case {
             types,
-            text: CaseText::Full,
+            text: [CaseText::Full; 2],
             content,
             extent: CaseExtent::Spec,
             inputs: Arrangement::TokensFirst,
@@ -140,44 +140,46 @@ impl Case {
 
     /// The cases of `verify`.
     ///
-    /// Masks come alone and all together. Every arrangement, length of text and content occurs. Two
+    /// Masks come alone and all together. Every arrangement and content occurs, and every length of
+    /// text on each side, alike on both and not. Two
     /// cases have another batch with fewer heads, and one has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
     /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
-    pub fn all(has_text: bool, is_emulated: bool) -> [Case; 12] {
+    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 12] {
         use Arrangement::{HeadsFirst, PackedQkv};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
         use CaseContent::{Constant, Edges, Hidden, Lone, Planted, Random, Rising, Sudden};
-        use CaseText::{Beyond, Empty, FullGiven, Partial};
+        use CaseText::{Beyond, Empty, Full, FullGiven, Partial};
         use CaseTypes::{All, Dense, Mixed, Profiled};
         let cases = [
-            Case { text: Empty, ..Case::new(Dense, Lone) },
+            Case { text: [Empty; 2], ..Case::new(Dense, Lone) },
             Case {
-                text: Partial,
+                text: [Partial; 2],
                 extent: CaseExtent::Fewer,
                 inputs: HeadsFirst,
                 out: HeadsFirst,
                 ..Case::new(Mixed, Random)
             },
-            Case { text: Beyond, inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
-            Case { text: Empty, inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
+            Case { text: [Beyond; 2], inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
+            Case { text: [Empty; 2], inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
             Case {
-                text: Partial,
+                text: [Partial; 2],
                 extent: CaseExtent::Fewer,
                 out: HeadsFirst,
                 seeded: true,
                 ..Case::new(Profiled, Random)
             },
             Case::new(Profiled, Planted),
-            Case { text: Partial, extent: CaseExtent::More, ..Case::new(Mixed, Rising) },
-            Case::new(Profiled, Rising),
-            Case::new(Mixed, Edges),
-            Case { text: Empty, ..Case::new(Profiled, Sudden) },
-            Case { text: FullGiven, ..Case::new(Profiled, Constant) },
-            Case { text: Empty, ..Case::new(Profiled, Hidden) },
+            Case { text: [Empty, Partial], extent: CaseExtent::More, ..Case::new(Mixed, Rising) },
+            Case { text: [Partial, Full], ..Case::new(Profiled, Rising) },
+            Case { text: [FullGiven, Full], ..Case::new(Mixed, Edges) },
+            Case { text: [Empty; 2], ..Case::new(Profiled, Sudden) },
+            Case { text: [Full, FullGiven], ..Case::new(Profiled, Constant) },
+            Case { text: [Empty; 2], ..Case::new(Profiled, Hidden) },
         ];
-        let text = |case: Case| Case { text: if has_text { case.text } else { CaseText::Full }, ..case };
-        cases.map(text)
+        let of_side = |text, tokens| if tokens > 0 { text } else { Full };
+        let text = |[before, after]: [CaseText; 2]| [of_side(before, layout.before), of_side(after, layout.after)];
+        cases.map(|case| Case { text: text(case.text), ..case })
     }
 
     /// Batch items and heads of the launch, for a spec.
@@ -213,12 +215,17 @@ impl Case {
             CaseContent::Constant => ", equal scores and constant values",
             CaseContent::Edges => ", keys at the edges above all",
         };
-        let text = match self.text {
+        let text_of = |text| match text {
             CaseText::Full => "",
             CaseText::FullGiven => ", full text",
             CaseText::Partial => ", partial text",
             CaseText::Empty => ", no valid text",
             CaseText::Beyond => ", text lengths beyond the text",
+        };
+        let text = match self.text {
+            [text, CaseText::Full] | [CaseText::Full, text] => text_of(text).to_owned(),
+            [before, after] if before == after => text_of(before).to_owned(),
+            [before, after] => format!("{} before{} after", text_of(before), text_of(after)),
         };
         let shape = match self.extent {
             CaseExtent::Spec => "",

@@ -30,7 +30,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
-use framestride::shapes::layout::{HeadType, Layout};
+use framestride::shapes::layout::{HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
 use packed_heads::{HeadIndex, PackedHead, packed_rows};
@@ -44,6 +44,7 @@ use crate::device_tensors::{DeviceLayer, POISON};
 use crate::memory_fit::{self, Free};
 use crate::random::row_generator;
 use crate::reference::{Head, Mask, Reference};
+use crate::tensors::Inputs;
 use crate::{repeatability, tolerance};
 
 /// What `verify` found.
@@ -107,7 +108,7 @@ impl Effort {
 /// is being done, and the part of everything that is done, 0 to 1.
 pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn(&str, f64)) -> Result<VerifyReport> {
     let (spec, device) = (module.spec(), module.device());
-    let cases = Case::all(spec.layout.text_tokens > 0, matches!(device, Device::Emulator(_)));
+    let cases = Case::all(&spec.layout, matches!(device, Device::Emulator(_)));
     let free = Free::of(device)?;
     let mut reduced = Vec::new();
     let mut note = |what: String, [batch, heads]: [u32; 2], wanted: [u32; 2]| {
@@ -161,14 +162,15 @@ fn run_case(
     let (spec, device) = (module.spec(), module.device());
     progress(0.0);
     let mut inputs = case.content.make(spec, batch as usize, heads as usize, seed);
-    let text = spec.layout.text_tokens;
     let mut generator = row_generator(seed, u64::MAX);
-    inputs.text_lengths = case.text.lengths(text, batch, &mut generator);
-    let lengths = inputs.text_lengths.as_ref().filter(|_| case.text == CaseText::Partial);
-    let name = match lengths {
-        Some(lengths) => format!("{} (valid text {lengths:?})", case.describe()),
-        None => case.describe(),
-    };
+    let mut name = case.describe();
+    let sides = [(&mut inputs.before, spec.layout.before), (&mut inputs.after, spec.layout.after)];
+    for ((side, (text, tokens)), valid) in Inputs::text_names(&spec.layout).into_iter().zip(sides).zip(case.text) {
+        text.lengths = valid.lengths(tokens, batch, &mut generator);
+        if let (CaseText::Partial, Some(lengths)) = (valid, &text.lengths) {
+            name += &format!(" (valid {side} {lengths:?})");
+        }
+    }
 
     // Here the device does its part.
     let attention = SparseAttention::new(module, batch, heads)?;
@@ -223,14 +225,14 @@ fn run_case(
         // Making inputs and running the kernels takes about half of the time.
         progress(0.5 + 0.5 * index as f64 / all_heads as f64);
         let at = HeadIndex { item: profile.batch as usize, head: profile.head as usize };
-        let valid_text = inputs.valid_text(layout, at.item);
+        let valid = inputs.valid(layout, at.item);
         let [queries, keys] = orders.entry((at.item, head_type as u32)).or_insert_with(|| {
-            let mask = Mask::new(layout, head_type, valid_text);
+            let mask = Mask::new(layout, head_type, valid);
             [mask.query_order(), mask.key_order()]
         });
         let order = [&queries[..], &keys[..], &keys[..]];
         let is_whole = whole_heads.contains(&index);
-        let packed = PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid_text, order };
+        let packed = PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid, order };
         let pieces = packed.draw_pieces(is_whole, &mut generator);
         let mut image = Vec::new();
         for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
@@ -249,9 +251,9 @@ fn run_case(
             let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
             drop(image);
             let values = inputs.v.head(at.item, at.head);
-            let head = Head::new(layout, head_dim, valid_text, queries, keys, values);
+            let head = Head::new(layout, head_dim, valid, queries, keys, values);
             let scale = inputs.scale();
-            let rows = draw_rows(layout, valid_text, rows_of_head, &mut generator);
+            let rows = draw_rows(layout, valid, rows_of_head, &mut generator);
             let (worst_out, worst_sum) = rows
                 .par_iter()
                 .map(|&row| {
@@ -344,23 +346,16 @@ fn draw_heads(types: &[HeadType], count: usize, generator: &mut impl Rng) -> BTr
 
 /// Draws rows of the model's order: all, when `count` is that many, else `count` at random and
 /// those at the ends of everything.
-fn draw_rows(layout: &Layout, valid_text: usize, count: usize, generator: &mut impl Rng) -> Vec<usize> {
+fn draw_rows(layout: &Layout, valid: ValidText, count: usize, generator: &mut impl Rng) -> Vec<usize> {
     let sequence = layout.sequence() as usize;
     if count >= sequence {
         return (0..sequence).collect();
     }
     let mut rows: BTreeSet<usize> = (0..count).map(|_| generator.random_range(0..sequence)).collect();
-    let (frame, text) = (layout.tokens_per_frame.value as usize, layout.text_tokens as usize);
-    let video = layout.first_video_row() as usize;
-    let first_text = if video == 0 { sequence - text } else { 0 };
-    let ends = [
-        first_text,
-        first_text + valid_text,
-        first_text + text,
-        video,
-        video + layout.sink_frames as usize * frame,
-        video + layout.frames.value as usize * frame,
-    ];
+    let frame = layout.tokens_per_frame.value;
+    let (video, behind) = (layout.before, layout.before + layout.frames.value * frame);
+    let ends = [0, valid.before, video, video + layout.sink_frames * frame, behind, behind + valid.after];
+    let ends = ends.map(|end| end as usize);
     // Each end has a row before it and a row behind it.
     rows.extend(
         ends.into_iter().flat_map(|end| [end.checked_sub(1), Some(end)]).flatten().filter(|&row| row < sequence),

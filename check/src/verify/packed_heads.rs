@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use framestride::shapes::image::{ATOM_ROWS, CHUNK_BYTES, Image};
-use framestride::shapes::layout::PAD_ROWS;
+use framestride::shapes::layout::{PAD_ROWS, ValidText};
 use framestride::shapes::spec::{NormKind, Spec};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ pub struct PackedHead<'a> {
     pub spec: &'a Spec,
     pub inputs: &'a Inputs,
     pub index: HeadIndex,
-    pub valid_text: usize,
+    pub valid: ValidText,
     /// The model's row of each packed row, of Q, K and V.
     pub order: [&'a [usize]; 3],
 }
@@ -55,20 +55,21 @@ impl PackedHead<'_> {
 
     /// Number of packed rows that are neither padding nor invalid text. They come first.
     fn live(&self) -> usize {
-        self.valid_text + (self.spec.layout.frames.value * self.spec.layout.tokens_per_frame.value) as usize
+        (self.valid.sum() + self.spec.layout.frames.value * self.spec.layout.tokens_per_frame.value) as usize
     }
 
     /// Ranges of packed rows to compare, in whole groups of [`ATOM_ROWS`].
     ///
-    /// A whole head has one range with all rows. Another has some groups at random, both ends of
-    /// the text, the end of the sink frames, and everything from the last row that counts.
+    /// A whole head has one range with all rows. Another has some groups at random, the ends of
+    /// both sides' text, the end of the sink frames, and everything from the last row that counts.
     pub fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
         let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
         let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
-        let sinks = self.valid_text + (layout.sink_frames * layout.tokens_per_frame.value) as usize;
+        let (before, text) = (self.valid.before as usize, self.valid.sum() as usize);
+        let sinks = text + (layout.sink_frames * layout.tokens_per_frame.value) as usize;
         let mut groups: BTreeSet<usize> = (0..PACKED_GROUPS).map(|_| generator.random_range(0..=tail)).collect();
         groups.extend(
-            [0, self.valid_text.saturating_sub(1), self.valid_text, sinks.saturating_sub(1), sinks]
+            [0, before.saturating_sub(1), before, text.saturating_sub(1), text, sinks.saturating_sub(1), sinks]
                 .map(|row| row / group),
         );
         let pieces = groups.into_iter().filter(|&start| start < tail).map(|start| start * group..(start + 1) * group);

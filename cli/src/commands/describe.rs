@@ -5,7 +5,7 @@ use clap::builder::PossibleValuesParser;
 use framestride::device::Gpu;
 use framestride::shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
 use framestride::shapes::layout::{HeadType, Layout};
-use framestride::shapes::spec::{Spec, text_position_name};
+use framestride::shapes::spec::Spec;
 use framestride::{Result, workspace_layout};
 use serde::Serialize;
 use serde_json::json;
@@ -124,7 +124,9 @@ pub fn describe(Describe { spec, gpu }: Describe) -> Result<Outcome> {
         "sequence": layout.sequence(),
         "frames": layout.frames.value,
         "tokens_per_frame": layout.tokens_per_frame.value,
-        "text_tokens": layout.text_tokens,
+        "text_tokens": layout.text_tokens(),
+        "before_tokens": layout.before,
+        "after_tokens": layout.after,
         "sink_frames": layout.sink_frames,
         "heads": spec.heads,
         "head_dim": spec.head_dim,
@@ -152,11 +154,8 @@ fn rates(named: Option<&str>) -> (Vec<Rates>, Option<String>) {
 }
 
 fn text_of(layout: &Layout) -> String {
-    let position = text_position_name(layout.text_position);
-    match layout.text_tokens {
-        0 => String::new(),
-        tokens => format!(" + {tokens} text ({position})"),
-    }
+    let sides = [(layout.before, "first"), (layout.after, "last")].into_iter().filter(|&(tokens, _)| tokens > 0);
+    sides.map(|(tokens, position)| format!(" + {tokens} text ({position})")).collect()
 }
 
 /// What a spec can gain over dense attention on a GPU, or why it cannot gain, and what to do about

@@ -34,7 +34,8 @@ pub struct Run {
     video: Option<PathBuf>,
     /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] or [B, H, S, D] in bf16, f16,
     /// f32 or f64. It may have `cos`, `sin`, `text_lengths`, `q_norm.weight` and `q_norm.bias`, and
-    /// the same for `k_norm`, `q_norm_text` and `k_norm_text`. The names and table shapes of
+    /// the same for `k_norm`, `q_norm_text` and `k_norm_text`. With text on both sides of the video,
+    /// `before` and `after` stand in place of `text`. The names and table shapes of
     /// diffusers are understood too: `query`, `freqs_cos` [S, D], `attn.norm_q.weight`,
     /// `attn.norm_added_q.weight`. A tensor of any other name is an error.
     #[arg(long, value_name = "FILE")]
@@ -49,6 +50,12 @@ pub struct Run {
     /// says it, all text is valid.
     #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
     text_lengths: Option<Vec<u32>>,
+    /// The same of the text before the video, where there is text on both sides.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    before_lengths: Option<Vec<u32>>,
+    /// The same of the text after the video, where there is text on both sides.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    after_lengths: Option<Vec<u32>>,
     /// Where the output goes. With --qkv, it goes to FILE.out.safetensors beside the tensors when
     /// this is not given. It may be /dev/stdout: the text then goes to standard error.
     #[arg(long, value_name = "FILE")]
@@ -66,7 +73,19 @@ fn output_beside(tensors: &Path) -> PathBuf {
 
 /// Runs a layer.
 pub fn run(arguments: Run) -> Result<Outcome> {
-    let Run { spec: argument, on, video, qkv, scale, dense_heads, text_lengths, out, report } = arguments;
+    let Run {
+        spec: argument,
+        on,
+        video,
+        qkv,
+        scale,
+        dense_heads,
+        text_lengths,
+        before_lengths,
+        after_lengths,
+        out,
+        report,
+    } = arguments;
     let bar = Bar::new();
     let spec = read_spec(&argument)?;
     // Outputs and inputs come first, so that what is wrong with them is said before anything is
@@ -103,7 +122,7 @@ pub fn run(arguments: Run) -> Result<Outcome> {
         }
     };
     inputs.scale = scale;
-    inputs.text_lengths = text_lengths.or(inputs.text_lengths);
+    give_lengths(&mut inputs, &spec, [("text", text_lengths), ("before", before_lengths), ("after", after_lengths)])?;
     inputs.check(&spec, "inputs")?;
     check_dense_heads(&dense_heads, inputs.q.heads, "--dense-heads")?;
     let module = on.load(&spec, &device, &bar)?;
@@ -139,6 +158,31 @@ pub fn run(arguments: Run) -> Result<Outcome> {
     }
     let aside = out.is_some_and(|out| out.is_stdout());
     Ok(Outcome { text, ok: run.report.ok, json, aside, unwritten })
+}
+
+/// Takes the valid lengths of text that options give. Which of them a spec has depends on the sides
+/// of the video on which it has text.
+fn give_lengths(inputs: &mut Inputs, spec: &Spec, given: [(&str, Option<Vec<u32>>); 3]) -> Result<()> {
+    let names = Inputs::text_names(&spec.layout);
+    let (found, allowed) = match names.contains(&"text") {
+        true => ("a spec with text on one side of the video at most", &["text"][..]),
+        false => ("a spec with text on both sides of the video", &["before", "after"][..]),
+    };
+    for (name, lengths) in given {
+        let Some(lengths) = lengths else { continue };
+        if !allowed.contains(&name) {
+            let options: Vec<String> = allowed.iter().map(|name| format!("--{name}-lengths")).collect();
+            return Err(Error::input(
+                format!("--{name}-lengths"),
+                found,
+                options.join(", "),
+                "Give lengths with these",
+            ));
+        }
+        let text = if names[0] == name { &mut inputs.before } else { &mut inputs.after };
+        text.lengths = Some(lengths);
+    }
+    Ok(())
 }
 
 /// What a file of tensors left open, and what was taken instead.

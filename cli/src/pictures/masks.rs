@@ -26,7 +26,7 @@ impl Tiling<'_> {
     /// What becomes of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
         let Tiling { spec, head } = *self;
-        match key_tile(&spec.layout, head, spec.tiles(), spec.layout.text_tokens, query, key) {
+        match key_tile(&spec.layout, head, spec.tiles(), spec.layout.text_tokens(), query, key) {
             Some(tile) if tile.full => Fate::Full,
             Some(_) => Fate::Edge,
             None => Fate::Skipped,
@@ -35,7 +35,7 @@ impl Tiling<'_> {
 
     /// The colour of a pair of packed rows.
     fn colour(&self, query: u32, key: u32) -> Rgb<u8> {
-        let seen = self.spec.layout.visible(self.head, query, self.spec.layout.text_tokens).sees(key);
+        let seen = self.spec.layout.visible(self.head, query, self.spec.layout.text_tokens()).sees(key);
         match (self.fate(query, key), seen) {
             (Fate::Full, _) => FULL,
             (Fate::Edge, true) => EDGE_SEEN,
@@ -68,7 +68,7 @@ fn draw_mask(picture: &mut Picture, left: u32, top: u32, tiling: &Tiling, order:
     let packed = |by: &Layout, pixel: u32, sample: u32| {
         let row = (u64::from(pixel * samples + sample) * sequence / u64::from(SIDE * samples)) as u32;
         match order {
-            Order::Model => by.packed_row(tiling.head, row, layout.text_tokens),
+            Order::Model => by.packed_row(tiling.head, row, layout.all_text()),
             Order::Packed => row,
         }
     };
@@ -114,7 +114,7 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> Picture {
             spec.name,
             layout.frames.value,
             layout.tokens_per_frame.value,
-            layout.text_tokens,
+            layout.text_tokens(),
             layout.sink_frames,
             spec.tiles().query_rows,
             spec.tiles().key_rows
@@ -169,7 +169,7 @@ mod tests {
             for head in HeadType::ALL {
                 let tiling = Tiling { spec: &spec, head };
                 for query in (0..spec.layout.sequence()).step_by(7) {
-                    let visible = spec.layout.visible(head, query, spec.layout.text_tokens);
+                    let visible = spec.layout.visible(head, query, spec.layout.text_tokens());
                     for key in 0..spec.layout.sequence() {
                         match tiling.fate(query, key) {
                             Fate::Skipped => assert!(!visible.sees(key), "{name} {head:?} {query} {key}"),

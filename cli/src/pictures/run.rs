@@ -63,7 +63,7 @@ impl RunPictures {
             let query = video::interesting_token(&video::features(frames, count, grid), count);
             let reference = Reference::new(spec, inputs);
             for ((head, &head_type), output) in run.types.iter().enumerate().zip(&self.attention) {
-                let first_video = spec.layout.first_video_row() as usize;
+                let first_video = spec.layout.before as usize;
                 let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
                 let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
                 let title = format!("head {head}, {}", head_type.name());

@@ -17,7 +17,7 @@ pub fn count<M: Model>(params: &AttentionParams) -> u32 {
 #[inline(always)]
 pub fn head_and_tile<M: Model>(params: &AttentionParams, index: u32) -> (u32, u32) {
     let numbers = M::numbers();
-    let text_tiles = numbers.text_tokens.div_ceil(M::TILES.query_rows);
+    let text_tiles = M::layout().text_tokens().div_ceil(M::TILES.query_rows);
     let with_text = text_tiles * params.batch * params.heads;
     if index < with_text {
         numbers.text_tiles.divide(index)

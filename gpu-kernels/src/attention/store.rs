@@ -27,7 +27,7 @@ pub unsafe fn store<M: Model>(
     // What depends on the lane alone is computed here. It would take registers all through the
     // tiles otherwise.
     let lane = math::opaque(lane);
-    let seen_end = work.valid_text + M::layout().video_tokens();
+    let seen_end = work.valid.sum() + M::layout().video_tokens();
     let (item, head) = (work.head / params.heads, work.head % params.heads);
     let total = rows.total();
     let mut address = [0u64; 2];
@@ -36,7 +36,7 @@ pub unsafe fn store<M: Model>(
     while row < 2 {
         let packed = thread_rows[row];
         if packed < M::layout().sequence() {
-            let model_row = M::layout().query_order().model_row(work.head_type, packed, work.valid_text);
+            let model_row = M::layout().query_order().model_row(work.head_type, packed, work.valid);
             let out = &params.out;
             address[row] = out.data
                 + (item as u64 * out.batch + model_row as u64 * out.row + head as u64 * out.head)

@@ -4,7 +4,7 @@ use super::order;
 use crate::cuda::global;
 use crate::masks::band::Band;
 use crate::model::{Model, valid_text};
-use framestride_shapes::layout::HeadType;
+use framestride_shapes::layout::{HeadType, ValidText};
 use framestride_shapes::params::AttentionParams;
 
 /// One query tile of one head.
@@ -14,7 +14,7 @@ pub struct Work<M> {
     /// How the head attends.
     pub head_type: HeadType,
     /// Valid text tokens of the head's batch item.
-    pub valid_text: u32,
+    pub valid: ValidText,
     /// Packed row of its first query.
     pub first_row: u32,
     /// What the query tile sees.
@@ -34,14 +34,14 @@ impl<M: Model> Work<M> {
         } else {
             HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4))
         };
-        let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
+        let valid = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads);
         let first_row = tile * M::TILES.query_rows;
         Work {
             head,
             head_type,
-            valid_text,
+            valid,
             first_row,
-            mask: Band::new(params.half_widths(), head_type, valid_text, first_row),
+            mask: Band::new(params.half_widths(), head_type, valid.sum(), first_row),
         }
     }
 }

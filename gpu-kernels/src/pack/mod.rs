@@ -18,6 +18,7 @@ use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
 use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::layout::HeadType;
+use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::{NormWeights, PackParams, PackPass};
 use norm::{Affine, Statistic, head_statistic, token_statistic};
 use rope::{Rotation, Tables};
@@ -45,22 +46,30 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let (own_warp, warps) = (thread::warp(), M::numbers().pack_threads / 32);
     let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
     let row = group * warps + row;
-    let (source, packed, norm, text_norm) = match operand {
-        Q => (params.q, params.packed_q, params.q_norm, params.q_norm_text),
-        K => (params.k, params.packed_k, params.k_norm, params.k_norm_text),
-        _ => (params.v, params.packed_v, NormWeights::default(), NormWeights::default()),
+    let (source, packed, norm, norm_before, norm_after) = match operand {
+        Q => (params.q, params.packed_q, params.q_norm, params.q_norm_before, params.q_norm_after),
+        K => (params.k, params.packed_k, params.k_norm, params.k_norm_before, params.k_norm_after),
+        _ => (params.v, params.packed_v, NormWeights::default(), NormWeights::default(), NormWeights::default()),
     };
 
-    let valid_text = valid_text::<M>(params.text_lengths, item);
-    let text = row.wrapping_sub(M::layout().first_text_row());
-    let is_text = text < M::layout().text_tokens;
-    let is_padding = row >= M::layout().sequence();
+    let Numbers { before_tokens, rope_before, rope_after, .. } = M::numbers();
+    let valid = valid_text::<M>(params.before_lengths, params.after_lengths, item);
+    let is_before = row < before_tokens;
+    let first_after = before_tokens + M::layout().video_tokens();
+    let is_after = row >= first_after;
     // Packed rows of padding and of invalid text are zero.
-    let blank = is_padding || (is_text && text >= valid_text);
-    let norm = if is_text { text_norm } else { norm };
+    let blank = (is_before && row >= valid.before) || (is_after && row - first_after >= valid.after);
+    let norm = if is_before {
+        norm_before
+    } else if is_after {
+        norm_after
+    } else {
+        norm
+    };
     let normed = M::numbers().has_norm && operand != V && !blank;
-    let rotated = M::numbers().has_rope && operand != V && !blank && (M::numbers().rope_text || !is_text);
-    let rope_row = if M::numbers().rope_text { row } else { row.wrapping_sub(M::layout().first_video_row()) };
+    let rotated = M::numbers().has_rope && operand != V && !blank;
+    let rotated = rotated && (rope_before || !is_before) && (rope_after || !is_after);
+    let rope_row = if rope_before { row } else { row.wrapping_sub(before_tokens) };
 
     let chunk = chunk::<M>();
     let element_bytes = M::Element::DTYPE.bytes() as u64;
@@ -98,8 +107,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let image_bytes = M::IMAGE.bytes(M::layout().packed_rows()) as u64;
     let place = |head_type: HeadType| {
         let order = if operand == Q { M::layout().query_order() } else { M::layout() };
-        let packed_row = if is_padding { row } else { order.packed_row(head_type, row, valid_text) };
-        M::IMAGE.chunk(packed_row, chunk)
+        M::IMAGE.chunk(order.packed_row(head_type, row, valid), chunk)
     };
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 

@@ -110,7 +110,7 @@ impl<M: Model> Map<M> {
 pub unsafe fn profile<M: Model>(params: &ProfileParams) {
     let (split, group, head) = (thread::block_x(), thread::block_y(), thread::block_z());
     let thread_warp = thread::warp();
-    let valid_text = valid_text::<M>(params.text_lengths, head / params.heads);
+    let valid_text = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads).sum();
     let end = valid_text + M::layout().video_tokens();
     let tiles = end.div_ceil(KEY_ROWS);
     // Splits differ by one tile at most.

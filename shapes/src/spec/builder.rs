@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 
 use super::keys::{KEYS, Key, find};
 use super::lines::Lines;
-use super::{Dtype, Profile, QkNorm, Rope, Schedule, Spec, SpecError, Width, text_position_name};
-use crate::layout::TextPosition;
+use super::{Dtype, Profile, QkNorm, Rope, Schedule, Spec, SpecError, Width};
 
 /// What messages call the text of a spec that was made in code.
 const FILE: &str = "Spec::builder()";
@@ -19,18 +18,17 @@ const FILE: &str = "Spec::builder()";
 /// of the file, and the name `unnamed`.
 ///
 /// ```
-/// use framestride_shapes::layout::TextPosition;
 /// use framestride_shapes::spec::{NormKind, NormOver, Pairs, QkNorm, Rope, Spec, Width};
 ///
 /// let spec = Spec::builder()
 ///     .name("hunyuan_video_720p")
 ///     .frames(33)
 ///     .tokens_per_frame(3600)
-///     .text(256, TextPosition::Last)
+///     .after(256)
 ///     .heads(24)
 ///     .head_dim(128)
 ///     .qk_norm(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 })
-///     .rope(Rope { pairs: Pairs::Interleaved, channels: 128, text: false, per_head: false })
+///     .rope(Rope { pairs: Pairs::Interleaved, channels: 128, before: false, after: false, per_head: false })
 ///     .spatial(Width::Density(0.25))
 ///     .temporal(Width::Density(0.25))
 ///     .build()?;
@@ -96,7 +94,8 @@ impl SpecBuilder {
             .frames(layout.frames.value)
             .tokens_per_frame(layout.tokens_per_frame.value)
             .grid(*grid)
-            .text(layout.text_tokens, layout.text_position)
+            .before(layout.before)
+            .after(layout.after)
             .heads(*heads)
             .head_dim(*head_dim)
             .dtype(*dtype)
@@ -131,12 +130,14 @@ impl SpecBuilder {
         self.set(const { find("video.grid") }, grid)
     }
 
-    /// `[text]`: the most text tokens there can be, and their place. With 0 tokens there is no
-    /// text.
-    pub fn text(self, tokens: u32, position: TextPosition) -> SpecBuilder {
-        let some = tokens > 0;
-        self.set(const { find("text.tokens") }, some.then(|| tokens.to_string()))
-            .set(const { find("text.position") }, some.then(|| quoted(text_position_name(position))))
+    /// `[before]`: the most text tokens there can be before the video. With 0 there are none.
+    pub fn before(self, tokens: u32) -> SpecBuilder {
+        self.set(const { find("before.tokens") }, (tokens > 0).then(|| tokens.to_string()))
+    }
+
+    /// `[after]`: the most text tokens there can be after the video. With 0 there are none.
+    pub fn after(self, tokens: u32) -> SpecBuilder {
+        self.set(const { find("after.tokens") }, (tokens > 0).then(|| tokens.to_string()))
     }
 
     /// `attention.heads` of the model.
@@ -172,7 +173,8 @@ impl SpecBuilder {
         let rope = rope.into();
         self.set(const { find("rope.pairs") }, rope.map(|rope| quoted(rope.pairs.as_str())))
             .set(const { find("rope.channels") }, rope.map(|rope| rope.channels.to_string()))
-            .set(const { find("rope.text") }, rope.map(|rope| rope.text.to_string()))
+            .set(const { find("rope.before") }, rope.map(|rope| rope.before.to_string()))
+            .set(const { find("rope.after") }, rope.map(|rope| rope.after.to_string()))
             .set(const { find("rope.per_head") }, rope.map(|rope| rope.per_head.to_string()))
     }
 

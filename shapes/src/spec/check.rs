@@ -1,13 +1,11 @@
 //! Reads a spec key by key, and checks what several keys say together.
 
-use super::keys::{GRID_Z, Key, MOST_PROFILE_ROWS, find};
+use super::keys::{GRID_Z, Key, MOST_PROFILE_ROWS, POSITIONS, find};
 use super::read::Reader;
-use super::{
-    Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width, text_position_name,
-};
+use super::{Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width};
 use crate::density;
 use crate::image::{ATOM_ROWS, Image};
-use crate::layout::{Divisor, HeadType, Layout, PAD_ROWS, TextPosition};
+use crate::layout::{Divisor, HeadType, Layout, PAD_ROWS};
 
 const NAME: &Key = find("name");
 const FRAMES: &Key = find("video.frames");
@@ -15,6 +13,8 @@ const TOKENS_PER_FRAME: &Key = find("video.tokens_per_frame");
 const GRID: &Key = find("video.grid");
 const TEXT_TOKENS: &Key = find("text.tokens");
 const TEXT_POSITION: &Key = find("text.position");
+const BEFORE_TOKENS: &Key = find("before.tokens");
+const AFTER_TOKENS: &Key = find("after.tokens");
 const HEADS: &Key = find("attention.heads");
 const HEAD_DIM: &Key = find("attention.head_dim");
 const DTYPE: &Key = find("attention.dtype");
@@ -25,6 +25,8 @@ const NORM_EPS: &Key = find("qk_norm.eps");
 const ROPE_PAIRS: &Key = find("rope.pairs");
 const ROPE_CHANNELS: &Key = find("rope.channels");
 const ROPE_TEXT: &Key = find("rope.text");
+const ROPE_BEFORE: &Key = find("rope.before");
+const ROPE_AFTER: &Key = find("rope.after");
 const ROPE_PER_HEAD: &Key = find("rope.per_head");
 const SINK_FRAMES: &Key = find("sink.frames");
 const PROFILE_ROWS: &Key = find("profile.rows");
@@ -63,8 +65,7 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     let frames = r.integer32(FRAMES);
     let tokens_per_frame = r.integer32(TOKENS_PER_FRAME);
     let grid = r.pair(GRID);
-    let text_tokens = if r.has_table("text") { r.integer32(TEXT_TOKENS) } else { Some(0) };
-    let text_position = r.choice(TEXT_POSITION, &[TextPosition::First, TextPosition::Last], text_position_name);
+    let text = read_text(r);
     let heads = r.integer32(HEADS);
     let head_dim = r.integer32(HEAD_DIM);
     let dtype = r.choice(DTYPE, &Dtype::ALL, Dtype::as_str);
@@ -80,9 +81,11 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     let rope = if r.has_table("rope") {
         let pairs = r.choice(ROPE_PAIRS, &Pairs::ALL, Pairs::as_str);
         let channels = read_channels(r, pairs, head_dim);
-        let (text, per_head) = (r.boolean(ROPE_TEXT), r.boolean(ROPE_PER_HEAD));
-        let rope = pairs.zip(channels).zip(text.zip(per_head));
-        rope.map(|((pairs, channels), (text, per_head))| Some(Rope { pairs, channels, text, per_head }))
+        let (sides, per_head) = (read_rotated_text(r, text), r.boolean(ROPE_PER_HEAD));
+        let rope = pairs.zip(channels).zip(sides.zip(per_head));
+        rope.map(|((pairs, channels), ([before, after], per_head))| {
+            Some(Rope { pairs, channels, before, after, per_head })
+        })
     } else {
         Some(None)
     };
@@ -113,24 +116,17 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
             "give fewer sink frames",
         );
     }
-    if let (Some(Some(Rope { text: true, .. })), Some(0)) = (rope, text_tokens) {
-        r.report(
-            ROPE_TEXT,
-            "is true, but there is no text",
-            "false without a [text] table",
-            "remove it, or add [text]",
-        );
-    }
 
     // From here on a layout is needed.
     let head_dim = head_dim?;
     let image = Image { head_dim, dtype: dtype.unwrap_or(Dtype::Bf16) };
-    check_sizes(r, frames?, tokens_per_frame?, text_tokens?, image, heads?, batch?, rope?)?;
+    check_sizes(r, frames?, tokens_per_frame?, text?, image, heads?, batch?, rope?)?;
+    let [before, after] = text?.map(|side| side.tokens);
     let mut layout = Layout {
         frames: Divisor::new(frames?),
         tokens_per_frame: Divisor::new(tokens_per_frame?),
-        text_tokens: text_tokens?,
-        text_position: text_position?,
+        before,
+        after,
         sink_frames: sink_frames.filter(|&sinks| Some(sinks) < frames)?,
         spatial_half_width: 1,
         temporal_half_width: 1,
@@ -156,6 +152,62 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
         schedule: schedule?,
         source: SpecSource { file: r.source.file.into(), text: r.source.text.into() },
     })
+}
+
+/// The text on one side of the video.
+#[derive(Clone, Copy)]
+struct Side {
+    /// 0 when there is none.
+    tokens: u32,
+    /// The keys that say how many there are, and whether they are rotated.
+    keys: [&'static Key; 2],
+}
+
+/// The text before the video and that after it. `[text]` describes one of them.
+fn read_text(r: &mut Reader) -> Option<[Side; 2]> {
+    let in_text = r.has_table("text");
+    let tokens = if in_text { r.integer32(TEXT_TOKENS) } else { Some(0) };
+    let position = r.choice(TEXT_POSITION, &POSITIONS, |name| name);
+    let sides = [[BEFORE_TOKENS, ROPE_BEFORE], [AFTER_TOKENS, ROPE_AFTER]];
+    let [before, after] = [0, 1].map(|side| {
+        let [key, _] = sides[side];
+        let own = if r.has_table(key.table()) { Some(r.integer32(key)?) } else { None };
+        let is_text = in_text && position? == POSITIONS[side];
+        if own.is_some() && is_text {
+            r.report(
+                key,
+                format!("gives the text {} the video a second time, after [text]", key.table()),
+                format!("[text] with position = {:?}, or [{}]", POSITIONS[side], key.table()),
+                "remove one of the two tables, or give [text] the other position",
+            );
+            return None;
+        }
+        if is_text {
+            return Some(Side { tokens: tokens?, keys: [TEXT_TOKENS, ROPE_TEXT] });
+        }
+        Some(Side { tokens: own.unwrap_or(0), keys: sides[side] })
+    });
+    Some([before?, after?])
+}
+
+/// Whether the text on each side is rotated.
+fn read_rotated_text(r: &mut Reader, text: Option<[Side; 2]>) -> Option<[bool; 2]> {
+    let mut rotated = [false; 2];
+    for (key, is_rotated) in [ROPE_TEXT, ROPE_BEFORE, ROPE_AFTER].map(|key| (key, r.boolean(key))) {
+        let is_rotated = is_rotated?;
+        if is_rotated && !r.has_table(key.name()) {
+            r.report(
+                key,
+                format!("is true, but there is no [{}]", key.name()),
+                format!("false without the table [{}]", key.name()),
+                format!("remove it, or add [{}]", key.name()),
+            );
+        }
+        for (rotated, side) in rotated.iter_mut().zip(text?) {
+            *rotated |= is_rotated && side.keys[1].path == key.path;
+        }
+    }
+    Some(rotated)
 }
 
 /// The number of rotated channels: `head_dim` where it is not given.
@@ -238,14 +290,16 @@ fn check_sizes(
     r: &mut Reader,
     frames: u32,
     tokens_per_frame: u32,
-    text_tokens: u32,
+    text: [Side; 2],
     image: Image,
     heads: u32,
     batch: u32,
     rope: Option<Rope>,
 ) -> Option<()> {
+    let [before, after] = text.map(|side| u64::from(side.tokens));
+    let text_tokens = before + after;
     let video = u64::from(frames) * u64::from(tokens_per_frame);
-    let sequence = video + u64::from(text_tokens);
+    let sequence = video + text_tokens;
     let head_dim = image.head_dim;
     // Kernels count the bytes of a packed head in 32 bits. It has [`Layout::packed_rows`] rows,
     // which are whole atoms.
@@ -253,7 +307,7 @@ fn check_sizes(
     let most = most_rows - most_rows % u64::from(ATOM_ROWS);
     if sequence > most {
         r.report(
-            if video > most { FRAMES } else { TEXT_TOKENS },
+            if video > most { FRAMES } else { text[usize::from(after > before)].keys[0] },
             match text_tokens {
                 0 => format!("makes a sequence of {frames} x {tokens_per_frame} = {sequence} tokens"),
                 _ => format!("makes a sequence of {frames} x {tokens_per_frame} + {text_tokens} = {sequence} tokens"),
@@ -279,8 +333,8 @@ fn check_sizes(
         );
         return None;
     }
-    if let Some(Rope { channels, text, per_head: true, .. }) = rope {
-        let rows = if text { sequence } else { video };
+    if let Some(Rope { channels, before: rotates_before, after: rotates_after, per_head: true, .. }) = rope {
+        let rows = video + before * u64::from(rotates_before) + after * u64::from(rotates_after);
         let elements = rows * u64::from(heads) * u64::from(channels / 2);
         if elements > u64::from(u32::MAX) {
             r.report(

@@ -3,8 +3,7 @@
 //! The parser reads only keys of this list, and refuses all others. It looks them up in constants,
 //! so that another key does not compile. The JSON schema is made from this list too.
 
-use super::{Dtype, NormKind, NormOver, Pairs, text_position_name};
-use crate::layout::TextPosition;
+use super::{Dtype, NormKind, NormOver, Pairs};
 
 /// A table of the spec.
 pub(crate) struct Table {
@@ -76,7 +75,9 @@ pub(crate) const MOST_PROFILE_ROWS: u64 = 1024;
 pub(crate) const TABLES: &[Table] = &[
     Table { path: "", required: true, doc: "the attention of one video diffusion transformer" },
     Table { path: "video", required: true, doc: "latent frames of patches" },
-    Table { path: "text", required: false, doc: "text tokens in the self-attention; without the table there are none" },
+    Table { path: "text", required: false, doc: "text tokens in the self-attention, on one side of the video" },
+    Table { path: "before", required: false, doc: "tokens before the video that see everything, as text does" },
+    Table { path: "after", required: false, doc: "tokens after the video that see everything, as text does" },
     Table { path: "attention", required: true, doc: "heads and their type" },
     Table { path: "qk_norm", required: false, doc: "norm of Q and K before RoPE; without the table there is none" },
     Table {
@@ -100,6 +101,9 @@ pub(crate) const TABLES: &[Table] = &[
     Table { path: "schedule", required: false, doc: "calls that stay dense; without the table none do" },
 ];
 
+/// Where [text] may stand: before the video or after it.
+pub(crate) const POSITIONS: [&str; 2] = ["first", "last"];
+
 const DENSITY: &str = "visible pairs over all S x S pairs; the nearest half width is used";
 const HALF_WIDTH: &str = "tokens; positions that differ by less see each other";
 const HALF_WIDTH_FRAMES: &str =
@@ -119,11 +123,19 @@ pub(crate) const KEYS: &[Key] = &[
     key("text.tokens", Kind::Integer(1, COUNT), Presence::Required, "text tokens, padding included", "256"),
     key(
         "text.position",
-        Kind::Choice(&[text_position_name(TextPosition::First), text_position_name(TextPosition::Last)]),
+        Kind::Choice(&POSITIONS),
         Presence::Default("\"last\""),
         "place of the text in the sequence",
         "\"last\"",
     ),
+    key(
+        "before.tokens",
+        Kind::Integer(1, COUNT),
+        Presence::Required,
+        "tokens before the video, padding included",
+        "16",
+    ),
+    key("after.tokens", Kind::Integer(1, COUNT), Presence::Required, "tokens after the video, padding included", "256"),
     key("attention.heads", Kind::Integer(1, GRID_Z), Presence::Required, "attention heads of a layer", "24"),
     key("attention.head_dim", Kind::IntegerOf(&[64, 128]), Presence::Required, "channels of a head", "128"),
     key(
@@ -178,7 +190,21 @@ pub(crate) const KEYS: &[Key] = &[
          not given",
         "96",
     ),
-    key("rope.text", Kind::Boolean, Presence::Default("false"), "whether text rows are rotated too", "false"),
+    key("rope.text", Kind::Boolean, Presence::Default("false"), "whether the rows of [text] are rotated too", "false"),
+    key(
+        "rope.before",
+        Kind::Boolean,
+        Presence::Default("false"),
+        "whether the rows of [before] are rotated too",
+        "false",
+    ),
+    key(
+        "rope.after",
+        Kind::Boolean,
+        Presence::Default("false"),
+        "whether the rows of [after] are rotated too",
+        "false",
+    ),
     key("rope.per_head", Kind::Boolean, Presence::Default("false"), "whether each head has its own tables", "false"),
     key("masks.spatial.density", Kind::Number(0.0, 1.0), Presence::OneOfTable, DENSITY, "0.25"),
     key("masks.spatial.half_width", Kind::Integer(1, COUNT), Presence::OneOfTable, HALF_WIDTH, "15616"),

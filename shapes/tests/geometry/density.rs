@@ -9,7 +9,7 @@ use crate::{cases, layouts, rule, shipped};
 /// Visible pairs, one after the other.
 fn count(layout: &Layout, head: HeadType, half_width: u32) -> u128 {
     let rows = || 0..layout.sequence();
-    let sees = |query, key| rule::sees_with(layout, head, half_width, query, key, layout.text_tokens);
+    let sees = |query, key| rule::sees_with(layout, head, half_width, query, key, layout.all_text());
     rows().map(|query| rows().filter(|&key| sees(query, key)).count() as u128).sum()
 }
 
@@ -61,8 +61,8 @@ fn ties_go_to_the_smaller_width() {
     let layout = Layout {
         frames: Divisor::new(1),
         tokens_per_frame: Divisor::new(4),
-        text_tokens: 0,
-        text_position: framestride_shapes::layout::TextPosition::Last,
+        before: 0,
+        after: 0,
         sink_frames: 0,
         spatial_half_width: 1,
         temporal_half_width: 1,

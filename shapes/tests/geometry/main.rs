@@ -10,7 +10,7 @@ mod layout;
 mod rule;
 mod tiling;
 
-use framestride_shapes::layout::{Divisor, HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use proptest::prelude::*;
 
 /// Cases are cheap and the edges of layouts many.
@@ -20,29 +20,29 @@ fn cases() -> ProptestConfig {
 
 /// Layouts of up to about 200 tokens, with everything that a layout can have.
 fn layouts() -> impl Strategy<Value = Layout> {
-    (1..=7u32, 1..=25u32, prop_oneof![Just(0), 1..=30u32], any::<bool>()).prop_flat_map(
-        |(frames, tokens_per_frame, text_tokens, first)| {
-            let video = frames * tokens_per_frame;
-            // Narrow bands have the most edges.
-            let width = move || prop_oneof![1..=video, 1..=video.div_ceil(4), Just(video)];
-            (0..frames, width(), width()).prop_map(move |(sink_frames, spatial_half_width, temporal_half_width)| {
-                Layout {
-                    frames: Divisor::new(frames),
-                    tokens_per_frame: Divisor::new(tokens_per_frame),
-                    text_tokens,
-                    text_position: if first { TextPosition::First } else { TextPosition::Last },
-                    sink_frames,
-                    spatial_half_width,
-                    temporal_half_width,
-                }
-            })
-        },
-    )
+    let text = || prop_oneof![Just(0), 1..=30u32];
+    (1..=7u32, 1..=25u32, text(), text()).prop_flat_map(|(frames, tokens_per_frame, before, after)| {
+        let video = frames * tokens_per_frame;
+        // Narrow bands have the most edges.
+        let width = move || prop_oneof![1..=video, 1..=video.div_ceil(4), Just(video)];
+        (0..frames, width(), width()).prop_map(move |(sink_frames, spatial_half_width, temporal_half_width)| Layout {
+            frames: Divisor::new(frames),
+            tokens_per_frame: Divisor::new(tokens_per_frame),
+            before,
+            after,
+            sink_frames,
+            spatial_half_width,
+            temporal_half_width,
+        })
+    })
 }
 
-/// A layout and a valid length of its text.
-fn layouts_with_text() -> impl Strategy<Value = (Layout, u32)> {
-    layouts().prop_flat_map(|layout| (Just(layout), 0..=layout.text_tokens))
+/// A layout and how much of its text is valid.
+fn layouts_with_text() -> impl Strategy<Value = (Layout, ValidText)> {
+    layouts().prop_flat_map(|layout| {
+        let valid = (0..=layout.before, 0..=layout.after).prop_map(|(before, after)| ValidText { before, after });
+        (Just(layout), valid)
+    })
 }
 
 fn heads() -> impl Strategy<Value = HeadType> {

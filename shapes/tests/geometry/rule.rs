@@ -1,12 +1,14 @@
 //! The rule of visibility as the design words it, for tests: no code of `layout`.
 
-use framestride_shapes::layout::{HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{HeadType, Layout, ValidText};
 
 /// A token of the model's sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
-    /// Text token, counted from the first.
-    Text(u32),
+    /// Text token before the video, counted from the first.
+    Before(u32),
+    /// Text token after the video, counted from the first.
+    After(u32),
     /// Video token: frame and place in it.
     Video(u32, u32),
 }
@@ -14,12 +16,10 @@ pub enum Token {
 /// The token at a row of the model's order.
 pub fn token(layout: &Layout, row: u32) -> Token {
     let video = layout.frames.value * layout.tokens_per_frame.value;
-    let video_row = |row: u32| Token::Video(row / layout.tokens_per_frame.value, row % layout.tokens_per_frame.value);
-    match layout.text_position {
-        TextPosition::First if row < layout.text_tokens => Token::Text(row),
-        TextPosition::First => video_row(row - layout.text_tokens),
-        TextPosition::Last if row < video => video_row(row),
-        TextPosition::Last => Token::Text(row - video),
+    match row.checked_sub(layout.before) {
+        None => Token::Before(row),
+        Some(row) if row >= video => Token::After(row - video),
+        Some(row) => Token::Video(row / layout.tokens_per_frame.value, row % layout.tokens_per_frame.value),
     }
 }
 
@@ -34,14 +34,18 @@ pub fn position(layout: &Layout, head: HeadType, frame: u32, place: u32) -> i64 
 
 /// Whether the query at a row of the model's order sees the key at another, with a half width of
 /// its own.
-pub fn sees_with(layout: &Layout, head: HeadType, half_width: u32, query: u32, key: u32, valid_text: u32) -> bool {
+pub fn sees_with(layout: &Layout, head: HeadType, half_width: u32, query: u32, key: u32, valid: ValidText) -> bool {
     let (query, key) = (token(layout, query), token(layout, key));
-    let invalid = |token| matches!(token, Token::Text(text) if text >= valid_text);
+    let invalid = |token| match token {
+        Token::Before(text) => text >= valid.before,
+        Token::After(text) => text >= valid.after,
+        Token::Video(..) => false,
+    };
     if invalid(query) || invalid(key) {
         return false;
     }
     match (query, key) {
-        (Token::Text(_), _) | (_, Token::Text(_)) => true,
+        (Token::Before(_) | Token::After(_), _) | (_, Token::Before(_) | Token::After(_)) => true,
         (Token::Video(..), Token::Video(frame, _)) if frame < layout.sink_frames => true,
         (Token::Video(query_frame, query_place), Token::Video(key_frame, key_place)) => {
             let distance =
@@ -52,11 +56,11 @@ pub fn sees_with(layout: &Layout, head: HeadType, half_width: u32, query: u32, k
 }
 
 /// [`sees_with`] the layout's own half width.
-pub fn sees(layout: &Layout, head: HeadType, query: u32, key: u32, valid_text: u32) -> bool {
+pub fn sees(layout: &Layout, head: HeadType, query: u32, key: u32, valid: ValidText) -> bool {
     let half_width = match head {
         HeadType::Dense => 0,
         HeadType::Spatial => layout.spatial_half_width,
         HeadType::Temporal => layout.temporal_half_width,
     };
-    sees_with(layout, head, half_width, query, key, valid_text)
+    sees_with(layout, head, half_width, query, key, valid)
 }

@@ -18,7 +18,7 @@ fn key_rows() -> impl Strategy<Value = u32> {
 fn the_first_tile_is_for_nearly_every_row() {
     let models = shipped().filter(|spec| !spec.name.starts_with("tiny") && spec.name != "demo");
     for spec in models {
-        let (layout, text) = (&spec.layout, spec.layout.text_tokens);
+        let (layout, text) = (&spec.layout, spec.layout.text_tokens());
         for head in HeadType::ALL {
             let (mut warpgroups, mut blind) = (0, 0);
             for tile in query_tiles(layout, head, spec.tiles(), text) {
@@ -39,13 +39,13 @@ proptest! {
 
     #[test]
     fn visible_pairs_lie_in_one_tile(
-        (layout, valid_text) in layouts_with_text(),
+        (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
         first in 0..240u32,
         rows in 1..=200u32,
     ) {
-        let range = layout.range_visible(head, first, rows, valid_text);
+        let range = layout.range_visible(head, first, rows, valid.sum());
         let tiles = layout.key_tiles(range, key_rows);
         // How many tiles hold each key.
         let mut holders = vec![0u32; layout.packed_rows() as usize];
@@ -56,32 +56,32 @@ proptest! {
             holders[first_row as usize..(first_row + key_rows) as usize].iter_mut().for_each(|count| *count += 1);
         }
         prop_assert!(holders.iter().all(|&count| count <= 1), "tiles overlap");
-        for query in first..(first + rows).min(valid_text + layout.video_tokens()) {
-            let query_row = layout.query_order().model_row(head, query, valid_text);
+        for query in first..(first + rows).min(valid.sum() + layout.video_tokens()) {
+            let query_row = layout.query_order().model_row(head, query, valid);
             for key in 0..layout.sequence() {
-                if rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text) {
+                if rule::sees(&layout, head, query_row, layout.model_row(head, key, valid), valid) {
                     prop_assert_eq!(holders[key as usize], 1, "query {} and key {}", query, key);
                 }
             }
         }
         // No more tiles than a dense head visits, and none for rows that see nothing.
-        prop_assert!(tiles.tiles <= (valid_text + layout.video_tokens()).div_ceil(key_rows));
+        prop_assert!(tiles.tiles <= (valid.sum() + layout.video_tokens()).div_ceil(key_rows));
         prop_assert_eq!(tiles.tiles > 0, range.live);
     }
 
     /// `sees_all` holds exactly when every live row sees every key of the tile.
     #[test]
     fn full_tiles_are_full(
-        (layout, valid_text) in layouts_with_text(),
+        (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
         first in 0..240u32,
         rows in 1..=200u32,
         tile in 0..240u32,
     ) {
-        let range = layout.range_visible(head, first, rows, valid_text);
+        let range = layout.range_visible(head, first, rows, valid.sum());
         let tiles = layout.key_tiles(range, key_rows);
-        let live = valid_text + layout.video_tokens();
+        let live = valid.sum() + layout.video_tokens();
         let queries = first..(first + rows).min(live);
         if queries.is_empty() {
             return Ok(());
@@ -90,9 +90,9 @@ proptest! {
         // Besides the tiles visited, a narrow one anywhere, which is full more often.
         for (first_key, keys) in visited.chain([(tile, 1), (tile, 8)]) {
             let full = first_key + keys <= live && queries.clone().all(|query| {
-                let query_row = layout.query_order().model_row(head, query, valid_text);
+                let query_row = layout.query_order().model_row(head, query, valid);
                 (first_key..first_key + keys).all(|key| {
-                    rule::sees(&layout, head, query_row, layout.model_row(head, key, valid_text), valid_text)
+                    rule::sees(&layout, head, query_row, layout.model_row(head, key, valid), valid)
                 })
             });
             prop_assert_eq!(range.sees_all(first_key, keys), full, "keys {} to {}", first_key, first_key + keys);
@@ -100,12 +100,12 @@ proptest! {
     }
 
     #[test]
-    fn counts_add_up((layout, valid_text) in layouts_with_text(), head in heads(), head_dim in prop::sample::select(vec![64, 128])) {
+    fn counts_add_up((layout, valid) in layouts_with_text(), head in heads(), head_dim in prop::sample::select(vec![64, 128])) {
         let tiles = Tiles::for_head_dim(head_dim);
         prop_assert!(tiles.key_rows <= PAD_ROWS && tiles.query_rows <= PAD_ROWS, "a tile may end beyond the packed head");
-        let counts = count_tiles(&layout, head, tiles, valid_text);
-        let dense = count_tiles(&layout, HeadType::Dense, tiles, valid_text);
-        let live = valid_text + layout.video_tokens();
+        let counts = count_tiles(&layout, head, tiles, valid.sum());
+        let dense = count_tiles(&layout, HeadType::Dense, tiles, valid.sum());
+        let live = valid.sum() + layout.video_tokens();
         let key_tiles = u64::from(live.div_ceil(tiles.key_rows));
         prop_assert_eq!(counts.query_tiles, u64::from(layout.sequence().div_ceil(tiles.query_rows)));
         prop_assert_eq!(counts.full + counts.edge + counts.skipped, counts.query_tiles * key_tiles);
@@ -116,15 +116,15 @@ proptest! {
     /// Tiles are counted without a walk over them: here is the walk, with tiles of other sizes too.
     #[test]
     fn counts_are_those_of_a_walk(
-        (layout, valid_text) in layouts_with_text(),
+        (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
         query_rows in prop::sample::select(vec![8, 64, 128, 192]),
     ) {
         let tiles = Tiles { query_rows, key_rows, stages: 2 };
-        let key_tiles = u64::from((valid_text + layout.video_tokens()).div_ceil(key_rows));
+        let key_tiles = u64::from((valid.sum() + layout.video_tokens()).div_ceil(key_rows));
         let mut walked = TileCounts::default();
-        for tile in query_tiles(&layout, head, tiles, valid_text) {
+        for tile in query_tiles(&layout, head, tiles, valid.sum()) {
             let (visited, full) = (tile.key_tiles.len() as u64, tile.key_tiles.iter().filter(|tile| tile.full).count() as u64);
             walked.query_tiles += 1;
             walked.full += full;
@@ -133,10 +133,10 @@ proptest! {
             for row in [tile.first_row, tile.first_row + tile.rows - 1] {
                 for key in 0..layout.packed_rows() {
                     let holder = tile.key_tiles.iter().find(|tile| (tile.first_row..tile.first_row + tile.rows).contains(&key));
-                    prop_assert_eq!(key_tile(&layout, head, tiles, valid_text, row, key), holder.copied());
+                    prop_assert_eq!(key_tile(&layout, head, tiles, valid.sum(), row, key), holder.copied());
                 }
             }
         }
-        prop_assert_eq!(count_tiles(&layout, head, tiles, valid_text), walked);
+        prop_assert_eq!(count_tiles(&layout, head, tiles, valid.sum()), walked);
     }
 }

@@ -142,6 +142,16 @@ const CASES: &[(&str, &[(&str, &str)])] = &[
         "rope of text that is not there",
         &[("text = false", "text = true"), ("[text]\ntokens = 6\nposition = \"last\"\n", "")],
     ),
+    ("zero tokens before the video", &[("[attention]", "[before]\ntokens = 0\n[attention]")]),
+    ("tokens after the video are not said", &[("\"last\"", "\"first\"\n[after]")]),
+    ("text last and after", &[("[attention]", "[after]\ntokens = 7\n[attention]")]),
+    ("text first and before", &[("\"last\"", "\"first\"\n[before]\ntokens = 7")]),
+    (
+        "both sides too long",
+        &[("tokens = 6", "tokens = 5"), ("[attention]", "[before]\ntokens = 33554200\n[attention]")],
+    ),
+    ("rope before the video, where no text is", &[("text = false", "before = true")]),
+    ("rope of [after], which is [text]", &[("text = false", "after = true")]),
     (
         "rope tables too large",
         &[

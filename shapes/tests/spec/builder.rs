@@ -1,6 +1,5 @@
 //! Specs made in code are those of the TOML file with the same values, right or wrong.
 
-use framestride_shapes::layout::TextPosition;
 use framestride_shapes::models;
 use framestride_shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError, Width,
@@ -32,6 +31,8 @@ fn builder(spec: &Value) -> SpecBuilder {
         ("/attention/head_dim", SpecBuilder::head_dim),
         ("/attention/batch", SpecBuilder::batch),
         ("/sink/frames", SpecBuilder::sink_frames),
+        ("/before/tokens", SpecBuilder::before),
+        ("/after/tokens", SpecBuilder::after),
     ] {
         if let Some(value) = number32(path) {
             builder = set(builder, value);
@@ -40,10 +41,6 @@ fn builder(spec: &Value) -> SpecBuilder {
     if let Some([height, width]) = spec.pointer("/video/grid").and_then(Value::as_array).map(Vec::as_slice) {
         let extent = |value: &Value| value.as_u64().and_then(|value| u32::try_from(value).ok()).expect("an extent");
         builder = builder.grid([extent(height), extent(width)]);
-    }
-    if let Some(tokens) = number32("/text/tokens") {
-        let first = is("/text/position", "first");
-        builder = builder.text(tokens, if first { TextPosition::First } else { TextPosition::Last });
     }
     if spec.pointer("/attention/dtype").is_some() {
         builder = builder.dtype(if is("/attention/dtype", "bf16") { Dtype::Bf16 } else { Dtype::F16 });
@@ -55,10 +52,11 @@ fn builder(spec: &Value) -> SpecBuilder {
             eps,
         });
     }
-    if let (Some(text), Some(per_head)) = (flag("/rope/text"), flag("/rope/per_head")) {
+    if let Some(per_head) = flag("/rope/per_head") {
+        let (before, after) = (flag("/rope/before") == Some(true), flag("/rope/after") == Some(true));
         let channels = number32("/rope/channels").expect("rotated channels");
         let pairs = if is("/rope/pairs", "half") { Pairs::Half } else { Pairs::Interleaved };
-        builder = builder.rope(Rope { pairs, channels, text, per_head });
+        builder = builder.rope(Rope { pairs, channels, before, after, per_head });
     }
     if let Some(width) = width("/masks/spatial") {
         builder = builder.spatial(width);
@@ -102,8 +100,8 @@ proptest! {
     fn random_specs_are_those_of_the_file(
         mut spec in crate::good::specs(),
         left_out in prop::sample::subsequence(
-            vec!["/video/grid", "/text", "/attention/dtype", "/attention/batch", "/qk_norm", "/rope", "/sink", "/profile",
-                 "/schedule"], 0..=9),
+            vec!["/video/grid", "/before", "/after", "/attention/dtype", "/attention/batch", "/qk_norm", "/rope", "/sink", "/profile",
+                 "/schedule"], 0..=10),
         frames in 1..=40u32,
     ) {
         for path in left_out {
@@ -134,7 +132,7 @@ proptest! {
     ) {
         for (path, value) in mistakes {
             // With these zeros a builder has no text or no schedule, and a file is wrong.
-            let none = ["/text/tokens", "/schedule/layers"].contains(&path);
+            let none = ["/before/tokens", "/after/tokens", "/schedule/layers"].contains(&path);
             let value = if none { value.max(1) } else { value };
             *spec.pointer_mut(path).expect("every table is there") = value.into();
         }
@@ -148,7 +146,8 @@ const INTEGERS: &[&str] = &[
     "/video/frames",
     "/video/tokens_per_frame",
     "/video/grid/0",
-    "/text/tokens",
+    "/before/tokens",
+    "/after/tokens",
     "/attention/heads",
     "/attention/head_dim",
     "/attention/batch",
@@ -198,12 +197,12 @@ fn last_value_counts() {
     assert_eq!((&*least.name, &*least.source.file), ("unnamed", "Spec::builder()"));
     assert_eq!(least.spatial, Width::Tokens(3));
     let norm = QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 };
-    let rope = Rope { pairs: Pairs::Half, channels: 48, text: true, per_head: false };
+    let rope = Rope { pairs: Pairs::Half, channels: 48, before: true, after: false, per_head: false };
     let schedule = Schedule { steps: 5, layers: 4, dense_steps: 3, dense_layers: 2 };
-    let full = good().grid([2, 2]).text(7, TextPosition::First).qk_norm(norm).rope(rope).schedule(schedule);
+    let full = good().grid([2, 2]).before(7).after(5).qk_norm(norm).rope(rope).schedule(schedule);
     let spec = full.build().expect("a good spec");
-    assert_eq!((spec.grid, spec.layout.text_tokens, spec.schedule), (Some([2, 2]), 7, schedule));
-    let without = full.clone().grid(None).text(0, TextPosition::Last).qk_norm(None).rope(None);
+    assert_eq!((spec.grid, spec.layout.text_tokens(), spec.schedule), (Some([2, 2]), 12, schedule));
+    let without = full.clone().grid(None).before(0).after(0).qk_norm(None).rope(None);
     assert_eq!(without.schedule(Schedule::default()).build(), Ok(least));
     let wider = full.clone().spatial(Width::Density(0.5)).spatial(Width::Frames(2.0)).build().expect("a good spec");
     assert_eq!((wider.spatial, wider.layout.spatial_half_width), (Width::Frames(2.0), 8));

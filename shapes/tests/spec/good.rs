@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use framestride_shapes::layout::{Divisor, HeadType, Layout, TextPosition};
+use framestride_shapes::layout::{Divisor, HeadType, Layout};
 use framestride_shapes::models;
 use framestride_shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width,
@@ -63,8 +63,8 @@ fn every_key_is_read() {
         layout: Layout {
             frames: Divisor::new(33),
             tokens_per_frame: Divisor::new(3600),
-            text_tokens: 256,
-            text_position: TextPosition::Last,
+            before: 0,
+            after: 256,
             sink_frames: 0,
             spatial_half_width: 15695,
             temporal_half_width: 15616,
@@ -75,7 +75,7 @@ fn every_key_is_read() {
         dtype: Dtype::Bf16,
         grid: Some([45, 80]),
         qk_norm: Some(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 }),
-        rope: Some(Rope { pairs: Pairs::Interleaved, channels: 128, text: false, per_head: false }),
+        rope: Some(Rope { pairs: Pairs::Interleaved, channels: 128, before: false, after: false, per_head: false }),
         spatial: Width::Density(0.25),
         temporal: Width::Tokens(15616),
         profile: Profile { rows: 64, seed: 0 },
@@ -105,8 +105,8 @@ fn what_is_not_written_has_its_default() {
         layout: Layout {
             frames: Divisor::new(3),
             tokens_per_frame: Divisor::new(7),
-            text_tokens: 0,
-            text_position: TextPosition::Last,
+            before: 0,
+            after: 0,
             sink_frames: 0,
             // 10.5, rounded away from zero.
             spatial_half_width: 11,
@@ -143,11 +143,39 @@ fn what_is_not_written_has_its_default() {
         schedule = { steps = 10, layers = 20 }
         "#,
     );
-    assert_eq!(spec.layout.text_position, TextPosition::Last);
+    assert_eq!((spec.layout.before, spec.layout.after), (0, 5));
     assert_eq!(spec.qk_norm, Some(QkNorm { kind: NormKind::Layer, over: NormOver::Head, eps: 1e-6 }));
-    assert_eq!(spec.rope, Some(Rope { pairs: Pairs::Half, channels: 128, text: false, per_head: false }));
+    assert_eq!(
+        spec.rope,
+        Some(Rope { pairs: Pairs::Half, channels: 128, before: false, after: false, per_head: false })
+    );
     assert_eq!(spec.profile, Profile { rows: 64, seed: 0 });
     assert_eq!(spec.schedule, Schedule { steps: 10, layers: 20, dense_steps: 0, dense_layers: 0 });
+}
+
+/// `[text]` is `[before]` or `[after]`, and `rope.text` rotates the same rows.
+#[test]
+fn text_is_before_or_after() {
+    let text = "[text]\ntokens = 256\nposition = \"last\"";
+    let hunyuan = HUNYUAN.replace("text = false", "text = true");
+    for (position, side, others) in [("first", "before", "after"), ("last", "after", "before")] {
+        let with = |text_table: &str, rotated: &str| {
+            let tables = format!("{text_table}\n[{others}]\ntokens = 7");
+            parse(&hunyuan.replace(text, &tables).replace("text = true", rotated))
+        };
+        let as_text = format!("[text]\ntokens = 256\nposition = {position:?}");
+        let as_side = format!("[{side}]\ntokens = 256");
+        let spec = with(&as_text, "text = true");
+        assert_eq!(spec, with(&as_side, &format!("{side} = true")));
+        let tokens = if side == "before" { [256, 7] } else { [7, 256] };
+        assert_eq!([spec.layout.before, spec.layout.after], tokens);
+        let video = 33 * 3600;
+        let rotated = if side == "before" { 0..256 + video } else { 7..7 + video + 256 };
+        assert_eq!(spec.rope_rows(), rotated);
+        let both = with(&as_text, &format!("text = true\n{others} = true"));
+        assert_eq!(both.rope_rows(), 0..7 + video + 256);
+        assert_eq!(with(&as_text, &format!("{others} = true")).rope_rows().len(), 7 + video as usize);
+    }
 }
 
 /// All ways in which TOML writes a number.
@@ -176,7 +204,10 @@ fn rotated_channels() {
                 match Spec::parse("rotated.toml", &text) {
                     Ok(spec) => {
                         assert!(allowed, "{pairs:?}, {channels} of {head_dim}");
-                        assert_eq!(spec.rope, Some(Rope { pairs, channels, text: false, per_head: false }));
+                        assert_eq!(
+                            spec.rope,
+                            Some(Rope { pairs, channels, before: false, after: false, per_head: false })
+                        );
                         assert_eq!(spec.rope_table_shape(24), [33 * 3600, channels / 2]);
                     }
                     Err(error) => assert!(!allowed, "{error}"),
@@ -222,10 +253,11 @@ fn shapes() {
     for (_, text) in models() {
         let spec = parse(text);
         let layout = &spec.layout;
-        let text = match (layout.text_tokens, layout.text_position) {
-            (0, _) => "no text".into(),
-            (tokens, TextPosition::First) => format!("{tokens} text first"),
-            (tokens, TextPosition::Last) => format!("{tokens} text last"),
+        let text = match (layout.before, layout.after) {
+            (0, 0) => "no text".into(),
+            (before, 0) => format!("{before} text first"),
+            (0, after) => format!("{after} text last"),
+            (before, after) => format!("{before} text first + {after} text last"),
         };
         let _ = writeln!(
             table,
@@ -276,22 +308,26 @@ pub fn specs() -> impl Strategy<Value = Value> {
     let video = (6..=40u32, 1..=6u32, 1..=7u32).prop_map(|(frames, height, width)| {
         json!({ "frames": frames, "tokens_per_frame": height * width, "grid": [height, width] })
     });
-    let text = (1..=9u32, name(["first", "last"])).prop_map(|(tokens, at)| json!({ "tokens": tokens, "position": at }));
+    let side = || (1..=4u32).prop_map(|tokens| json!({ "tokens": tokens }));
+    let text = (side(), side());
     let attention = (1..=99u32, prop::sample::select(vec![64, 128]), name(["bf16", "f16"]), 1..=9u32).prop_map(
         |(heads, dim, dtype, batch)| json!({ "heads": heads, "head_dim": dim, "dtype": dtype, "batch": batch }),
     );
     let norm = (name(["rms", "layer"]), name(["head", "heads"]), 1e-12..=1e-2f64)
         .prop_map(|(kind, over, eps)| json!({ "kind": kind, "over": over, "eps": eps }));
     let channels = prop::sample::select(vec![16, 32, 48, 64]);
-    let rope = (name(["interleaved", "half"]), channels, any::<bool>(), any::<bool>()).prop_map(
-        |(pairs, channels, text, per_head)| json!({ "pairs": pairs, "channels": channels, "text": text, "per_head": per_head }),
+    let rope = (name(["interleaved", "half"]), channels, any::<[bool; 3]>()).prop_map(
+        |(pairs, channels, [before, after, per_head])| {
+            json!({ "pairs": pairs, "channels": channels, "before": before, "after": after, "per_head": per_head })
+        },
     );
     let rest = (0..=1u32, 1..=2u32, 0..=i64::MAX as u64, 5..=9u32, 5..=9u32, 0..=5u32, 0..=5u32);
     ("[a-z0-9_]{1,64}", video, text, attention, norm, rope, width(), width(), rest).prop_map(
-        |(name, video, text, attention, norm, rope, spatial, temporal, rest)| {
+        |(name, video, (before, after), attention, norm, rope, spatial, temporal, rest)| {
             let (sinks, rows, seed, steps, layers, dense_steps, dense_layers) = rest;
             json!({
-                "name": name, "video": video, "text": text, "attention": attention, "qk_norm": norm, "rope": rope,
+                "name": name, "video": video, "before": before, "after": after, "attention": attention, "qk_norm": norm,
+                "rope": rope,
                 "masks": { "spatial": spatial, "temporal": temporal },
                 "sink": { "frames": sinks }, "profile": { "rows": rows, "seed": seed },
                 "schedule": {
@@ -309,14 +345,11 @@ fn written(spec: &Spec) -> Value {
         Width::Tokens(tokens) => json!({ "half_width": tokens }),
         Width::Frames(frames) => json!({ "half_width_frames": frames }),
     };
-    let position = match spec.layout.text_position {
-        TextPosition::First => "first",
-        TextPosition::Last => "last",
-    };
     json!({
         "name": spec.name,
         "video": { "frames": spec.layout.frames.value, "tokens_per_frame": spec.layout.tokens_per_frame.value, "grid": spec.grid },
-        "text": { "tokens": spec.layout.text_tokens, "position": position },
+        "before": { "tokens": spec.layout.before },
+        "after": { "tokens": spec.layout.after },
         "attention": {
             "heads": spec.heads, "head_dim": spec.head_dim, "dtype": spec.dtype.as_str(), "batch": spec.batch,
         },
@@ -324,7 +357,8 @@ fn written(spec: &Spec) -> Value {
             "kind": norm.kind.as_str(), "over": norm.over.as_str(), "eps": norm.eps,
         })),
         "rope": spec.rope.map(|rope| json!({
-            "pairs": rope.pairs.as_str(), "channels": rope.channels, "text": rope.text, "per_head": rope.per_head,
+            "pairs": rope.pairs.as_str(), "channels": rope.channels, "before": rope.before, "after": rope.after,
+            "per_head": rope.per_head,
         })),
         "masks": { "spatial": width(spec.spatial), "temporal": width(spec.temporal) },
         "sink": { "frames": spec.layout.sink_frames },

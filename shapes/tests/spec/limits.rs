@@ -1,7 +1,7 @@
 //! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is
 //! refused and names the limit.
 
-use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS};
+use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS, ValidText};
 use framestride_shapes::spec::Spec;
 
 /// A spec of one frame, with the keys that `more` adds to it.
@@ -23,11 +23,12 @@ fn refused(result: Result<Spec, String>, limit: &str) {
 /// All that the kernels ask of a layout, at the ends of its rows: an overflow panics here.
 fn ask(layout: &Layout) {
     for head in HeadType::ALL {
-        for text in [0, layout.text_tokens] {
+        let none = ValidText { before: 0, after: 0 };
+        for valid in [none, layout.all_text()] {
             for row in [0, layout.sequence() / 2, layout.sequence() - 1] {
-                assert_eq!(layout.model_row(head, layout.packed_row(head, row, text), text), row);
+                assert_eq!(layout.model_row(head, layout.packed_row(head, row, valid), valid), row);
                 let first = row / 192 * 192;
-                let range = layout.range_visible(head, first, 192, text);
+                let range = layout.range_visible(head, first, 192, valid.sum());
                 let tiles = layout.key_tiles(range, 176);
                 for index in [0, tiles.tiles / 2, tiles.tiles.saturating_sub(1)] {
                     assert!(tiles.first_row(index, 176) + 176 <= layout.packed_rows());

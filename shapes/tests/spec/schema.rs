@@ -67,15 +67,29 @@ fn full() -> Value {
     json!({
         "name": "full",
         "video": { "frames": 6, "tokens_per_frame": 30, "grid": [5, 6] },
-        "text": { "tokens": 9, "position": "first" },
+        "before": { "tokens": 9 },
+        "after": { "tokens": 4 },
         "attention": { "heads": 3, "head_dim": 64, "dtype": "f16", "batch": 2 },
         "qk_norm": { "kind": "rms", "over": "heads", "eps": 1e-5 },
-        "rope": { "pairs": "interleaved", "channels": 48, "text": true, "per_head": true },
+        "rope": { "pairs": "interleaved", "channels": 48, "before": true, "after": true, "per_head": true },
         "masks": { "spatial": { "density": 0.7 }, "temporal": { "half_width": 40 } },
         "sink": { "frames": 1 },
         "profile": { "rows": 32, "seed": 5 },
         "schedule": { "steps": 9, "layers": 8, "dense_steps": 2, "dense_layers": 3 },
     })
+}
+
+/// [`full`], or for the keys of [text] a spec with it in place of the text on both sides.
+fn full_for(path: &str) -> Value {
+    let mut document = full();
+    if path.starts_with("/text/") || path == "/rope/text" {
+        for both in ["/before", "/after", "/rope/before", "/rope/after"] {
+            remove(&mut document, both);
+        }
+        document["text"] = json!({ "tokens": 9, "position": "first" });
+        document["rope"]["text"] = true.into();
+    }
+    document
 }
 
 /// Paths of all keys in a schema.
@@ -109,7 +123,7 @@ fn table<'a>(value: &'a mut Value, path: &str) -> (&'a mut serde_json::Map<Strin
 /// A document with the key written. The widths of a mask exclude each other, and the grid fixes the
 /// tokens of a frame.
 fn with(path: &str, to: Value) -> Value {
-    let mut document = full();
+    let mut document = full_for(path);
     let (table, name) = table(&mut document, path);
     if path.starts_with("/masks/") {
         table.clear();
@@ -124,9 +138,9 @@ fn with(path: &str, to: Value) -> Value {
 /// Every key of the schema is one that the parser reads: another value of it gives another spec.
 #[test]
 fn every_key_of_the_schema_is_read() {
-    let full_spec = parse(&full()).unwrap_or_else(|error| panic!("{error}"));
-    assert!(valid(&json_schema(), &full()));
     for path in all_leaves() {
+        let full_spec = parse(&full_for(&path)).unwrap_or_else(|error| panic!("{error}"));
+        assert!(valid(&json_schema(), &full_for(&path)));
         let schema = all_leaves_schema(&path);
         // Of all values that the schema allows by a bound, a choice or a default, one gives another
         // spec.
@@ -207,10 +221,10 @@ fn what_is_accepted_is_in_the_schema() {
                 }
             }
         }
-        let mut document = full();
+        let mut document = full_for(&path);
         remove(&mut document, &path);
         assert_eq!(parse(&document).is_ok(), valid(&schema, &document), "without {path}");
-        let mut document = full();
+        let mut document = full_for(&path);
         table_of(&mut document, &path).insert("another".into(), json!(1));
         assert!(parse(&document).is_err() && !valid(&schema, &document), "an unknown key beside {path}");
     }
@@ -233,7 +247,7 @@ fn defaults_of_the_schema_are_the_parsers() {
     let mut compared = 0;
     for path in all_leaves() {
         let Some(default) = all_leaves_schema(&path).get("default").cloned() else { continue };
-        let mut without = full();
+        let mut without = full_for(&path);
         remove(&mut without, &path);
         let (with, without) = (parse(&with(&path, default)), parse(&without));
         assert_eq!(with, without, "{path}");

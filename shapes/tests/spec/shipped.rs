@@ -27,7 +27,7 @@ const LAYER: QkNorm = QkNorm { kind: NormKind::Layer, over: NormOver::Head, eps:
 
 /// RoPE of all channels, with one table for all heads, of video tokens.
 const fn rope(pairs: Pairs, channels: u32) -> Rope {
-    Rope { pairs, channels, text: false, per_head: false }
+    Rope { pairs, channels, before: false, after: false, per_head: false }
 }
 
 const fn per_head(rope: Rope) -> Rope {
@@ -37,7 +37,7 @@ const fn per_head(rope: Rope) -> Rope {
 const INTERLEAVED: Rope = rope(Pairs::Interleaved, 128);
 const HALF: Rope = rope(Pairs::Half, 128);
 /// The first 96 of 128 channels of all rows.
-const MINIMAX: Rope = Rope { pairs: Pairs::Half, channels: 96, text: true, per_head: false };
+const MINIMAX: Rope = Rope { pairs: Pairs::Half, channels: 96, before: true, after: false, per_head: false };
 
 const fn row(name: &'static str, sequence: [u32; 4], heads: [u32; 2], norm: QkNorm, rope: Rope) -> Row {
     Row { name, sequence, heads, norm, rope }
@@ -89,7 +89,7 @@ fn specs_are_those_of_the_models() {
     assert_eq!(names, ROWS.map(|row| row.name), "every spec has a row, in the same order");
     for (spec, Row { name, sequence, heads, norm, rope }) in specs.iter().zip(ROWS) {
         let layout = &spec.layout;
-        let found = [layout.frames.value, layout.tokens_per_frame.value, layout.text_tokens, layout.sequence()];
+        let found = [layout.frames.value, layout.tokens_per_frame.value, layout.text_tokens(), layout.sequence()];
         assert_eq!((found, [spec.heads, spec.head_dim]), (sequence, heads), "{name}");
         assert_eq!((spec.qk_norm, spec.rope), (Some(norm), Some(rope)), "{name}");
         assert!(spec.grid.is_some() && spec.schedule.steps > 0, "{name} has a grid and a schedule");

@@ -8,9 +8,9 @@ use framestride_kernels::{attention_kernels, kernel};
 
 // The shape is that of shapes/models/tiny_text_rope.toml, key for key.
 attention_kernels!(
-    name = "tiny_text_rope", frames = 13, tokens_per_frame = 41, text = first { tokens = 40 },
+    name = "tiny_text_rope", frames = 13, tokens_per_frame = 41, before = { tokens = 23 }, after = { tokens = 17 },
     heads = 2, head_dim = 128, dtype = bf16, batch = 1,
-    qk_norm = layer { over = heads, eps = 1e-3 }, rope = half { channels = 96, text = true },
+    qk_norm = layer { over = heads, eps = 1e-3 }, rope = half { channels = 96, after = true },
     mask = spatial { half_width_frames = 2 }, mask = temporal { half_width = 60 }, sink_frames = 1,
     profile = { rows = 100, seed = 7 },
     schedule = { steps = 4, layers = 6, dense_steps = 1, dense_layers = 2 },
