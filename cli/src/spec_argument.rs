@@ -3,26 +3,23 @@
 use std::path::Path;
 
 use framestride::shapes::models;
-use framestride::shapes::spec::Spec;
-use framestride::shapes::text::nearest;
+use framestride::shapes::spec::{Spec, similar_models};
 use framestride::{Error, Result};
 
 /// Reads the spec that an argument names. A file is opened once, so that it may be a pipe.
 pub fn read_spec(argument: &str) -> Result<Spec> {
-    if let Some((name, text)) = models().iter().find(|(name, _)| *name == argument) {
-        return Ok(Spec::parse(&format!("{name} (shipped)"), text)?);
+    if models().iter().any(|(name, _)| *name == argument) {
+        return Ok(Spec::shipped(argument)?);
     }
     Spec::from_file(argument).map_err(|error| {
         if Path::new(argument).exists() {
             return Error::from(error);
         }
-        let names: Vec<&str> = models().iter().map(|(name, _)| *name).collect();
-        let mend = nearest(argument, names.iter().copied()).map(|name| format!("Did you mean {name}?"));
         Error::input(
             format!("spec {argument}"),
             "no file, and no shipped spec of this name",
-            format!("a TOML file, or one of {}", names.join(", ")),
-            mend.unwrap_or("Check the path".into()),
+            "a TOML file, or the name of a shipped spec",
+            if argument.ends_with(".toml") { "Check the path".into() } else { similar_models(argument) },
         )
     })
 }

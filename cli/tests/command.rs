@@ -540,9 +540,10 @@ fn specs_and_their_names() {
     assert_eq!(in_folder(&["describe", "./tiny_text_last"]).output().unwrap().stdout, expected);
 
     for (argument, words) in [
-        ("hunyan_video_720p", "Did you mean hunyuan_video_720p?"),
-        ("tiny-plain", "Did you mean tiny_plain?"),
-        ("nothing_like_it", "wan_14b_720p"),
+        ("hunyan_video_720p", "did you mean hunyuan_video_720p?"),
+        ("tiny-plain", "did you mean tiny_plain?"),
+        ("MiniMax-H3 5s", "did you mean minimax_h3_5s_768x1344?"),
+        ("nothing_like_it", "lists the names"),
         ("demo/", "cannot be read"),
         ("no\u{1b}[31msuch", r"no\u{1b}[31msuch"),
     ] {

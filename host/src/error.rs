@@ -1,6 +1,6 @@
 //! What can go wrong, and how it is said: what was found, what is allowed, and how to mend it.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::path::PathBuf;
 
 use framestride_shapes::manifest::ManifestError;
@@ -11,7 +11,7 @@ use framestride_shapes::text::{MESSAGE_BYTES, plain};
 ///
 /// A message has at most [`MESSAGE_BYTES`] bytes, and no control characters but line ends, whatever
 /// file it is about.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The spec is wrong. The message lists every problem with file, line and key.
@@ -62,6 +62,13 @@ pub enum Error {
     /// The emulator stopped a kernel, or could not read its PTX.
     #[error("emulator: {}", plain(.0, MESSAGE_BYTES - 10))]
     Emulator(String),
+}
+
+impl fmt::Debug for Error {
+    /// As `Display`, because a `main` that returns an error shows it so.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
 }
 
 /// A part of an [`Error::Input`] has at most so many bytes.

@@ -76,6 +76,7 @@ mod workspace;
 
 pub use device::{Device, Stream};
 pub use error::{Error, Result};
+#[doc(inline)]
 pub use framestride_shapes as shapes;
 pub use framestride_shapes::spec::Spec;
 pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention, Text};

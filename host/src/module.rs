@@ -168,7 +168,8 @@ impl Loading {
 }
 
 impl Module {
-    /// Loads the kernels of any spec on a device ([`Kernels::for_spec`]).
+    /// Loads the kernels of any spec on a device ([`Kernels::for_spec`]). It needs the feature
+    /// `templates`.
     ///
     /// # Errors
     /// As [`Module::load_kernels`] and [`Kernels::for_spec`].

@@ -60,7 +60,10 @@ fn manifests() {
     changed.kernels[0].min_blocks += 1;
     assert!(Kernels::parse("changed.json", kernels.ptx(), &changed.to_json()).is_err());
     let unknown = Spec::shipped("tiny_plan").unwrap_err().to_string();
-    assert!(unknown.contains("no shipped spec has this name") && unknown.contains("write tiny_plain"), "{unknown}");
+    assert!(
+        unknown.contains("no shipped spec has this name") && unknown.contains("did you mean tiny_plain?"),
+        "{unknown}"
+    );
     insta::assert_snapshot!(messages);
 }
 

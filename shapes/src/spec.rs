@@ -306,6 +306,24 @@ impl Schedule {
     }
 }
 
+/// What to do about the name of a shipped spec that there is not: names that it is a part of, or one
+/// that may be meant.
+pub fn similar_models(name: &str) -> String {
+    let names = || crate::models().iter().map(|(known, _)| *known);
+    let plain = |name: &str| name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
+    // Names are short, and nothing longer is a part of one.
+    let part = if name.len() < 64 { plain(name) } else { String::new() };
+    let mut similar: Vec<&str> = names().filter(|known| !part.is_empty() && plain(known).contains(&part)).collect();
+    if similar.is_empty() {
+        similar.extend(nearest(name, names()));
+    }
+    match similar.split_last() {
+        None => "`framestride doctor` lists the names".into(),
+        Some((last, [])) => format!("did you mean {last}?"),
+        Some((last, others)) => format!("did you mean {} or {last}?", others.join(", ")),
+    }
+}
+
 impl Spec {
     /// Reads and checks a file.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Spec, SpecError> {
@@ -335,16 +353,14 @@ impl Spec {
     /// The spec of a model that this crate knows ([`crate::models`]).
     ///
     /// # Errors
-    /// A [`SpecError`] that lists the names there are.
+    /// A [`SpecError`] that names specs with a similar name.
     pub fn shipped(name: &str) -> Result<Spec, SpecError> {
         match crate::models().iter().find(|(known, _)| *known == name) {
             Some((_, text)) => Spec::parse(&format!("{name} (shipped)"), text),
             None => {
-                let names: Vec<&str> = crate::models().iter().map(|(known, _)| *known).collect();
-                let mend =
-                    nearest(name, names.iter().copied()).map_or("read a file".into(), |near| format!("write {near}"));
                 let found = "no shipped spec has this name";
-                let problem = Source { file: name, text: "" }.problem(None, "", found, names.join(", "), mend);
+                let problem = Source { file: name, text: "" };
+                let problem = problem.problem(None, "", found, "a name of shapes/models", similar_models(name));
                 Err(SpecError { problems: vec![problem] })
             }
         }

@@ -12,7 +12,7 @@ const LINE_BYTES: usize = 200;
 /// Everything that is wrong with one spec, or with a set of them.
 ///
 /// `Display` prints all of it over several lines, up to [`MESSAGE_BYTES`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct SpecError {
     /// The problems, at least one, in the order of the file.
     pub problems: Vec<Problem>,
@@ -43,6 +43,13 @@ pub struct Problem {
 }
 
 impl std::error::Error for SpecError {}
+
+impl fmt::Debug for SpecError {
+    /// As `Display`, because a `main` that returns an error shows it so.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
 
 impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
