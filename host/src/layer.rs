@@ -152,7 +152,8 @@ impl SparseAttention {
         let most = spec.most_launch_heads();
         if batch == 0 || u64::from(batch) * u64::from(heads) > u64::from(most) {
             let allowed = format!("1 or more, batch x heads at most {most}");
-            return Err(Error::input("batch", batch, allowed, "Split the batch over several calls"));
+            let mend = if batch == 0 { "Give at least one item" } else { "Split the batch over several calls" };
+            return Err(Error::input("batch", batch, allowed, mend));
         }
         let splits = profile_splits(spec, batch, heads, module.device().multiprocessors());
         let workspace = spec.workspace(batch, heads, splits);
