@@ -141,7 +141,7 @@ impl SparseAttention {
     ///
     /// They may be some of the model's, or more than the spec has: heads know nothing of each
     /// other. But a QK-norm over all heads needs exactly the spec's. Pack is planned for as many as the
-    /// spec has, and takes longer for each head if there are more.
+    /// spec has.
     ///
     /// # Errors
     /// An [`Error::Input`] for a batch or a number of heads that no launch can have
