@@ -41,7 +41,8 @@
 //! * **A launch may have any batch and any number of heads**. Only a QK-norm over all heads needs
 //!   exactly the spec's.
 //!
-//! `examples/` shows each: one layer, a borrowed context and stream, a CUDA graph.
+//! `examples/` shows each: one layer, a spec made in code with norm, RoPE and text, a borrowed context
+//! and stream, a CUDA graph.
 //!
 //! # Where what is
 //!
