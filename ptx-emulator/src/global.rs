@@ -14,6 +14,11 @@ const FIRST: u64 = 0x10_0000_0000;
 /// So many bytes between allocations stay free, so that an access beyond an end hits nothing.
 const GAP: u64 = 64 * 1024;
 
+/// No process has memory below this address, nor from the other one on. So null addresses of the
+/// host are found.
+const HOST_FIRST: u64 = 64 * 1024;
+const HOST_END: u64 = 1 << 57;
+
 /// A request that [`Memory`] cannot serve.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -55,6 +60,8 @@ pub struct Memory {
     allocations: BTreeMap<u64, Allocation>,
     /// Where the next allocation may start.
     end: u64,
+    /// Whether kernels may also use the memory of this process, at its own addresses.
+    with_host: bool,
 }
 
 impl Memory {
@@ -62,6 +69,18 @@ impl Memory {
     #[must_use]
     pub fn new() -> Memory {
         Memory::default()
+    }
+
+    /// A memory without allocations, to which all memory of this process belongs too. Kernels find
+    /// it at its own addresses, so nothing is copied for them.
+    ///
+    /// # Safety
+    /// Launches with this memory, and its methods, are given no address outside allocations that is
+    /// not memory of this process. The whole 4-byte words that they touch of it stay there until they
+    /// end. Nobody else writes those meanwhile, nor reads what they write.
+    #[must_use]
+    pub unsafe fn with_host_memory() -> Memory {
+        Memory { with_host: true, ..Memory::default() }
     }
 
     /// Reserves `bytes` bytes and returns their address, a multiple of `alignment` and of 256.
@@ -98,17 +117,23 @@ impl Memory {
         self.allocations.remove(&address).map(|_| ()).ok_or(MemoryError::NotAllocated(address))
     }
 
-    /// The allocation that holds all of a range, and the offset in it.
-    fn find(&self, address: u64, bytes: u64) -> Result<(&Allocation, usize), MemoryError> {
+    /// The words that hold a range, and where it begins in the first of them. Host memory is all
+    /// there is outside allocations.
+    fn find(&self, address: u64, bytes: u64) -> Result<(&[AtomicU32], usize), MemoryError> {
         let below = self.allocations.range(..=address).next_back();
-        if let Some((base, allocation)) = below {
-            let offset = address - base;
-            if offset <= allocation.bytes && bytes <= allocation.bytes - offset {
-                return Ok((allocation, offset as usize));
-            }
+        let own = below.map(|(base, a)| Span { base: *base, bytes: a.bytes, words: Some(&a.words) });
+        let span = own.into_iter().chain(self.host()).find(|span| span.holds(address, bytes));
+        if let Some(span) = span {
+            let start = address % 4;
+            return Ok((span.words(address - start, (start + bytes) as usize), start as usize));
         }
         let hint = below.map(|(base, a)| format!("; the nearest below is [{base:#x}, {base:#x} + {})", a.bytes));
         Err(MemoryError::Range { address, bytes, hint: hint.unwrap_or_default() })
+    }
+
+    /// The memory of this process, where it belongs to this memory.
+    fn host<'a>(&self) -> Option<Span<'a>> {
+        self.with_host.then_some(Span { base: HOST_FIRST, bytes: HOST_END - HOST_FIRST, words: None })
     }
 
     /// Copies `data` to `address`.
@@ -116,8 +141,8 @@ impl Memory {
     /// # Errors
     /// The range does not lie in one allocation.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), MemoryError> {
-        let (allocation, offset) = self.find(address, data.len() as u64)?;
-        write_bytes(&allocation.words, offset, data);
+        let (words, offset) = self.find(address, data.len() as u64)?;
+        write_bytes(words, offset, data);
         Ok(())
     }
 
@@ -126,12 +151,9 @@ impl Memory {
     /// # Errors
     /// The range does not lie in one allocation.
     pub fn read(&self, address: u64, bytes: u64) -> Result<Vec<u8>, MemoryError> {
-        let (allocation, offset) = self.find(address, bytes)?;
-        let mut out = Vec::with_capacity(bytes as usize + 8);
-        for word in &allocation.words[offset / 4..(offset + bytes as usize).div_ceil(4)] {
-            out.extend_from_slice(&word.load(Relaxed).to_le_bytes());
-        }
-        out.drain(..offset % 4);
+        let (words, offset) = self.find(address, bytes)?;
+        let mut out: Vec<u8> = words.iter().flat_map(|word| word.load(Relaxed).to_le_bytes()).collect();
+        out.drain(..offset);
         out.truncate(bytes as usize);
         Ok(out)
     }
@@ -141,13 +163,13 @@ impl Memory {
     /// # Errors
     /// The range does not lie in one allocation.
     pub fn fill(&self, address: u64, bytes: u64, byte: u8) -> Result<(), MemoryError> {
-        let (allocation, offset) = self.find(address, bytes)?;
-        write_bytes(&allocation.words, offset, &vec![byte; bytes as usize]);
+        let (words, offset) = self.find(address, bytes)?;
+        write_bytes(words, offset, &vec![byte; bytes as usize]);
         Ok(())
     }
 }
 
-/// Writes bytes at an offset of an allocation.
+/// Writes bytes at an offset of words.
 fn write_bytes(words: &[AtomicU32], offset: usize, data: &[u8]) {
     let mut at = 0;
     while at < data.len() {
@@ -194,12 +216,13 @@ impl ModuleData {
     }
 }
 
-/// An allocation as kernels see it.
+/// An allocation, or the memory of this process, as kernels see it.
 #[derive(Clone, Copy)]
 pub(crate) struct Span<'a> {
     pub base: u64,
     pub bytes: u64,
-    pub words: &'a [AtomicU32],
+    /// `None` for the memory of this process, whose words lie at their addresses.
+    words: Option<&'a [AtomicU32]>,
 }
 
 impl<'a> Span<'a> {
@@ -210,27 +233,43 @@ impl<'a> Span<'a> {
         offset <= self.bytes && bytes <= self.bytes - offset
     }
 
-    /// The word that holds an address.
+    /// The word that holds an address inside.
     #[inline]
     pub fn word(&self, address: u64) -> &'a AtomicU32 {
-        &self.words[((address - self.base) / 4) as usize]
+        &self.words(address, 1)[0]
+    }
+
+    /// The words that hold `bytes` bytes inside, which begin a word or lie within one.
+    #[inline]
+    pub fn words(&self, address: u64, bytes: usize) -> &'a [AtomicU32] {
+        let count = bytes.div_ceil(4);
+        let Some(words) = self.words else {
+            let first = std::ptr::with_exposed_provenance::<AtomicU32>(address as usize & !3);
+            // SAFETY: only a memory that was made by `Memory::with_host_memory` has such a span. So
+            // these words are memory of this process, and nobody but launches uses them now.
+            return unsafe { std::slice::from_raw_parts(first, count) };
+        };
+        let first = ((address - self.base) / 4) as usize;
+        &words[first..first + count]
     }
 }
 
 /// Everything a launch can address in the global space.
 pub(crate) struct Global<'a> {
     spans: Vec<Span<'a>>,
+    /// The memory of this process, where it belongs to the launch.
+    host: Option<Span<'a>>,
     /// Whoever executes a 64-bit atomic holds this lock.
     pub wide: Mutex<()>,
 }
 
 impl<'a> Global<'a> {
     pub fn new(memory: &'a Memory, data: &'a ModuleData) -> Global<'a> {
-        let span = |(base, a): (&u64, &'a Allocation)| Span { base: *base, bytes: a.bytes, words: &a.words };
+        let span = |(base, a): (&u64, &'a Allocation)| Span { base: *base, bytes: a.bytes, words: Some(&a.words) };
         let spans = memory.allocations.iter().chain(data.spans.iter().map(|(base, a)| (base, a))).map(span);
         // The order is ascending, because the module's data lie above every address that `Memory`
         // gives.
-        Global { spans: spans.collect(), wide: Mutex::new(()) }
+        Global { spans: spans.collect(), host: memory.host(), wide: Mutex::new(()) }
     }
 
     /// The span that holds a range, and its index. The span with the index `hint` is tried first.
@@ -241,8 +280,10 @@ impl<'a> Global<'a> {
         {
             return Some((hint, *span));
         }
-        let at = self.spans.partition_point(|span| span.base <= address).checked_sub(1)?;
-        self.spans[at].holds(address, bytes).then(|| (at, self.spans[at]))
+        let at = self.spans.partition_point(|span| span.base <= address).wrapping_sub(1);
+        let own = self.spans.get(at).filter(|span| span.holds(address, bytes));
+        let span = own.or_else(|| self.host.as_ref().filter(|host| host.holds(address, bytes)))?;
+        Some((at, *span))
     }
 
     /// Where an address lies beside the nearest allocation below, for messages.

@@ -19,12 +19,13 @@ pub(crate) const MAX_SHARED: u32 = 227 * 1024;
 /// The most local memory that a thread has, in bytes.
 pub(crate) const MAX_LOCAL: u64 = 512 * 1024;
 /// Where the shared, local and parameter windows start in the generic space. Each has 4 GiB. All
-/// other generic addresses are global.
-pub(crate) const SHARED_WINDOW: u64 = 0x7f10_0000_0000;
-pub(crate) const LOCAL_WINDOW: u64 = 0x7f20_0000_0000;
-pub(crate) const PARAM_WINDOW: u64 = 0x7f30_0000_0000;
+/// other generic addresses are global. The windows lie above every address of a process, which has
+/// at most 57 bits.
+pub(crate) const SHARED_WINDOW: u64 = 0x7f10_0000_0000_0000;
+pub(crate) const LOCAL_WINDOW: u64 = 0x7f20_0000_0000_0000;
+pub(crate) const PARAM_WINDOW: u64 = 0x7f30_0000_0000_0000;
 /// Where the global and constant variables of a module start.
-pub(crate) const MODULE_BASE: u64 = 0x7f40_0000_0000;
+pub(crate) const MODULE_BASE: u64 = 0x7f40_0000_0000_0000;
 
 /// A state space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

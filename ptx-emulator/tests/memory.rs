@@ -25,6 +25,35 @@ fn host_memory() {
     assert!(memory.read(b, 1).is_err());
 }
 
+/// Kernels find the host's memory at its own addresses, beside allocations. Half a word is stored
+/// without its other half.
+#[test]
+fn memory_of_the_host() {
+    let body = "ld.global.u32 %r2, [%rd1]; ld.u16 %r3, [%rd1+6]; add.u32 %r2, %r2, %r3; st.global.u32 [%rd2], %r2;
+                cvt.u16.u32 %h1, %r2; st.global.u16 [%rd1+10], %h1; atom.add.u32 %r4, [%rd1+12], 5;";
+    let ptx = kernel_with("", "", body);
+    let module = module(&ptx);
+    let mut words = [100u32, 7 << 16, 0xaaaa_bbbb, 1];
+    // SAFETY: launches use `words`, which live until the end, and an allocation.
+    let mut memory = unsafe { Memory::with_host_memory() };
+    let out = memory.alloc(4, 4).unwrap();
+    let launch = |address: u64| {
+        let params: Vec<u8> = [address, out].iter().flat_map(|address| address.to_le_bytes()).collect();
+        module.launch(&memory, "test", one_block(1, 0), &params)
+    };
+    launch(words.as_mut_ptr().expose_provenance() as u64).unwrap();
+    assert_eq!(words, [100, 7 << 16, 107 << 16 | 0xbbbb, 6]);
+    let host = words.as_mut_ptr().expose_provenance() as u64;
+    memory.write(host + 1, &[1, 2]).unwrap();
+    assert_eq!(memory.read(host + 1, 4).unwrap(), [1, 2, 0, 0]);
+    assert!(memory.read(0, 1).is_err());
+    assert_eq!(u32s(&memory.read(out, 4).unwrap()), [107]);
+    for nowhere in [0, 4096, 1 << 58] {
+        let fault = launch(nowhere).unwrap_err().to_string();
+        assert!(fault.contains("read of 4 bytes at global"), "{fault}");
+    }
+}
+
 #[test]
 fn every_width_through_every_space() {
     // Each lane writes a pattern of 32 bytes, and reads them back in other widths, with and without

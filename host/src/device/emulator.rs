@@ -25,7 +25,17 @@ pub struct Emulator {
 
 impl Emulator {
     pub(super) fn new() -> Emulator {
-        Emulator { memory: RwLock::default(), seed: AtomicU64::new(1) }
+        Emulator::with(Memory::new())
+    }
+
+    pub(super) fn on_host_memory() -> Emulator {
+        // SAFETY: whoever calls `Device::launch` or `Device::read_address` promises that their
+        // addresses are memory of this device, which is allocations and this process's memory.
+        Emulator::with(unsafe { Memory::with_host_memory() })
+    }
+
+    fn with(memory: Memory) -> Emulator {
+        Emulator { memory: RwLock::new(memory), seed: AtomicU64::new(1) }
     }
 
     /// The memory. A lock whose holder panicked still guards plain bytes, so its poison is ignored.

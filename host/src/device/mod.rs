@@ -106,6 +106,17 @@ impl Device {
         Device::Emulator(Arc::new(Emulator::new()))
     }
 
+    /// A new emulator whose memory is that of this process. Tensors and workspace lie where the
+    /// program has them, and nothing is copied.
+    ///
+    /// The emulator touches whole words of 4 bytes. So the bytes beside a tensor in the same word are
+    /// memory too, and nobody writes them during a launch.
+    #[cfg(feature = "emulator")]
+    #[must_use]
+    pub fn emulator_on_host_memory() -> Device {
+        Device::Emulator(Arc::new(Emulator::on_host_memory()))
+    }
+
     /// Whether both are the same device, and so have the same memory.
     pub(crate) fn is(&self, other: &Device) -> bool {
         match (self, other) {

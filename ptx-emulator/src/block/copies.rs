@@ -85,8 +85,7 @@ impl Block<'_> {
         let (_, span) = self.global.find(copy.source, copy.bytes as u64, self.hint).ok_or_else(|| {
             placed(Trouble::new(FaultKind::OutOfBounds, format!("the source {:#x} is no longer there", copy.source)))
         })?;
-        let first = ((copy.source - span.base) / 4) as usize;
-        let words = span.words[first..first + copy.bytes / 4].iter().map(|word| word.load(Relaxed));
+        let words = span.words(copy.source, copy.bytes).iter().map(|word| word.load(Relaxed));
         self.shared.land(copy.offset, words, copy.bytes);
         self.counters.bulk_in += copy.bytes as u64;
         self.progress += 1;

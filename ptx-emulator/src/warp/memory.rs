@@ -89,9 +89,7 @@ impl Warp {
                 }
                 Space::Global | Space::Generic => {
                     let span = self.global(block, address, bytes, lane, "read")?;
-                    let first = ((address - span.base) / 4) as usize;
-                    let source = &span.words[first..first + bytes.div_ceil(4)];
-                    for (word, source) in words.iter_mut().zip(source) {
+                    for (word, source) in words.iter_mut().zip(span.words(address, bytes)) {
                         *word = source.load(Relaxed);
                     }
                 }
@@ -213,8 +211,7 @@ impl Warp {
                 if bytes < 4 {
                     store_part(span.word(address), (address % 4) as usize, bytes, words[0]);
                 } else {
-                    let first = ((address - span.base) / 4) as usize;
-                    for (target, word) in span.words[first..first + bytes / 4].iter().zip(words) {
+                    for (target, word) in span.words(address, bytes).iter().zip(words) {
                         target.store(*word, Relaxed);
                     }
                 }
