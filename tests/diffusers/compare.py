@@ -423,6 +423,8 @@ class Captured:
         for name in ("to_add_out", "out_layer"):
             if part(attention, name) is not None:
                 setattr(attention, name, nn.Identity())
+        # Whether the module computes in f32, from projections that are rounded all the same.
+        self.widens = True
         self.raw: dict[str, list[Tensor]] = {}
         for role in SIZES:
             for projection in (part(attention, f"to_{role[0]}", f"to_{role}"), part(attention, f"add_{role[0]}_proj")):
@@ -436,11 +438,14 @@ class Captured:
 
     def keep_projection(self, role: str) -> Callable:
         """A hook that gives a projection its size, rounds it and keeps it."""
+        factors: list[Tensor] = []
 
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            rounded = (output / output.square().mean().sqrt() * SIZES[role]).to(self.dtype)
+            # All calls have the factor of the first, also those with other rows.
+            factors.append(SIZES[role] / output.square().mean().sqrt())
+            rounded = (output * factors[0]).to(self.dtype)
             self.raw.setdefault(role, []).append(rounded)
-            return rounded.float()
+            return rounded.float() if self.widens else rounded
 
         return hook
 

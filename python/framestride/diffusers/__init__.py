@@ -1,0 +1,187 @@
+"""Sparse attention in the video models of diffusers.
+
+    handle = framestride.diffusers.apply(pipe)
+    video = pipe(prompt).frames[0]
+
+`apply` gives the attention of the pipeline's transformers other processors, and changes nothing
+else. `reach` says what it can do for a model. README.md beside this file tells the rest.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import nn
+
+from framestride.diffusers import backend
+from framestride.diffusers.families import FAMILIES, Family
+from framestride.diffusers.processors import DENSE, Model
+from framestride.diffusers.schedule import Schedule, Step, Watch
+
+__all__ = ["Handle", "Schedule", "Step", "apply", "backend", "reach", "restore"]
+
+# Densities by step and layer.
+Densities = Callable[[Step, int], float | None]
+
+
+def apply(
+    target: object, density: float = 0.25, schedule: Densities | None = None, *, scheduler: object = None
+) -> "Handle":
+    """Makes attention over video sparse in a pipeline, or in one transformer.
+
+    `density` is the part of all pairs of rows that a head sees, above 0 and at most 1. With 1 all
+    heads are dense. `schedule` says which calls stay dense, a `Schedule` or a function. Without it,
+    a share of the first steps does: of Wan 0.3, of CogVideoX 0.2, of others 0.1.
+
+    Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
+    `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
+    dense.
+
+    A model that is not known but calls the dispatcher of diffusers gets dense attention of
+    framestride. What is out of reach stays as it was, and is said through `warnings`.
+
+    Raises `ValueError` where there is no transformer, or its weights are f32, and for a density that
+    is none.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
+    models = transformers(target)
+    restore(target)
+    scheduler = scheduler or getattr(target, "scheduler", None)
+    handle = Handle(density)
+    for model in models:
+        kind = reach(model)
+        if kind == "sparse":
+            handle.take(model, FAMILIES[type(model).__name__])
+        elif kind == "dense":
+            handle.take_dense(model)
+        else:
+            warnings.warn(f"{type(model).__name__} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=2)
+    shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
+    handle.schedule = schedule or Schedule(steps=max(shares, default=0.0))
+    handle.at(Step())
+    if scheduler is not None and handle.layers:
+        handle.undo.append(Watch(scheduler, handle.at).end)
+    return handle
+
+
+def restore(target: object):
+    """Gives a pipeline, or a transformer, its own processors back."""
+    for model in transformers(target):
+        if (handle := vars(model).get("_framestride")) is not None:
+            handle.restore()
+
+
+def reach(model: nn.Module) -> str:
+    """What `apply` can do for a transformer.
+
+    "sparse": its attention over video becomes sparse. "dense": it calls the dispatcher of diffusers,
+    and its attention becomes framestride's, but stays dense. "none": it is out of reach.
+    """
+    model = plain(model)
+    if type(model).__name__ in FAMILIES:
+        return "sparse"
+    return "dense" if dispatching(model) else "none"
+
+
+class Handle:
+    """Framestride in some transformers, until `restore`."""
+
+    def __init__(self, density: float):
+        self.density = density
+        self.schedule: Densities = Schedule()
+        self.layers = []
+        self.undo: list[Callable[[], None]] = []
+
+    def step(self, index: int, count: int, noise: float | None = None):
+        """Tells which step comes next, where no scheduler does: its number from 0, and of how many.
+
+        `noise` is the part of its input that is noise, from 1 to 0.
+        """
+        self.at(Step(index, count, noise))
+
+    def restore(self):
+        """Leaves everything as it was before `apply`."""
+        while self.undo:
+            self.undo.pop()()
+
+    def at(self, step: Step):
+        """Every processor gets its density, outside any traced code."""
+        for layer, processor in enumerate(self.layers):
+            density = self.schedule(step, layer)
+            density = self.density if density is None else density
+            processor.density = DENSE if density >= 1 else repr(float(density))
+
+    def take(self, model: nn.Module, family: Family):
+        """Takes the attention over video of a model that is known."""
+        shared = Model(type(model).__name__, family.sinks)
+        names = [name for path in family.attention for name, _ in model.named_modules() if fnmatchcase(name, path)]
+        for attn in map(model.get_submodule, names):
+            weight = next(attn.parameters())
+            if weight.dtype == torch.float32:
+                raise ValueError(
+                    f"{shared.name} is in float32, and the kernels compute in bfloat16 and float16: "
+                    "load it with torch_dtype=torch.bfloat16"
+                )
+            processor = family.processor(shared, attn.processor, attn)
+            self.layers.append(processor)
+            self.exchange(attn, processor)
+
+        config = dict(model.config)
+        parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+
+        def begin(module: nn.Module, positional: tuple, named: dict):
+            shared.begin(family.video(config, dict(zip(parameters, positional)) | named))
+
+        def end(module: nn.Module, positional: tuple, output: object):
+            shared.begin(None)
+
+        hooks = (model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end))
+        self.undo += [hook.remove for hook in hooks]
+        self.mark(model)
+
+    def exchange(self, attn: nn.Module, processor: object):
+        original, attn.processor = attn.processor, processor
+
+        def back():
+            # Somebody else's processor stays.
+            if attn.processor is processor:
+                attn.processor = original
+
+        self.undo.append(back)
+
+    def take_dense(self, model: nn.Module):
+        """Gives a model that calls the dispatcher the backend, and leaves alone what the process has active."""
+        for processor in dispatching(model):
+            self.undo.append(partial(setattr, processor, "_attention_backend", processor._attention_backend))
+            processor._attention_backend = backend.name()
+        self.mark(model)
+
+    def mark(self, model: nn.Module):
+        model._framestride = self
+        self.undo.append(partial(delattr, model, "_framestride"))
+
+
+def transformers(target: object) -> list[nn.Module]:
+    """The transformers of a pipeline, or the one that was given."""
+    if isinstance(target, nn.Module):
+        return [plain(target)]
+    found = [part for name, part in target.components.items() if name.startswith("transformer")]
+    found = [plain(part) for part in found if isinstance(part, nn.Module)]
+    if not found:
+        raise ValueError(f"{type(target).__name__} has no transformer that is loaded")
+    return found
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model within what `torch.compile` returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+def dispatching(model: nn.Module) -> list[object]:
+    """The processors that call the dispatcher: those that know of backends."""
+    processors = (getattr(module, "processor", None) for module in model.modules())
+    return [processor for processor in processors if hasattr(processor, "_attention_backend")]

@@ -1,0 +1,511 @@
+"""Attention processors: what attention modules compute once framestride has been applied.
+
+A processor gets what the model's own processor gets. It projects with the model's layers, gives raw
+projections, norm weights, RoPE tables and text to `framestride.attention`, and projects what comes
+back. What it does not know how to compute goes to the model's own processor instead, and is said
+once through `warnings`.
+
+`Processor` has what all models share. Each class below it says what one family of models calls its
+layers, and how it lays out RoPE tables and masks.
+
+`torch.compile` traces everything here but `Model.plan` and `Model.refuse`. These run while tracing,
+and their answers are constants of the graph. So they get numbers and text alone. `operator.index`
+makes a plain number of one that torch holds as a symbol, and another size then has a graph of its
+own. A density is text, since torch would make a symbol of it.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import index
+
+import torch
+from diffusers.models import normalization
+from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+from torch import Tensor, nn
+
+import framestride
+
+# Stands for the density of a dense head.
+DENSE = "dense"
+
+# The norms that the kernels compute, as a spec names them. Any other is called as a module.
+NORMS = {
+    nn.RMSNorm: "rms",
+    normalization.RMSNorm: "rms",
+    normalization.MochiRMSNorm: "rms",
+    nn.LayerNorm: "layer",
+    normalization.FP32LayerNorm: "layer",
+}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of one shape needs."""
+
+    spec: framestride.Spec
+    # Half widths of the spatial and the temporal mask in tokens. None stands for dense heads.
+    half_widths: tuple[int, int] | None
+
+
+class Model:
+    """A transformer with attention of framestride: what its layers share."""
+
+    def __init__(self, name: str, sinks: int):
+        self.name = name
+        self.sinks = sinks
+        # Latent frames, and height and width of a frame in patches. None outside a forward, and in one
+        # whose arguments do not say it.
+        self.video: tuple[int, int, int] | None = None
+        self.made: list[tuple[Tensor, object]] = []
+        self.plans: dict[tuple, Plan | None] = {}
+        self.said: set[str] = set()
+
+    def begin(self, video: tuple[int, int, int] | None):
+        """A forward begins, or it ends, without a video."""
+        self.video = video
+        self.made = []
+
+    def once(self, source: Tensor, make: Callable[[], object]) -> object:
+        """What `make` makes of a tensor that all layers get. A compiler sees itself that it is the same."""
+        if torch.compiler.is_compiling():
+            return make()
+        for known, made in self.made:
+            if known is source:
+                return made
+        made = make()
+        self.made.append((source, made))
+        return made
+
+    @torch.compiler.assume_constant_result
+    def refuse(self, reason: str) -> None:
+        """Says once why attention stays as it was."""
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"framestride leaves attention of {self.name} as it was: {reason}", stacklevel=2)
+
+    @torch.compiler.assume_constant_result
+    def plan(self, density: str, *shape) -> Plan | None:
+        """The plan of a call, whose shape has the arguments of `spec_text`. None where there can be none."""
+        key = (density, shape)
+        if key not in self.plans:
+            try:
+                video, heads, head_dim, dtype, batch, before, after, norm, rope = shape
+                text = spec_text(
+                    video, heads, head_dim, dtype, batch=batch, before=before, after=after, sinks=self.sinks,
+                    norm=norm, rope=rope,
+                )
+                spec = framestride.Spec.from_toml(text)
+                self.plans[key] = Plan(spec, None if density == DENSE else spec.half_widths(float(density)))
+            except framestride.Error as error:
+                self.plans[key] = self.refuse(str(error))
+        return self.plans[key]
+
+
+def spec_text(
+    video: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, *, batch: int = 1, before: int = 0,
+    after: int = 0, sinks: int = 0, norm: tuple | None = None, rope: tuple | None = None,
+) -> str:
+    """A spec in TOML. Keys that are zero or false are left out, and tables that are empty then."""
+    frames, height, width = video
+    tokens = height * width
+    tables = {
+        "video": {"frames": frames, "tokens_per_frame": tokens, "grid": [height, width]},
+        "before": {"tokens": before},
+        "after": {"tokens": after},
+        "attention": {"heads": heads, "head_dim": head_dim, "dtype": DTYPES[dtype], "batch": batch},
+        "qk_norm": dict(zip(("kind", "over", "eps"), norm or ())),
+        "rope": dict(zip(("pairs", "channels", "per_head", "before"), rope or ())),
+        # Calls give half widths of their own.
+        "masks.spatial": {"half_width": frames * tokens},
+        "masks.temporal": {"half_width": frames * tokens},
+        "sink": {"frames": min(sinks, frames - 1)},
+        "profile": {"rows": min(64, frames * tokens)},
+    }
+    lines = ['name = "diffusers"']
+    for table, keys in tables.items():
+        values = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value]
+        lines += [f"[{table}]", *values] if values else []
+    return "\n".join(lines)
+
+
+def norm_size(norm: nn.Module) -> int:
+    """How many channels a norm takes together."""
+    return (norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim)[-1]
+
+
+def norm_of_kernels(norm: nn.Module | None, heads: int, head_dim: int) -> tuple[str, str, float] | None:
+    """Kind, extent and eps of a norm. None where there is none, or where it must be called.
+
+    A module with hooks is called, since they may bring its weights from elsewhere.
+    """
+    if type(norm) not in NORMS or norm_size(norm) not in (head_dim, heads * head_dim):
+        return None
+    if norm._forward_pre_hooks or norm._forward_hooks or hasattr(norm, "_hf_hook") or hasattr(norm, "_diffusers_hook"):
+        return None
+    over = "head" if norm_size(norm) == head_dim else "heads"
+    # torch takes the distance of f32 numbers near 1 where a norm has no eps of its own.
+    return NORMS[type(norm)], over, norm.eps or torch.finfo(torch.float32).eps
+
+
+def norm_weights(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm in f32."""
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    return None if weight is None else weight.float(), None if bias is None else bias.float()
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    """RoPE of [B, S, H, D], with tables as `framestride.attention` takes them."""
+    cos, sin = (table if table.ndim > 2 else table[:, None] for table in (cos, sin))
+    channels = 2 * cos.shape[-1]
+    turning, rest = x[..., :channels].float(), x[..., channels:]
+    interleaved = pairs == "interleaved"
+    a, b = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, a * sin + b * cos)
+    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+@dataclass
+class Rows:
+    """Projections of some rows, [B, rows, H, D], and the norms that Q and K have yet to get."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norms: tuple[nn.Module | None, nn.Module | None]
+
+
+class Processor:
+    """Attention of one module. Models call the `__call__` of a class below this one."""
+
+    # What the module calls its layers: those of its rows, and those of text that has some of its own.
+    projections = ("to_q", "to_k", "to_v")
+    norms = ("norm_q", "norm_k")
+    text_projections = ("add_q_proj", "add_k_proj", "add_v_proj")
+    text_norms = ("norm_added_q", "norm_added_k")
+    heads = "heads"
+    # Where the text stands that the module gets beside its rows.
+    side = "after"
+    # Which channels RoPE rotates together.
+    pairs = "interleaved"
+    # Rows that are no video stand before it in the module's rows, and are rotated too.
+    leading_rows = False
+
+    def __init__(self, model: Model, original: object, attn: nn.Module):
+        self.model = model
+        self.original = original
+        # The density of the masks in this layer and step, as text.
+        self.density = DENSE
+
+    # What diffusers sets from outside belongs to the model's own processor, which comes back.
+
+    @property
+    def _attention_backend(self):
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend):
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self):
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config):
+        self.original._parallel_config = config
+
+    # What a family says.
+
+    def tables(self, rope: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, as `framestride.attention` takes them, but of any type and strides."""
+        cos, sin = rope
+        return cos[:, ::2], sin[:, ::2]
+
+    def valid_text(self, mask: Tensor, tokens: int) -> Tensor:
+        """Which text is valid, [B, tokens]."""
+        return mask
+
+    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """A norm of [B, S, H, D], as the model's own processor calls it."""
+        return norm(x) if norm_size(norm) == x.shape[-1] else norm(x.flatten(2)).view(x.shape)
+
+    def finish(self, attn: nn.Module, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """The output projection of [B, S, H x D]."""
+        return attn.to_out[1](attn.to_out[0](out))
+
+    # What all share.
+
+    def attend(
+        self, attn: nn.Module, hidden_states: Tensor, arguments: dict, rope, text: Tensor | None = None,
+        mask: Tensor | None = None, unknown: tuple = (),
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What the module returns.
+
+        `arguments` are those that the model's own processor gets beside the rows. `unknown` are those
+        of them that have no meaning here.
+        """
+        out = None
+        if all(argument is None for argument in unknown):
+            out = self.attention(attn, hidden_states, rope, text, mask)
+        else:
+            self.model.refuse("a call has arguments that the kernels know nothing of, such as a mask")
+        if out is None:
+            return self.original(attn, hidden_states, **arguments)
+        if text is None:
+            return self.finish(attn, out, hidden_states)
+        # Text shares all projections of the video, or it has its own.
+        shares = getattr(attn, self.text_projections[0], None) is None
+        if shares and attn.to_out is not None:
+            out = self.finish(attn, out, hidden_states)
+        video, text = self.parted(out, hidden_states.shape[1], text.shape[1])
+        if not shares:
+            video = self.finish(attn, video, hidden_states)
+            if getattr(attn, "to_add_out", None) is not None:
+                text = attn.to_add_out(text)
+        return video, text
+
+    def parted(self, out: Tensor, video: int, text: int) -> tuple[Tensor, Tensor]:
+        """The rows of video and text in an output."""
+        if self.side == "before":
+            return out[:, text:], out[:, :text]
+        return out[:, :video], out[:, video:]
+
+    def attention(self, attn: nn.Module, hidden_states: Tensor, rope, text: Tensor | None, mask: Tensor | None):
+        """Attention up to the output projection, [B, S, H x D]. None where it is left as it was."""
+        model, parallel = self.model, getattr(self, "_parallel_config", None)
+        ranks = ulysses_ranks(parallel)
+        if ranks is None or (ranks > 1 and text is not None):
+            return model.refuse("of context parallelism, Ulysses with even shares is known, without text beside the video")
+        if model.video is None:
+            return model.refuse("the arguments do not say how many frames the video has, and their height and width")
+        rows = index(hidden_states.shape[1]) * ranks
+        leading = rows - math.prod(model.video)
+        if leading < 0 or (leading > 0 and not self.leading_rows):
+            return model.refuse(f"there are {rows} rows, and not {' x '.join(map(str, model.video))}")
+
+        heads = getattr(attn, self.heads)
+        video = self.project(attn, hidden_states, self.projections, self.norms)
+        sides = [video]
+        if text is not None:
+            shares = getattr(attn, self.text_projections[0], None) is None
+            names = (self.projections, self.norms) if shares else (self.text_projections, self.text_norms)
+            sides.append(self.project(attn, text, *names))
+        batch, _, _, head_dim = video.q.shape
+        if video.q.dtype not in DTYPES or head_dim not in HEAD_DIMS:
+            return model.refuse(f"heads have {head_dim} channels of {video.q.dtype}: 64 or 128 of bf16 or f16 are known")
+
+        # The kernels have one kind of norm for all rows. Where heads are exchanged, it comes before.
+        kinds = [norm_of_kernels(norm, heads, head_dim) for side in sides for norm in side.norms]
+        kind = kinds[0] if ranks == 1 and all(kind == kinds[0] for kind in kinds) else None
+        if kind is None:
+            for side in sides:
+                side.q, side.k = (
+                    x if norm is None else self.normed(norm, x).to(x.dtype)
+                    for x, norm in zip((side.q, side.k), side.norms, strict=True)
+                )
+        tables, form = None, None
+        if rope is not None:
+            first = rope if isinstance(rope, Tensor) else rope[0]
+            tables = model.once(first, lambda: tuple(x.float().contiguous() for x in self.tables(rope, heads)))
+            form = (self.pairs, 2 * index(tables[0].shape[-1]), tables[0].ndim > 2, self.leading_rows)
+        if ranks > 1:
+            form = None
+
+        tokens = index(text.shape[1]) if text is not None else 0
+        before, after = (tokens, 0) if self.side == "before" else (leading, tokens)
+        shape = (model.video, heads, index(head_dim), video.q.dtype, index(batch), before, after, kind, form)
+        plan = model.plan(self.density, *shape)
+        if plan is None:
+            return None
+        options = {"spec": plan.spec}
+        options |= {"head_types": "dense"} if plan.half_widths is None else {"half_widths": plan.half_widths}
+        if ranks > 1:
+            q, k = (x if tables is None else rotated(x, *tables, self.pairs) for x in (video.q, video.k))
+            return exchange_heads(q, k, video.v, parallel, options).flatten(2)
+        if kind is not None:
+            options |= zip(("q_norm", "k_norm"), map(norm_weights, video.norms), strict=True)
+        if text is not None:
+            lengths = None
+            if mask is not None:
+                lengths = model.once(mask, lambda: self.valid_text(mask, tokens).sum(dim=1, dtype=torch.int32))
+            q_norm, k_norm = map(norm_weights, sides[1].norms) if kind is not None else (None, None)
+            options[self.side] = framestride.Text(
+                q=sides[1].q, k=sides[1].k, v=sides[1].v, lengths=lengths, q_norm=q_norm, k_norm=k_norm
+            )
+        return framestride.attention(video.q, video.k, video.v, rope=tables, **options).flatten(2)
+
+    def project(self, attn: nn.Module, x: Tensor, projections: tuple, norms: tuple) -> Rows:
+        """Q, K and V of some rows, by the model's layers."""
+        if projections is self.projections and getattr(attn, "fused_projections", False):
+            qkv = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            qkv = [getattr(attn, name)(x) for name in projections]
+        q, k, v = (projected.unflatten(2, (getattr(attn, self.heads), -1)) for projected in qkv)
+        return Rows(q, k, v, tuple(getattr(attn, name, None) for name in norms))
+
+
+def ulysses_ranks(parallel: object | None) -> int | None:
+    """Over how many GPUs heads are exchanged. None where parallelism is of another kind."""
+    if parallel is None:
+        return 1
+    config = parallel.context_parallel_config
+    return None if config.ring_degree > 1 or config.ulysses_anything else config.ulysses_degree
+
+
+def exchange_heads(q: Tensor, k: Tensor, v: Tensor, parallel: object, options: dict) -> Tensor:
+    """Attention over several GPUs. Each has some rows of all heads, and attends with all rows of some heads."""
+
+    def forward(context, q, k, v, *arguments, **named):
+        return framestride.attention(q, k, v, **options)
+
+    return _templated_context_parallel_attention(
+        q, k, v, forward_op=forward, backward_op=None, _parallel_config=parallel
+    )
+
+
+# One class for each way in which models call their processors. Every argument has its name here, since
+# diffusers drops those that a signature does not have.
+
+
+class Joint(Processor):
+    """Video and text in one attention, with the text as a tensor of its own behind the video."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "image_rotary_emb": image_rotary_emb,
+        }
+        return self.attend(attn, hidden_states, arguments, image_rotary_emb, encoder_hidden_states, attention_mask)
+
+
+class HunyuanVideo(Joint):
+    def valid_text(self, mask, tokens):
+        # [B, 1, 1, S], of all rows.
+        return mask[:, 0, 0, -tokens:]
+
+
+class CogVideoX(Joint):
+    side = "before"
+
+
+class Mochi(Joint):
+    def tables(self, rope, heads):
+        return rope
+
+
+class LTXVideo(Processor):
+    """RoPE is over the channels of all heads, and batch items have tables of their own."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "image_rotary_emb": image_rotary_emb,
+        }
+        unknown = (encoder_hidden_states, attention_mask)
+        return self.attend(attn, hidden_states, arguments, image_rotary_emb, unknown=unknown)
+
+    def tables(self, rope, heads):
+        return tuple(table[..., ::2].unflatten(2, (heads, -1)) for table in rope)
+
+
+class LTX2(LTXVideo):
+    """Since LTX-2.3, RoPE rotates halves, and each head has a gate."""
+
+    def __init__(self, model, original, attn):
+        super().__init__(model, original, attn)
+        if attn.rope_type == "split":
+            self.pairs = "half"
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, query_rotary_emb=None,
+        key_rotary_emb=None, perturbation_mask=None, all_perturbed=None,
+    ):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "query_rotary_emb": query_rotary_emb,
+            "key_rotary_emb": key_rotary_emb,
+        }
+        # Only one of the model's two processors has these.
+        if perturbation_mask is not None or all_perturbed is not None:
+            arguments |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+        unknown = (encoder_hidden_states, attention_mask, key_rotary_emb, perturbation_mask, all_perturbed or None)
+        return self.attend(attn, hidden_states, arguments, query_rotary_emb, unknown=unknown)
+
+    def tables(self, rope, heads):
+        # [B, H, S, pairs] of halves.
+        return tuple(table.transpose(1, 2) for table in rope) if self.pairs == "half" else super().tables(rope, heads)
+
+    def finish(self, attn, out, hidden_states):
+        if attn.to_gate_logits is not None:
+            gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+        return super().finish(attn, out, hidden_states)
+
+
+class Wan(Processor):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "rotary_emb": rotary_emb,
+        }
+        unknown = (encoder_hidden_states, attention_mask)
+        return self.attend(attn, hidden_states, arguments, rotary_emb, unknown=unknown)
+
+    def tables(self, rope, heads):
+        # [1, S, 1, D], with the cosine of a pair at its first place, and the sine at its second.
+        cos, sin = rope
+        return cos[0, :, 0, ::2], sin[0, :, 0, 1::2]
+
+
+class Kandinsky5(Processor):
+    projections = ("to_query", "to_key", "to_value")
+    norms = ("query_norm", "key_norm")
+    heads = "num_heads"
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, rotary_emb=None, sparse_params=None):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "rotary_emb": rotary_emb,
+            "sparse_params": sparse_params,
+        }
+        unknown = (encoder_hidden_states, sparse_params)
+        return self.attend(attn, hidden_states, arguments, rotary_emb, unknown=unknown)
+
+    def tables(self, rope, heads):
+        # [B, S, 1, pairs, 2, 2] of [[cos, -sin], [sin, cos]], the same for all items.
+        return rope[0, :, 0, :, 0, 0], rope[0, :, 0, :, 1, 0]
+
+    def normed(self, norm, x):
+        return super().normed(norm, x.float())
+
+    def finish(self, attn, out, hidden_states):
+        return attn.out_layer(out)
+
+
+class MiniMaxH3(Processor):
+    """Prompt, conditions and sound stand before the video, and all rows are rotated."""
+
+    pairs = "half"
+    leading_rows = True
+
+    def __call__(self, attn, hidden_states, rotary_emb=None, attention_mask=None):
+        arguments = {"rotary_emb": rotary_emb, "attention_mask": attention_mask}
+        return self.attend(attn, hidden_states, arguments, rotary_emb, unknown=(attention_mask,))
+
+    def tables(self, rope, heads):
+        # [S, channels], of which both halves are the same.
+        return tuple(table[:, : table.shape[-1] // 2] for table in rope)

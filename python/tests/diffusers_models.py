@@ -1,0 +1,92 @@
+"""Tiny models of the real classes of diffusers, in bfloat16, with random weights.
+
+They have few channels, frames and layers, but the real head dims, norms and axes of RoPE. Their
+builders are those of tests/diffusers/compare.py, which compares single modules.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "diffusers"))
+
+import compare  # noqa: E402
+
+VIDEO = {"num_frames": compare.FRAMES, "height": compare.HEIGHT, "width": compare.WIDTH}
+
+
+def ltx_video():
+    model, inputs = compare.ltx_video()
+    return model, inputs | VIDEO
+
+
+def wan_image_to_video():
+    model, inputs = compare.wan(
+        compare.diffusers.WanTransformer3DModel, image_dim=compare.EMBEDDING, added_kv_proj_dim=compare.HEADS * 128
+    )
+    # The class takes 512 tokens for the text, and what is before them for the image.
+    text = compare.noise(compare.BATCH, 512, compare.EMBEDDING)
+    image = compare.noise(compare.BATCH, 8, compare.EMBEDDING)
+    return model, inputs | dict(encoder_hidden_states=text, encoder_hidden_states_image=image)
+
+
+def wan_timesteps_by_row():
+    """Wan 2.2 TI2V gives each row a timestep of its own."""
+    model, inputs = compare.wan(compare.diffusers.WanTransformer3DModel)
+    return model, inputs | dict(timestep=torch.full((compare.BATCH, compare.VIDEO), 500.0))
+
+
+BUILDERS = {
+    "HunyuanVideo": compare.hunyuan_video,
+    "HunyuanVideo-1.5": compare.hunyuan_video_1_5,
+    "Wan": lambda: compare.wan(compare.diffusers.WanTransformer3DModel),
+    "Wan I2V": wan_image_to_video,
+    "Wan TI2V": wan_timesteps_by_row,
+    "Wan-VACE": compare.wan_vace,
+    "CogVideoX": lambda: compare.cogvideox(None, crops_coords=((0, 0), (compare.HEIGHT, compare.WIDTH))),
+    "CogVideoX-1.5": lambda: compare.cogvideox(2, crops_coords=None, grid_type="slice", max_size=(30, 45)),
+    "LTX-Video": ltx_video,
+    "LTX-2": lambda: compare.ltx_2("interleaved"),
+    "LTX-2.3": lambda: compare.ltx_2("split"),
+    "Mochi": compare.mochi,
+    "Kandinsky 5 Lite": lambda: compare.kandinsky_5((16, 24, 24)),
+    "Kandinsky 5 Pro": lambda: compare.kandinsky_5((32, 48, 48)),
+    "MiniMax-H3": compare.minimax_h3,
+}
+MASKED = ("HunyuanVideo", "HunyuanVideo-1.5", "Mochi")
+
+
+def build(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, dict]:
+    """A model and the arguments of its forward."""
+    torch.manual_seed(0)
+    model, inputs = BUILDERS[name]()
+    # Norms have weights as trained ones do, large enough that attention is no mean of all values.
+    for module in model.modules():
+        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm"):
+            if getattr(module, norm, None) is not None:
+                nn.init.normal_(getattr(module, norm).weight, mean=1.5, std=0.3)
+    return cast(model.eval(), inputs, dtype)
+
+
+def cast(model: nn.Module, inputs: dict, dtype: torch.dtype) -> tuple[nn.Module, dict]:
+    """A copy in another type. As when loaded, some modules stay in f32, and so do tables and places."""
+    model = copy.deepcopy(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        kept = any(part in name.split(".") for part in model._keep_in_fp32_modules or ())
+        if tensor.is_floating_point() and not kept:
+            tensor.data = tensor.data.to(dtype)
+
+    def of_type(name: str, value: object) -> object:
+        cast = name in ("timestep", "guidance") or "hidden_states" in name or name in ("pooled_projections", "image_embeds")
+        return value.to(dtype) if cast else value
+
+    return model, {name: of_type(name, value) for name, value in inputs.items()}
+
+
+def run(model: nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**inputs, return_dict=False)
+    return (output[0] if isinstance(output, tuple) else output).float()
