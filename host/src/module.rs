@@ -28,18 +28,11 @@ impl Kernels {
     /// milliseconds, and needs no compiler.
     ///
     /// # Errors
-    /// An [`Error::Input`] when the fields of the spec were changed after it was read.
+    /// An [`Error::Spec`] when the fields of the spec were changed after it was read.
     #[cfg(feature = "templates")]
     pub fn for_spec(spec: &Spec) -> Result<Kernels> {
         // What follows counts on a spec that was checked, as its text is when it is read.
-        if Spec::parse(&spec.source.file, &spec.source.text)? != *spec {
-            return Err(Error::input(
-                format!("spec {}", spec.name),
-                "fields that its text does not say",
-                "a spec as it was read: its manifest carries the text",
-                "Change the text and read it again",
-            ));
-        }
+        spec.check_unchanged()?;
         let (ptx, manifest) = crate::template::fill(spec)?;
         let resources = resources(&manifest.name, &manifest)?;
         Ok(Kernels { ptx, manifest, spec: spec.clone(), resources })

@@ -146,7 +146,7 @@ impl Kernels {
     }
 
     /// The kernels of a spec that is already read. They are built from the text that it was read
-    /// from.
+    /// from, so a build refuses a spec whose fields were changed since.
     pub fn from_parsed(spec: &Spec) -> Kernels {
         Kernels::of(vec![Source::Parsed(Box::new(spec.clone()))])
     }
@@ -346,7 +346,10 @@ impl Job {
     fn check(source: &Source) -> Result<Job, BuildError> {
         Ok(match source {
             Source::File(path) => Job::Spec(Box::new(Spec::from_file(path)?)),
-            Source::Parsed(spec) => Job::Spec(spec.clone()),
+            Source::Parsed(spec) => {
+                spec.check_unchanged()?;
+                Job::Spec(spec.clone())
+            }
             Source::Template(image) => Job::Template(*image),
             Source::Crate(path) => Job::Crate(path.clone()),
         })

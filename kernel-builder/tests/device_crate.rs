@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use framestride_builder::llvm_ir::FinishError;
-use framestride_builder::{Arch, BuildError, Built, Kernels, ptx};
+use framestride_builder::{Arch, BuildError, Built, Kernels, Spec, ptx};
 
 /// A copy of the fixture whose library is changed by `edit`. It always lies at the same place in
 /// the target folder, so that its builds are kept.
@@ -154,6 +154,11 @@ fn bad_specs_and_families_are_told_before_anything_is_built() {
     let BuildError::Several(errors) = &bad else { panic!("{bad}") };
     assert!(errors.len() == 2 && errors.iter().all(|error| matches!(error, BuildError::Spec(_))), "{bad}");
     assert!(bad.to_string().contains("/nowhere/a.toml") && bad.to_string().contains("/nowhere/b.toml"), "{bad}");
+    let mut changed = Spec::shipped("demo").unwrap();
+    changed.heads += 1;
+    let refused = Kernels::from_parsed(&changed).build().unwrap_err();
+    assert!(matches!(refused, BuildError::Spec(_)), "{refused}");
+    assert!(refused.to_string().contains("the fields of spec demo are not what its text says"), "{refused}");
     let unknown = "sm_80".parse::<Arch>().unwrap_err().to_string();
     assert_eq!(unknown, "there are no kernels for `sm_80`: the families are sm_90a");
 }

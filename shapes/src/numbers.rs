@@ -8,7 +8,6 @@
 //! The table below is the only place that lists them. What the host fills in and what
 //! `attention_kernels!` writes both come from it.
 
-use crate::blocks::SAMPLE_ROWS;
 #[cfg(feature = "std")]
 use crate::blocks::{PackBlock, Tiles};
 use crate::layout::{Divisor, Layout};
@@ -127,8 +126,7 @@ impl Numbers {
     /// of a head in `splits` parts.
     #[inline(always)]
     pub const fn partials(&self, head_dim: u32, splits: u32) -> PartialsLayout {
-        let rows = self.profile_rows.value;
-        PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim }
+        PartialsLayout::new(self.profile_rows.value, head_dim, splits)
     }
 
     /// The literals of a template and their values: each name, without [`PREFIX`], and what is

@@ -249,6 +249,12 @@ pub struct PartialsLayout {
 }
 
 impl PartialsLayout {
+    /// The layout for `rows` sampled rows of `head_dim` elements, with the keys in `splits` parts.
+    #[inline(always)]
+    pub const fn new(rows: u32, head_dim: u32, splits: u32) -> PartialsLayout {
+        PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim }
+    }
+
     /// Number of f32 of one (head, group, split).
     #[inline(always)]
     pub const fn split_floats(&self) -> u32 {

@@ -171,7 +171,7 @@ pub use lines::Lines;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
 
-use crate::blocks::{SAMPLE_ROWS, Tiles};
+use crate::blocks::Tiles;
 use crate::density;
 use crate::image::Image;
 use crate::layout::{HeadType, Layout};
@@ -339,6 +339,26 @@ impl Spec {
         reader.finish(spec).map_err(|problems| SpecError { problems })
     }
 
+    /// Checks that the fields say what the text says, which kernels are made from. They do not when
+    /// they were changed after the spec was read.
+    ///
+    /// # Errors
+    /// A [`SpecError`] that says how another spec is made from this one.
+    pub fn check_unchanged(&self) -> Result<(), SpecError> {
+        let SpecSource { file, text } = &self.source;
+        if Spec::parse(file, text)? == *self {
+            return Ok(());
+        }
+        let problem = Source { file, text }.problem(
+            None,
+            "",
+            format!("the fields of spec {} are not what its text says", self.name),
+            "a spec as it was read",
+            "make the other one with `Spec::to_builder`, or change the text and read it again",
+        );
+        Err(SpecError { problems: vec![problem] })
+    }
+
     /// A spec made in code, without values yet.
     pub fn builder() -> SpecBuilder {
         SpecBuilder::new()
@@ -458,8 +478,7 @@ impl Spec {
 
     /// Where the partial results of profiling lie, with the keys in `splits` parts.
     pub const fn partials(&self, splits: u32) -> PartialsLayout {
-        let rows = self.profile.rows;
-        PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim: self.head_dim }
+        PartialsLayout::new(self.profile.rows, self.head_dim, splits)
     }
 
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts
