@@ -1,7 +1,7 @@
 //! What is checked of a call before anything is launched.
 //!
-//! Addresses, strides, overlaps, softmax scale and number of heads are checked. What lies in device
-//! memory is the caller's promise.
+//! Addresses, strides, overlaps, softmax scale and number of heads are checked, and that the device
+//! can use the memory. What lies in it is the caller's promise. Only errors allocate.
 
 use std::ops::Range;
 
@@ -10,6 +10,7 @@ use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, Spec};
 use framestride_shapes::workspace::WorkspaceLayout;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layer::{HeadTypes, Layer};
 
@@ -30,14 +31,15 @@ const WIDE: u64 = 16;
 /// Bytes of a word: an f32 or a u32.
 const WORD: u64 = 4;
 
+/// Errors that profiling finds for a head.
+const CANDIDATES: u64 = HeadType::CANDIDATES.len() as u64;
+
 impl TensorShape {
-    /// The extent and the stride, in elements, of the three outer dimensions. Those of extent 1 are
-    /// left out.
-    fn dimensions(self, tensor: &Tensor) -> impl Iterator<Item = (u64, u64)> {
+    /// The extent and the stride, in elements, of the three outer dimensions. The stride of an extent
+    /// of 1 is never used, and 0 here.
+    fn dimensions(self, tensor: &Tensor) -> [(u64, u64); 3] {
         [(self.batch, tensor.batch), (self.rows, tensor.row), (self.heads, tensor.head)]
-            .into_iter()
-            .filter(|&(extent, _)| extent > 1)
-            .map(|(extent, stride)| (extent.into(), stride))
+            .map(|(extent, stride)| (extent.into(), if extent > 1 { stride } else { 0 }))
     }
 
     /// The byte range of a tensor, if it ends below 2^64.
@@ -54,72 +56,146 @@ impl TensorShape {
 /// Whether every row starts at a multiple of 16 bytes.
 pub(crate) fn is_aligned(tensor: &Tensor, shape: TensorShape) -> bool {
     tensor.data.is_multiple_of(WIDE)
-        && shape.dimensions(tensor).all(|(_, stride)| stride.is_multiple_of(WIDE / shape.element))
+        && shape.dimensions(tensor).iter().all(|(_, stride)| stride.is_multiple_of(WIDE / shape.element))
 }
 
-/// A name, and the range of device memory that has it.
-type Region = (String, Range<u64>);
+/// What a call does with a region of memory.
+#[derive(Clone, Copy, PartialEq)]
+enum Use {
+    Reads,
+    /// Q, K and V, which are read before the output is written. So it may be written over them.
+    ReadsBeforeOut,
+    Writes,
+    WritesOut,
+}
+
+/// A region of device memory that a call uses.
+#[derive(Clone, Copy)]
+struct Region {
+    name: &'static str,
+    start: u64,
+    end: u64,
+    used: Use,
+}
+
+/// The most regions of a call.
+const MOST_REGIONS: usize = 32;
+
+/// The regions of a call, in the order in which messages name two that overlap.
+struct Regions {
+    all: [Region; MOST_REGIONS],
+    count: usize,
+}
+
+impl Regions {
+    fn new() -> Regions {
+        let none = Region { name: "", start: 0, end: 0, used: Use::Reads };
+        Regions { all: [none; MOST_REGIONS], count: 0 }
+    }
+
+    fn push(&mut self, name: &'static str, Range { start, end }: Range<u64>, used: Use) {
+        self.all[self.count] = Region { name, start, end, used };
+        self.count += 1;
+    }
+
+    fn as_slice(&self) -> &[Region] {
+        &self.all[..self.count]
+    }
+
+    /// Checks that nothing that is written lies in memory of anything else.
+    fn check_apart(&self) -> Result<()> {
+        let all = self.as_slice();
+        for (index, b) in all.iter().enumerate().rev() {
+            for a in &all[..index] {
+                let shared = match (a.used, b.used) {
+                    (Use::Reads | Use::ReadsBeforeOut, Use::Reads | Use::ReadsBeforeOut) => true,
+                    (Use::ReadsBeforeOut, Use::WritesOut) => true,
+                    _ => a.end <= b.start || b.end <= a.start,
+                };
+                if !shared {
+                    let found = format!(
+                        "{:#x} to {:#x}, which overlaps {} at {:#x} to {:#x}",
+                        a.start, a.end, b.name, b.start, b.end
+                    );
+                    return Err(Error::input(a.name, found, "memory of its own", "Allocate the two apart"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a call does with its layer.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Purpose {
+    /// It computes the output, with heads of these types.
+    Attend(HeadTypes),
+    /// It profiles the heads, and computes no output.
+    Profile,
+}
 
 /// Checks the tensors of a call, and what else it reads and writes.
 pub(crate) fn check_call(
+    device: &Device,
     spec: &Spec,
     shape: TensorShape,
     layer: &Layer,
-    types: HeadTypes,
+    purpose: Purpose,
     workspace: u64,
     layout: &WorkspaceLayout,
 ) -> Result<()> {
-    let tensor = |name: &str, tensor: &Tensor| -> Result<Region> {
+    let tensor = |name: &'static str, tensor: &Tensor| -> Result<Range<u64>> {
         check_address(name, tensor.data, shape.element)?;
-        let bytes = shape.bytes(tensor).ok_or_else(|| {
+        shape.bytes(tensor).ok_or_else(|| {
             Error::input(
                 format!("{name}, strides"),
                 format!("{tensor:?}"),
                 "a tensor that ends below 2^64",
                 "Strides count elements, not bytes, and are not negative",
             )
-        })?;
-        Ok((name.to_owned(), bytes))
+        })
     };
-    let projections = [tensor("q", &layer.q)?, tensor("k", &layer.k)?, tensor("v", &layer.v)?];
-    let out = tensor("out", &layer.out)?;
-    check_disjoint_rows(&layer.out, shape)?;
+    let projections = [("q", tensor("q", &layer.q)?), ("k", tensor("k", &layer.k)?), ("v", tensor("v", &layer.v)?)];
+    let attends = purpose != Purpose::Profile;
+    let out = if attends { Some(tensor("out", &layer.out)?) } else { None };
+    if attends {
+        check_disjoint_rows(&layer.out, shape)?;
+    }
 
-    // These regions are read besides Q, K and V.
-    let mut read = Vec::new();
+    let mut regions = Regions::new();
     let affine = [
-        ("q_norm", Some(layer.q_norm)),
-        ("k_norm", Some(layer.k_norm)),
-        ("before.q_norm", layer.before.q_norm),
-        ("before.k_norm", layer.before.k_norm),
-        ("after.q_norm", layer.after.q_norm),
-        ("after.k_norm", layer.after.k_norm),
+        (["q_norm.weight", "q_norm.bias"], Some(layer.q_norm)),
+        (["k_norm.weight", "k_norm.bias"], Some(layer.k_norm)),
+        (["before.q_norm.weight", "before.q_norm.bias"], layer.before.q_norm),
+        (["before.k_norm.weight", "before.k_norm.bias"], layer.before.k_norm),
+        (["after.q_norm.weight", "after.q_norm.bias"], layer.after.q_norm),
+        (["after.k_norm.weight", "after.k_norm.bias"], layer.after.k_norm),
     ];
-    for (name, weights) in affine {
+    let kind = spec.qk_norm.as_ref().map(|norm| norm.kind);
+    for ([weight, bias], weights) in affine {
         let Some(weights) = weights else { continue };
-        let kind = spec.qk_norm.as_ref().map(|norm| norm.kind);
-        for (part, address, allowed) in
-            [("weight", weights.weight, kind.is_some()), ("bias", weights.bias, kind == Some(NormKind::Layer))]
+        for (name, address, allowed) in
+            [(weight, weights.weight, kind.is_some()), (bias, weights.bias, kind == Some(NormKind::Layer))]
         {
             if address == 0 {
                 continue;
             }
             if !allowed {
                 return Err(Error::input(
-                    format!("{name}.{part}"),
+                    name,
                     format!("address {address:#x}"),
                     format!("0: the QK-norm of spec {} has none", spec.name),
                     "Pass 0, or change [qk_norm] in the spec",
                 ));
             }
             let words = spec.norm_length(shape.heads).into();
-            read.push(words_at(&format!("{name}.{part}"), address, WIDE, words)?);
+            regions.push(name, words_at(name, address, WIDE, words)?, Use::Reads);
         }
     }
     let tables = rope_elements(spec, shape, layer.rope_batch)?;
     for (name, address) in [("cos", layer.cos), ("sin", layer.sin)] {
         match (spec.rope.is_some(), address) {
-            (true, address) => read.push(words_at(name, address, WIDE, tables)?),
+            (true, address) => regions.push(name, words_at(name, address, WIDE, tables)?, Use::Reads),
             (false, 0) => {}
             (false, address) => {
                 return Err(Error::input(
@@ -134,33 +210,44 @@ pub(crate) fn check_call(
     let all_heads = u64::from(shape.batch) * u64::from(shape.heads);
     for (name, lengths) in [("before.lengths", layer.before.lengths), ("after.lengths", layer.after.lengths)] {
         if lengths != 0 {
-            read.push(words_at(name, lengths, 4, shape.batch.into())?);
+            regions.push(name, words_at(name, lengths, WORD, shape.batch.into())?, Use::Reads);
         }
     }
-    if let HeadTypes::Given(address) = types {
+    if let Purpose::Attend(HeadTypes::Given(address)) = purpose {
         // The types that an earlier call left in the workspace may stay there.
         if address != workspace + layout.head_types.start {
-            read.push(words_at("head types", address, 4, all_heads)?);
+            regions.push("head types", words_at("head types", address, WORD, all_heads)?, Use::Reads);
         }
     }
-    let lse = match layer.lse {
-        0 => None,
-        address => Some(words_at("lse", address, 4, all_heads * u64::from(shape.rows))?),
-    };
-
-    // Q, K and V are read before out is written, so they may share its memory. Nothing else that is
-    // written may lie in memory of anything else.
-    let workspace = ("workspace".to_owned(), workspace..workspace + layout.bytes);
-    for region in read.iter().chain(&projections).chain([&out]).chain(&lse) {
-        check_apart(region, &workspace)?;
+    for (name, range) in projections {
+        regions.push(name, range, Use::ReadsBeforeOut);
     }
-    for region in read.iter().chain(&lse) {
-        check_apart(region, &out)?;
+    let profiles = matches!(purpose, Purpose::Profile | Purpose::Attend(HeadTypes::Profiled));
+    let found = [("found.head_types", layer.found.head_types, 1), ("found.errors", layer.found.errors, CANDIDATES)];
+    for (name, address, words) in found {
+        if address == 0 {
+            continue;
+        }
+        if !profiles {
+            return Err(Error::input(
+                name,
+                format!("address {address:#x}"),
+                "0: this call does not profile",
+                "Pass 0, or profile the heads",
+            ));
+        }
+        regions.push(name, words_at(name, address, WORD, all_heads * words)?, Use::Writes);
     }
-    match &lse {
-        Some(lse) => read.iter().chain(&projections).try_for_each(|region| check_apart(region, lse)),
-        None => Ok(()),
+    if attends && layer.lse != 0 {
+        let rows = all_heads * u64::from(shape.rows);
+        regions.push("lse", words_at("lse", layer.lse, WORD, rows)?, Use::Writes);
     }
+    if let Some(out) = out {
+        regions.push("out", out, Use::WritesOut);
+    }
+    regions.push("workspace", workspace..workspace + layout.bytes, Use::Writes);
+    regions.check_apart()?;
+    device.check_memory(regions.as_slice().iter().map(|region| (region.name, region.start)))
 }
 
 /// Checks how many heads a launch has. Any number is allowed that the kernels can count, but a
@@ -252,10 +339,10 @@ pub(crate) fn check_half_widths(spec: &Spec, half_widths: [u32; HeadType::CANDID
     Ok(())
 }
 
-/// The region of `words` 4-byte words at an address, which must be aligned.
-fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Region> {
+/// The range of `words` 4-byte words at an address, which must be aligned.
+fn words_at(name: &str, address: u64, alignment: u64, words: u64) -> Result<Range<u64>> {
     check_address(name, address, alignment)?;
-    Ok((name.to_owned(), range_at(name, address, words * WORD)?))
+    range_at(name, address, words * WORD)
 }
 
 /// The range of `bytes` bytes from an address, which must end below 2^64.
@@ -284,25 +371,13 @@ pub(crate) fn check_address(name: &str, address: u64, alignment: u64) -> Result<
     ))
 }
 
-fn check_apart(a: &Region, b: &Region) -> Result<()> {
-    if a.1.end <= b.1.start || b.1.end <= a.1.start {
-        return Ok(());
-    }
-    Err(Error::input(
-        &a.0,
-        format!("{:#x} to {:#x}, which overlaps {} at {:#x} to {:#x}", a.1.start, a.1.end, b.0, b.1.start, b.1.end),
-        "memory of its own",
-        "Allocate the two apart",
-    ))
-}
-
 /// Checks that no element of `out` has two indices. In the order of their strides, each dimension
 /// must step over all before it.
 fn check_disjoint_rows(out: &Tensor, shape: TensorShape) -> Result<()> {
-    let mut dimensions: Vec<(u64, u64)> = shape.dimensions(out).collect();
-    dimensions.sort_by_key(|&(_, stride)| stride);
+    let mut dimensions = shape.dimensions(out);
+    dimensions.sort_unstable_by_key(|&(_, stride)| stride);
     let mut extent = u64::from(shape.head_dim);
-    for (count, stride) in dimensions {
+    for (count, stride) in dimensions.into_iter().filter(|&(count, _)| count > 1) {
         if stride < extent {
             return Err(Error::input(
                 "out, strides",

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Everything is checked before the first launch, and nothing is allocated or waited for. So a
-//! whole layer can be captured in a CUDA graph. What profiling found stays in the workspace
-//! ([`SparseAttention::read_profile`]).
+//! whole layer can be captured in a CUDA graph. What profiling found goes where [`Layer::found`]
+//! says, or stays in the workspace ([`SparseAttention::read_profile`]).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -66,6 +66,8 @@ pub struct Layer {
     /// Address where the natural log-sum-exp of each row is written, f32 \[B, H, S\]. 0 asks for
     /// none.
     pub lse: u64,
+    /// Where a call that profiles writes what it finds.
+    pub found: Found,
     /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
     /// are taken. [`half_width_of_density`](framestride_shapes::density::half_width_of_density) makes
     /// them of densities. They may differ between calls.
@@ -81,6 +83,15 @@ pub struct Layer {
     /// With another seed for each step and layer, other rows are looked at. A CUDA graph keeps the
     /// seed with which it was captured.
     pub seed: Option<u64>,
+}
+
+/// Where profiling writes what it finds. 0 stands for the workspace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Found {
+    /// Address for the types of the heads, u32 \[B, H\] with the values of [`HeadType`].
+    pub head_types: u64,
+    /// Address for the mean squared errors of [`HeadType::CANDIDATES`], f32 \[B, H, 2\].
+    pub errors: u64,
 }
 
 /// The text on one side of the video.
@@ -210,6 +221,19 @@ impl SparseAttention {
         launches.in_order().try_for_each(|launch| unsafe { self.launch(stream, launch) })
     }
 
+    /// Launches what finds the types of the heads, and no attention. What it finds goes where
+    /// [`Layer::found`] says. `out` and `lse` of the layer are not looked at.
+    ///
+    /// # Errors
+    /// As for [`SparseAttention::forward`].
+    ///
+    /// # Safety
+    /// As for [`SparseAttention::forward`].
+    pub unsafe fn profile(&self, stream: Stream, layer: &Layer, workspace: &Workspace) -> Result<()> {
+        // SAFETY: as in `forward`.
+        self.profile_launches(layer, workspace)?.iter().try_for_each(|launch| unsafe { self.launch(stream, launch) })
+    }
+
     /// Launches one kernel of a layer, as [`SparseAttention::launches`] wrote it.
     ///
     /// # Safety
@@ -220,8 +244,8 @@ impl SparseAttention {
         unsafe { self.module.device().launch(stream, self.module.loaded(), launch) }
     }
 
-    /// Reads what the last profiled call in `workspace` found, for `[batch, heads]`. It waits for
-    /// all work of the device.
+    /// Reads what the last profiled call in `workspace` found, for `[batch, heads]`, where
+    /// [`Layer::found`] named no other place. It waits for all work of the device.
     ///
     /// # Errors
     /// An [`Error::Input`] when `workspace` is too small, or memory of another device.

@@ -34,8 +34,8 @@
 //!
 //! * **Everything is checked before the first launch.** An error says what was found, what is
 //!   allowed and how to mend it. Then nothing was launched.
-//! * **A launch does nothing else.** It allocates no device memory, copies nothing and waits for
-//!   nothing. So a layer can be captured in a CUDA graph.
+//! * **A launch does nothing else.** It allocates nothing, copies nothing and waits for nothing. So a
+//!   layer can be captured in a CUDA graph.
 //! * **Contexts, streams and memory can be yours**: [`device::Gpu::borrow`], [`Stream::from_raw`]
 //!   and [`Workspace::borrow`]. What is borrowed is never destroyed or freed.
 //! * **A launch may have any batch and any number of heads**. Only a QK-norm over all heads needs
@@ -80,7 +80,7 @@ pub use error::{Error, Result};
 #[doc(inline)]
 pub use framestride_shapes as shapes;
 pub use framestride_shapes::spec::Spec;
-pub use layer::{HeadProfile, HeadTypes, Layer, SparseAttention, Text};
+pub use layer::{Found, HeadProfile, HeadTypes, Layer, SparseAttention, Text};
 pub use module::{Kernels, Loading, Module};
 pub use plan::workspace_layout;
 pub use workspace::Workspace;

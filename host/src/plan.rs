@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock};
+use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::workspace::WorkspaceLayout;
 
-use crate::call::{TensorShape, check_call, check_half_widths, check_scale, is_aligned};
+use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, is_aligned};
 use crate::error::Result;
 use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
 use crate::layer::{HeadTypes, Layer, SparseAttention};
@@ -19,11 +20,50 @@ impl SparseAttention {
     /// # Errors
     /// An [`Error::Input`](crate::Error::Input) for whatever is wrong with the arguments.
     pub fn launches(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Launches> {
-        let spec = self.module.spec();
+        let call = Call::check(self, layer, Purpose::Attend(types), workspace)?;
+        let head_types = match types {
+            HeadTypes::Profiled => call.found_head_types(),
+            HeadTypes::Dense => 0,
+            HeadTypes::Given(address) => address,
+        };
+        let profiles = types == HeadTypes::Profiled;
+        Ok(Launches {
+            pack: call.pack(PackPass::All, if profiles { 0 } else { head_types }),
+            profiling: profiles.then(|| Profiling {
+                profile: call.profile(),
+                select: call.select(),
+                repack: call.pack(PackPass::Temporal, head_types),
+            }),
+            attention: call.attention(head_types),
+        })
+    }
+
+    /// Checks a call that only profiles, and writes its launches, in the order in which they must
+    /// run.
+    pub(crate) fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<[Launch; 3]> {
+        let call = Call::check(self, layer, Purpose::Profile, workspace)?;
+        Ok([call.pack(PackPass::All, 0), call.profile(), call.select()])
+    }
+}
+
+/// A checked call, which writes its launches.
+struct Call<'a> {
+    plan: &'a SparseAttention,
+    layer: &'a Layer,
+    /// Address of the workspace.
+    workspace: u64,
+    shape: TensorShape,
+    scale: f32,
+    half_widths: [u32; HeadType::CANDIDATES.len()],
+}
+
+impl<'a> Call<'a> {
+    fn check(plan: &'a SparseAttention, layer: &'a Layer, purpose: Purpose, workspace: &Workspace) -> Result<Call<'a>> {
+        let (spec, device) = (plan.module.spec(), plan.module.device());
         let shape = TensorShape {
-            batch: self.batch,
+            batch: plan.batch,
             rows: spec.layout.sequence(),
-            heads: self.heads,
+            heads: plan.heads,
             head_dim: spec.head_dim,
             element: spec.dtype.bytes().into(),
         };
@@ -32,117 +72,136 @@ impl SparseAttention {
         let own = [spec.layout.spatial_half_width, spec.layout.temporal_half_width];
         let half_widths = layer.half_widths.unwrap_or(own);
         check_half_widths(spec, half_widths)?;
-        let [spatial_half_width, temporal_half_width] = half_widths;
-        workspace.check(self.module.device(), &self.workspace)?;
-        check_call(spec, shape, layer, types, workspace.address(), &self.workspace)?;
+        workspace.check(device, &plan.workspace)?;
+        check_call(device, spec, shape, layer, purpose, workspace.address(), &plan.workspace)?;
+        Ok(Call { plan, layer, workspace: workspace.address(), shape, scale, half_widths })
+    }
 
-        let part = |range: &Range<u64>| workspace.address() + range.start;
-        let packed = [&self.workspace.packed_q, &self.workspace.packed_k, &self.workspace.packed_v].map(part);
-        let (batch, heads, splits) = (self.batch, self.heads, self.splits);
-        let own_types = part(&self.workspace.head_types);
-        let (pack_types, attention_types) = match types {
-            HeadTypes::Profiled => (0, own_types),
-            HeadTypes::Dense => (0, 0),
-            HeadTypes::Given(address) => (address, address),
-        };
-        let pack = |pass: PackPass, head_types: u64| {
-            let aligned = [layer.q, layer.k, layer.v].iter().all(|tensor| is_aligned(tensor, shape));
-            let params = Params::Pack(PackParams {
-                q: layer.q,
-                k: layer.k,
-                v: layer.v,
-                q_norm: layer.q_norm,
-                k_norm: layer.k_norm,
-                q_norm_before: layer.before.q_norm.unwrap_or(layer.q_norm),
-                k_norm_before: layer.before.k_norm.unwrap_or(layer.k_norm),
-                q_norm_after: layer.after.q_norm.unwrap_or(layer.q_norm),
-                k_norm_after: layer.after.k_norm.unwrap_or(layer.k_norm),
-                cos: layer.cos,
-                sin: layer.sin,
-                rope_batch: layer.rope_batch,
-                before_lengths: layer.before.lengths,
-                after_lengths: layer.after.lengths,
-                head_types,
-                packed_q: packed[0],
-                packed_k: packed[1],
-                packed_v: packed[2],
-                schedule: part(&self.workspace.schedule),
-                batch,
-                heads,
-                scale_log2: scale * std::f32::consts::LOG2_E,
-                pass: pass as u32,
-                aligned: aligned.into(),
-                reserved: 0,
-            });
-            let warps = PackBlock::new(spec.heads, spec.image()).warps;
-            self.write(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, batch], params)
-        };
-        let attention = || {
-            let params = Params::Attention(AttentionParams {
-                packed_q: packed[0],
-                packed_k: packed[1],
-                packed_v: packed[2],
-                out: layer.out,
-                lse: layer.lse,
-                head_types: attention_types,
-                before_lengths: layer.before.lengths,
-                after_lengths: layer.after.lengths,
-                schedule: part(&self.workspace.schedule),
-                batch,
-                heads,
-                aligned: is_aligned(&layer.out, shape).into(),
-                spatial_half_width,
-                temporal_half_width,
-                reserved: 0,
-            });
-            let items = u64::from(shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
-            let min_blocks = self.module.resources(Kernel::Attention).min_blocks;
-            let blocks = u64::from(self.module.device().multiprocessors()) * u64::from(min_blocks);
-            self.write(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
-        };
-        let profiling = || {
-            let (partials, errors) = (part(&self.workspace.partials), part(&self.workspace.errors));
-            let profile = Params::Profile(ProfileParams {
-                packed_q: packed[0],
-                packed_k: packed[1],
-                packed_v: packed[2],
-                before_lengths: layer.before.lengths,
-                after_lengths: layer.after.lengths,
-                partials,
-                seed: layer.seed.unwrap_or(spec.profile.seed),
-                batch,
-                heads,
-                splits,
-                spatial_half_width,
-                temporal_half_width,
-                reserved: 0,
-            });
-            let select = Params::Select(SelectParams {
-                partials,
-                errors,
-                head_types: own_types,
-                batch,
-                heads,
-                splits,
-                reserved: 0,
-            });
-            let groups = spec.partials(splits).groups;
-            Profiling {
-                profile: self.write(Kernel::Profile, [splits, groups, batch * heads], profile),
-                select: self.write(Kernel::Select, [1, 1, batch * heads], select),
-                repack: pack(PackPass::Temporal, own_types),
-            }
-        };
-        Ok(Launches {
-            pack: pack(PackPass::All, pack_types),
-            profiling: (types == HeadTypes::Profiled).then(profiling),
-            attention: attention(),
-        })
+    /// Address of a part of the workspace.
+    fn part(&self, part: &Range<u64>) -> u64 {
+        self.workspace + part.start
+    }
+
+    /// Addresses of packed Q, K and V.
+    fn packed(&self) -> [u64; 3] {
+        let WorkspaceLayout { packed_q, packed_k, packed_v, .. } = &self.plan.workspace;
+        [packed_q, packed_k, packed_v].map(|part| self.part(part))
+    }
+
+    /// Where the types go that profiling finds.
+    fn found_head_types(&self) -> u64 {
+        match self.layer.found.head_types {
+            0 => self.part(&self.plan.workspace.head_types),
+            address => address,
+        }
+    }
+
+    fn pack(&self, pass: PackPass, head_types: u64) -> Launch {
+        let (spec, layer) = (self.plan.module.spec(), self.layer);
+        let [packed_q, packed_k, packed_v] = self.packed();
+        let aligned = [layer.q, layer.k, layer.v].iter().all(|tensor| is_aligned(tensor, self.shape));
+        let params = Params::Pack(PackParams {
+            q: layer.q,
+            k: layer.k,
+            v: layer.v,
+            q_norm: layer.q_norm,
+            k_norm: layer.k_norm,
+            q_norm_before: layer.before.q_norm.unwrap_or(layer.q_norm),
+            k_norm_before: layer.before.k_norm.unwrap_or(layer.k_norm),
+            q_norm_after: layer.after.q_norm.unwrap_or(layer.q_norm),
+            k_norm_after: layer.after.k_norm.unwrap_or(layer.k_norm),
+            cos: layer.cos,
+            sin: layer.sin,
+            rope_batch: layer.rope_batch,
+            before_lengths: layer.before.lengths,
+            after_lengths: layer.after.lengths,
+            head_types,
+            packed_q,
+            packed_k,
+            packed_v,
+            schedule: self.part(&self.plan.workspace.schedule),
+            batch: self.plan.batch,
+            heads: self.plan.heads,
+            scale_log2: self.scale * std::f32::consts::LOG2_E,
+            pass: pass as u32,
+            aligned: aligned.into(),
+            reserved: 0,
+        });
+        let warps = PackBlock::new(spec.heads, spec.image()).warps;
+        self.launch(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, self.plan.batch], params)
+    }
+
+    fn profile(&self) -> Launch {
+        let (spec, splits) = (self.plan.module.spec(), self.plan.splits);
+        let [packed_q, packed_k, packed_v] = self.packed();
+        let [spatial_half_width, temporal_half_width] = self.half_widths;
+        let (batch, heads) = (self.plan.batch, self.plan.heads);
+        let params = Params::Profile(ProfileParams {
+            packed_q,
+            packed_k,
+            packed_v,
+            before_lengths: self.layer.before.lengths,
+            after_lengths: self.layer.after.lengths,
+            partials: self.part(&self.plan.workspace.partials),
+            seed: self.layer.seed.unwrap_or(spec.profile.seed),
+            batch,
+            heads,
+            splits,
+            spatial_half_width,
+            temporal_half_width,
+            reserved: 0,
+        });
+        self.launch(Kernel::Profile, [splits, spec.partials(splits).groups, batch * heads], params)
+    }
+
+    fn select(&self) -> Launch {
+        let (batch, heads) = (self.plan.batch, self.plan.heads);
+        let params = Params::Select(SelectParams {
+            partials: self.part(&self.plan.workspace.partials),
+            errors: match self.layer.found.errors {
+                0 => self.part(&self.plan.workspace.errors),
+                address => address,
+            },
+            head_types: self.found_head_types(),
+            batch,
+            heads,
+            splits: self.plan.splits,
+            reserved: 0,
+        });
+        self.launch(Kernel::Select, [1, 1, batch * heads], params)
+    }
+
+    fn attention(&self, head_types: u64) -> Launch {
+        let (spec, module) = (self.plan.module.spec(), &self.plan.module);
+        let [packed_q, packed_k, packed_v] = self.packed();
+        let [spatial_half_width, temporal_half_width] = self.half_widths;
+        let (batch, heads) = (self.plan.batch, self.plan.heads);
+        let params = Params::Attention(AttentionParams {
+            packed_q,
+            packed_k,
+            packed_v,
+            out: self.layer.out,
+            lse: self.layer.lse,
+            head_types,
+            before_lengths: self.layer.before.lengths,
+            after_lengths: self.layer.after.lengths,
+            schedule: self.part(&self.plan.workspace.schedule),
+            batch,
+            heads,
+            aligned: is_aligned(&self.layer.out, self.shape).into(),
+            spatial_half_width,
+            temporal_half_width,
+            reserved: 0,
+        });
+        let items = u64::from(self.shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
+        let min_blocks = module.resources(Kernel::Attention).min_blocks;
+        let blocks = u64::from(module.device().multiprocessors()) * u64::from(min_blocks);
+        self.launch(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
     }
 
     /// A launch with the block that the manifest says.
-    fn write(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {
-        let resources = self.module.resources(kernel);
+    fn launch(&self, kernel: Kernel, grid: [u32; 3], params: Params) -> Launch {
+        let resources = self.plan.module.resources(kernel);
         Launch { kernel, grid, threads: resources.threads, shared_bytes: resources.shared_bytes, params }
     }
 }

@@ -142,7 +142,7 @@ type Change = fn(&mut Layer, &mut HeadTypes, &mut Borrowed);
 #[test]
 fn calls() {
     let module = Module::load(&Device::emulator(), &Spec::shipped(SPEC).unwrap()).unwrap();
-    let cases: [(&str, Change); 38] = [
+    let cases: [(&str, Change); 43] = [
         ("null q", |layer, _, _| layer.q.data = 0),
         ("odd address", |layer, _, _| layer.k.data += 1),
         ("strides in bytes that overflow", |layer, _, _| layer.v.row = u64::MAX / 2),
@@ -184,6 +184,15 @@ fn calls() {
         ("small workspace", |_, _, borrowed| borrowed.bytes = 1024),
         ("unaligned workspace", |_, _, borrowed| borrowed.address += 16),
         ("workspace that ends beyond 2^64", |_, _, borrowed| borrowed.address = u64::MAX - 255),
+        ("unaligned found errors", |layer, _, _| layer.found.errors = 0x90_0002),
+        ("found types over q", |layer, _, _| layer.found.head_types = layer.q.data + 64),
+        ("found errors over lse", |layer, _, _| layer.found.errors = layer.lse + 64),
+        ("found types of a dense call", |layer, types, _| {
+            (*types, layer.found.head_types) = (HeadTypes::Dense, 0x90_0000);
+        }),
+        ("found errors over the given types", |layer, types, _| {
+            (*types, layer.found.errors) = (HeadTypes::Given(0x90_0000), 0x90_0000);
+        }),
         ("scale not a number", |layer, _, _| layer.scale = Some(f32::NAN)),
     ];
     let needed = SparseAttention::new(&module, 1, 2).unwrap().workspace_bytes();

@@ -463,7 +463,9 @@ impl Spec {
 
     /// Elements of each RoPE table for a launch of `heads` heads. Without RoPE there are none.
     pub fn rope_table_elements(&self, heads: u32) -> u64 {
-        if self.rope.is_some() { self.rope_table_shape(heads).into_iter().map(u64::from).product() } else { 0 }
+        let Some(Rope { channels, per_head, .. }) = self.rope else { return 0 };
+        let rows = self.rope_rows().len() as u64 * if per_head { u64::from(heads) } else { 1 };
+        rows * u64::from(channels / 2)
     }
 
     /// Bytes of both RoPE tables, f32, for a launch of `heads` heads. Without RoPE there are none.

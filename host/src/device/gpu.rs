@@ -27,6 +27,8 @@ pub struct Gpu {
     name: String,
     capability: (u32, u32),
     multiprocessors: u32,
+    /// Whether kernels can use any memory of the process, which the driver then knows nothing of.
+    uses_pageable: bool,
 }
 
 // SAFETY: a CUcontext may be made current on any thread, and the driver's functions are
@@ -144,7 +146,8 @@ impl Gpu {
     }
 
     fn describe(context: sys::CUcontext, device: sys::CUdevice, retained: bool) -> Result<Gpu> {
-        let mut gpu = Gpu { context, device, retained, name: String::new(), capability: (0, 0), multiprocessors: 0 };
+        let (name, capability) = (String::new(), (0, 0));
+        let mut gpu = Gpu { context, device, retained, name, capability, multiprocessors: 0, uses_pageable: false };
         let attribute = |attribute| -> Result<i32> {
             let mut value = 0;
             // SAFETY: `value` is a live local and `device` came from the driver.
@@ -157,7 +160,8 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
         );
         gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        gpu.name = name(device)?;
+        gpu.uses_pageable = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
+        gpu.name = self::name(device)?;
         Ok(gpu)
     }
 
@@ -290,6 +294,33 @@ impl Gpu {
         check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
     }
 
+    /// Checks that kernels in this context can use memory, each by its name and its first address.
+    ///
+    /// A kernel that cannot would end with an error from which the context never recovers.
+    pub(super) fn check_memory(&self, regions: impl Iterator<Item = (&'static str, u64)>) -> Result<()> {
+        if self.uses_pageable {
+            return Ok(());
+        }
+        let _current = Current::push(self)?;
+        for (name, address) in regions {
+            let mut usable: sys::CUdeviceptr = 0;
+            let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER;
+            // SAFETY: `usable` is a live local of the type that this attribute has. The driver looks the
+            // address up and does not follow it.
+            let status = unsafe { sys::cuPointerGetAttribute((&raw mut usable).cast(), attribute, address) };
+            if status == sys::CUresult::CUDA_ERROR_INVALID_VALUE {
+                return Err(Error::input(
+                    name,
+                    format!("address {address:#x}, which kernels on {} cannot use", self.name),
+                    "memory of the module's GPU, or memory that it can use",
+                    "Allocate it in the context that the module was loaded in",
+                ));
+            }
+            check("cuPointerGetAttribute", status)?;
+        }
+        Ok(())
+    }
+
     /// # Safety
     /// Every address in the parameters is memory of this GPU that the kernel may use, and is live
     /// until it is done.
@@ -300,7 +331,7 @@ impl Gpu {
         // SAFETY: the kernel takes one by-value struct of the size of `params` (checked at load),
         // which the driver copies during the call. What the addresses in it point to is the
         // caller's promise.
-        check("cuLaunchKernel", unsafe {
+        let status = unsafe {
             sys::cuLaunchKernel(
                 module.functions[launch.kernel as usize],
                 x,
@@ -314,7 +345,17 @@ impl Gpu {
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
-        })
+        };
+        // The kernel is this module's, so the handle that the driver does not take is the stream's.
+        if status == sys::CUresult::CUDA_ERROR_INVALID_HANDLE {
+            return Err(Error::input(
+                "stream",
+                format!("{:#x}, which is none of this context on {}", stream.raw() as usize, self.name),
+                "a stream of the context that the module was loaded in, or 0",
+                "Make the stream in that context",
+            ));
+        }
+        check("cuLaunchKernel", status)
     }
 
     /// Milliseconds between two events around `work`.

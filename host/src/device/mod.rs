@@ -270,6 +270,16 @@ impl Device {
         Ok(())
     }
 
+    /// Checks that kernels on this device can use memory, each by its name and its first address. The
+    /// emulator finds out when it runs them.
+    pub(crate) fn check_memory(&self, regions: impl Iterator<Item = (&'static str, u64)>) -> Result<()> {
+        match self {
+            Device::Gpu(gpu) => gpu.check_memory(regions),
+            #[cfg(feature = "emulator")]
+            Device::Emulator(_) => Ok(()),
+        }
+    }
+
     /// Loads PTX, which the driver compiles here. `shared_bytes` is the dynamic shared memory of
     /// each kernel.
     pub(crate) fn load(&self, name: &str, ptx: &str, shared_bytes: [u32; Kernel::ALL.len()]) -> Result<Loaded> {

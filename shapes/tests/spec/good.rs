@@ -209,6 +209,7 @@ fn rotated_channels() {
                             Some(Rope { pairs, channels, before: false, after: false, per_head: false })
                         );
                         assert_eq!(spec.rope_table_shape(24), [33 * 3600, channels / 2]);
+                        assert_eq!(spec.rope_table_elements(24), u64::from(33 * 3600 * channels / 2));
                     }
                     Err(error) => assert!(!allowed, "{error}"),
                 }

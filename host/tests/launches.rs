@@ -1,0 +1,127 @@
+//! What a launch does besides launching, which is nothing, and where profiling writes what it finds.
+#![cfg(all(feature = "emulator", feature = "templates"))]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use framestride::shapes::params::Tensor;
+use framestride::{Device, Found, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Text, Workspace};
+
+/// The system's allocator, which counts the calls of each thread.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: every method is the system's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// One item and two heads of 139 rows of 64, with norm, RoPE and text.
+struct Setup {
+    attention: SparseAttention,
+    workspace: Workspace,
+    layer: Layer,
+    /// The memory of the layer.
+    #[allow(dead_code)]
+    memory: Vec<framestride::device::Buffer>,
+}
+
+fn setup(device: &Device) -> Setup {
+    let module = Module::load(device, &Spec::shipped("tiny_text_last").unwrap()).unwrap();
+    let attention = SparseAttention::new(&module, 1, 2).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    // Every bf16 is 1 to 2, and likewise every f32.
+    let halves: Vec<u8> = (0..139 * 128u32).flat_map(|i| (0x3f80 | (i * 89 % 128) as u16).to_le_bytes()).collect();
+    let words: Vec<u8> = (0..115 * 32u32).flat_map(|i| (0x3f80_0000 | i * 7919 % 0x80_0000).to_le_bytes()).collect();
+    let memory: Vec<_> = [&halves, &halves, &halves, &halves, &words, &words, &vec![0; 139 * 2 * 4], &vec![9, 0, 0, 0]]
+        .into_iter()
+        .map(|bytes| device.upload(bytes).unwrap())
+        .collect();
+    let tensor = |index: usize| Tensor { data: memory[index].address(), batch: 0, row: 128, head: 64 };
+    let layer = Layer {
+        q: tensor(0),
+        k: tensor(1),
+        v: tensor(2),
+        out: tensor(3),
+        cos: memory[4].address(),
+        sin: memory[5].address(),
+        lse: memory[6].address(),
+        after: Text { lengths: memory[7].address(), ..Text::default() },
+        ..Layer::default()
+    };
+    Setup { attention, workspace, layer, memory }
+}
+
+#[test]
+fn a_launch_allocates_nothing() {
+    let device = Device::emulator();
+    let setup = setup(&device);
+    let found = device.allocate(8).unwrap();
+    let profiled = Layer { found: Found { head_types: found.address(), errors: 0 }, ..setup.layer };
+    for (layer, types) in [
+        (profiled, HeadTypes::Profiled),
+        (setup.layer, HeadTypes::Dense),
+        (setup.layer, HeadTypes::Given(found.address())),
+    ] {
+        let before = ALLOCATIONS.get();
+        let launches = setup.attention.launches(&layer, types, &setup.workspace);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "{types:?}");
+        assert_eq!(launches.unwrap().profiling.is_some(), types == HeadTypes::Profiled);
+    }
+    let before = ALLOCATIONS.get();
+    let error = setup.attention.launches(&Layer::default(), HeadTypes::Dense, &setup.workspace).unwrap_err();
+    assert!(ALLOCATIONS.get() > before, "an error has a message: {error}");
+}
+
+/// What profiling finds is the same wherever it is written, and whether or not attention follows.
+#[test]
+fn profiling_writes_where_it_is_told() {
+    let device = Device::emulator();
+    let setup = setup(&device);
+    let (types, errors) = (device.allocate(2 * 4).unwrap(), device.allocate(2 * 2 * 4).unwrap());
+    let out = |layer: &Layer| {
+        // SAFETY: the addresses are memory of this device, which lives until the end.
+        unsafe { setup.attention.forward(Stream::DEFAULT, layer, HeadTypes::Profiled, &setup.workspace).unwrap() };
+        device.read(&setup.memory[3], 0, 139 * 256).unwrap()
+    };
+    let found = || {
+        let words = |buffer| device.read(buffer, 0, 8).unwrap();
+        (words(&types), device.read(&errors, 0, 16).unwrap())
+    };
+    let mut layer = setup.layer;
+    let expected_out = out(&layer);
+    let expected = setup.attention.read_profile(&setup.workspace).unwrap();
+    let expected = (
+        expected.iter().flat_map(|head| (head.head_type as u32).to_le_bytes()).collect::<Vec<u8>>(),
+        expected.iter().flat_map(|head| head.errors).flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
+    );
+
+    layer.found = Found { head_types: types.address(), errors: errors.address() };
+    device.fill(Stream::DEFAULT, setup.workspace.buffer().unwrap(), 0xff).unwrap();
+    assert_eq!(out(&layer), expected_out);
+    assert_eq!(found(), expected);
+
+    for buffer in [&types, &errors, &setup.memory[3], setup.workspace.buffer().unwrap()] {
+        device.fill(Stream::DEFAULT, buffer, 0xff).unwrap();
+    }
+    layer.out = Tensor::default();
+    // SAFETY: as above.
+    unsafe { setup.attention.profile(Stream::DEFAULT, &layer, &setup.workspace).unwrap() };
+    assert_eq!(found(), expected);
+    assert_eq!(device.read(&setup.memory[3], 0, 139 * 256).unwrap(), [0xff; 139 * 256], "no output is written");
+}
