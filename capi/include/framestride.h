@@ -315,8 +315,9 @@ typedef struct {
   float *lse;
   // The types of heads [B, H], for FRAMESTRIDE_HEAD_TYPES_GIVEN. NULL: else.
   const uint32_t *head_types;
-  // Where profiling writes what it found. The types are [B, H]. The errors are [B, H, 2]: mean
-  // squared errors of the spatial and of the temporal mask. NULL: nowhere.
+  // Where a call that profiles writes what it finds. The types are [B, H]. The errors are
+  // [B, H, 2]: mean squared errors of the spatial and of the temporal mask, against dense attention
+  // of the sampled rows. NULL: nowhere.
   uint32_t *found_head_types;
   float *found_errors;
   // framestride_workspace_bytes bytes or more at a multiple of 256. All layers may use it in turn.
@@ -509,6 +510,13 @@ framestride_status framestride_workspace_bytes(framestride_attention attention, 
 // allocates nothing, copies nothing, loads nothing and waits for nothing. So it can be captured in a
 // CUDA graph. The handle, the memory and the stream live until the work is done.
 framestride_status framestride_forward(framestride_attention attention,
+                                       const framestride_call *call,
+                                       void *stream);
+
+// Launches what finds the types of the heads, and no attention: they and their errors go to
+// found_head_types and found_errors. head_types_from is FRAMESTRIDE_HEAD_TYPES_PROFILED. out and lse
+// are not looked at. All else is as for framestride_forward.
+framestride_status framestride_profile(framestride_attention attention,
                                        const framestride_call *call,
                                        void *stream);
 

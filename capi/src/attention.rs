@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use framestride::{Module, SparseAttention, Stream, Workspace};
+use framestride::{HeadTypes, Layer, Module, SparseAttention, Stream, Workspace};
 
 use crate::call::framestride_call;
 use crate::handle;
 use crate::module::framestride_module;
-use crate::status::{framestride_status, guard};
+use crate::status::{Failure, Result, framestride_status, guard};
 
 /// A handle of an attention: a module, planned for a batch and a number of heads.
 #[repr(C)]
@@ -67,18 +67,56 @@ pub unsafe extern "C" fn framestride_forward(
     stream: *mut c_void,
 ) -> framestride_status {
     guard(|| {
-        let attention: Arc<SparseAttention> = handle::get(attention.handle)?;
-        // SAFETY: the pointer is null, or that of a structure with its size.
-        let call = unsafe { handle::read_sized(call)? };
-        let (layer, types) = call.layer(&attention)?;
-        let (address, bytes) = (call.workspace.expose_provenance() as u64, call.workspace_bytes);
-        // SAFETY: the caller promises that all addresses are memory of the device, which lives until
-        // the work is done, and that the stream is one of its context.
-        unsafe {
-            let workspace = Workspace::borrow(attention.module().device(), address, bytes);
-            Ok(attention.forward(Stream::from_raw(stream), &layer, types, &workspace)?)
-        }
+        // SAFETY: the caller's promise, as the header asks for it.
+        let Prepared { attention, layer, types, workspace } = unsafe { prepare(attention, call)? };
+        // SAFETY: likewise, and the stream is one of the context.
+        unsafe { attention.forward(Stream::from_raw(stream), &layer, types, &workspace)? };
+        Ok(())
     })
+}
+
+/// Launches what finds the types of the heads, and no attention: they and their errors go to
+/// found_head_types and found_errors. head_types_from is FRAMESTRIDE_HEAD_TYPES_PROFILED. out and lse
+/// are not looked at. All else is as for framestride_forward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn framestride_profile(
+    attention: framestride_attention,
+    call: *const framestride_call,
+    stream: *mut c_void,
+) -> framestride_status {
+    guard(|| {
+        // SAFETY: the caller's promise, as the header asks for it.
+        let Prepared { attention, layer, types, workspace } = unsafe { prepare(attention, call)? };
+        if types != HeadTypes::Profiled {
+            let allowed = "FRAMESTRIDE_HEAD_TYPES_PROFILED";
+            return Err(Failure::argument("head_types_from", "other types", allowed, "Set it to 0"));
+        }
+        // SAFETY: likewise, and the stream is one of the context.
+        unsafe { attention.profile(Stream::from_raw(stream), &layer, &workspace)? };
+        Ok(())
+    })
+}
+
+/// A call as the library takes it.
+struct Prepared {
+    attention: Arc<SparseAttention>,
+    layer: Layer,
+    types: HeadTypes,
+    workspace: Workspace,
+}
+
+/// # Safety
+/// The pointer is null, or that of a structure with its size. Its addresses are memory of the device,
+/// which lives until the work is done.
+unsafe fn prepare(attention: framestride_attention, call: *const framestride_call) -> Result<Prepared> {
+    let attention: Arc<SparseAttention> = handle::get(attention.handle)?;
+    // SAFETY: the caller's promise.
+    let call = unsafe { handle::read_sized(call)? };
+    let (layer, types) = call.layer(&attention)?;
+    let address = call.workspace.expose_provenance() as u64;
+    // SAFETY: the caller's promise.
+    let workspace = unsafe { Workspace::borrow(attention.module().device(), address, call.workspace_bytes) };
+    Ok(Prepared { attention, layer, types, workspace })
 }
 
 /// Frees an attention. By then none of its calls may still run.

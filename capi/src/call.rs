@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use framestride::shapes::params::{NormWeights, Tensor};
-use framestride::{HeadTypes, Layer, SparseAttention, Text};
+use framestride::{Found, HeadTypes, Layer, SparseAttention, Text};
 
 use crate::handle::Sized64;
 use crate::spec::unknown;
@@ -100,8 +100,9 @@ pub struct framestride_call {
     pub lse: *mut f32,
     /// The types of heads [B, H], for FRAMESTRIDE_HEAD_TYPES_GIVEN. NULL: else.
     pub head_types: *const u32,
-    /// Where profiling writes what it found. The types are [B, H]. The errors are [B, H, 2]: mean
-    /// squared errors of the spatial and of the temporal mask. NULL: nowhere.
+    /// Where a call that profiles writes what it finds. The types are [B, H]. The errors are
+    /// [B, H, 2]: mean squared errors of the spatial and of the temporal mask, against dense attention
+    /// of the sampled rows. NULL: nowhere.
     pub found_head_types: *mut u32,
     pub found_errors: *mut f32,
     /// framestride_workspace_bytes bytes or more at a multiple of 256. All layers may use it in turn.
@@ -195,6 +196,7 @@ impl framestride_call {
             sin: address(self.sin),
             rope_batch: self.rope_batch,
             lse: address(self.lse),
+            found: Found { head_types: address(self.found_head_types), errors: address(self.found_errors) },
             half_widths: Some(half_widths),
             scale: (self.scale != 0.0).then_some(self.scale),
             seed: flag("has_seed", self.has_seed)?.then_some(self.seed),
