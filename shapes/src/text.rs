@@ -38,7 +38,8 @@ pub fn plain(text: &str, most: usize) -> Cow<'_, str> {
     Cow::Owned(head)
 }
 
-/// The name that was meant, if one of the known ones is at most two edits away.
+/// The name that was meant, if one of the known ones is at most two edits away, and these are at most
+/// half of its characters.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     const EDITS: usize = 2;
     known
@@ -46,7 +47,7 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         // A character has at most four bytes.
         .filter(|known| known.len().abs_diff(name.len()) <= 4 * EDITS)
         .map(|known| (edits(known, name), known))
-        .filter(|&(edits, known)| edits <= EDITS && edits < known.chars().count())
+        .filter(|&(edits, known)| edits <= EDITS && 2 * edits <= known.chars().count())
         .min_by_key(|&(edits, _)| edits)
         .map(|(_, known)| known)
 }
@@ -90,10 +91,13 @@ mod tests {
 
     #[test]
     fn names_that_were_meant() {
-        let known = ["q", "q_norm.weight", "text_lengths"];
+        let known = ["q", "cos", "kind", "q_norm.weight", "text_lengths"];
         for (name, meant) in [
             ("q_norm.wieght", Some("q_norm.weight")),
             ("text_length", Some("text_lengths")),
+            ("co", Some("cos")),
+            ("knid", Some("kind")),
+            ("foo", None),
             ("Q", None),
             ("masks", None),
             ("", None),

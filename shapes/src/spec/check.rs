@@ -239,7 +239,8 @@ fn read_width(r: &mut Reader, keys: &WidthKeys) -> Option<Width> {
     let frames = r.number(keys.frames).map(Width::Frames);
     match given[..] {
         [] => {
-            if r.has_table(keys.density.table()) {
+            let misspelt = all.iter().any(|key| r.is_misspelt(key.table(), key.name()));
+            if r.has_table(keys.density.table()) && !misspelt {
                 r.report(
                     keys.density,
                     "is missing, and so is any other width",

@@ -321,6 +321,11 @@ impl Table {
         KEYS.iter().filter(move |key| key.table() == path)
     }
 
+    /// The names of all that may stand in it.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + use<> {
+        self.keys().map(Key::name).chain(self.tables().map(Table::name))
+    }
+
     /// The tables in it.
     pub fn tables(&self) -> impl Iterator<Item = &'static Table> + use<> {
         let path = self.path;

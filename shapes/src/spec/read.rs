@@ -213,6 +213,7 @@ impl<'a> Reader<'a> {
         match key.presence {
             Presence::Default(text) => default(text, parse),
             Presence::Optional | Presence::OneOfTable => None,
+            Presence::Required if self.is_misspelt(key.table(), key.name()) => None,
             Presence::Required => {
                 let place =
                     if key.table().is_empty() { "the top of the file".into() } else { format!("[{}]", key.table()) };
@@ -265,8 +266,8 @@ impl<'a> Reader<'a> {
     /// The problem of a name that the spec does not have. It tells the nearest name that the spec
     /// has.
     fn unknown(&self, table: &Table, name: &Spanned<DeString>, value: &DeValue, path: &str) -> Problem {
-        let known: Vec<&str> = table.keys().map(Key::name).chain(table.tables().map(Table::name)).collect();
-        let mend = match nearest(name.get_ref(), known.iter().copied()) {
+        let known: Vec<&str> = table.names().collect();
+        let mend = match nearest(name.get_ref(), table.names()) {
             Some(nearest) => format!("did you mean `{nearest}`?"),
             None => "remove it".into(),
         };
@@ -280,11 +281,20 @@ impl<'a> Reader<'a> {
         )
     }
 
+    /// Whether a table has a name that seems to mean this one. Then the name is reported, and that
+    /// this one is missing need not be.
+    pub fn is_misspelt(&self, table: &str, name: &str) -> bool {
+        let known = TABLES.iter().find(|known| known.path == table);
+        let Some((known, (tree, _))) = known.zip(self.table(table)) else { return false };
+        tree.keys().any(|found| nearest(found.get_ref(), known.names()) == Some(name))
+    }
+
     /// Reports required tables that are not there. A table without keys of its own is only the
     /// parent of others.
     fn missing_tables(&self) -> Vec<Problem> {
         let required = TABLES.iter().filter(|table| table.required && table.keys().next().is_some());
-        let missing = required.filter(|table| !self.written(table)).map(|table| {
+        let misspelt = |table: &Table| table.parent().is_some_and(|parent| self.is_misspelt(parent, table.name()));
+        let missing = required.filter(|table| !self.written(table) && !misspelt(table)).map(|table| {
             let line = |key: &Key| format!("`{} = {}`", key.name(), key.example);
             let one_of = table.keys().filter(|key| matches!(key.presence, Presence::OneOfTable)).take(1);
             let required = table.keys().filter(|key| matches!(key.presence, Presence::Required));

@@ -76,6 +76,8 @@ const CASES: &[(&str, &[(&str, &str)])] = &[
     ("name missing", &[("name = \"good\"\n", "")]),
     ("unknown key", &[("frames = 5", "frames = 5\nframe_rate = 24")]),
     ("unknown key, nearly right", &[("tokens_per_frame = 12", "token_per_frame = 12")]),
+    ("required table, nearly right", &[("[video]", "[vidoe]")]),
+    ("required width, nearly right", &[("density = 0.4", "desnity = 0.4")]),
     ("unknown key at the top", &[("name = \"good\"", "name = \"good\"\nversion = 1")]),
     ("unknown table", &[("[qk_norm]", "[qknorm]")]),
     ("unknown table below a table", &[("[sink]", "[masks.sink]\n[sink]")]),
