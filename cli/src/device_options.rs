@@ -51,7 +51,7 @@ impl DeviceOptions {
         };
         match self.device {
             DeviceChoice::Emulator => Ok((Device::emulator(), None)),
-            DeviceChoice::Gpu => Ok((gpu()?, None)),
+            DeviceChoice::Gpu => Ok((gpu().map_err(without_gpu)?, None)),
             DeviceChoice::Auto => Ok(gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None))),
         }
     }
@@ -81,6 +81,19 @@ impl DeviceOptions {
             ));
         }
         Module::load_kernels(device, &kernels)
+    }
+}
+
+/// What to do where `--device gpu` finds none. Other errors say it themselves.
+fn without_gpu(error: Error) -> Error {
+    match error {
+        Error::NoGpu(_) => Error::input(
+            "--device gpu",
+            error,
+            "a machine with a Hopper GPU and its driver",
+            "Try --device emulator; `framestride doctor` shows what was found",
+        ),
+        error => error,
     }
 }
 

@@ -115,6 +115,17 @@ impl Output {
     }
 }
 
+/// Makes a folder for outputs, where it is not there yet.
+pub fn make_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| {
+        let found = match fs::metadata(folder) {
+            Ok(_) => "a file".into(),
+            Err(_) => format!("a folder that cannot be made ({error})"),
+        };
+        Error::input(folder.display(), found, "a folder, or a place where one can be made", "Give another folder")
+    })
+}
+
 /// Prints text on standard output.
 pub fn print(text: &str) -> Result<()> {
     write_stdout(text.as_bytes()).map_err(|error| Error::file("standard output", error))

@@ -125,23 +125,23 @@ const HEADER_BYTES: u64 = 100_000_000;
 /// The bytes of a file. Where the first ones are those of no safetensors file, only these are read:
 /// the rest may have no end.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = std::fs::File::open(path)?;
-        let available = available_memory().unwrap_or(u64::MAX);
-        let size = file.metadata()?.len();
-        if size > available {
-            let message = format!("its {size} bytes are more than the {available} of memory that are left");
-            return Err(std::io::Error::other(message));
-        }
-        let mut bytes = Vec::new();
-        file.by_ref().take(SIZE_BYTES as u64 + 1).read_to_end(&mut bytes)?;
-        let header = bytes.first_chunk().map_or(0, |size| u64::from_le_bytes(*size));
-        if header <= HEADER_BYTES && bytes.last() == Some(&b'{') {
-            file.read_to_end(&mut bytes)?;
-        }
-        Ok(bytes)
-    };
-    read().map_err(|error| Error::file(path, error))
+    let refuse = |found: String, mend: &str| Error::input(path.display(), found, "a safetensors file", mend);
+    let unreadable =
+        |error: std::io::Error| refuse(format!("nothing to read ({error})"), "Check the path and its permissions");
+    let mut file = std::fs::File::open(path).map_err(unreadable)?;
+    let available = available_memory().unwrap_or(u64::MAX);
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size > available {
+        let found = format!("{size} bytes, more than the {available} of memory that are left");
+        return Err(refuse(found, "Free memory, or store one layer alone"));
+    }
+    let mut bytes = Vec::new();
+    file.by_ref().take(SIZE_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    let header = bytes.first_chunk().map_or(0, |size| u64::from_le_bytes(*size));
+    if header <= HEADER_BYTES && bytes.last() == Some(&b'{') {
+        file.read_to_end(&mut bytes).map_err(unreadable)?;
+    }
+    Ok(bytes)
 }
 
 impl<'a> File<'a> {

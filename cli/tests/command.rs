@@ -45,7 +45,7 @@ fn describe() {
     let [expected] = &value["expected"].as_array().unwrap()[..] else { panic!("{value}") };
     assert_eq!((expected["gpu"].as_str(), expected["can_gain"].as_bool()), (Some("h100"), Some(true)));
     let said = |spec: &str| String::from_utf8(framestride(&["describe", spec]).stdout).unwrap();
-    assert!(said("wan_14b_720p").contains("expected gain over dense: 3."));
+    assert!(said("wan_14b_720p").contains("expected gain over framestride's own dense layer: 3."));
     assert!(said("tiny_plain").contains("whatever the half widths.\n  Run it dense."));
     let unknown = framestride(&["describe", "demo", "--gpu", "b200"]);
     assert_eq!(unknown.status.code(), Some(2));
@@ -288,7 +288,8 @@ fn bad_input_is_two() {
         assert!(String::from_utf8(output.stderr).unwrap().contains("minutes in the emulator"));
         let output = framestride(&["verify", "demo", "--device", "gpu"]);
         assert_eq!(output.status.code(), Some(2));
-        assert!(String::from_utf8(output.stderr).unwrap().contains("no GPU"));
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(message.contains("no GPU") && message.contains("mend: Try --device emulator"), "{message}");
     }
 }
 

@@ -95,7 +95,9 @@ fn what_cannot_be_written_is_said_before_the_run() {
     }
     refused(&run(&at("qkv.safetensors"), &["--out", "/no/such/folder/out"]), "mend: Make the folder first");
     refused(&plot(folder.path()), "a folder");
-    refused(&run(&at("qkv.safetensors"), &["--out", "/dev/null", "--report", "/dev/null"]), "/dev/null");
+    refused(&run(&at("qkv.safetensors"), &["--out", "/dev/null", "--report", "/dev/null"]), "/dev/null: found a file");
+    let beyond = at("qkv.safetensors/report");
+    refused(&run(&at("qkv.safetensors"), &["--out", "/dev/null", "--report", path(&beyond)]), "cannot be made");
     symlink("loop", at("loop")).unwrap();
     assert_eq!(plot(&at("loop")).status.code(), Some(2));
 
@@ -165,7 +167,7 @@ fn kernels_are_outputs() {
     let build = |out: &Path| command(&["build", "tiny_plain", "--out", path(out)]).output().unwrap();
     let kept = folder.path().join("tiny_plain.ptx");
     fs::write(&kept, "kept").unwrap();
-    refused(&build(&kept), "File exists");
+    refused(&build(&kept), "found a file");
     fs::set_permissions(&kept, Permissions::from_mode(0o444)).unwrap();
     refused(&build(folder.path()), "a read-only file");
     let spec = folder.path().join("tiny_plain.json");

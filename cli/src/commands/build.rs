@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
+use framestride::Kernels;
 use framestride::shapes::arch::Arch;
-use framestride::{Error, Kernels};
 use serde_json::json;
 
 use crate::outcome::Outcome;
-use crate::output::Output;
+use crate::output::{Output, make_folder};
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 
@@ -36,7 +36,7 @@ pub struct Build {
 pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Outcome, Box<dyn std::error::Error>> {
     let arch = arch.parse::<Arch>()?;
     let spec = read_spec(&argument)?;
-    std::fs::create_dir_all(&out).map_err(|error| Error::file(&out, error))?;
+    make_folder(&out)?;
     let output = |extension| Output::new(&out.join(format!("{}.{extension}", spec.name)), &[Path::new(&argument)]);
     let outputs = [output("ptx")?, output("json")?];
     let bar = Bar::new();

@@ -158,8 +158,8 @@ fn text_of(layout: &Layout) -> String {
     sides.map(|(tokens, position)| format!(" + {tokens} text ({position})")).collect()
 }
 
-/// What a spec can gain over dense attention on a GPU, or why it cannot gain, and what to do about
-/// it.
+/// What a spec can gain over a dense layer of the same kernels on a GPU, or why it cannot gain, and
+/// what to do about it.
 fn gain_text(spec: &Spec, rates: &Rates, times: &LayerTimes) -> String {
     let over_dense = format!(
         "{:.2}x, estimated for an {}:\n  a layer {:.3} ms (pack {:.3}, profile {:.3}, second pack {:.3}, attention {:.3}), dense {:.3} ms\n",
@@ -173,7 +173,7 @@ fn gain_text(spec: &Spec, rates: &Rates, times: &LayerTimes) -> String {
         times.dense_layer()
     );
     match times.obstacle() {
-        None => format!("\n  expected gain over dense: {over_dense}"),
+        None => format!("\n  expected gain over framestride's own dense layer: {over_dense}"),
         Some(Obstacle::Density) => format!(
             "\n  this shape cannot gain: {over_dense}  Its masks (density {:.2}) leave {:.0}% of the time of dense attention; profiling pays below {:.0}%.\n  Take smaller half widths, or run it dense.\n",
             (spec.density(HeadType::Spatial) + spec.density(HeadType::Temporal)) / 2.0,

@@ -2,16 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use framestride::Result;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
-use framestride::{Error, Result};
 use framestride_check::layer_run::LayerRun;
 use framestride_check::reference::Reference;
 use framestride_check::tensors::Inputs;
 use image::Rgb;
 
 use super::{Picture, masks};
-use crate::output::Output;
+use crate::output::{Output, make_folder};
 use crate::tensor_files::Frames;
 use crate::video;
 
@@ -39,7 +39,7 @@ impl RunPictures {
     /// Makes the folder, and checks every file before the run. None may be one of `inputs`. With a
     /// video, `heads` heads get a picture.
     pub fn new(folder: &Path, heads: Option<usize>, inputs: &[&Path]) -> Result<RunPictures> {
-        std::fs::create_dir_all(folder).map_err(|error| Error::file(folder, error))?;
+        make_folder(folder)?;
         let output = |name: String| Output::new(&folder.join(name), inputs);
         let attention = 0..heads.map_or(0, |heads| heads.min(HEADS));
         let mask = |head_type: HeadType| Ok((head_type, output(format!("mask_{}.png", head_type.name()))?));
@@ -82,38 +82,41 @@ impl RunPictures {
     }
 }
 
-/// All frames in a grid, darkened, with the weights of one query over them. A rectangle marks the
-/// query's own patch.
+/// All frames in a grid, darkened, with the weights of one query over them, and above them what the
+/// colours mean. A rectangle marks the query's own patch.
 fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &[f64], title: &str) -> Picture {
     const MARGIN: usize = 16;
     const GAP: usize = 8;
     const LINE: usize = 16;
+    /// Where the frames begin: below three lines and a gap.
+    const TOP: usize = MARGIN + 3 * LINE + GAP;
+    /// The title and the meaning of the colours have room in this width.
+    const LEAST_WIDTH: usize = 440;
     let count = weights.len() / (grid[0] * grid[1]);
     let zoom = FRAME_SIDE.div_ceil(frames.width.max(frames.height));
     let (width, height) = (frames.width * zoom, frames.height * zoom);
     let columns = (count as f64).sqrt().ceil() as usize;
     let rows = count.div_ceil(columns);
     let mut picture = Picture::new(
-        (2 * MARGIN + columns * (width + GAP) - GAP) as u32,
-        (2 * MARGIN + 2 * LINE + rows * (height + GAP + LINE)) as u32,
+        (2 * MARGIN + columns * (width + GAP) - GAP).max(LEAST_WIDTH) as u32,
+        (TOP + MARGIN + rows * (height + GAP + LINE)) as u32,
     );
     let patches = grid[0] * grid[1];
     let (query_frame, query_patch) = (query / patches, query % patches);
     let seen: f64 = weights.iter().sum();
-    picture.text(
-        MARGIN as u32,
-        MARGIN as u32,
-        &format!(
-            "{title}: where patch ({}, {}) of frame {query_frame} looks ({:.1}% on video, the rest on text)",
-            query_patch / grid[1],
-            query_patch % grid[1],
-            100.0 * seen
-        ),
-    );
     let strongest = weights.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    let (row, column) = (query_patch / grid[1], query_patch % grid[1]);
+    let lines = [
+        format!("{title}: where patch ({row}, {column}) of frame {query_frame} looks"),
+        format!("weight of its attention on video: {:.1}%, on text: {:.1}%", 100.0 * seen, 100.0 * (1.0 - seen).abs()),
+    ];
+    for (number, text) in lines.iter().enumerate() {
+        picture.text(MARGIN as u32, (MARGIN + number * LINE) as u32, text);
+    }
+    draw_legend(&mut picture, MARGIN as u32, (MARGIN + 2 * LINE) as u32, strongest);
     for frame in 0..count {
         let left = MARGIN + frame % columns * (width + GAP);
-        let top = MARGIN + 2 * LINE + frame / columns * (height + GAP + LINE);
+        let top = TOP + frame / columns * (height + GAP + LINE);
         let share: f64 = weights[frame * patches..][..patches].iter().sum();
         picture.text(left as u32, top as u32, &format!("frame {frame}: {:.1}%", 100.0 * share));
         for y in 0..height {
@@ -122,35 +125,55 @@ fn attention_picture(frames: &Frames, grid: [usize; 2], query: usize, weights: &
                 let patch = [row * grid[0] / frames.height, column * grid[1] / frames.width];
                 let pixel = ((frame * frames.height + row) * frames.width + column) * 3;
                 let pixel = [0, 1, 2].map(|channel| frames.pixels[pixel + channel]);
-                // The square root keeps weak weights visible.
-                let heat = (weights[frame * patches + patch[0] * grid[1] + patch[1]] / strongest).sqrt();
-                picture.put_pixel((left + x) as u32, (top + LINE + y) as u32, overlay(pixel, heat));
+                let weight = weights[frame * patches + patch[0] * grid[1] + patch[1]] / strongest;
+                picture.put_pixel((left + x) as u32, (top + LINE + y) as u32, overlay(pixel, weight));
             }
         }
         if frame == query_frame {
             let edge = |patch: usize, side: usize, pixels: usize| (patch * pixels).div_ceil(side);
-            let (row, column) = (query_patch / grid[1], query_patch % grid[1]);
             let (x0, x1) = (edge(column, grid[1], width), edge(column + 1, grid[1], width));
             let (y0, y1) = (edge(row, grid[0], height), edge(row + 1, grid[0], height));
             let (x, y) = ((left + x0) as u32, (top + LINE + y0) as u32);
-            let (w, h) = ((x1 - x0) as u32, (y1 - y0) as u32);
-            for (x, y, w, h) in [(x, y, w, 2), (x, y + h - 2, w, 2), (x, y, 2, h), (x + w - 2, y, 2, h)] {
-                picture.rectangle(x, y, w, h, Rgb([80, 220, 255]));
-            }
+            mark_patch(&mut picture, x, y, (x1 - x0) as u32, (y1 - y0) as u32);
         }
     }
     picture
 }
 
+/// The rectangle around the query's own patch.
+fn mark_patch(picture: &mut Picture, x: u32, y: u32, width: u32, height: u32) {
+    for (x, y, width, height) in
+        [(x, y, width, 2), (x, y + height - 2, width, 2), (x, y, 2, height), (x + width - 2, y, 2, height)]
+    {
+        picture.rectangle(x, y, width, height, Rgb([80, 220, 255]));
+    }
+}
+
+/// What the colours mean: the mark of the query's patch, and the colours of weights up to the
+/// largest one.
+fn draw_legend(picture: &mut Picture, left: u32, top: u32, strongest: f64) {
+    const BOX: u32 = 10;
+    const SCALE: u32 = 80;
+    mark_patch(picture, left, top + 2, BOX, BOX);
+    picture.text(left + BOX + 6, top, "this patch");
+    let scale = left + 110;
+    for x in 0..SCALE {
+        picture.rectangle(scale + x, top + 2, 1, BOX, overlay([160; 3], f64::from(x) / f64::from(SCALE - 1)));
+    }
+    picture.text(scale + SCALE + 6, top, &format!("weight of a patch, 0 to {:.2}%", 100.0 * strongest));
+}
+
 /// The colour of a pixel. It is grey and dark where nothing looks. Where something looks, it is
-/// warm and has its own colours.
-fn overlay(pixel: [u8; 3], heat: f64) -> Rgb<u8> {
+/// warm and has its own colours. `weight` is relative to the largest one.
+fn overlay(pixel: [u8; 3], weight: f64) -> Rgb<u8> {
+    // The square root keeps weak weights visible.
+    let heat = weight.clamp(0.0, 1.0).sqrt();
     let grey = pixel.iter().map(|&x| f64::from(x)).sum::<f64>() / 3.0;
     let glow = [255.0, 110.0, 20.0];
     Rgb([0, 1, 2].map(|channel| {
         let own = f64::from(pixel[channel]);
         let cold = 0.45 * grey + 8.0;
         let warm = 0.55 * own + 0.45 * glow[channel];
-        (cold + (warm - cold) * heat.clamp(0.0, 1.0)) as u8
+        (cold + (warm - cold) * heat) as u8
     }))
 }
