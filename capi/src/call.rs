@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::{Found, HeadTypes, Layer, SparseAttention, Text};
 
-use crate::handle::Sized64;
+use crate::handle::{Sized64, check_reserved};
 use crate::spec::unknown;
 use crate::status::framestride_status::FRAMESTRIDE_UNSUPPORTED;
 use crate::status::{Failure, Result};
@@ -167,6 +167,7 @@ fn flag(name: &str, value: u32) -> Result<bool> {
 impl framestride_call {
     /// The layer of this call, and where its head types come from.
     pub(crate) fn layer(&self, attention: &SparseAttention) -> Result<(Layer, HeadTypes)> {
+        check_reserved(&[self.reserved])?;
         let types = match self.head_types_from {
             FRAMESTRIDE_HEAD_TYPES_PROFILED => HeadTypes::Profiled,
             FRAMESTRIDE_HEAD_TYPES_DENSE => HeadTypes::Dense,

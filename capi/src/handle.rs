@@ -98,14 +98,14 @@ fn key(handle: u64) -> Option<DefaultKey> {
 fn invalid<T: Kind>(handle: u64, entry: Option<&Entry>) -> Failure {
     let name = T::NAME;
     let found = match entry {
-        Some(entry) => format!("a handle of a {}", entry.kind()),
+        Some(entry) => format!("a handle of kind {}", entry.kind()),
         None if handle == 0 => "a handle of 0".into(),
         None => format!("the handle {handle:#x}, which was freed or never given"),
     };
     let message = Failure::argument(
         name,
         found,
-        format!("a handle of a {name} that this library gave and nobody has freed"),
+        format!("a handle of kind {name} that this library gave and nobody has freed"),
         "Use the handle until it is freed, and not after",
     );
     Failure { status: FRAMESTRIDE_INVALID_HANDLE, ..message }
@@ -174,6 +174,17 @@ unsafe fn checked_size<T: Sized64>(pointer: *const T) -> Result<usize> {
     };
     let allowed = format!("a structure whose first field is its size, {least} bytes in this version");
     Err(Failure::argument(T::NAME, found, allowed, "Set all of it to zero, then its size to sizeof"))
+}
+
+/// Checks fields that must be 0, so that a later version can give them a meaning.
+pub(crate) fn check_reserved(reserved: &[u32]) -> Result {
+    match reserved.iter().find(|&&value| value != 0) {
+        None => Ok(()),
+        Some(value) => {
+            let mend = "Set all of the structure to zero first";
+            Err(Failure::argument("reserved", value, "0", mend))
+        }
+    }
 }
 
 /// Writes a result of a function.

@@ -229,7 +229,7 @@ pub unsafe extern "C" fn framestride_spec_parse(
         // SAFETY: the pointer is null, or that of so many bytes.
         let toml = unsafe { handle::text_of("toml", toml, bytes)? };
         // SAFETY: the pointer is null, or that of a variable.
-        unsafe { write_spec(spec, || Ok(Spec::parse("toml", toml).map_err(Error::from)?)) }
+        unsafe { write_spec(spec, || parse("toml", toml)) }
     })
 }
 
@@ -309,7 +309,8 @@ pub unsafe extern "C" fn framestride_half_width(
                 FRAMESTRIDE_HEAD_TEMPORAL => (builder.temporal(density), HeadType::Temporal),
                 other => return Err(unknown("head_type", other, "1 (spatial) or 2 (temporal)")),
             };
-            Ok(builder.build().map_err(Error::from)?.layout.half_width(head_type))
+            let spec = parse("framestride_half_width", &builder.to_toml())?;
+            Ok(spec.layout.half_width(head_type))
         };
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { handle::write("half_width", half_width, solve) }
@@ -341,12 +342,18 @@ pub(crate) unsafe fn write_spec(spec: *mut framestride_spec, make: impl FnOnce()
     unsafe { handle::write("spec", spec, make) }
 }
 
+/// The spec of a text, which messages call `file`.
+fn parse(file: &str, toml: &str) -> Result<Spec> {
+    Ok(Spec::parse(file, toml).map_err(Error::from)?)
+}
+
 /// The spec of numbers, which are checked as those of a file are.
 ///
 /// # Safety
 /// The name is null, or a text.
 unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
     let p = problem;
+    handle::check_reserved(&[p.reserved, p.spatial.reserved, p.temporal.reserved])?;
     let choice = |name: &str, value: u32, allowed: &[u32], meaning: &str| match allowed.contains(&value) {
         true => Ok(value as usize),
         false => Err(unknown(name, value, meaning)),
@@ -389,8 +396,7 @@ unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
         let channels = if p.rope_channels == 0 { p.head_dim } else { p.rope_channels };
         builder = builder.rope(Rope { pairs: Pairs::ALL[pairs - 1], channels, before, after, per_head });
     }
-    let parse =
-        |builder: SpecBuilder| Ok(Spec::parse(framestride_problem::NAME, &builder.to_toml()).map_err(Error::from)?);
+    let parse = |builder: SpecBuilder| parse(framestride_problem::NAME, &builder.to_toml());
     let seed = p.profile_seed;
     if p.profile_rows > 0 {
         return parse(builder.profile(Profile { rows: p.profile_rows, seed }));

@@ -119,3 +119,28 @@ pub const FRAMESTRIDE_ABI_VERSION: u32 = 1;
 pub extern "C" fn framestride_abi_version() -> u32 {
     FRAMESTRIDE_ABI_VERSION
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    fn last_error() -> String {
+        // SAFETY: the text is this thread's, and nothing replaces it here.
+        unsafe { CStr::from_ptr(framestride_last_error()) }.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_panic_stays_inside() {
+        assert_eq!(last_error(), "");
+        assert_eq!(guard(|| panic!("{} went wrong", "something")), FRAMESTRIDE_INTERNAL);
+        assert_eq!(last_error(), "a mistake of the library: something went wrong");
+        assert_eq!(guard(|| panic!("at once")), FRAMESTRIDE_INTERNAL);
+        assert_eq!(last_error(), "a mistake of the library: at once");
+        assert_eq!(guard(|| Ok(())), FRAMESTRIDE_OK);
+        assert_eq!(last_error(), "a mistake of the library: at once", "a call that succeeds leaves the message");
+        let invalid = Failure::new(FRAMESTRIDE_UNSUPPORTED, "no");
+        assert_eq!((guard(|| Err(invalid)), last_error().as_str()), (FRAMESTRIDE_UNSUPPORTED, "no"));
+    }
+}

@@ -64,7 +64,7 @@ impl Workspace {
                 "workspace",
                 format!("{} bytes", self.bytes),
                 format!("at least {}", layout.bytes),
-                "SparseAttention::workspace_bytes gives the size",
+                "Ask the attention for its workspace_bytes",
             ));
         }
         check_address("workspace", self.address, ALIGNMENT)?;
