@@ -1,6 +1,7 @@
 //! The commands of the README, `cargo xtask demo` and `cargo xtask test`, and those of maintainers.
 
 mod bench;
+mod install;
 mod kernels;
 mod lint;
 mod mutants;
@@ -23,6 +24,9 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   diffusers [FAMILY ...]
                 compare dense attention with the models of diffusers, or with those whose names have one of these
                 parts, in a Python environment of its own (5 GB in target/diffusers)
+  install-c PREFIX [--debug]
+                build the C library, and put it into PREFIX/lib, its header into PREFIX/include, and what
+                pkg-config reads into PREFIX/lib/pkgconfig
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
 ";
@@ -37,6 +41,8 @@ fn main() -> ExitCode {
         ("kernels", []) => kernels::make(),
         ("mutants", names) => mutants::plant(mutants::Choice::Named(names)),
         ("diffusers", families) => diffusers(families),
+        ("install-c", [prefix]) => install::c_library(prefix, false),
+        ("install-c", [prefix, debug]) if debug == "--debug" => install::c_library(prefix, true),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
             print!("{}", framestride_builder::toolchain::Inventory::new());
@@ -70,6 +76,7 @@ fn demo() -> Result<(), String> {
 fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;
+    setup::c_tools()?;
     if arguments.is_empty() {
         lint::run_all()?;
     }

@@ -1,5 +1,6 @@
 //! Sets up what is missing, and nothing else. It is the device compiler, ptxas and the disassembler
-//! for the tests, clippy, rustfmt and an old Rust for lints, and Python's packages.
+//! for the tests, what builds and judges their programs in C, clippy, rustfmt and an old Rust for
+//! lints, and Python's packages.
 
 use std::fs;
 use std::io::IsTerminal;
@@ -102,6 +103,29 @@ fn announce_tools(found: CudaTools) -> CudaTools {
         step(&format!("ptxas and nvdisasm: {}", folder.display()));
     }
     found
+}
+
+/// Compilers of C and C++, valgrind, and the tools by which programs find a library, each with its
+/// package of Debian's.
+const C_TOOLS: [(&str, &str); 6] = [
+    ("cc", "gcc"),
+    ("c++", "g++"),
+    ("valgrind", "valgrind"),
+    ("pkg-config", "pkg-config"),
+    ("cmake", "cmake"),
+    ("meson", "meson"),
+];
+
+/// Finds what the tests of the C interface need, or installs it from Debian's packages. They are
+/// tests of Linux alone.
+pub fn c_tools() -> Result<(), String> {
+    let missing: Vec<&str> =
+        C_TOOLS.iter().filter(|(tool, _)| on_path(tool).is_none()).map(|&(_, package)| package).collect();
+    if missing.is_empty() || !cfg!(target_os = "linux") {
+        return Ok(());
+    }
+    let command = format!("apt-get install -y --no-install-recommends {}", missing.join(" "));
+    install(&command).or_else(|_| install("apt-get update").and_then(|()| install(&command)))
 }
 
 /// Makes a Python virtual environment with what pip installs of `packages`. Installs Python if it is
