@@ -82,6 +82,15 @@ fn a_launch_does_nothing_else_and_refuses_other_contexts() {
     insta::assert_snapshot!(said);
 }
 
+/// What only a real driver can tell.
+#[test]
+fn a_real_gpu() {
+    let program = compile("tests/c/gpu.c", &["-pthread"]);
+    if devices().len() > 1 {
+        println!("{}", succeeds(&mut run(&program)));
+    }
+}
+
 /// The emulator, and a GPU if there is one that runs the kernels.
 fn devices() -> Vec<(&'static str, Device)> {
     let gpu = Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu)).map(|gpu| ("gpu", gpu.into()));
