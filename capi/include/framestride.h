@@ -451,6 +451,17 @@ framestride_status framestride_spec_toml(framestride_spec spec,
                                          size_t capacity,
                                          size_t *needed);
 
+// Writes a description for people to `buffer`, as framestride_spec_toml does: sequence, tiles, exact
+// densities, workspace, arithmetic, and what the spec is estimated to gain over dense attention.
+//
+// `gpu` is the short name of one that there are rates of, such as "h100". NULL is the first GPU of
+// this machine, or all there are rates of.
+framestride_status framestride_describe(framestride_spec spec,
+                                        const char *gpu,
+                                        char *buffer,
+                                        size_t capacity,
+                                        size_t *needed);
+
 // The half width in tokens that gives a type of head the density that is nearest to `density`. A
 // call takes it as spatial_half_width or temporal_half_width.
 framestride_status framestride_half_width(framestride_spec spec,

@@ -201,6 +201,26 @@ pub(crate) unsafe fn write<T>(name: &str, pointer: *mut T, value: impl FnOnce() 
     Ok(())
 }
 
+/// Writes a text and a zero byte to a buffer that has room for both, and their bytes to `needed`.
+///
+/// # Safety
+/// The buffer has room for `capacity` bytes. Where `needed` is not null, a number can be written there.
+pub(crate) unsafe fn write_text(text: &str, buffer: *mut c_char, capacity: usize, needed: *mut usize) -> Result {
+    if buffer.is_null() && capacity > 0 {
+        return Err(Failure::argument("buffer", "NULL", "a buffer, or a capacity of 0", "Pass its address"));
+    }
+    // SAFETY: the caller's promise.
+    unsafe { write("needed", needed, || Ok(text.len() + 1))? };
+    if capacity > text.len() {
+        // SAFETY: the buffer has room for so many bytes, and is not null.
+        unsafe {
+            buffer.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len());
+            buffer.add(text.len()).write(0);
+        }
+    }
+    Ok(())
+}
+
 /// A text that ends with a zero byte.
 ///
 /// # Safety

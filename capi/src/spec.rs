@@ -7,7 +7,7 @@ use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, Width,
 };
-use framestride::{Device, Error};
+use framestride::{Description, Device, Error};
 
 use crate::device::{self, framestride_device};
 use crate::handle::{self, Sized64};
@@ -273,20 +273,31 @@ pub unsafe extern "C" fn framestride_spec_toml(
 ) -> framestride_status {
     guard(|| {
         let spec: Arc<Spec> = handle::get(spec.handle)?;
-        let text = spec.source.text.as_bytes();
-        if buffer.is_null() && capacity > 0 {
-            return Err(Failure::argument("buffer", "NULL", "a buffer, or a capacity of 0", "Pass its address"));
-        }
-        // SAFETY: the pointer is null, or that of a variable.
-        unsafe { handle::write("needed", needed, || Ok(text.len() + 1))? };
-        if capacity > text.len() {
-            // SAFETY: the buffer has room for so many bytes, and is not null.
-            unsafe {
-                buffer.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len());
-                buffer.add(text.len()).write(0);
-            }
-        }
-        Ok(())
+        // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
+        unsafe { handle::write_text(&spec.source.text, buffer, capacity, needed) }
+    })
+}
+
+/// Writes a description for people to `buffer`, as framestride_spec_toml does: sequence, tiles, exact
+/// densities, workspace, arithmetic, and what the spec is estimated to gain over dense attention.
+///
+/// `gpu` is the short name of one that there are rates of, such as "h100". NULL is the first GPU of
+/// this machine, or all there are rates of.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn framestride_describe(
+    spec: framestride_spec,
+    gpu: *const c_char,
+    buffer: *mut c_char,
+    capacity: usize,
+    needed: *mut usize,
+) -> framestride_status {
+    guard(|| {
+        let spec: Arc<Spec> = handle::get(spec.handle)?;
+        // SAFETY: the pointer is null, or that of a text.
+        let gpu = if gpu.is_null() { None } else { Some(unsafe { handle::text("gpu", gpu)? }) };
+        let text = Description::new(&spec, gpu)?.to_string();
+        // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
+        unsafe { handle::write_text(&text, buffer, capacity, needed) }
     })
 }
 

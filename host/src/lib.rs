@@ -65,6 +65,7 @@
 
 #[doc(hidden)]
 pub mod call;
+mod describe;
 pub mod device;
 mod error;
 pub mod launch;
@@ -75,6 +76,7 @@ mod plan;
 mod template;
 mod workspace;
 
+pub use describe::{Description, MaskDescription};
 pub use device::{Device, Stream};
 pub use error::{Error, Result};
 #[doc(inline)]

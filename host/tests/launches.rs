@@ -47,7 +47,7 @@ fn setup(device: &Device) -> Setup {
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
     // Every bf16 is 1 to 2, and likewise every f32.
     let halves: Vec<u8> = (0..139 * 128u32).flat_map(|i| (0x3f80 | (i * 89 % 128) as u16).to_le_bytes()).collect();
-    let words: Vec<u8> = (0..115 * 32u32).flat_map(|i| (0x3f80_0000 | i * 7919 % 0x80_0000).to_le_bytes()).collect();
+    let words: Vec<u8> = (0..115 * 32u32).flat_map(|i| (0x3f80_0000 | (i * 7919 % 0x80_0000)).to_le_bytes()).collect();
     let memory: Vec<_> = [&halves, &halves, &halves, &halves, &words, &words, &vec![0; 139 * 2 * 4], &vec![9, 0, 0, 0]]
         .into_iter()
         .map(|bytes| device.upload(bytes).unwrap())

@@ -105,6 +105,7 @@ static void null_pointers(void) {
   WRONG("spec_info, details", framestride_spec_info(spec, NULL));
   WRONG("spec_toml, buffer", framestride_spec_toml(spec, NULL, 1, &needed));
   WRONG("spec_toml, needed", framestride_spec_toml(spec, text, sizeof text, NULL));
+  WRONG("describe, needed", framestride_describe(spec, NULL, text, sizeof text, NULL));
   WRONG("half_width, half_width", framestride_half_width(spec, FRAMESTRIDE_HEAD_SPATIAL, 0.5, NULL));
   WRONG("load, module", framestride_load(device, spec, NULL));
   WRONG("load_file, path", framestride_load_file(device, NULL, &loaded));
@@ -222,6 +223,8 @@ static void specs(void) {
   WRONG("a spec that is no UTF-8", framestride_spec_parse("name = \"\xff\"", 10, &wrong));
   WRONG("a spec that is too long", framestride_spec_parse(toml, SIZE_MAX, &wrong));
   WRONG("an unknown name", framestride_spec_shipped("tiny_plan", &wrong));
+  size_t needed;
+  WRONG("an unknown GPU", framestride_describe(spec, "b200", NULL, 0, &needed));
   WRONG_PROBLEM("no frames", problem.frames = 0);
   WRONG_PROBLEM("no heads, and an odd head dim", (problem.heads = 0, problem.head_dim = 65));
   WRONG_PROBLEM("a bad name", problem.name = "A name");
@@ -312,6 +315,11 @@ int main(int count, char **arguments) {
   RIGHT(framestride_spec_toml(spec, text, needed - 1, &again));
   if (again != needed || text[0] != 7) return 1;
   RIGHT(framestride_spec_toml(spec, text, needed, &again));
+  RIGHT(framestride_describe(spec, "h100", NULL, 0, &needed));
+  char *description = malloc(needed);
+  RIGHT(framestride_describe(spec, "h100", description, needed, &again));
+  if (again != needed || strlen(description) + 1 != needed || !strstr(description, "sequence   139 =")) return 1;
+  free(description);
   framestride_spec same;
   RIGHT(framestride_spec_parse(text, strlen(text), &same));
   RIGHT(framestride_spec_free(same));
