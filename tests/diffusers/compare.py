@@ -129,6 +129,29 @@ def hunyuan_video():
     )
 
 
+# Rows of FramePack's history: two frames as they are, two frames in patches of twice the size along
+# each axis, and four in patches of four times the size.
+HISTORY = 2 * HEIGHT * WIDTH + sum(math.ceil(HEIGHT / size) * math.ceil(WIDTH / size) for size in (2, 4))
+
+
+def frame_pack():
+    model = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=EMBEDDING, pooled_projection_dim=EMBEDDING, has_image_proj=True,
+        image_proj_dim=EMBEDDING, has_clean_x_embedder=True,
+    )
+    coarsest, coarse, clean, drawn = torch.arange(8 + FRAMES).split([4, 2, 2, FRAMES])
+    # An image of 7 tokens comes before the prompt, so that 17 and 9 of 24 are valid.
+    return model, dict(
+        hidden_states=latents(), indices_latents=drawn, timestep=TIMES, guidance=TIMES,
+        encoder_hidden_states=noise(BATCH, TEXT - 7, EMBEDDING), encoder_attention_mask=first([10, 2], TEXT - 7),
+        pooled_projections=noise(BATCH, EMBEDDING), image_embeds=noise(BATCH, 7, EMBEDDING),
+        latents_clean=latents(frames=2), indices_latents_clean=clean,
+        latents_history_2x=latents(frames=2), indices_latents_history_2x=coarse,
+        latents_history_4x=latents(frames=4), indices_latents_history_4x=coarsest,
+    )
+
+
 def hunyuan_video_1_5():
     model = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, num_layers=1, num_refiner_layers=1,
@@ -303,6 +326,8 @@ class Family:
     attention: str
     # Valid tokens of the text in each batch item, where the model masks the text.
     lengths: list[int] | None = None
+    # Rows before the video that are projected, normalised and rotated with it. The text comes last then.
+    history: int = 0
     # The model's RoPE tables are [B, H, S, D / 2].
     heads_before_rows: bool = False
     # The class rounds Q and K to bf16 after RoPE, whatever type the model has. Then the spec has
@@ -326,6 +351,9 @@ class Family:
             "masks.spatial": {"half_width_frames": 1.5},
             "masks.temporal": {"half_width_frames": 1.5},
         }
+        if self.history:
+            rope = says.rope | {"before": True}
+            return spec | {"rope": rope, "before": {"tokens": self.history}, "after": {"tokens": TEXT}}
         return spec | {"text": {"tokens": TEXT, "position": says.text}} if says.text else spec
 
 
@@ -334,6 +362,11 @@ FAMILIES = [
            "transformer_blocks.0.attn", LENGTHS),
     Family("HunyuanVideo, single block", shipped("hunyuan_video_720p"), hunyuan_video,
            "single_transformer_blocks.0.attn", LENGTHS),
+    # Rows of history come before the video, an image and the prompt after it.
+    Family("FramePack, double block", shipped("hunyuan_video_720p"), frame_pack, "transformer_blocks.0.attn",
+           [17, 9], HISTORY),
+    Family("FramePack, single block", shipped("hunyuan_video_720p"), frame_pack, "single_transformer_blocks.0.attn",
+           [17, 9], HISTORY),
     Family("HunyuanVideo-1.5", shipped("hunyuan_video_1_5_720p"), hunyuan_video_1_5,
            "transformer_blocks.0.attn", LENGTHS),
     Family("Wan", shipped("wan_14b_720p"), lambda: wan(diffusers.WanTransformer3DModel), "blocks.0.attn1"),
@@ -374,7 +407,6 @@ FAMILIES = [
 
 # Self-attention over a video that is not compared, and why.
 LEFT_OUT = {
-    "FramePack": "not expressible: rows of history, which are no frames, stand before the video, and text behind it",
     "SkyReels-V2, forcing": "not expressible: a block of frames sees no later block",
     "Cosmos 3": "not expressible: several heads of Q share one of K and V, and the text does not see the video",
     "Allegro": "not expressible: the head dim is 96",
@@ -498,6 +530,11 @@ class Captured:
                 tensors |= {f"{prefix}_{role[0]}.{name}": value for name, value in norm.state_dict().items()}
         if self.family.lengths:
             tensors["text_lengths"] = torch.tensor(self.family.lengths)
+        if self.family.history:
+            # Where rows stand on both sides of the video, `run` has names of its own for each.
+            ours = {f"norm_added_{role}.weight": f"{role}_norm_after.weight" for role in "qk"}
+            ours["text_lengths"] = "after_lengths"
+            tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def controls(self) -> dict[str, Tensor]:
@@ -567,7 +604,7 @@ def dense_attention(command: Path, spec: dict, tensors: dict[str, Tensor]) -> Te
 def compare(family: Family, command: Path) -> bool:
     """Compares a family, and prints a line about it."""
     captured = Captured(family)
-    counts = [VIDEO + length for length in family.lengths] if family.lengths else [None] * BATCH
+    counts = [family.history + VIDEO + length for length in family.lengths] if family.lengths else [None] * BATCH
 
     def rows(items: Tensor | list[Tensor]) -> Tensor:
         """All rows but the padding, which comes last."""
