@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use framestride::{HeadTypes, Layer, Module, SparseAttention, Stream, Workspace};
 
+use crate::argument;
 use crate::call::framestride_call;
 use crate::handle;
 use crate::module::framestride_module;
@@ -34,7 +35,7 @@ pub unsafe extern "C" fn framestride_attention_new(
             Ok(framestride_attention { handle: handle::insert(planned) })
         };
         // SAFETY: the pointer is null, or that of a variable.
-        unsafe { handle::write("attention", attention, plan) }
+        unsafe { argument::write("attention", attention, plan) }
     })
 }
 
@@ -47,7 +48,7 @@ pub unsafe extern "C" fn framestride_workspace_bytes(
     guard(|| {
         let attention: Arc<SparseAttention> = handle::get(attention.handle)?;
         // SAFETY: the pointer is null, or that of a variable.
-        unsafe { handle::write("bytes", bytes, || Ok(attention.workspace_bytes())) }
+        unsafe { argument::write("bytes", bytes, || Ok(attention.workspace_bytes())) }
     })
 }
 
@@ -111,7 +112,7 @@ struct Prepared {
 unsafe fn prepare(attention: framestride_attention, call: *const framestride_call) -> Result<Prepared> {
     let attention: Arc<SparseAttention> = handle::get(attention.handle)?;
     // SAFETY: the caller's promise.
-    let call = unsafe { handle::read_sized(call)? };
+    let call = unsafe { argument::read_sized(call)? };
     let (layer, types) = call.layer(&attention)?;
     let address = call.workspace.expose_provenance() as u64;
     // SAFETY: the caller's promise.

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::{Found, HeadTypes, Layer, SparseAttention, Text};
 
-use crate::handle::{Sized64, check_reserved};
+use crate::argument::{Structure, check_reserved};
 use crate::spec::unknown;
 use crate::status::framestride_status::FRAMESTRIDE_UNSUPPORTED;
 use crate::status::{Failure, Result};
@@ -121,7 +121,7 @@ pub struct framestride_call {
 }
 
 // SAFETY: it begins with its size, and consists of numbers and pointers.
-unsafe impl Sized64 for framestride_call {
+unsafe impl Structure for framestride_call {
     const NAME: &str = "framestride_call";
 }
 

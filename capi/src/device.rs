@@ -6,7 +6,8 @@ use framestride::Device;
 use framestride::device::Gpu;
 use framestride::shapes::arch::Arch;
 
-use crate::handle::{self, Sized64};
+use crate::argument::{self, Structure};
+use crate::handle;
 use crate::status::framestride_status::FRAMESTRIDE_UNSUPPORTED;
 use crate::status::{Failure, Result, framestride_status, guard};
 
@@ -46,7 +47,7 @@ pub struct framestride_device_details {
 }
 
 // SAFETY: it begins with its size, and consists of numbers.
-unsafe impl Sized64 for framestride_device_details {
+unsafe impl Structure for framestride_device_details {
     const NAME: &str = "framestride_device_details";
 }
 
@@ -94,7 +95,7 @@ pub unsafe extern "C" fn framestride_device_emulator(device: *mut framestride_de
 unsafe fn write_device(device: *mut framestride_device, open: impl FnOnce() -> Result<Device>) -> Result {
     let open = || Ok(framestride_device { handle: handle::insert(open()?) });
     // SAFETY: the caller's promise.
-    unsafe { handle::write("device", device, open) }
+    unsafe { argument::write("device", device, open) }
 }
 
 /// Fills `details`, whose size is set.
@@ -115,8 +116,8 @@ pub unsafe extern "C" fn framestride_device_info(
         };
         let found = framestride_device_details {
             size: 0,
-            name: handle::field(&device.name()),
-            family: handle::field(family),
+            name: argument::field(&device.name()),
+            family: argument::field(family),
             capability_major,
             capability_minor,
             multiprocessors: device.multiprocessors(),
@@ -125,7 +126,7 @@ pub unsafe extern "C" fn framestride_device_info(
             reserved: 0,
         };
         // SAFETY: the pointer is null, or that of a structure with its size.
-        unsafe { handle::write_sized(details, found) }
+        unsafe { argument::write_sized(details, found) }
     })
 }
 

@@ -1,11 +1,18 @@
 //! The C interface. `include/framestride.h` is made of this crate's items, in the order of its
 //! modules, and of their documentation, which is therefore written for readers of C.
+//!
+//! * `argument`, `handle`: what comes from the caller.
+//! * `status`: what every function returns, and the message behind it.
+//! * `device`, `spec`, `module`, `attention`: one kind of handle each, and its functions.
+//! * `call`: the structure of a call, and what it becomes for the library.
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
-// What comes from the caller: handles, texts, and structures that begin with their size.
+// Empty lines keep these in the order of the header.
+
+mod argument;
+
 mod handle;
 
-// What every function returns, and the message behind it.
 mod status;
 
 mod device;
@@ -14,7 +21,6 @@ mod spec;
 
 mod module;
 
-// The structure of a call, and what it becomes for the library.
 mod call;
 
 mod attention;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use framestride::{Device, Error, Kernels, Module, Spec};
 
+use crate::argument::{self, Structure};
 use crate::device::{self, framestride_device};
-use crate::handle::{self, Sized64};
+use crate::handle;
 use crate::spec::{framestride_spec, write_spec};
 use crate::status::framestride_status::{FRAMESTRIDE_INVALID_FILE, FRAMESTRIDE_UNSUPPORTED};
 use crate::status::{Failure, Result, framestride_status, guard};
@@ -35,7 +36,7 @@ pub struct framestride_module_details {
 }
 
 // SAFETY: it begins with its size, and consists of numbers.
-unsafe impl Sized64 for framestride_module_details {
+unsafe impl Structure for framestride_module_details {
     const NAME: &str = "framestride_module_details";
 }
 
@@ -67,7 +68,7 @@ pub unsafe extern "C" fn framestride_load_file(
     guard(|| {
         let device: Device = handle::get(device.handle)?;
         // SAFETY: the pointer is null, or that of a text.
-        let path = unsafe { handle::text("path", path)? };
+        let path = unsafe { argument::text("path", path)? };
         let kernels = Kernels::from_file(path).map_err(|error| Failure::new(FRAMESTRIDE_INVALID_FILE, error))?;
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { write_module(module, &device, || Module::load_kernels(&device, &kernels)) }
@@ -91,7 +92,7 @@ unsafe fn write_module(
         Ok(framestride_module { handle: handle::insert(loaded) })
     };
     // SAFETY: the caller's promise.
-    unsafe { handle::write("module", module, load) }
+    unsafe { argument::write("module", module, load) }
 }
 
 /// Fills `details`, whose size is set.
@@ -109,7 +110,7 @@ pub unsafe extern "C" fn framestride_module_info(
             compile_seconds: loading.compile,
         };
         // SAFETY: the pointer is null, or that of a structure with its size.
-        unsafe { handle::write_sized(details, found) }
+        unsafe { argument::write_sized(details, found) }
     })
 }
 

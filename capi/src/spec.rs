@@ -9,8 +9,9 @@ use framestride::shapes::spec::{
 };
 use framestride::{Description, Device, Error};
 
+use crate::argument::{self, Structure};
 use crate::device::{self, framestride_device};
-use crate::handle::{self, Sized64};
+use crate::handle;
 use crate::status::{Failure, Result, framestride_status, guard};
 
 /// A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -142,7 +143,7 @@ pub struct framestride_problem {
 }
 
 // SAFETY: it begins with its size, and consists of numbers and a pointer.
-unsafe impl Sized64 for framestride_problem {
+unsafe impl Structure for framestride_problem {
     const NAME: &str = "framestride_problem";
 }
 
@@ -200,7 +201,7 @@ pub struct framestride_spec_details {
 }
 
 // SAFETY: it begins with its size, and consists of numbers.
-unsafe impl Sized64 for framestride_spec_details {
+unsafe impl Structure for framestride_spec_details {
     const NAME: &str = "framestride_spec_details";
 }
 
@@ -212,7 +213,7 @@ pub unsafe extern "C" fn framestride_spec_new(
 ) -> framestride_status {
     guard(|| {
         // SAFETY: the pointer is null, or that of a structure with its size.
-        let problem = unsafe { handle::read_sized(problem)? };
+        let problem = unsafe { argument::read_sized(problem)? };
         // SAFETY: its name is null or a text, and `spec` is null or that of a variable.
         unsafe { write_spec(spec, || of_numbers(&problem)) }
     })
@@ -227,7 +228,7 @@ pub unsafe extern "C" fn framestride_spec_parse(
 ) -> framestride_status {
     guard(|| {
         // SAFETY: the pointer is null, or that of so many bytes.
-        let toml = unsafe { handle::text_of("toml", toml, bytes)? };
+        let toml = unsafe { argument::text_of("toml", toml, bytes)? };
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { write_spec(spec, || parse("toml", toml)) }
     })
@@ -241,7 +242,7 @@ pub unsafe extern "C" fn framestride_spec_shipped(
 ) -> framestride_status {
     guard(|| {
         // SAFETY: the pointer is null, or that of a text.
-        let name = unsafe { handle::text("name", name)? };
+        let name = unsafe { argument::text("name", name)? };
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { write_spec(spec, || Ok(Spec::shipped(name).map_err(Error::from)?)) }
     })
@@ -256,7 +257,7 @@ pub unsafe extern "C" fn framestride_spec_info(
     guard(|| {
         let spec: Arc<Spec> = handle::get(spec.handle)?;
         // SAFETY: the pointer is null, or that of a structure with its size.
-        unsafe { handle::write_sized(details, self::details(&spec)) }
+        unsafe { argument::write_sized(details, self::details(&spec)) }
     })
 }
 
@@ -274,7 +275,7 @@ pub unsafe extern "C" fn framestride_spec_toml(
     guard(|| {
         let spec: Arc<Spec> = handle::get(spec.handle)?;
         // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
-        unsafe { handle::write_text(&spec.source.text, buffer, capacity, needed) }
+        unsafe { argument::write_text(&spec.source.text, buffer, capacity, needed) }
     })
 }
 
@@ -294,10 +295,10 @@ pub unsafe extern "C" fn framestride_describe(
     guard(|| {
         let spec: Arc<Spec> = handle::get(spec.handle)?;
         // SAFETY: the pointer is null, or that of a text.
-        let gpu = if gpu.is_null() { None } else { Some(unsafe { handle::text("gpu", gpu)? }) };
+        let gpu = if gpu.is_null() { None } else { Some(unsafe { argument::text("gpu", gpu)? }) };
         let text = Description::new(&spec, gpu)?.to_string();
         // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
-        unsafe { handle::write_text(&text, buffer, capacity, needed) }
+        unsafe { argument::write_text(&text, buffer, capacity, needed) }
     })
 }
 
@@ -324,7 +325,7 @@ pub unsafe extern "C" fn framestride_half_width(
             Ok(spec.layout.half_width(head_type))
         };
         // SAFETY: the pointer is null, or that of a variable.
-        unsafe { handle::write("half_width", half_width, solve) }
+        unsafe { argument::write("half_width", half_width, solve) }
     })
 }
 
@@ -350,7 +351,7 @@ pub extern "C" fn framestride_spec_free(spec: framestride_spec) -> framestride_s
 pub(crate) unsafe fn write_spec(spec: *mut framestride_spec, make: impl FnOnce() -> Result<Spec>) -> Result {
     let make = || Ok(framestride_spec { handle: handle::insert(Arc::new(make()?)) });
     // SAFETY: the caller's promise.
-    unsafe { handle::write("spec", spec, make) }
+    unsafe { argument::write("spec", spec, make) }
 }
 
 /// The spec of a text, which messages call `file`.
@@ -364,7 +365,7 @@ fn parse(file: &str, toml: &str) -> Result<Spec> {
 /// The name is null, or a text.
 unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
     let p = problem;
-    handle::check_reserved(&[p.reserved, p.spatial.reserved, p.temporal.reserved])?;
+    argument::check_reserved(&[p.reserved, p.spatial.reserved, p.temporal.reserved])?;
     let choice = |name: &str, value: u32, allowed: &[u32], meaning: &str| match allowed.contains(&value) {
         true => Ok(value as usize),
         false => Err(unknown(name, value, meaning)),
@@ -392,7 +393,7 @@ unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
         });
     if !p.name.is_null() {
         // SAFETY: the caller's promise.
-        builder = builder.name(unsafe { handle::text("name", p.name)? });
+        builder = builder.name(unsafe { argument::text("name", p.name)? });
     }
     let kind = choice("norm_kind", p.norm_kind, &[0, 1, 2], "0 (none), 1 (rms) or 2 (layer)")?;
     let over = NormOver::ALL[choice("norm_over", p.norm_over, &[0, 1], "0 (head) or 1 (heads)")?];
@@ -442,7 +443,7 @@ fn details(spec: &Spec) -> framestride_spec_details {
     let rope = spec.rope;
     framestride_spec_details {
         size: 0,
-        name: handle::field(&spec.name),
+        name: argument::field(&spec.name),
         sequence: layout.sequence(),
         video_tokens: layout.video_tokens(),
         before_tokens: layout.before,
