@@ -125,3 +125,30 @@ fn profiling_writes_where_it_is_told() {
     assert_eq!(found(), expected);
     assert_eq!(device.read(&setup.memory[3], 0, 139 * 256).unwrap(), [0xff; 139 * 256], "no output is written");
 }
+
+/// Kernels use the memory of the process in place, at any multiple of 2 bytes, and nothing beside it.
+#[test]
+fn memory_of_the_process() {
+    let own = Device::emulator();
+    let expected = setup(&own);
+    // SAFETY: the addresses are memory of this device, which lives until the end.
+    let forward = |setup: &Setup| unsafe {
+        setup.attention.forward(Stream::DEFAULT, &setup.layer, HeadTypes::Dense, &setup.workspace).unwrap();
+    };
+    forward(&expected);
+    let device = Device::emulator_on_host_memory();
+    let mut in_place = setup(&device);
+    // Q and the output lie half a word beside words, and others of the same words are not touched.
+    let rows = device.read(&in_place.memory[0], 0, 139 * 256).unwrap();
+    let mut q = vec![0u16; 139 * 128 + 2];
+    for (element, bytes) in q[1..].iter_mut().zip(rows.as_chunks().0) {
+        *element = u16::from_le_bytes(*bytes);
+    }
+    let mut out = vec![0x1234u16; 139 * 128 + 2];
+    in_place.layer.q.data = q[1..].as_mut_ptr().expose_provenance() as u64;
+    in_place.layer.out.data = out[1..].as_mut_ptr().expose_provenance() as u64;
+    forward(&in_place);
+    let found: Vec<u8> = out[1..out.len() - 1].iter().flat_map(|element| element.to_le_bytes()).collect();
+    assert!(found == own.read(&expected.memory[3], 0, 139 * 256).unwrap());
+    assert_eq!((out[0], out[out.len() - 1]), (0x1234, 0x1234));
+}
