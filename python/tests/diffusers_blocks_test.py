@@ -4,10 +4,13 @@ tests/diffusers/compare.py builds the modules, says how far a row may lie away, 
 module would give with a step left out. Its tolerances and controls are used here.
 """
 
-import diffusers_models
+import math
+import tomllib
+
 import pytest
 import torch
 from diffusers_models import compare
+from torch import Tensor, nn
 
 from framestride.diffusers.families import FAMILIES
 from framestride.diffusers.processors import DENSE, Model
@@ -32,14 +35,14 @@ class Block:
         lengths = family.lengths or [None] * compare.BATCH
         self.rows = [None if length is None else compare.VIDEO + length for length in lengths]
 
-    def valid(self, items) -> torch.Tensor:
+    def valid(self, items: Tensor | list[Tensor]) -> Tensor:
         """The rows that are no padding, which comes last."""
         return torch.cat([item[:rows] for item, rows in zip(items, self.rows, strict=True)])
 
-    def theirs(self) -> torch.Tensor:
+    def theirs(self) -> Tensor:
         return self.valid(self.captured.output())
 
-    def ours(self, density: str) -> torch.Tensor:
+    def ours(self, density: str) -> Tensor:
         captured, attention = self.captured, self.captured.attention
         self.processor.density, captured.widens, attention.processor = density, False, self.processor
         self.model.begin((compare.FRAMES, compare.HEIGHT, compare.WIDTH))
@@ -48,10 +51,74 @@ class Block:
         finally:
             captured.widens, attention.processor = True, self.processor.original
 
-    def away(self, output: torch.Tensor, theirs: torch.Tensor) -> float:
+    def away(self, output: Tensor, theirs: Tensor, calls: list[tuple] | None = None) -> float:
         """The largest distance of a row, in tolerances."""
-        allowed = self.valid(compare.tolerances(self.captured.scores_inputs(), self.family))
+        allowed = self.valid(compare.tolerances(calls or self.captured.scores_inputs(), self.family))
         return ((output - theirs).norm(dim=-1) / allowed).max().item()
+
+    def plant(self):
+        """Makes the first head spatial and the second temporal.
+
+        Both get codes of their rows' positions. A product of two is large where positions are near.
+        """
+        video = torch.arange(compare.VIDEO)
+        tokens = compare.HEIGHT * compare.WIDTH
+        positions = torch.stack([video, video % tokens * compare.FRAMES + video // tokens], dim=1) / compare.VIDEO
+        frequencies = 6 * torch.randn(self.family.says.head_dim // 2)
+        angles = 2 * math.pi * positions[..., None] * frequencies
+        codes = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1).to(self.captured.dtype)
+        attention, text = self.captured.attention, self.family.says.text
+
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            planted = output.clone()
+            rows = planted.shape[1]
+            # The video is all rows but the text, which may stand before it or behind it.
+            first = rows - compare.VIDEO if text == "first" else 0
+            if rows >= compare.VIDEO:
+                planted[:, first : first + compare.VIDEO] = codes.to(output.dtype)
+            return planted
+
+        for role in ("query", "key"):
+            compare.part(attention, f"to_{role[0]}", f"to_{role}").register_forward_hook(hook)
+
+    def calls(self, seen: Tensor | None = None) -> list[tuple]:
+        """What attention of each batch item gets in the module: Q, K and V, [1, H, rows, D], and a mask.
+
+        `seen`, [H, rows, rows], is another mask that these have then too.
+        """
+        items = []
+        for query, key, value, mask in self.captured.scores_inputs():
+            for item in range(len(query)):
+                rows = query.shape[2]
+                all_seen = torch.ones(1, 1, rows, rows, dtype=torch.bool)
+                kept = all_seen if mask is None else all_seen & mask[item : item + 1]
+                # Without its padding, text behind the video has fewer rows.
+                kept = kept if seen is None else kept & seen[:, :rows, :rows]
+                items.append((*(tensor[item : item + 1] for tensor in (query, key, value)), kept))
+        return items
+
+
+def attended(calls: list[tuple]) -> list[Tensor]:
+    """The output of each batch item, [rows, H, D]."""
+    outputs = []
+    for query, key, value, mask in calls:
+        scores = query.double() @ key.double().mT / math.sqrt(query.shape[-1])
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        outputs.append((weights @ value.double())[0].transpose(0, 1))
+    return outputs
+
+
+def masks(spec: dict, half_widths: tuple[int, int]) -> Tensor:
+    """Which row sees which in a spatial and a temporal head, from the rule of specs: [2, S, S]."""
+    before, after = (spec.get(side, {}).get("tokens", 0) for side in ("before", "after"))
+    frames, tokens = spec["video"]["frames"], spec["video"]["tokens_per_frame"]
+    video = torch.arange(frames * tokens)
+    sink = video < spec.get("sink", {}).get("frames", 0) * tokens
+    seen = torch.ones(2, *[before + len(video) + after] * 2, dtype=torch.bool)
+    rows = slice(before, before + len(video))
+    for mask, half_width, position in zip(seen, half_widths, (video, video % tokens * frames + video // tokens)):
+        mask[rows, rows] = ((position[:, None] - position).abs() < half_width) | sink
+    return seen
 
 
 def test_dense_is_what_the_module_computes(block, recwarn):
@@ -61,3 +128,20 @@ def test_dense_is_what_the_module_computes(block, recwarn):
     # What the comparison would not see is not proven by it.
     for missing, output in block.captured.controls().items():
         assert block.away(block.valid(output), theirs) >= 2, missing
+
+
+def test_sparse_heads_see_what_their_masks_allow(block):
+    block.plant()
+    ours = block.ours("0.5")
+    (plan,) = block.model.plans.values()
+    seen = masks(tomllib.loads(plan.spec.toml), plan.half_widths)
+    assert seen.float().mean((1, 2)).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+
+    dense, expected = attended(block.calls()), attended(block.calls(seen))
+    assert block.away(ours, block.valid(expected), block.calls(seen)) <= 1
+    # The heads were planted so that little is lost. With their types exchanged, much more would be.
+    lost, other = (
+        (block.valid(outputs) - block.valid(dense)).norm() for outputs in (expected, attended(block.calls(seen.flip(0))))
+    )
+    assert lost < other / 2
+    assert block.away(block.valid(attended(block.calls(seen.flip(0)))), block.valid(expected), block.calls(seen)) >= 2

@@ -68,6 +68,9 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, di
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm"):
             if getattr(module, norm, None) is not None:
                 nn.init.normal_(getattr(module, norm).weight, mean=1.5, std=0.3)
+        # Kandinsky's gates begin as zeros.
+        if type(module).__name__ == "Kandinsky5Modulation":
+            nn.init.normal_(module.out_layer.weight, std=0.05)
     return cast(model.eval(), inputs, dtype)
 
 

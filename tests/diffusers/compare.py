@@ -264,7 +264,7 @@ def mochi():
     # MochiRoPE asks the CPU for an autocast that it does not have.
     warnings.filterwarnings("ignore", "In CPU autocast")
     # The frequencies are learned, and start as zeros. Positions are up to 100.
-    nn.init.normal_(model.pos_frequencies, std=0.05)
+    nn.init.normal_(model.pos_frequencies, std=0.01)
     return model, dict(
         hidden_states=latents(), timestep=TIMES, encoder_hidden_states=noise(BATCH, TEXT, EMBEDDING),
         encoder_attention_mask=first(LENGTHS, TEXT).bool(),
