@@ -56,7 +56,6 @@ BUILDERS = {
     "Kandinsky 5 Pro": lambda: compare.kandinsky_5((32, 48, 48)),
     "MiniMax-H3": compare.minimax_h3,
 }
-MASKED = ("HunyuanVideo", "HunyuanVideo-1.5", "Mochi")
 
 
 def build(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, dict]:

@@ -152,10 +152,10 @@ def norm_of_kernels(norm: nn.Module | None, heads: int, head_dim: int) -> tuple[
     return NORMS[type(norm)], over, norm.eps or torch.finfo(torch.float32).eps
 
 
-def norm_weights(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a norm in f32."""
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    return None if weight is None else weight.float(), None if bias is None else bias.float()
+def norm_weights(norm: nn.Module) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The weight of a norm, with its bias where it has one."""
+    bias = getattr(norm, "bias", None)
+    return norm.weight if bias is None else (norm.weight, bias)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
