@@ -54,14 +54,14 @@ pub(super) fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
 
 /// Loads and initialises the driver.
 fn driver() -> Result<()> {
-    // SAFETY: probing for the library opens and closes it; cuInit may be called any number of
-    // times.
-    unsafe {
-        if !sys::is_culib_present() {
-            return Err(Error::NoGpu("the CUDA driver (libcuda) is not installed".into()));
-        }
-        check("cuInit", sys::cuInit(0)).map_err(|error| Error::NoGpu(error.to_string()))
+    // cudarc panics without the library, and has no probe of its own where an engine links it.
+    let names = ["cuda", "nvcuda"].map(libloading::library_filename).into_iter().chain(["libcuda.so.1".into()]);
+    // SAFETY: opening the driver's library runs nothing but its own initialisers.
+    if !names.into_iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok()) {
+        return Err(Error::NoGpu("the CUDA driver (libcuda) is not installed".into()));
     }
+    // SAFETY: cuInit may be called any number of times.
+    check("cuInit", unsafe { sys::cuInit(0) }).map_err(|error| Error::NoGpu(error.to_string()))
 }
 
 /// The driver's handle of GPU `ordinal`.
