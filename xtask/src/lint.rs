@@ -14,7 +14,9 @@ use framestride_builder::{Arch, device_options};
 use crate::{root, run, setup, step};
 
 /// Crates that are not members of the workspace.
-const OUTSIDE: [&str; 4] = [
+const OUTSIDE: [&str; 6] = [
+    "engines/candle",
+    "engines/cust",
     "tests/device",
     "kernel-builder/tests/fixtures/device",
     "kernel-builder/tests/fixtures/user",

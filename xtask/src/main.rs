@@ -27,6 +27,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   install-c PREFIX [--debug]
                 build the C library, and put it into PREFIX/lib, its header into PREFIX/include, and what
                 pkg-config reads into PREFIX/lib/pkgconfig
+  engines       lint and test what programs with candle and cust use: engines/candle on the emulator, engines/cust
+                without linking it (4 minutes the first time)
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
 ";
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         ("diffusers", families) => diffusers(families),
         ("install-c", [prefix]) => install::c_library(prefix, false),
         ("install-c", [prefix, debug]) if debug == "--debug" => install::c_library(prefix, true),
+        ("engines", []) => engines(),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
             print!("{}", framestride_builder::toolchain::Inventory::new());
@@ -95,6 +98,25 @@ fn diffusers(families: &[String]) -> Result<(), String> {
     step("dense attention of diffusers and of framestride, on the emulator");
     let script = ["tests/diffusers/compare.py", "target/debug/framestride"];
     run(Command::new(python).args(script).args(families).current_dir(root()))
+}
+
+/// Lints and tests the crates for engines in Rust. They are no members of the workspace, since what
+/// they depend on takes minutes to compile.
+fn engines() -> Result<(), String> {
+    let cargo = |command: &str, engine: &str| {
+        let mut cargo = cargo();
+        cargo.args([command, "--target-dir", "target/engines", "--manifest-path"]);
+        cargo.arg(format!("engines/{engine}/Cargo.toml"));
+        cargo
+    };
+    step("candle, on the emulator");
+    let all = ["--features", "emulator"];
+    run(cargo("clippy", "candle").args(all).args(["--all-targets", "--", "-Dwarnings"]))?;
+    run(cargo("doc", "candle").args(all).arg("--no-deps").env("RUSTDOCFLAGS", "-Dwarnings"))?;
+    run(cargo("test", "candle").args(all).env("RUST_BACKTRACE", "0"))?;
+    step("cust, which is compiled but not linked");
+    // With this variable, cust's build does not look for CUDA.
+    run(cargo("clippy", "cust").args(["--", "-Dwarnings"]).env("DOCS_RS", "1"))
 }
 
 /// Prints one line about what is done next.
