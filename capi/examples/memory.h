@@ -1,6 +1,7 @@
 // What the examples share: memory of a GPU or of the process, and bf16. An engine has its own.
 //
-// The CUDA driver is opened at run time. So neither its headers nor its library are needed to compile.
+// The CUDA driver is opened at run time. So neither its headers nor its library are needed to
+// compile.
 #ifndef MEMORY_H
 #define MEMORY_H
 

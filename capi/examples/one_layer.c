@@ -1,5 +1,5 @@
-// One layer with everything that it can be given: a spec in numbers, QK-norm, RoPE, text of different lengths, half
-// widths of this call. Rows are computed again here, in the plainest way.
+// One layer with everything that it can be given: a spec in numbers, QK-norm, RoPE, text of
+// different lengths, half widths of this call. Rows are computed again here, in the plainest way.
 //
 //     one_layer gpu|emulator [FILE]
 //
@@ -18,8 +18,8 @@ enum { SPATIAL = 2 * FRAME_TOKENS - 8, TEMPORAL = 10 * FRAMES };
 static const uint32_t LENGTHS[BATCH] = {20, 7};
 static const double EPS = 1e-6;
 
-// Q, K and V are [B, S, H, D]: the video, then the text. Weights of the norms are [D]. The tables of RoPE have a row for
-// each token of the video and a column for each pair of channels.
+// Q, K and V are [B, S, H, D]: the video, then the text. Weights of the norms are [D]. The tables
+// of RoPE have a row for each token of the video and a column for each pair of channels.
 static uint16_t q[ELEMENTS], k[ELEMENTS], v[ELEMENTS], out[ELEMENTS];
 static float q_weight[D], k_weight[D], cosines[ANGLES], sines[ANGLES], lse[BATCH * HEADS * S];
 static uint32_t types[BATCH * HEADS];
@@ -40,7 +40,8 @@ static void prepare(double *y, const uint16_t *x, const float *weight, int row) 
   }
 }
 
-// A spatial head counts video tokens frame by frame, and a temporal head patch by patch. Text sees and is seen everywhere.
+// A spatial head counts video tokens frame by frame, and a temporal head patch by patch. Text sees
+// and is seen everywhere.
 static int is_seen(uint32_t type, int row, int key) {
   if (row >= VIDEO || key >= VIDEO) return 1;
   if (type == FRAMESTRIDE_HEAD_SPATIAL) return abs(row - key) < SPATIAL;

@@ -1,5 +1,5 @@
-// Profiling alone, then attention with the types that it found, in C++: a spec in TOML, and what owns the handles. Rows are
-// computed again here, in the plainest way.
+// Profiling alone, then attention with the types that it found, in C++: a spec in TOML, and what
+// owns the handles. Rows are computed again here, in the plainest way.
 //
 //     two_calls gpu|emulator
 
@@ -146,7 +146,9 @@ void run(bool gpu) {
         long distance = static_cast<long>(position(types[head], row)) - static_cast<long>(position(types[head], key));
         if (std::labs(distance) >= half_width) continue;
         double product = 0;
-        for (size_t i = 0; i < d; i++) product += from_bf16(element(row, 0, head)[i]) * from_bf16(element(key, 1, head)[i]);
+        for (size_t i = 0; i < d; i++) {
+          product += from_bf16(element(row, 0, head)[i]) * from_bf16(element(key, 1, head)[i]);
+        }
         double weight = std::exp(0.1f * product);
         sum += weight;
         for (size_t i = 0; i < d; i++) expected[i] += weight * from_bf16(element(key, 2, head)[i]);

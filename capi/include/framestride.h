@@ -1,13 +1,16 @@
 // framestride: sparse attention for video diffusion transformers on NVIDIA Hopper GPUs.
 //
-// A spec is the shape of a model's attention. A module has its kernels, loaded on a device. An attention is a module
-// planned for a batch and a number of heads, and framestride_forward is one call of it.
+// A spec is the shape of a model's attention. A module has its kernels, loaded on a device. An
+// attention is a module planned for a batch and a number of heads, and framestride_forward is one
+// call of it.
 //
-// Functions return a status, and 0 is FRAMESTRIDE_OK. framestride_last_error has the message. Nothing is written to the
-// results of a function that fails. No function throws, and none ends the process.
+// Functions return a status, and 0 is FRAMESTRIDE_OK. framestride_last_error has the message.
+// Nothing is written to the results of a function that fails. No function throws, and none ends the
+// process.
 //
-// A structure begins with its size, which the caller sets. Set all of it to zero first: 0 in a field is its default, or
-// stands for nothing. Later versions only add fields at the end, and programs need not be compiled again for them.
+// A structure begins with its size, which the caller sets. Set all of it to zero first: 0 in a
+// field is its default, or stands for nothing. Later versions only add fields at the end, and
+// programs need not be compiled again for them.
 //
 // capi/README.md has the shortest program that works.
 

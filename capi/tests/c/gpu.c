@@ -1,5 +1,5 @@
-// A real GPU and its driver: which memory and which streams a call takes, what it refuses, that a call which was refused
-// harms nothing, that calls can be captured, and what one costs the host.
+// A real GPU and its driver: which memory and which streams a call takes, what it refuses, that a
+// call which was refused harms nothing, that calls can be captured, and what one costs the host.
 #define _POSIX_C_SOURCE 200809L
 #include <framestride.h>
 #include <pthread.h>
@@ -23,7 +23,8 @@ static void judge(const char *name, int ok) {
   failed |= !ok;
 }
 
-// Whether a call gives the right output: rows of V are all equal, so every row of the output equals them.
+// Whether a call gives the right output: rows of V are all equal, so every row of the output equals
+// them.
 static int runs(const framestride_call *call, void *stream) {
   static uint16_t out[S * D];
   if (framestride_forward(attention, call, stream) != FRAMESTRIDE_OK) return 0;
@@ -40,6 +41,34 @@ static int refuses(const framestride_call *call, void *stream, const char *word)
   if (framestride_forward(attention, call, stream) != FRAMESTRIDE_INVALID_ARGUMENT) return 0;
   int said = strstr(framestride_last_error(), word) != NULL;
   return runs(&right, memory.stream) && said;
+}
+
+// Memory that is mapped by hand, as PyTorch's expandable segments are. The structures are those of
+// the driver.
+static unsigned long long map_by_hand(void *cuda, size_t bytes) {
+  struct {
+    int type, handle_types, location_type, location;
+    void *windows;
+    unsigned char flags[8];
+  } properties = {1, 0, 1, 0, NULL, {0}};
+  struct {
+    int location_type, location, flags;
+  } access = {1, 0, 3};
+  int (*granularity)(size_t *, const void *, int);
+  int (*reserve)(unsigned long long *, size_t, size_t, unsigned long long, unsigned long long);
+  int (*create)(unsigned long long *, size_t, const void *, unsigned long long);
+  int (*map)(unsigned long long, size_t, size_t, unsigned long long, unsigned long long);
+  int (*set_access)(unsigned long long, size_t, const void *, size_t);
+  REQUIRE(find(cuda, "cuMemGetAllocationGranularity", &granularity)
+          && find(cuda, "cuMemAddressReserve", &reserve) && find(cuda, "cuMemCreate", &create)
+          && find(cuda, "cuMemMap", &map) && find(cuda, "cuMemSetAccess", &set_access));
+  size_t unit = 0;
+  REQUIRE(granularity(&unit, &properties, 0) == 0);
+  size_t size = (bytes + unit - 1) / unit * unit;
+  unsigned long long address = 0, handle = 0;
+  REQUIRE(reserve(&address, size, 0, 0, 0) == 0 && create(&handle, size, &properties, 0) == 0);
+  REQUIRE(map(address, size, 0, handle, 0) == 0 && set_access(address, size, &access, 1) == 0);
+  return address;
 }
 
 static void *on_another_thread(void *result) {
@@ -155,9 +184,11 @@ int main(void) {
   call = right;
   call.workspace = (void *)(uintptr_t)address;
   judge("memory of a stream-ordered pool is taken", runs(&call, memory.stream));
+  call.workspace = (void *)(uintptr_t)map_by_hand(cuda, bytes);
+  judge("memory that is mapped by hand is taken", runs(&call, memory.stream));
 
   for (int mode = 0; mode < 3; mode++) {
-    static const char *const modes[] = {"captured, global mode", "captured, thread-local mode", "captured, relaxed mode"};
+    static const char *const modes[] = {"captured, global", "captured, thread-local", "captured, relaxed"};
     void *graph = NULL, *executable = NULL;
     REQUIRE(begin(memory.stream, mode) == 0);
     status = framestride_forward(attention, &right, memory.stream);

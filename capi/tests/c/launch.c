@@ -1,5 +1,6 @@
-// A GPU's side of the library, on a driver that runs nothing: what a launch does besides launching, which is nothing, and
-// what it refuses. The program counts every call of the allocator, the library's too.
+// A GPU's side of the library, on a driver that runs nothing: what a launch does besides launching,
+// which is nothing, and what it refuses. The program counts every call of the allocator, the
+// library's too.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <framestride.h>

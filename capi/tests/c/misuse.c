@@ -1,5 +1,5 @@
-// Everything that a caller can get wrong, each with its status and its message. Nothing here may read or write where it
-// must not: the tests run it under valgrind too.
+// Everything that a caller can get wrong, each with its status and its message. Nothing here may
+// read or write where it must not: the tests run it under valgrind too.
 //
 //     misuse FILE      FILE: something that is no PTX
 #include <framestride.h>
@@ -7,7 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-// A call that must fail. Of what is wrong with a spec, which other tests read, only the first line is shown.
+// A call that must fail. Of what is wrong with a spec, which other tests read, only the first line
+// is shown.
 #define WRONG(name, call)                                                                                           \
   do {                                                                                                              \
     framestride_status status = (call);                                                                             \

@@ -296,7 +296,8 @@ impl Gpu {
 
     /// Checks that kernels in this context can use memory, each by its name and its first address.
     ///
-    /// A kernel that cannot would end with an error from which the context never recovers.
+    /// A kernel that cannot would end with an error from which the context never recovers. Where the
+    /// driver does not tell, the launch will.
     pub(super) fn check_memory(&self, regions: impl Iterator<Item = (&'static str, u64)>) -> Result<()> {
         if self.uses_pageable {
             return Ok(());
@@ -316,7 +317,6 @@ impl Gpu {
                     "Allocate it in the context that the module was loaded in",
                 ));
             }
-            check("cuPointerGetAttribute", status)?;
         }
         Ok(())
     }
