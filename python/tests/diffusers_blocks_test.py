@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 import torch
-from diffusers_models import compare
+from diffusers_models import compare, position_codes
 from torch import Tensor, nn
 
 from framestride.diffusers.families import FAMILIES
@@ -57,16 +57,8 @@ class Block:
         return ((output - theirs).norm(dim=-1) / allowed).max().item()
 
     def plant(self):
-        """Makes the first head spatial and the second temporal.
-
-        Both get codes of their rows' positions. A product of two is large where positions are near.
-        """
-        video = torch.arange(compare.VIDEO)
-        tokens = compare.HEIGHT * compare.WIDTH
-        positions = torch.stack([video, video % tokens * compare.FRAMES + video // tokens], dim=1) / compare.VIDEO
-        frequencies = 6 * torch.randn(self.family.says.head_dim // 2)
-        angles = 2 * math.pi * positions[..., None] * frequencies
-        codes = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1).to(self.captured.dtype)
+        """Makes the first head spatial and the second temporal."""
+        codes = position_codes(self.family.says.head_dim).to(self.captured.dtype)
         attention, text = self.captured.attention, self.family.says.text
 
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

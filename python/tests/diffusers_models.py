@@ -5,6 +5,7 @@ builders are those of tests/diffusers/compare.py, which compares single modules.
 """
 
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def cast(model: nn.Module, inputs: dict, dtype: torch.dtype) -> tuple[nn.Module,
         return value.to(dtype) if cast else value
 
     return model, {name: of_type(name, value) for name, value in inputs.items()}
+
+
+def position_codes(head_dim: int) -> torch.Tensor:
+    """Q or K of the video that make a first head spatial and a second one temporal, [rows, 2 x D].
+
+    A product of two codes is large where their rows are near, in the order of the head.
+    """
+    video, tokens = torch.arange(compare.VIDEO), compare.HEIGHT * compare.WIDTH
+    positions = torch.stack([video, video % tokens * compare.FRAMES + video // tokens], dim=1) / compare.VIDEO
+    frequencies = 6 * torch.randn(head_dim // 2, generator=torch.Generator().manual_seed(0))
+    angles = 2 * math.pi * positions[..., None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 
 
 def run(model: nn.Module, inputs: dict) -> torch.Tensor:
