@@ -212,6 +212,9 @@ typedef struct {
   // Visible pairs over S^2 of a spatial and of a temporal head, when all text is valid.
   double spatial_density;
   double temporal_density;
+  // The widths of the masks as the spec has them.
+  framestride_width spatial;
+  framestride_width temporal;
 } framestride_spec_details;
 
 // The type of a head: which keys its queries see. Arrays of head types have these values.

@@ -198,6 +198,9 @@ pub struct framestride_spec_details {
     /// Visible pairs over S^2 of a spatial and of a temporal head, when all text is valid.
     pub spatial_density: f64,
     pub temporal_density: f64,
+    /// The widths of the masks as the spec has them.
+    pub spatial: framestride_width,
+    pub temporal: framestride_width,
 }
 
 // SAFETY: it begins with its size, and consists of numbers.
@@ -431,6 +434,17 @@ fn width(name: &str, width: framestride_width) -> Result<Width> {
     }
 }
 
+impl framestride_width {
+    fn of(width: Width) -> framestride_width {
+        let (value, unit) = match width {
+            Width::Density(density) => (density, FRAMESTRIDE_WIDTH_DENSITY),
+            Width::Tokens(tokens) => (tokens.into(), FRAMESTRIDE_WIDTH_TOKENS),
+            Width::Frames(frames) => (frames, FRAMESTRIDE_WIDTH_FRAMES),
+        };
+        framestride_width { value, unit, reserved: 0 }
+    }
+}
+
 /// A number that stands for nothing.
 pub(crate) fn unknown(name: &str, value: u32, allowed: &str) -> Failure {
     Failure::argument(name, value, allowed, "Pass one of the constants of the header")
@@ -492,5 +506,7 @@ fn details(spec: &Spec) -> framestride_spec_details {
         norm_eps: norm.map_or(0.0, |norm| norm.eps),
         spatial_density: spec.density(HeadType::Spatial),
         temporal_density: spec.density(HeadType::Temporal),
+        spatial: framestride_width::of(spec.spatial),
+        temporal: framestride_width::of(spec.temporal),
     }
 }

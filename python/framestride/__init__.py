@@ -1,0 +1,25 @@
+"""Sparse attention for video diffusion transformers on NVIDIA Hopper GPUs.
+
+`attention` computes one layer on tensors of PyTorch, for the shape that a `Spec` describes.
+"""
+
+from ._library import Error, Status
+from .attention import Norm, Profile, Text, attention
+from .module import Module, load
+from .spec import QkNorm, Rope, Schedule, Spec, Width
+
+__all__ = [
+    "Error",
+    "Module",
+    "Norm",
+    "Profile",
+    "QkNorm",
+    "Rope",
+    "Schedule",
+    "Spec",
+    "Status",
+    "Text",
+    "Width",
+    "attention",
+    "load",
+]

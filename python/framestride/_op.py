@@ -1,0 +1,337 @@
+"""The operators of PyTorch: `framestride::attention`, on a GPU and on the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from . import _library, module
+from ._library import Call, NormWeights, Status, TextSide, refuse
+from .spec import details_of, half_widths_of
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise refuse(
+        "torch", f"no PyTorch ({error})", "PyTorch 2.4 or later", "pip install torch", Status.UNSUPPORTED
+    ) from None
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_PROFILED, _DENSE, _GIVEN = 0, 1, 2
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_SIDE = "Tensor[] {0}, Tensor? {0}_lengths, Tensor[] {0}_q_norm, Tensor[] {0}_k_norm, "
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, str spec, Tensor[] q_norm, Tensor[] k_norm, Tensor[] rope, "
+    + _SIDE.format("before")
+    + _SIDE.format("after")
+    + "float[] density, int[] half_widths, float? scale, int? seed"
+)
+torch.library.define(
+    "framestride::attention",
+    f"({_INPUTS}, Tensor? head_types, bool profiled, bool with_lse, bool with_profile)"
+    " -> (Tensor out, Tensor lse, Tensor found_head_types, Tensor found_errors)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def converted(tensor: Tensor, dtype: str) -> Tensor:
+    """A contiguous tensor of a type: the same one, if it is that already."""
+    return tensor.to(getattr(torch, dtype)).contiguous()
+
+
+def converted_table(table: Tensor, per_head: bool) -> Tensor:
+    """A table of RoPE in f32. Those of several items may overlap, so they are not copied apart."""
+    table = table.float()
+    return table if _is_contiguous(table, 3 if per_head else 2) else table.contiguous()
+
+
+@dataclass(frozen=True)
+class Side:
+    """The text on one side of the video, as an operator gets it."""
+
+    name: str
+    tokens: int
+    rows: list[Tensor]
+    lengths: Optional[Tensor]
+    q_norm: list[Tensor]
+    k_norm: list[Tensor]
+
+
+class Inputs:
+    """The inputs of an operator, checked as far as the library cannot: it sees addresses and no shapes."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: str,
+        q_norm: list[Tensor],
+        k_norm: list[Tensor],
+        rope: list[Tensor],
+        before: list[Tensor],
+        before_lengths: Optional[Tensor],
+        before_q_norm: list[Tensor],
+        before_k_norm: list[Tensor],
+        after: list[Tensor],
+        after_lengths: Optional[Tensor],
+        after_q_norm: list[Tensor],
+        after_k_norm: list[Tensor],
+        density: list[float],
+        half_widths: list[int],
+        scale: Optional[float],
+        seed: Optional[int],
+        head_types: Optional[Tensor] = None,
+    ) -> None:
+        self.spec, self.details = spec, details_of(spec)
+        self.rows = [q, k, v]
+        self.q_norm, self.k_norm, self.rope = q_norm, k_norm, rope
+        self.sides = [
+            Side("before", self.details.before_tokens, before, before_lengths, before_q_norm, before_k_norm),
+            Side("after", self.details.after_tokens, after, after_lengths, after_q_norm, after_k_norm),
+        ]
+        self.scale, self.seed, self.head_types = scale, seed, head_types
+        if q.dim() != 4:
+            raise refuse("q", _shown(q), "[B, S, H, D]", "Split the heads, and add a batch dimension")
+        self.batch, self.heads = q.shape[0], q.shape[2]
+        self.half_widths = self._half_widths(density, half_widths)
+        self._check()
+
+    def _half_widths(self, density: list[float], half_widths: list[int]) -> tuple[int, int]:
+        if half_widths:
+            most = self.details.video_tokens
+            if len(half_widths) != 2 or not all(1 <= half_width <= most for half_width in half_widths):
+                raise refuse(
+                    "half_widths",
+                    half_widths,
+                    f"two numbers of tokens, spatial and temporal, 1 to {most}",
+                    "Leave them out for the spec's own",
+                )
+            return half_widths[0], half_widths[1]
+        if density and len(density) != 2:
+            raise refuse("density", density, "a number, or (spatial, temporal)", "Leave it out for the spec's own")
+        return half_widths_of(self.spec, *density)
+
+    def _check(self) -> None:
+        d = self.details
+        own = sum(side.tokens for side in self.sides if side.rows)
+        rows = d.sequence - own
+        shape = [self.batch, rows, self.heads, d.head_dim]
+        about = f"[B, {rows}, H, {d.head_dim}], the shape of q, as spec {d.name.decode()} has it"
+        if own:
+            about += f" ({own} rows of text have tensors of their own)"
+        for name, tensor in zip("qkv", self.rows):
+            self._check_rows(name, tensor, shape, about)
+        for side in self.sides:
+            if side.rows and not side.tokens:
+                raise refuse(
+                    side.name,
+                    "tensors of text",
+                    f"none: spec {d.name.decode()} has no text {side.name} the video",
+                    f"Leave them out, or set {side.name} in the spec",
+                )
+            if len(side.rows) not in (0, 3):
+                raise refuse(side.name, f"{len(side.rows)} of q, k, v", "all three, or none", "Give the others too")
+            shape = [self.batch, side.tokens, self.heads, d.head_dim]
+            for name, tensor in zip("qkv", side.rows):
+                self._check_rows(f"{side.name}.{name}", tensor, shape, f"{shape}: as many rows as the spec has")
+            if side.lengths is not None:
+                self._check_exact(f"{side.name}.lengths", side.lengths, torch.int32, [self.batch], "[B]")
+        norms = [("q_norm", self.q_norm), ("k_norm", self.k_norm)]
+        for side in self.sides:
+            norms += [(f"{side.name}.q_norm", side.q_norm), (f"{side.name}.k_norm", side.k_norm)]
+        length = d.head_dim * (self.heads if d.norm_over else 1)
+        for name, norm in norms:
+            if len(norm) > 2:
+                raise refuse(name, f"{len(norm)} tensors", "a weight, or (weight, bias)", "Pass one or two")
+            for part in norm:
+                self._check_exact(name, part, torch.float32, [length], "[H * D]" if d.norm_over else "[D]")
+        if len(self.rope) not in ((0, 2) if not d.rope_channels else (2,)):
+            needs = "(cos, sin)" if d.rope_channels else "None"
+            found = f"{len(self.rope)} tensors" if self.rope else "None"
+            raise refuse("rope", found, f"{needs}, as spec {d.name.decode()} has it", "Pass it, or change the spec")
+        for name, table in zip(("cos", "sin"), self.rope):
+            self._check_table(name, table)
+        if self.head_types is not None:
+            self._check_exact("head_types", self.head_types, torch.int32, [self.batch, self.heads], "[B, H]")
+        if self.scale == 0:
+            raise refuse("scale", self.scale, "a number above 0", "Leave it out for 1 / sqrt(D)")
+        if self.seed is not None and self.seed < 0:
+            raise refuse("seed", self.seed, "an integer from 0 to 2^63 - 1", "Leave it out for the spec's own")
+
+    def _check_rows(self, name: str, tensor: Tensor, shape: list[int], about: str) -> None:
+        if list(tensor.shape) != shape:
+            raise refuse(name, _shown(tensor), about, "Give the rows that the spec has, or make another spec")
+        dtype = _DTYPES[self.details.dtype]
+        if tensor.dtype != dtype:
+            raise refuse(name, _shown(tensor), str(dtype), "Convert it, or give the spec this dtype")
+        if tensor.stride(3) != 1:
+            strides = tuple(tensor.stride())
+            raise refuse(name, f"strides {strides}", "a contiguous last dimension", f"Pass {name}.contiguous()")
+        self._check_device(name, tensor)
+
+    def _check_table(self, name: str, table: Tensor) -> None:
+        d, shape = self.details, list(table.shape)
+        inner = [self.heads, d.rope_channels // 2] if d.rope_per_head else [d.rope_channels // 2]
+        dims = 1 + len(inner)
+        right = shape[-len(inner) :] == inner and shape[:-dims] in ([], [self.batch])
+        if not right or len(shape) < dims or shape[-dims] < d.rope_rows:
+            allowed = f"{[d.rope_rows, *inner]}, more rows, or such a table for each of {self.batch} items"
+            raise refuse(name, _shown(table), allowed, "Rotated channels have half as many columns: one for a pair")
+        if table.dtype != torch.float32 or not _is_contiguous(table, dims):
+            raise refuse(name, _shown(table), "float32, each table contiguous", f"Pass {name}.float().contiguous()")
+        self._check_device(name, table)
+
+    def _check_exact(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], about: str) -> None:
+        if list(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise refuse(name, _shown(tensor), f"{dtype} {about} = {shape}, contiguous", "Give it this shape and type")
+        self._check_device(name, tensor)
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        device = self.rows[0].device
+        if tensor.device != device:
+            raise refuse(name, f"a tensor on {tensor.device}", f"{device}, where q lies", f"Pass it .to({device})")
+
+    def empty(self, shape: list[int], dtype: torch.dtype, wanted: bool = True) -> Tensor:
+        """An output: an empty tensor where it is not wanted."""
+        return self.rows[0].new_empty(shape if wanted else [0], dtype=dtype)
+
+    def outputs(self, lse: bool, profile: bool) -> Outputs:
+        d, heads = self.details, [self.batch, self.heads]
+        return (
+            self.empty([self.batch, d.sequence, self.heads, d.head_dim], self.rows[0].dtype),
+            self.empty([*heads, d.sequence], torch.float32, lse),
+            self.empty(heads, torch.int32, profile),
+            self.empty([*heads, 2], torch.float32, profile),
+        )
+
+    def call(self, head_types_from: int) -> Call:
+        """The structure of the C interface, without outputs and workspace."""
+        q, k, v = map(_tensor, self.rows)
+        before, after = map(_side, self.sides)
+        cos, sin = self.rope if self.rope else (None, None)
+        table_dims = 3 if self.details.rope_per_head else 2
+        return Call(
+            q=q,
+            k=k,
+            v=v,
+            q_norm=_weights(self.q_norm),
+            k_norm=_weights(self.k_norm),
+            before=before,
+            after=after,
+            cos=_address(cos),
+            sin=_address(sin),
+            rope_batch=_stride(cos, 0) if cos is not None and cos.dim() > table_dims else 0,
+            head_types=_address(self.head_types),
+            head_types_from=head_types_from,
+            spatial_half_width=self.half_widths[0],
+            temporal_half_width=self.half_widths[1],
+            scale=self.scale or 0.0,
+            has_seed=self.seed is not None,
+            seed=self.seed or 0,
+        )
+
+    def launch(self, function: str, call: Call) -> None:
+        """Runs a function of the library on the current stream of the device of q."""
+        q = self.rows[0]
+        name, stream = str(q.device), None
+        if q.is_cuda:
+            stream = torch.cuda.current_stream(q.device).cuda_stream
+            if torch.cuda.is_current_stream_capturing() and not module.is_loaded(self.spec, name):
+                raise refuse(
+                    "spec",
+                    f"{self.details.name.decode()}, whose kernels are not loaded, while a CUDA graph is captured",
+                    "kernels that are loaded before",
+                    f"Call framestride.load(spec, {name!r}) before the capture",
+                )
+        plan = module.plan(self.spec, name, self.batch, self.heads)
+        # PyTorch aligns memory of a GPU to 512 bytes, that of the CPU to less than the workspace needs.
+        workspace = q.new_empty(plan.workspace_bytes + 255, dtype=torch.uint8)
+        call.workspace = (workspace.data_ptr() + 255) // 256 * 256
+        call.workspace_bytes = plan.workspace_bytes
+        _library.call(function, plan.handle, ctypes.byref(call), stream)
+
+
+def _is_contiguous(table: Tensor, dims: int) -> bool:
+    """Whether a table of `dims` dimensions is contiguous, or each of several tables is."""
+    return (table[0] if table.dim() > dims else table).is_contiguous()
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _address(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _stride(tensor: Tensor, dim: int) -> int:
+    """The stride of a dimension. That of a dimension of one element is any number, and nobody needs it."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 0
+
+
+def _tensor(tensor: Tensor) -> _library.Tensor:
+    return _library.Tensor(tensor.data_ptr(), _stride(tensor, 0), _stride(tensor, 1), _stride(tensor, 2))
+
+
+def _weights(norm: list[Tensor]) -> NormWeights:
+    return NormWeights(*(part.data_ptr() for part in norm))
+
+
+def _side(side: Side) -> TextSide:
+    text = TextSide(
+        lengths=_address(side.lengths),
+        q_norm=_weights(side.q_norm),
+        k_norm=_weights(side.k_norm),
+        has_q_norm=bool(side.q_norm),
+        has_k_norm=bool(side.k_norm),
+    )
+    if side.rows:
+        text.q, text.k, text.v = map(_tensor, side.rows)
+    return text
+
+
+@torch.library.register_fake("framestride::attention")
+def _fake_attention(*arguments: Any) -> Outputs:
+    *inputs, head_types, _, with_lse, with_profile = arguments
+    return Inputs(*inputs, head_types).outputs(with_lse, with_profile)
+
+
+@torch.library.impl("framestride::attention", ("cpu", "cuda"))
+def _attention(*arguments: Any) -> Outputs:
+    *inputs, head_types, profiled, with_lse, with_profile = arguments
+    checked = Inputs(*inputs, head_types)
+    out, lse, found_head_types, found_errors = outputs = checked.outputs(with_lse, with_profile)
+    call = checked.call(_PROFILED if profiled else _DENSE if head_types is None else _GIVEN)
+    call.out = _tensor(out)
+    if with_lse:
+        call.lse = lse.data_ptr()
+    if with_profile:
+        call.found_head_types, call.found_errors = found_head_types.data_ptr(), found_errors.data_ptr()
+    checked.launch("forward", call)
+    return outputs
+
+
+def attention(*arguments: Any) -> Outputs:
+    """Runs the operator, which has no gradient."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+        raise refuse(
+            "gradients",
+            "an input that requires them",
+            "inference: attention computes no gradients",
+            "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
+        )
+    outputs: Outputs = torch.ops.framestride.attention(*arguments)
+    return outputs
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for argument in arguments:
+        parts = argument if isinstance(argument, list) else [argument]
+        flat += [part for part in parts if isinstance(part, Tensor)]
+    return flat

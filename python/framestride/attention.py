@@ -1,0 +1,220 @@
+"""Attention on tensors of PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Union, overload
+
+from ._library import refuse
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+Norm = Union["Tensor", tuple["Tensor", "Tensor"], None]
+HeadTypes = Union[Literal["profile", "dense"], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text on one side of the video."""
+
+    q: Tensor | None = None
+    """Its rows of Q [B, tokens, H, D], where they lie in a tensor of their own. `q`, `k` and `v` are given,
+    or none of them."""
+    k: Tensor | None = None
+    v: Tensor | None = None
+    lengths: Tensor | None = None
+    """How many tokens of each item are valid, int32 [B]. Valid ones come first. Without it all are."""
+    q_norm: Norm = None
+    """The norm weights of these rows of Q. Without them, the rows have those of the video."""
+    k_norm: Norm = None
+
+
+class Profile(NamedTuple):
+    """What profiling found."""
+
+    head_types: Tensor
+    """int32 [B, H]: 1 for spatial, 2 for temporal heads."""
+    errors: Tensor
+    """float32 [B, H, 2]: mean squared errors over sampled rows of the spatial and of the temporal mask."""
+
+
+class _Inputs(TypedDict, total=False):
+    """What `attention` and `profile` take beside Q, K, V and spec."""
+
+    q_norm: Norm
+    k_norm: Norm
+    rope: tuple[Tensor, Tensor] | None
+    before: Text | None
+    after: Text | None
+    density: float | tuple[float, float] | None
+    half_widths: tuple[int, int] | None
+    scale: float | None
+    seed: int | None
+
+
+class _Options(_Inputs, total=False):
+    head_types: HeadTypes
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    return_lse: Literal[False] = False,
+    return_profile: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    return_lse: Literal[True],
+    return_profile: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    return_lse: Literal[False] = False,
+    return_profile: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Profile]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    return_lse: Literal[True],
+    return_profile: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor, Profile]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    q_norm: Norm = None,
+    k_norm: Norm = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    before: Text | None = None,
+    after: Text | None = None,
+    head_types: HeadTypes = "profile",
+    density: float | tuple[float, float] | None = None,
+    half_widths: tuple[int, int] | None = None,
+    scale: float | None = None,
+    seed: int | None = None,
+    return_lse: bool = False,
+    return_profile: bool = False,
+) -> Any:
+    """One layer of attention, from the projections to the output: norm, RoPE, profiling, sparse attention.
+
+    It runs on the GPU of its tensors, on PyTorch's current stream, and can be captured in a CUDA graph.
+    Tensors of the CPU run on the emulator, which is exact and slow. It computes no gradients.
+
+    Args:
+        q, k, v: [B, S, H, D] in the type of the spec, as the projections left them, neither normalised nor
+            rotated. S = before + N + after rows; rows of text that is given in `before` or `after` are left
+            out. The last dimension is contiguous, other strides are free: transposed and packed
+            projections and slices need no copy. B and H may differ from the spec's.
+        spec: the shape of the model's attention.
+        q_norm, k_norm: the weights of the QK-norm, or (weight, bias): [D], or [H * D] where the norm covers all
+            heads. Without them, weights are one and biases zero.
+        rope: (cos, sin) of `spec.rope_shape`, with as many rows or more. A leading dimension of B gives each
+            item tables of its own.
+        before, after: the text on each side of the video, where it has lengths, norms or tensors of its own.
+        head_types: `"profile"` finds the type of each head in this call, `"dense"` is full attention, and a
+            tensor int32 [B, H] gives the types: 0 dense, 1 spatial, 2 temporal.
+        density: visible pairs over all S x S pairs, of both masks or (spatial, temporal). By default the spec's.
+        half_widths: the half widths of the spatial and the temporal band in tokens, instead of a density.
+        scale: softmax scale; by default 1 / sqrt(D).
+        seed: seed of the rows that profiling samples; by default the spec's. A CUDA graph keeps it.
+        return_lse: also return the natural log-sum-exp of each row's scaled scores.
+        return_profile: also return what profiling found.
+
+    Norm weights and tables are f32. Those of another type are converted at each call, as are lengths and head
+    types of another integer type, and those that are not contiguous are copied.
+
+    Returns:
+        The output [B, S, H, D], all rows of text included and contiguous. Rows of invalid text are zero. With
+        `return_lse` or `return_profile` it is a tuple of the output, the log-sum-exp float32 [B, H, S], and a
+        `Profile`.
+
+    Raises:
+        Error: what was found, what is allowed, how to mend it. Nothing was launched.
+    """
+    from . import _op
+
+    given = None if isinstance(head_types, str) else _op.converted(head_types, "int32")
+    if isinstance(head_types, str) and head_types not in ("profile", "dense"):
+        raise refuse("head_types", repr(head_types), '"profile", "dense" or a tensor', "Pass one of them")
+    profiled = given is None and head_types == "profile"
+    if return_profile and not profiled:
+        raise refuse(
+            "return_profile", "True, where heads are not profiled", 'head_types="profile"', "Leave one of them out"
+        )
+    inputs = _inputs(q, k, v, spec, q_norm, k_norm, rope, before, after, density, half_widths, scale, seed)
+    out, lse, found, errors = _op.attention(*inputs, given, profiled, return_lse, return_profile)
+    if return_lse and return_profile:
+        return out, lse, Profile(found, errors)
+    if return_lse:
+        return out, lse
+    if return_profile:
+        return out, Profile(found, errors)
+    return out
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    q_norm: Norm,
+    k_norm: Norm,
+    rope: tuple[Tensor, Tensor] | None,
+    before: Text | None,
+    after: Text | None,
+    density: float | tuple[float, float] | None,
+    half_widths: tuple[int, int] | None,
+    scale: float | None,
+    seed: int | None,
+) -> tuple[Any, ...]:
+    """The leading arguments of the operators, which are flat."""
+    from . import _op
+
+    if density is not None and half_widths is not None:
+        raise refuse("density", f"{density}, and half_widths {half_widths}", "one of the two", "Leave one of them out")
+    densities = [] if density is None else list(density) if isinstance(density, tuple) else [density, density]
+    sides: list[Any] = []
+    for side in (before, after):
+        side = Text() if side is None else side
+        rows = [tensor for tensor in (side.q, side.k, side.v) if tensor is not None]
+        lengths = None if side.lengths is None else _op.converted(side.lengths, "int32")
+        sides += [rows, lengths, _norm(side.q_norm), _norm(side.k_norm)]
+    per_head = spec.rope is not None and spec.rope.per_head
+    tables = [] if rope is None else [_op.converted_table(table, per_head) for table in rope]
+    widths = [] if half_widths is None else list(half_widths)
+    return q, k, v, spec.toml, _norm(q_norm), _norm(k_norm), tables, *sides, densities, widths, scale, seed
+
+
+def _norm(norm: Norm) -> list[Tensor]:
+    """The weight of a norm, and its bias."""
+    from . import _op
+
+    parts = () if norm is None else norm if isinstance(norm, tuple) else (norm,)
+    return [_op.converted(part, "float32") for part in parts]
