@@ -123,10 +123,10 @@ impl<'a, P: Place> Call<'a, P> {
         let workspace = unsafe { Workspace::borrow(module.device(), address, bytes) };
 
         // SAFETY: every address is memory of this device and large enough, since `rows` and `words` have
-        // compared layouts with storages. Tensors that are read are locked until the launch, and candle
-        // frees memory in the order of its streams. The kernels live as long as their work
-        // (`Kernels::drop`).
-        unsafe { plan.forward(place.stream(), &layer, types, &workspace) }.map_err(Error::wrap)?;
+        // compared layouts with storages. On the CPU it is allocated in whole words, which the emulator
+        // touches. What is read is locked until the launch, and candle frees memory in the order of its
+        // streams. The kernels live as long as their work (`Kernels::drop`).
+        let launched = unsafe { plan.forward(place.stream(), &layer, types, &workspace) };
 
         // Other streams now wait for the work, before they write what it reads or read what it writes.
         for (storage, _) in qkv {
@@ -138,6 +138,7 @@ impl<'a, P: Place> Call<'a, P> {
         for (storage, _) in [&mut out, &mut lse, &mut memory].into_iter().chain(found.iter_mut().flatten()) {
             place.written(storage);
         }
+        launched.map_err(Error::wrap)?;
         Ok(Launched { out, lse, found })
     }
 

@@ -6,4 +6,4 @@ mod call;
 mod place;
 
 pub use attention::{Attention, HeadTypes, Norm, Output, Rope, Text};
-pub use framestride::Spec;
+pub use framestride::{Spec, shapes};

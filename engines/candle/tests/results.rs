@@ -7,8 +7,8 @@ mod common;
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 use common::{device, rows, wave};
-use framestride::shapes::dtype::Dtype;
-use framestride::shapes::spec::{self, NormKind, NormOver, Pairs, QkNorm, Width};
+use framestride_candle::shapes::dtype::Dtype;
+use framestride_candle::shapes::spec::{self, NormKind, NormOver, Pairs, QkNorm, Width};
 use framestride_candle::{Attention, HeadTypes, Norm, Rope, Spec, Text};
 
 const FRAMES: usize = 5;
@@ -25,7 +25,8 @@ const EPS: f64 = 1e-5;
 const LENGTHS: [[u32; BATCH]; 2] = [[9, 4], [13, 20]];
 const HALF_WIDTHS: [usize; 2] = [FRAME_TOKENS + 5, 4 * FRAMES + 3];
 
-fn spec(dtype: Dtype, kind: NormKind, pairs: Pairs) -> Spec {
+/// With `NormOver::Heads`, each head has RoPE tables of its own too.
+fn spec(dtype: Dtype, kind: NormKind, over: NormOver, pairs: Pairs) -> Spec {
     Spec::builder()
         .name("candle")
         .frames(FRAMES as u32)
@@ -35,8 +36,14 @@ fn spec(dtype: Dtype, kind: NormKind, pairs: Pairs) -> Spec {
         .heads(HEADS as u32)
         .head_dim(HEAD_DIM as u32)
         .dtype(dtype)
-        .qk_norm(QkNorm { kind, over: NormOver::Head, eps: EPS })
-        .rope(spec::Rope { pairs, channels: HEAD_DIM as u32, before: false, after: false, per_head: false })
+        .qk_norm(QkNorm { kind, over, eps: EPS })
+        .rope(spec::Rope {
+            pairs,
+            channels: HEAD_DIM as u32,
+            before: false,
+            after: false,
+            per_head: over == NormOver::Heads,
+        })
         .spatial(Width::Tokens(HALF_WIDTHS[0] as u32))
         .temporal(Width::Tokens(HALF_WIDTHS[1] as u32))
         .build()
@@ -51,12 +58,14 @@ struct Case {
 }
 
 impl Case {
-    fn new(dtype: Dtype, kind: NormKind, pairs: Pairs) -> Result<Case> {
+    fn new(dtype: Dtype, kind: NormKind, over: NormOver, pairs: Pairs) -> Result<Case> {
         let device = device()?;
-        let mut attention = Attention::load(&device, &spec(dtype, kind, pairs))?;
+        let mut attention = Attention::load(&device, &spec(dtype, kind, over, pairs))?;
+        let is_over_heads = over == NormOver::Heads;
+        let length = if is_over_heads { HEADS * HEAD_DIM } else { HEAD_DIM };
         let norm = |seed: f64| -> Result<Norm> {
-            let weight = Some(((wave(seed, HEAD_DIM, &device)? * 0.5)? + 1.0)?);
-            let bias = if kind == NormKind::Layer { Some((wave(seed + 0.3, HEAD_DIM, &device)? * 0.2)?) } else { None };
+            let weight = Some(((wave(seed, length, &device)? * 0.5)? + 1.0)?);
+            let bias = if kind == NormKind::Layer { Some((wave(seed + 0.3, length, &device)? * 0.2)?) } else { None };
             Ok(Norm { weight, bias })
         };
         (attention.q_norm, attention.k_norm) = (norm(0.9)?, norm(0.4)?);
@@ -64,7 +73,8 @@ impl Case {
         attention.before = Text { lengths: lengths(0)?, q_norm: Some(norm(0.15)?), k_norm: Some(Norm::default()) };
         // These rows have the norm of the video.
         attention.after = Text { lengths: lengths(1)?, ..Text::default() };
-        let angles = (wave(2.1, (VIDEO, HEAD_DIM / 2), &device)? * 3.0)?;
+        let table = if is_over_heads { vec![VIDEO, HEADS, HEAD_DIM / 2] } else { vec![VIDEO, HEAD_DIM / 2] };
+        let angles = (wave(2.1, table, &device)? * 3.0)?;
         attention.rope = Some(Rope { cos: angles.cos()?, sin: angles.sin()? });
         let dtype = if dtype == Dtype::Bf16 { DType::BF16 } else { DType::F16 };
         let qkv = [0.7, 1.3, 0.2].map(|seed| rows(seed, (BATCH, S, HEADS, HEAD_DIM), dtype, &device));
@@ -73,7 +83,7 @@ impl Case {
     }
 
     fn bf16() -> Result<Case> {
-        Case::new(Dtype::Bf16, NormKind::Rms, Pairs::Interleaved)
+        Case::new(Dtype::Bf16, NormKind::Rms, NormOver::Head, Pairs::Interleaved)
     }
 
     fn forward(&self) -> Result<Tensor> {
@@ -101,17 +111,17 @@ impl Case {
 
     /// Normalised and rotated rows, \[B, H, S, D\].
     fn prepared(&self, x: &Tensor, video: &Norm, [before, after]: [Norm; 2]) -> Result<Tensor> {
-        let spec = self.attention.spec();
-        let is_layer = spec.qk_norm.as_ref().is_some_and(|norm| norm.kind == NormKind::Layer);
-        let x = if is_layer { x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)? } else { x.clone() };
-        let x = x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?)?;
+        let norm = self.attention.spec().qk_norm.as_ref().expect("the spec has a norm");
+        let mean = |x: &Tensor| if norm.over == NormOver::Heads { x.mean_keepdim((2, 3)) } else { x.mean_keepdim(3) };
+        let x = if norm.kind == NormKind::Layer { x.broadcast_sub(&mean(x)?)? } else { x.clone() };
+        let x = x.broadcast_div(&(mean(&x.sqr()?)? + EPS)?.sqrt()?)?;
         let affine = |start: usize, length: usize, norm: &Norm| -> Result<Tensor> {
             let mut x = x.narrow(1, start, length)?;
             if let Some(weight) = &norm.weight {
-                x = x.broadcast_mul(weight)?;
+                x = x.broadcast_mul(&weight.reshape(((), HEAD_DIM))?)?;
             }
             if let Some(bias) = &norm.bias {
-                x = x.broadcast_add(bias)?;
+                x = x.broadcast_add(&bias.reshape(((), HEAD_DIM))?)?;
             }
             Ok(x)
         };
@@ -128,9 +138,12 @@ impl Case {
             if is_half { ((BATCH, VIDEO, HEADS, 2, half), 3) } else { ((BATCH, VIDEO, HEADS, half, 2), 4) };
         let x = x.contiguous()?.reshape(split)?;
         let (a, b) = (x.narrow(pair, 0, 1)?.squeeze(pair)?, x.narrow(pair, 1, 1)?.squeeze(pair)?);
-        // [VIDEO, D/2], or for each batch item.
-        let angles =
-            if self.angles.rank() == 2 { self.angles.unsqueeze(0)? } else { self.angles.clone() }.unsqueeze(2)?;
+        // [VIDEO, D/2], for each batch item or for each head.
+        let angles = match *self.angles.dims() {
+            [BATCH, VIDEO, _] => self.angles.unsqueeze(2)?,
+            [VIDEO, HEADS, _] => self.angles.unsqueeze(0)?,
+            _ => self.angles.unsqueeze(0)?.unsqueeze(2)?,
+        };
         let (cos, sin) = (angles.cos()?, angles.sin()?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
@@ -212,10 +225,12 @@ fn dense_heads() -> Result<()> {
 
 #[test]
 fn given_types_and_log_sum_exp() -> Result<()> {
-    for (dtype, kind, pairs, tolerance) in
-        [(Dtype::Bf16, NormKind::Rms, Pairs::Interleaved, BF16), (Dtype::F16, NormKind::Layer, Pairs::Half, F16)]
-    {
-        let mut case = Case::new(dtype, kind, pairs)?;
+    for (dtype, kind, over, pairs, tolerance) in [
+        (Dtype::Bf16, NormKind::Rms, NormOver::Head, Pairs::Interleaved, BF16),
+        (Dtype::Bf16, NormKind::Rms, NormOver::Heads, Pairs::Interleaved, BF16),
+        (Dtype::F16, NormKind::Layer, NormOver::Head, Pairs::Half, F16),
+    ] {
+        let mut case = Case::new(dtype, kind, over, pairs)?;
         let device = case.qkv[0].device().clone();
         case.attention.head_types = HeadTypes::Given(Tensor::new(&MIXED, &device)?);
         let [q, k, v] = &case.qkv;
