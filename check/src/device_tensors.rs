@@ -3,9 +3,11 @@
 //! A tensor is copied to memory that was filled with [`POISON`]. So it is seen afterwards which
 //! bytes a kernel wrote: those of the output, all of them, and nothing beside them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use framestride::device::Buffer;
+use framestride::shapes::layout::Layout;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, Error, Layer, Result, Stream};
@@ -103,11 +105,50 @@ impl Arrangement {
     }
 }
 
-/// Bytes that [`DeviceLayer::upload`] allocates for Q, K, V and the output, each of this shape.
-pub(crate) fn layer_bytes(shape: [usize; 4], arrangement: Arrangement, out: Arrangement) -> u64 {
-    let elements = |role, arrangement: Arrangement| arrangement.strides(role, shape).all as u64;
-    let inputs = if arrangement == Arrangement::PackedQkv { &[Role::Q][..] } else { &[Role::Q, Role::K, Role::V] };
-    ELEMENT as u64 * (inputs.iter().map(|&role| elements(role, arrangement)).sum::<u64>() + elements(Role::Out, out))
+/// How the tensors of a layer lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Q, K and V.
+    pub inputs: Arrangement,
+    /// Q, K and V of the text before the video and after it, where they are tensors of their own.
+    pub text: [Option<Arrangement>; 2],
+    /// The output.
+    pub out: Arrangement,
+}
+
+impl Placement {
+    /// All tensors lie alike, and text lies with the video.
+    pub const fn all(arrangement: Arrangement) -> Placement {
+        Placement { inputs: arrangement, text: [None; 2], out: arrangement }
+    }
+
+    /// The rows of each group of Q, K and V, and how they lie. The first group has the video, and
+    /// the others are text before the video and after it.
+    fn groups(&self, layout: &Layout) -> [Option<(Range<usize>, Arrangement)>; 3] {
+        let [before, after] = self.text;
+        let (first, end) = (layout.before as usize, (layout.before + layout.video_tokens()) as usize);
+        let sequence = layout.sequence() as usize;
+        let joined = before.map_or(0, |_| first)..after.map_or(sequence, |_| end);
+        [
+            Some((joined, self.inputs)),
+            before.map(|arrangement| (0..first, arrangement)),
+            after.map(|arrangement| (end..sequence, arrangement)),
+        ]
+    }
+
+    /// Bytes that [`DeviceLayer::upload`] allocates for Q, K, V and the output of a launch with
+    /// `batch` items of `heads` heads.
+    pub(crate) fn bytes(&self, layout: &Layout, [batch, heads, head_dim]: [usize; 3]) -> u64 {
+        let elements = |role, arrangement: Arrangement, rows: usize| {
+            arrangement.strides(role, [batch, rows, heads, head_dim]).all as u64
+        };
+        let inputs = self.groups(layout).into_iter().flatten().map(|(rows, arrangement)| {
+            let roles =
+                if arrangement == Arrangement::PackedQkv { &[Role::Q][..] } else { &[Role::Q, Role::K, Role::V] };
+            roles.iter().map(|&role| elements(role, arrangement, rows.len())).sum::<u64>()
+        });
+        ELEMENT as u64 * (inputs.sum::<u64>() + elements(Role::Out, self.out, layout.sequence() as usize))
+    }
 }
 
 impl Strides {
@@ -133,12 +174,18 @@ const STAGE: usize = 32 << 20;
 impl DeviceTensor {
     /// Copies a tensor to the device, into memory that is [`POISON`] everywhere else.
     pub fn upload(device: &Device, tokens: &Tokens, arrangement: Arrangement) -> Result<DeviceTensor> {
-        DeviceTensor::upload_as(device, Role::Q, tokens, arrangement)
+        DeviceTensor::upload_as(device, Role::Q, tokens, 0..tokens.rows, arrangement)
     }
 
-    fn upload_as(device: &Device, role: Role, tokens: &Tokens, arrangement: Arrangement) -> Result<DeviceTensor> {
-        let tensor = DeviceTensor::new(device, role, tokens.dtype, tokens.shape(), arrangement)?;
-        copy(device, &[(&tensor, tokens)])?;
+    fn upload_as(
+        device: &Device,
+        role: Role,
+        tokens: &Tokens,
+        rows: Range<usize>,
+        arrangement: Arrangement,
+    ) -> Result<DeviceTensor> {
+        let tensor = DeviceTensor::new(device, role, tokens.dtype, tokens.shape_of(&rows), arrangement)?;
+        copy(device, &[(&tensor, tokens)], rows.start)?;
         Ok(tensor)
     }
 
@@ -185,21 +232,25 @@ impl DeviceTensor {
         Ok(DeviceTensor { memory: Arc::new(memory), strides, shape, dtype })
     }
 
-    /// Copies Q, K and V to the device. With [`Arrangement::PackedQkv`] they share one piece of
-    /// memory.
-    fn upload_layer(device: &Device, tensors: [&Tokens; 3], arrangement: Arrangement) -> Result<[DeviceTensor; 3]> {
-        let [q, k, v] = tensors;
+    /// Copies rows of Q, K and V to the device. With [`Arrangement::PackedQkv`] they share one piece
+    /// of memory.
+    fn upload_rows(
+        device: &Device,
+        [q, k, v]: [&Tokens; 3],
+        rows: Range<usize>,
+        arrangement: Arrangement,
+    ) -> Result<[DeviceTensor; 3]> {
         if arrangement != Arrangement::PackedQkv {
-            let upload = |role, tokens| DeviceTensor::upload_as(device, role, tokens, arrangement);
+            let upload = |role, tokens| DeviceTensor::upload_as(device, role, tokens, rows.clone(), arrangement);
             return Ok([upload(Role::Q, q)?, upload(Role::K, k)?, upload(Role::V, v)?]);
         }
-        let whole = DeviceTensor::new(device, Role::Q, q.dtype, q.shape(), arrangement)?;
+        let whole = DeviceTensor::new(device, Role::Q, q.dtype, q.shape_of(&rows), arrangement)?;
         let thirds = [0, 1, 2].map(|third| DeviceTensor {
             memory: Arc::clone(&whole.memory),
             strides: Strides { first: third * q.heads * q.head_dim, ..whole.strides },
             ..whole
         });
-        copy(device, &[(&thirds[0], q), (&thirds[1], k), (&thirds[2], v)])?;
+        copy(device, &[(&thirds[0], q), (&thirds[1], k), (&thirds[2], v)], rows.start)?;
         Ok(thirds)
     }
 
@@ -236,13 +287,14 @@ impl DeviceTensor {
     }
 }
 
-/// Copies tensors of one arrangement that share one memory, [`STAGE`] bytes at a time.
-fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
+/// Copies rows from `first_row` on to tensors of one arrangement that share one memory, [`STAGE`]
+/// bytes at a time.
+fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)], first_row: usize) -> Result<()> {
     let Some(&(DeviceTensor { memory, strides, shape, .. }, tokens)) = tensors.first() else { return Ok(()) };
     let [batch, rows, heads, dim] = *shape;
     let [buffer] = &memory[..] else {
         return memory.iter().enumerate().try_for_each(|(piece, buffer)| {
-            let index = tokens.index(piece / rows / heads, piece % rows, piece / rows % heads);
+            let index = tokens.index(piece / rows / heads, first_row + piece % rows, piece / rows % heads);
             let row: Vec<u8> = tokens.bits[index..][..dim].iter().flat_map(|bits| bits.to_le_bytes()).collect();
             device.write(buffer, (strides.first * ELEMENT) as u64, &row)
         });
@@ -271,7 +323,7 @@ fn copy(device: &Device, tensors: &[(&DeviceTensor, &Tokens)]) -> Result<()> {
                 for (tensor, tokens) in tensors {
                     for (head, number) in heads.clone().zip(0..) {
                         let first = tensor.strides.first + number * tensor.strides.head * usize::from(!by_head);
-                        let bits = &tokens.bits[tokens.index(item, row, head)..][..dim];
+                        let bits = &tokens.bits[tokens.index(item, first_row + row, head)..][..dim];
                         for (bytes, bits) in bytes[first * ELEMENT..].as_chunks_mut::<ELEMENT>().0.iter_mut().zip(bits)
                         {
                             *bytes = bits.to_le_bytes();
@@ -340,8 +392,8 @@ pub struct DeviceLayer {
     pub out: DeviceTensor,
     /// f32 \[B, H, S\], filled with [`POISON`] at first.
     lse: Buffer,
-    /// Q, K and V.
-    inputs: [DeviceTensor; 3],
+    /// Q, K and V of each group of rows.
+    inputs: Vec<DeviceTensor>,
     /// The memory of norm weights, RoPE tables and lengths of text.
     buffers: Vec<Buffer>,
 }
@@ -354,9 +406,8 @@ fn upload_words(device: &Device, words: impl Iterator<Item = [u8; 4]>) -> Result
 }
 
 impl DeviceLayer {
-    /// Copies `inputs` to the device, and makes room for an output. `arrangement` is that of Q, K
-    /// and V, `out` that of the output.
-    pub fn upload(device: &Device, inputs: &Inputs, arrangement: Arrangement, out: Arrangement) -> Result<DeviceLayer> {
+    /// Copies `inputs` to the device, and makes room for an output.
+    pub fn upload(device: &Device, layout: &Layout, inputs: &Inputs, placement: Placement) -> Result<DeviceLayer> {
         let mut buffers = Vec::new();
         let mut floats = |values: Option<&Vec<f32>>| -> Result<u64> {
             let Some(values) = values else { return Ok(0) };
@@ -371,6 +422,7 @@ impl DeviceLayer {
         let (q_norm, k_norm) = (norm(&inputs.q_norm)?, norm(&inputs.k_norm)?);
         let mut text = |text: &Text| -> Result<framestride::Text> {
             Ok(framestride::Text {
+                qkv: None,
                 lengths: 0,
                 q_norm: text.q_norm.as_ref().map(&mut norm).transpose()?,
                 k_norm: text.k_norm.as_ref().map(&mut norm).transpose()?,
@@ -400,10 +452,20 @@ impl DeviceLayer {
             text.lengths = buffer.address();
             buffers.push(buffer);
         }
-        let tensors = DeviceTensor::upload_layer(device, [&inputs.q, &inputs.k, &inputs.v], arrangement)?;
-        (layer.q, layer.k, layer.v) = (tensors[0].tensor(), tensors[1].tensor(), tensors[2].tensor());
+        let mut tensors = Vec::new();
+        for (group, rows) in placement.groups(layout).into_iter().enumerate() {
+            let Some((rows, arrangement)) = rows else { continue };
+            let qkv = DeviceTensor::upload_rows(device, [&inputs.q, &inputs.k, &inputs.v], rows, arrangement)?;
+            let [q, k, v] = [0, 1, 2].map(|operand: usize| qkv[operand].tensor());
+            match group {
+                0 => (layer.q, layer.k, layer.v) = (q, k, v),
+                1 => layer.before.qkv = Some([q, k, v]),
+                _ => layer.after.qkv = Some([q, k, v]),
+            }
+            tensors.extend(qkv);
+        }
         let shape = inputs.q.shape();
-        let out = DeviceTensor::poisoned(device, inputs.q.dtype, shape, out)?;
+        let out = DeviceTensor::poisoned(device, inputs.q.dtype, shape, placement.out)?;
         layer.out = out.tensor();
         let lse = device.allocate((shape[0] * shape[1] * shape[2] * 4) as u64)?;
         device.fill(Stream::DEFAULT, &lse, POISON)?;

@@ -13,7 +13,7 @@ use rand::RngExt;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::device_tensors::{Arrangement, DeviceLayer};
+use crate::device_tensors::{Arrangement, DeviceLayer, Placement};
 use crate::random::row_generator;
 use crate::reference::{Head, Reference, distance, norm};
 use crate::tensors::{Inputs, Tokens};
@@ -124,7 +124,7 @@ pub fn run_layer(
     progress("inputs to the device", None);
     let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
     let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
-    let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+    let placed = DeviceLayer::upload(device, &module.spec().layout, inputs, Placement::all(Arrangement::TokensFirst))?;
     let dense = (HeadType::Dense as u32).to_le_bytes();
     let launches = attention.launches(&placed.layer, HeadTypes::Profiled, &workspace)?;
     let mut times = Vec::new();

@@ -4,7 +4,7 @@ use framestride::device::available_memory;
 use framestride::shapes::spec::Spec;
 use framestride::{Device, Error, Result, workspace_layout};
 
-use crate::device_tensors::{Arrangement, layer_bytes};
+use crate::device_tensors::{Arrangement, Placement};
 
 /// Bytes of memory that are free, or `None` where that is not known. The emulator's memory is the
 /// host's.
@@ -76,9 +76,9 @@ impl Free {
     }
 }
 
-/// Shape of Q in a launch.
-fn shape(spec: &Spec, [batch, heads]: [u32; 2]) -> [usize; 4] {
-    [batch, spec.layout.sequence(), heads, spec.head_dim].map(|extent| extent as usize)
+/// Bytes of Q, K, V and the output of a launch.
+fn tensors(spec: &Spec, [batch, heads]: [u32; 2], placement: Placement) -> u64 {
+    placement.bytes(&spec.layout, [batch, heads, spec.head_dim].map(|extent| extent as usize))
 }
 
 /// Bytes of the log-sum-exps of a launch.
@@ -97,11 +97,11 @@ fn on_device(
     spec: &Spec,
     device: &Device,
     extent: [u32; 2],
-    [inputs, out]: [Arrangement; 2],
+    placement: Placement,
     [layers, workspaces]: [u64; 2],
 ) -> u64 {
     let [batch, heads] = extent;
-    let layer = layer_bytes(shape(spec, extent), inputs, out) + log_sums(spec, extent) + rope_tables(spec, extent);
+    let layer = tensors(spec, extent, placement) + log_sums(spec, extent) + rope_tables(spec, extent);
     layers * layer + workspaces * workspace_layout(spec, batch, heads, device.multiprocessors()).bytes
 }
 
@@ -109,16 +109,16 @@ fn on_device(
 ///
 /// The host holds its inputs, and its results as they lie on the device. It holds one head as f64,
 /// packed and not, with what masks say of each of its rows.
-pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], arrangements: [Arrangement; 2]) -> Need {
+pub(crate) fn compared(spec: &Spec, device: &Device, extent: [u32; 2], placement: Placement) -> Need {
     let [batch, heads] = extent;
     let (row, tensor) = (u64::from(spec.head_dim), spec.tensor_bytes(batch, heads));
     let of_row = 3 * 8 * row + 3 * u64::from(spec.dtype.bytes()) * row + 8 * 64;
     let one_head = u64::from(spec.layout.sequence()) * of_row;
     let statistics = 2 * 16 * u64::from(batch) * u64::from(spec.layout.sequence());
     // Q, K and V take at least three tensors, so the rest bounds the output in its arrangement.
-    let out = layer_bytes(shape(spec, extent), arrangements[0], arrangements[1]).saturating_sub(3 * tensor);
+    let out = tensors(spec, extent, placement).saturating_sub(3 * tensor);
     let host = 3 * tensor + rope_tables(spec, extent) + out + log_sums(spec, extent) + statistics + one_head;
-    Need { device: on_device(spec, device, extent, arrangements, [1, 1]), host }
+    Need { device: on_device(spec, device, extent, placement, [1, 1]), host }
 }
 
 /// What layers need that are compared with themselves. `counts` are those of layers and workspaces,
@@ -128,8 +128,8 @@ pub(crate) fn repeated(spec: &Spec, device: &Device, extent: [u32; 2], counts: [
     let tensor = spec.tensor_bytes(batch, heads);
     let inputs = 3 * tensor + rope_tables(spec, extent);
     let results = (results + 1) * (tensor + log_sums(spec, extent));
-    let arrangements = [Arrangement::TokensFirst; 2];
-    Need { device: on_device(spec, device, extent, arrangements, counts), host: inputs + results }
+    let placement = Placement::all(Arrangement::TokensFirst);
+    Need { device: on_device(spec, device, extent, placement, counts), host: inputs + results }
 }
 
 #[cfg(test)]
@@ -138,7 +138,7 @@ mod tests {
     use framestride::shapes::spec::Spec;
 
     use super::{Free, Need, compared, repeated};
-    use crate::device_tensors::Arrangement;
+    use crate::device_tensors::{Arrangement, Placement};
 
     const GIGABYTE: u64 = 1_000_000_000;
 
@@ -155,7 +155,7 @@ mod tests {
     fn a_layer_takes_what_its_tensors_take() {
         let (spec, device) = (spec(""), Device::emulator());
         let tensor = 2 * 291_600 * 40 * 128 * 2;
-        let Need { device, host } = compared(&spec, &device, [2, 40], [Arrangement::TokensFirst; 2]);
+        let Need { device, host } = compared(&spec, &device, [2, 40], Placement::all(Arrangement::TokensFirst));
         // The device holds four tensors, and three packed ones with little beside them. The host
         // holds three and the output.
         assert!((7 * tensor..8 * tensor).contains(&device), "{device}");
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn a_norm_over_all_heads_gives_up_batch_items() {
         let (spec, device) = (spec("[qk_norm]\nkind = \"rms\"\nover = \"heads\""), Device::emulator());
-        let need = |extent| compared(&spec, &device, extent, [Arrangement::Unaligned; 2]);
+        let need = |extent| compared(&spec, &device, extent, Placement::all(Arrangement::Unaligned));
         let free = Free { device: Some(30 * GIGABYTE), host: None };
         assert_eq!(free.fit(&spec, [2, 40], need).unwrap(), [1, 40]);
         assert!(Free { device: None, host: Some(GIGABYTE) }.fit(&spec, [2, 40], need).is_err());

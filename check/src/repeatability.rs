@@ -29,7 +29,7 @@ use rand::RngExt;
 use rayon::prelude::*;
 
 use crate::checks::{Checks, Worst};
-use crate::device_tensors::{Arrangement, DeviceLayer, POISON};
+use crate::device_tensors::{Arrangement, DeviceLayer, POISON, Placement};
 use crate::memory_fit::{self, Free};
 use crate::random::row_generator;
 use crate::tensors::Inputs;
@@ -111,7 +111,7 @@ pub(crate) fn verify_launches(
         let mut lengths =
             |text: u32| (text > 0).then(|| (0..batch).map(|_| generator.random_range(0..=text)).collect());
         (inputs.before.lengths, inputs.after.lengths) = (lengths(spec.layout.before), lengths(spec.layout.after));
-        DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)
+        DeviceLayer::upload(device, &module.spec().layout, &inputs, Placement::all(Arrangement::TokensFirst))
     };
     progress("inputs of launches in several ways");
     let launched = LaunchedLayers {

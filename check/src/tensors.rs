@@ -1,5 +1,7 @@
 //! The inputs of one layer on the host: Q, K, V and what goes with them.
 
+use std::ops::Range;
+
 use framestride::call::{check_heads, check_scale};
 use framestride::shapes::layout::{Layout, ValidText};
 use framestride::shapes::spec::{Dtype, NormKind, Spec};
@@ -59,6 +61,11 @@ impl Tokens {
     /// The shape, `[batch, rows, heads, head_dim]`.
     pub fn shape(&self) -> [usize; 4] {
         [self.batch, self.rows, self.heads, self.head_dim]
+    }
+
+    /// The shape of a tensor of some of the rows.
+    pub(crate) fn shape_of(&self, rows: &Range<usize>) -> [usize; 4] {
+        [self.batch, rows.len(), self.heads, self.head_dim]
     }
 
     /// Index of the first element of a row.

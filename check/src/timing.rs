@@ -20,7 +20,7 @@ use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::device_tensors::{Arrangement, DeviceLayer, DeviceTensor};
+use crate::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, Placement};
 use crate::random::{norm_weights, normal, row_generator};
 use crate::rope::RopeTables;
 use crate::tensors::{ELEMENT, Inputs, Tokens, narrow};
@@ -477,7 +477,7 @@ fn median(samples: &[f64]) -> f64 {
 impl BenchInputs {
     fn given(device: &Device, spec: &Spec, inputs: &Inputs) -> Result<BenchInputs> {
         inputs.check(spec, "inputs")?;
-        let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst)?;
+        let placed = DeviceLayer::upload(device, &spec.layout, inputs, Placement::all(Arrangement::TokensFirst))?;
         let shape = inputs.q.shape();
         let out = DeviceTensor::poisoned(device, spec.dtype, shape, Arrangement::TokensFirst)?;
         let layer = Layer { out: out.tensor(), lse: 0, ..placed.layer };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use framestride::shapes::spec::Spec;
 use framestride::{Device, Module};
-use framestride_check::device_tensors::Arrangement;
+use framestride_check::device_tensors::{Arrangement, Placement};
 use framestride_check::layer_run::{HeadResult, run_layer};
 use framestride_check::tensors::{Inputs, narrow};
 use framestride_check::verify::{Case, CaseContent, CaseText, CaseTypes, Effort, verify, verify_case};
@@ -126,8 +126,12 @@ fn kernels_of_sampled_specs_match_the_reference() {
                     let case = Case {
                         text: [(layout.before, index + number), (layout.after, index + 2 * number)]
                             .map(|(tokens, which)| if tokens > 0 { lengths[which % 3] } else { CaseText::Full }),
-                        inputs: arrangements[(index + number) % 4],
-                        out: arrangements[(index / 4 + number) % 4],
+                        placement: Placement {
+                            inputs: arrangements[(index + number) % 4],
+                            text: [(layout.before, index / 2 + number), (layout.after, index / 3 + number)]
+                                .map(|(tokens, which)| (tokens > 0 && which % 2 == 1).then(|| arrangements[which % 4])),
+                            out: arrangements[(index / 4 + number) % 4],
+                        },
                         ..Case::new(types, [CaseContent::Random, CaseContent::Rising][(index + number) % 2])
                     };
                     verify_case(&module, &case, seed, Effort::default())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, Width};
 use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Workspace};
-use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON};
+use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON, Placement};
 use framestride_check::layer_run::run_layer;
 use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
@@ -53,8 +53,7 @@ fn arrangements() {
         .flat_map(|inputs| Arrangement::ALL.map(|out| (inputs, out)))
         .map(|(inputs, out)| Case {
             text: [CaseText::Partial; 2],
-            inputs,
-            out,
+            placement: Placement { inputs, text: [None; 2], out },
             ..Case::new(CaseTypes::Mixed, CaseContent::Random)
         })
         .collect();
@@ -113,7 +112,8 @@ fn forward(module: &Arc<Module>, inputs: &Inputs, types: HeadTypes) -> Tokens {
     let device = module.device();
     let attention = SparseAttention::new(module, inputs.q.batch as u32, inputs.q.heads as u32).unwrap();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-    let placed = DeviceLayer::upload(device, inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let placed =
+        DeviceLayer::upload(device, &module.spec().layout, inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
     placed.out.download(device).unwrap().0
@@ -127,7 +127,8 @@ fn seeds_of_launches() {
     let attention = SparseAttention::new(&module, 1, 2).unwrap();
     let device = module.device();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-    let mut placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let mut placed =
+        DeviceLayer::upload(device, &module.spec().layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
     let mut profiles = |seed| {
         placed.layer.seed = seed;
         // SAFETY: all memory is this function's, and outlives the work.
@@ -164,8 +165,8 @@ fn half_widths_of_launches() {
     let layers = |module: &Arc<Module>, half_widths| {
         let attention = SparseAttention::new(module, 1, spec.heads).unwrap();
         let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-        let arrangement = Arrangement::TokensFirst;
-        let mut placed = DeviceLayer::upload(device, &inputs, arrangement, arrangement).unwrap();
+        let mut placed =
+            DeviceLayer::upload(device, &spec.layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
         placed.layer.half_widths = half_widths;
         let outs = [HeadTypes::Given(given.address()), HeadTypes::Profiled].map(|types| {
             // SAFETY: all memory is this function's, and outlives the work.
@@ -249,7 +250,8 @@ fn in_place() {
     let device = module.device();
     let attention = SparseAttention::new(&module, 2, 2).unwrap();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
-    let mut placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let mut placed =
+        DeviceLayer::upload(device, &module.spec().layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
     let q = DeviceTensor::upload(device, &inputs.q, Arrangement::TokensFirst).unwrap();
     (placed.layer.q, placed.layer.out) = (q.tensor(), q.tensor());
     // SAFETY: all memory is this function's, and outlives the work.
@@ -271,7 +273,8 @@ fn the_schedule_and_a_borrowed_workspace() {
     device.fill(Stream::DEFAULT, &memory, POISON).unwrap();
     // SAFETY: the buffer lives until the end, and nobody else uses it.
     let workspace = unsafe { Workspace::borrow(device, memory.address(), memory.bytes()) };
-    let placed = DeviceLayer::upload(device, &inputs, Arrangement::TokensFirst, Arrangement::TokensFirst).unwrap();
+    let placed =
+        DeviceLayer::upload(device, &module.spec().layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, attention.head_types(0, 0), &workspace).unwrap() };
     let zeros = device.upload(&[0; 8]).unwrap();

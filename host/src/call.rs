@@ -5,14 +5,14 @@
 
 use std::ops::Range;
 
-use framestride_shapes::layout::HeadType;
+use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, Spec};
 use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layer::{HeadTypes, Layer};
+use crate::layer::{HeadTypes, Layer, Text};
 
 /// The shape of q, k, v and out.
 #[derive(Clone, Copy)]
@@ -57,6 +57,43 @@ impl TensorShape {
 pub(crate) fn is_aligned(tensor: &Tensor, shape: TensorShape) -> bool {
     tensor.data.is_multiple_of(WIDE)
         && shape.dimensions(tensor).iter().all(|(_, stride)| stride.is_multiple_of(WIDE / shape.element))
+}
+
+/// Q, K and V as a call gives them: those of the layer, and those of text that has tensors of its
+/// own. Each comes with its name and shape. `shape` is that of the output.
+pub(crate) fn given_tensors(
+    spec: &Spec,
+    shape: TensorShape,
+    layer: &Layer,
+) -> impl Iterator<Item = (&'static str, Tensor, TensorShape)> {
+    let Layout { before, after, .. } = spec.layout;
+    let apart = |text: &Text, tokens: u32| if text.qkv.is_some() { tokens } else { 0 };
+    let joined = shape.rows - apart(&layer.before, before) - apart(&layer.after, after);
+    [
+        (["q", "k", "v"], Some([layer.q, layer.k, layer.v]), joined),
+        (["before.q", "before.k", "before.v"], layer.before.qkv, before),
+        (["after.q", "after.k", "after.v"], layer.after.qkv, after),
+    ]
+    .into_iter()
+    .filter_map(|(names, qkv, rows)| Some((names, qkv?, rows)))
+    .flat_map(move |(names, qkv, rows)| [0, 1, 2].map(|part| (names[part], qkv[part], TensorShape { rows, ..shape })))
+}
+
+/// Checks that text with tensors of its own is text that the spec has.
+fn check_text_is_there(spec: &Spec, layer: &Layer) -> Result<()> {
+    for (name, text, tokens) in
+        [("before", &layer.before, spec.layout.before), ("after", &layer.after, spec.layout.after)]
+    {
+        if text.qkv.is_some() && tokens == 0 {
+            return Err(Error::input(
+                format!("{name}.qkv"),
+                "tensors",
+                format!("none: spec {} has no text {name} the video", spec.name),
+                format!("Leave them out, or add [{name}] to the spec"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// What a call does with a region of memory.
@@ -144,7 +181,7 @@ pub(crate) fn check_call(
     workspace: u64,
     layout: &WorkspaceLayout,
 ) -> Result<()> {
-    let tensor = |name: &'static str, tensor: &Tensor| -> Result<Range<u64>> {
+    let tensor = |name: &'static str, tensor: &Tensor, shape: TensorShape| -> Result<Range<u64>> {
         check_address(name, tensor.data, shape.element)?;
         shape.bytes(tensor).ok_or_else(|| {
             Error::input(
@@ -155,9 +192,12 @@ pub(crate) fn check_call(
             )
         })
     };
-    let projections = [("q", tensor("q", &layer.q)?), ("k", tensor("k", &layer.k)?), ("v", tensor("v", &layer.v)?)];
+    check_text_is_there(spec, layer)?;
+    for (name, given, shape) in given_tensors(spec, shape, layer) {
+        tensor(name, &given, shape)?;
+    }
     let attends = purpose != Purpose::Profile;
-    let out = if attends { Some(tensor("out", &layer.out)?) } else { None };
+    let out = if attends { Some(tensor("out", &layer.out, shape)?) } else { None };
     if attends {
         check_disjoint_rows(&layer.out, shape)?;
     }
@@ -219,8 +259,8 @@ pub(crate) fn check_call(
             regions.push("head types", words_at("head types", address, WORD, all_heads)?, Use::Reads);
         }
     }
-    for (name, range) in projections {
-        regions.push(name, range, Use::ReadsBeforeOut);
+    for (name, given, shape) in given_tensors(spec, shape, layer) {
+        regions.push(name, tensor(name, &given, shape)?, Use::ReadsBeforeOut);
     }
     let profiles = matches!(purpose, Purpose::Profile | Purpose::Attend(HeadTypes::Profiled));
     let found = [("found.head_types", layer.found.head_types, 1), ("found.errors", layer.found.errors, CANDIDATES)];

@@ -134,7 +134,7 @@ mod tests {
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
-        assert_eq!(Kernel::Pack.params_bytes(), 3 * TENSOR + 6 * NORM + 10 * 8 + 6 * 4);
+        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 10 * 8 + 6 * 4);
         assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 6 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
         assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 5 * 8 + 6 * 4);

@@ -33,7 +33,7 @@ use crate::workspace::Workspace;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Layer {
     /// Q as the projection left it, neither normalised nor rotated: \[B, S, H, D\] by its strides,
-    /// in the spec's type.
+    /// in the spec's type. Rows of text that has [tensors of its own](Text::qkv) are not among these.
     pub q: Tensor,
     /// K, likewise.
     pub k: Tensor,
@@ -97,6 +97,11 @@ pub struct Found {
 /// The text on one side of the video.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Text {
+    /// Q, K and V of these rows as tensors of their own: \[B, tokens, H, D\] by their strides. So a
+    /// model that projects text and video apart need not join them.
+    ///
+    /// Without them, the rows lie in `q`, `k` and `v` of the [`Layer`], before the video or after it.
+    pub qkv: Option<[Tensor; 3]>,
     /// Address of the numbers of valid tokens, u32 \[B\]. Valid ones come first. 0 means that all
     /// are valid.
     pub lengths: u64,

@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock};
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams};
+use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams, Tensor};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::workspace::WorkspaceLayout;
 
-use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, is_aligned};
+use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, given_tensors, is_aligned};
 use crate::error::Result;
 use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
-use crate::layer::{HeadTypes, Layer, SparseAttention};
+use crate::layer::{HeadTypes, Layer, SparseAttention, Text};
 use crate::workspace::Workspace;
 
 impl SparseAttention {
@@ -99,11 +99,19 @@ impl<'a> Call<'a> {
     fn pack(&self, pass: PackPass, head_types: u64) -> Launch {
         let (spec, layer) = (self.plan.module.spec(), self.layer);
         let [packed_q, packed_k, packed_v] = self.packed();
-        let aligned = [layer.q, layer.k, layer.v].iter().all(|tensor| is_aligned(tensor, self.shape));
+        let [[q, q_before, q_after], [k, k_before, k_after], [v, v_before, v_after]] =
+            [0, 1, 2].map(|operand| row_groups(spec, layer, operand));
+        let aligned = given_tensors(spec, self.shape, layer).all(|(_, tensor, shape)| is_aligned(&tensor, shape));
         let params = Params::Pack(PackParams {
-            q: layer.q,
-            k: layer.k,
-            v: layer.v,
+            q,
+            k,
+            v,
+            q_before,
+            k_before,
+            v_before,
+            q_after,
+            k_after,
+            v_after,
             q_norm: layer.q_norm,
             k_norm: layer.k_norm,
             q_norm_before: layer.before.q_norm.unwrap_or(layer.q_norm),
@@ -204,6 +212,24 @@ impl<'a> Call<'a> {
         let resources = self.plan.module.resources(kernel);
         Launch { kernel, grid, threads: resources.threads, shared_bytes: resources.shared_bytes, params }
     }
+}
+
+/// Where pack finds one of Q, K and V, by its number: video rows, the text before the video, and the
+/// text after it.
+///
+/// Pack counts rows in the whole sequence. So the address of a tensor without the first rows is moved
+/// back to where row 0 would lie.
+fn row_groups(spec: &Spec, layer: &Layer, operand: usize) -> [Tensor; 3] {
+    let from_row = |tensor: Tensor, first: u32| {
+        let skipped = tensor.row.wrapping_mul(u64::from(first) * u64::from(spec.dtype.bytes()));
+        Tensor { data: tensor.data.wrapping_sub(skipped), ..tensor }
+    };
+    let own = |text: &Text| text.qkv.map(|qkv| qkv[operand]);
+    let before = own(&layer.before);
+    let joined = from_row([layer.q, layer.k, layer.v][operand], before.map_or(0, |_| spec.layout.before));
+    let first_after = spec.layout.before + spec.layout.video_tokens();
+    let after = own(&layer.after).map(|tensor| from_row(tensor, first_after));
+    [joined, before.unwrap_or(joined), after.unwrap_or(joined)]
 }
 
 /// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, on a

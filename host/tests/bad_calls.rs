@@ -137,12 +137,17 @@ fn call_of(
     }
 }
 
+/// Q, K and V of text as tensors of their own, from an address on.
+fn text_apart(data: u64) -> [Tensor; 3] {
+    [0, 1, 2].map(|part| Tensor { data: data.wrapping_add(part << 20), batch: 19 * 128, row: 128, head: 64 })
+}
+
 type Change = fn(&mut Layer, &mut HeadTypes, &mut Borrowed);
 
 #[test]
 fn calls() {
     let module = Module::load(&Device::emulator(), &Spec::shipped(SPEC).unwrap()).unwrap();
-    let cases: [(&str, Change); 43] = [
+    let cases: [(&str, Change); 48] = [
         ("null q", |layer, _, _| layer.q.data = 0),
         ("odd address", |layer, _, _| layer.k.data += 1),
         ("strides in bytes that overflow", |layer, _, _| layer.v.row = u64::MAX / 2),
@@ -194,6 +199,13 @@ fn calls() {
             (*types, layer.found.errors) = (HeadTypes::Given(0x90_0000), 0x90_0000);
         }),
         ("scale not a number", |layer, _, _| layer.scale = Some(f32::NAN)),
+        ("tensors of text that the spec has not", |layer, _, _| layer.before.qkv = Some(text_apart(0xa0_0000))),
+        ("a null tensor of the text", |layer, _, _| {
+            layer.after.qkv = Some([text_apart(0xa0_0000)[0], Tensor::default(), text_apart(0xc0_0000)[2]])
+        }),
+        ("an odd address of the text", |layer, _, _| layer.after.qkv = Some(text_apart(0xa0_0001))),
+        ("text that ends beyond 2^64", |layer, _, _| layer.after.qkv = Some(text_apart(u64::MAX - 1))),
+        ("text in the workspace", |layer, _, borrowed| layer.after.qkv = Some(text_apart(borrowed.address + 1024))),
     ];
     let needed = SparseAttention::new(&module, 1, 2).unwrap().workspace_bytes();
     let mut messages = String::new();

@@ -51,12 +51,25 @@ pub enum PackPass {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PackParams {
-    /// Q as the projection left it.
+    /// Q as the projection left it: the tensor that has the video rows. Here and in the next eight,
+    /// rows count from the first of the sequence, whether the tensor has that one or not.
     pub q: Tensor,
     /// K, likewise.
     pub k: Tensor,
     /// V, likewise.
     pub v: Tensor,
+    /// The tensor that has the text of Q before the video.
+    pub q_before: Tensor,
+    /// That of K, likewise.
+    pub k_before: Tensor,
+    /// That of V, likewise.
+    pub v_before: Tensor,
+    /// The tensor that has the text of Q after the video.
+    pub q_after: Tensor,
+    /// That of K, likewise.
+    pub k_after: Tensor,
+    /// That of V, likewise.
+    pub v_after: Tensor,
     /// QK-norm of video rows of Q.
     pub q_norm: NormWeights,
     /// QK-norm of video rows of K.
@@ -103,7 +116,7 @@ pub struct PackParams {
     pub scale_log2: f32,
     /// Which heads are written, a [`PackPass`].
     pub pass: u32,
-    /// 1 when every address and stride of q, k and v is a multiple of 16 bytes, else 0.
+    /// 1 when every address and stride of Q, K and V is a multiple of 16 bytes, else 0.
     pub aligned: u32,
     /// This field keeps the size a multiple of 8.
     pub reserved: u32,

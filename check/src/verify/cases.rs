@@ -4,7 +4,7 @@ use framestride::shapes::layout::{HeadType, Layout};
 use framestride::shapes::spec::Spec;
 use rand::{Rng, RngExt};
 
-use crate::device_tensors::Arrangement;
+use crate::device_tensors::{Arrangement, Placement};
 use crate::tensors::Inputs;
 
 /// Where the types of the heads come from in one case.
@@ -112,10 +112,8 @@ pub struct Case {
     pub content: CaseContent,
     /// How many batch items and heads are launched.
     pub extent: CaseExtent,
-    /// How Q, K and V lie in memory.
-    pub inputs: Arrangement,
-    /// How the output lies in memory.
-    pub out: Arrangement,
+    /// How the tensors lie in memory.
+    pub placement: Placement,
     /// Whether the log-sum-exp is asked for.
     pub lse: bool,
     /// Whether the launch gives the seed of the sampled rows, which is that of the case's inputs.
@@ -131,8 +129,7 @@ impl Case {
             text: [CaseText::Full; 2],
             content,
             extent: CaseExtent::Spec,
-            inputs: Arrangement::TokensFirst,
-            out: Arrangement::TokensFirst,
+            placement: Placement::all(Arrangement::TokensFirst),
             lse: true,
             seeded: false,
         }
@@ -141,12 +138,13 @@ impl Case {
     /// The cases of `verify`.
     ///
     /// Masks come alone and all together. Every arrangement and content occurs, and every length of
-    /// text on each side, alike on both and not. Two
-    /// cases have another batch with fewer heads, and one has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
+    /// text on each side, alike on both and not. The text of each side lies with the video and apart,
+    /// and once it is all that is unaligned. Two cases have another batch with fewer heads, and one
+    /// has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
     /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
     pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 12] {
-        use Arrangement::{HeadsFirst, PackedQkv};
+        use Arrangement::{HeadsFirst, PackedQkv, TokensFirst};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
         use CaseContent::{Constant, Edges, Hidden, Lone, Planted, Random, Rising, Sudden};
         use CaseText::{Beyond, Empty, Full, FullGiven, Partial};
@@ -156,30 +154,49 @@ impl Case {
             Case {
                 text: [Partial; 2],
                 extent: CaseExtent::Fewer,
-                inputs: HeadsFirst,
-                out: HeadsFirst,
+                placement: Placement { text: [Some(TokensFirst), None], ..Placement::all(HeadsFirst) },
                 ..Case::new(Mixed, Random)
             },
-            Case { text: [Beyond; 2], inputs: PackedQkv, lse: false, ..Case::new(All(HeadType::Temporal), Random) },
-            Case { text: [Empty; 2], inputs: unaligned, out: unaligned, ..Case::new(Mixed, Sudden) },
+            Case {
+                text: [Beyond; 2],
+                placement: Placement { inputs: PackedQkv, text: [None, Some(PackedQkv)], out: TokensFirst },
+                lse: false,
+                ..Case::new(All(HeadType::Temporal), Random)
+            },
+            Case { text: [Empty; 2], placement: Placement::all(unaligned), ..Case::new(Mixed, Sudden) },
             Case {
                 text: [Partial; 2],
                 extent: CaseExtent::Fewer,
-                out: HeadsFirst,
+                placement: Placement {
+                    inputs: TokensFirst,
+                    text: [Some(unaligned), Some(HeadsFirst)],
+                    out: HeadsFirst,
+                },
                 seeded: true,
                 ..Case::new(Profiled, Random)
             },
             Case::new(Profiled, Planted),
-            Case { text: [Empty, Partial], extent: CaseExtent::More, ..Case::new(Mixed, Rising) },
+            Case {
+                text: [Empty, Partial],
+                extent: CaseExtent::More,
+                placement: Placement { text: [Some(PackedQkv), Some(unaligned)], ..Placement::all(TokensFirst) },
+                ..Case::new(Mixed, Rising)
+            },
             Case { text: [Partial, Full], ..Case::new(Profiled, Rising) },
             Case { text: [FullGiven, Full], ..Case::new(Mixed, Edges) },
             Case { text: [Empty; 2], ..Case::new(Profiled, Sudden) },
             Case { text: [Full, FullGiven], ..Case::new(Profiled, Constant) },
             Case { text: [Empty; 2], ..Case::new(Profiled, Hidden) },
         ];
-        let of_side = |text, tokens| if tokens > 0 { text } else { Full };
-        let text = |[before, after]: [CaseText; 2]| [of_side(before, layout.before), of_side(after, layout.after)];
-        cases.map(|case| Case { text: text(case.text), ..case })
+        // A side without text has neither lengths nor tensors.
+        cases.map(|mut case| {
+            for (side, tokens) in [layout.before, layout.after].into_iter().enumerate() {
+                if tokens == 0 {
+                    (case.text[side], case.placement.text[side]) = (Full, None);
+                }
+            }
+            case
+        })
     }
 
     /// Batch items and heads of the launch, for a spec.
@@ -241,6 +258,15 @@ impl Case {
             Arrangement::Unaligned => "unaligned",
             Arrangement::Scattered => "scattered",
         };
-        format!("{types}{content}{text}{shape}{lse}{seed}, {} to {}", arrangement(self.inputs), arrangement(self.out))
+        let Placement { inputs, text: apart, out } = self.placement;
+        let (inputs, out) = (arrangement(inputs), arrangement(out));
+        let apart = match apart {
+            [None, None] => String::new(),
+            [Some(text), None] | [None, Some(text)] => format!(" and text apart {}", arrangement(text)),
+            [Some(before), Some(after)] => {
+                format!(" and text apart {} before, {} after", arrangement(before), arrangement(after))
+            }
+        };
+        format!("{types}{content}{text}{shape}{lse}{seed}, {inputs}{apart} to {out}")
     }
 }

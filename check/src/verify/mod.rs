@@ -120,7 +120,7 @@ pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn
     let mut extents = Vec::new();
     for case in &cases {
         let wanted = case.launch_extent(spec);
-        let need = |extent| memory_fit::compared(spec, device, extent, [case.inputs, case.out]);
+        let need = |extent| memory_fit::compared(spec, device, extent, case.placement);
         extents.push(free.fit(spec, wanted, need)?);
         note(case.describe(), extents[extents.len() - 1], wanted);
     }
@@ -178,7 +178,7 @@ fn run_case(
     // SAFETY: the buffer outlives the workspace, and nobody else is given its memory.
     let workspace = unsafe { Workspace::borrow(device, buffer.address(), buffer.bytes()) };
     device.fill(Stream::DEFAULT, buffer, POISON)?;
-    let mut on_device = DeviceLayer::upload(device, &inputs, case.inputs, case.out)?;
+    let mut on_device = DeviceLayer::upload(device, &spec.layout, &inputs, case.placement)?;
     if !case.lse {
         on_device.layer.lse = 0;
     }

@@ -46,10 +46,10 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let (own_warp, warps) = (thread::warp(), M::numbers().pack_threads / 32);
     let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
     let row = group * warps + row;
-    let (source, packed, norm, norm_before, norm_after) = match operand {
-        Q => (params.q, params.packed_q, params.q_norm, params.q_norm_before, params.q_norm_after),
-        K => (params.k, params.packed_k, params.k_norm, params.k_norm_before, params.k_norm_after),
-        _ => (params.v, params.packed_v, NormWeights::default(), NormWeights::default(), NormWeights::default()),
+    let (packed, norm, norm_before, norm_after) = match operand {
+        Q => (params.packed_q, params.q_norm, params.q_norm_before, params.q_norm_after),
+        K => (params.packed_k, params.k_norm, params.k_norm_before, params.k_norm_after),
+        _ => (params.packed_v, NormWeights::default(), NormWeights::default(), NormWeights::default()),
     };
 
     let Numbers { before_tokens, rope_before, rope_after, .. } = M::numbers();
@@ -71,6 +71,18 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let rotated = rotated && (rope_before || !is_before) && (rope_after || !is_after);
     let rope_row = if rope_before { row } else { row.wrapping_sub(before_tokens) };
 
+    let [video, before, after] = match operand {
+        Q => [params.q, params.q_before, params.q_after],
+        K => [params.k, params.k_before, params.k_after],
+        _ => [params.v, params.v_before, params.v_after],
+    };
+    let source = if is_before {
+        before
+    } else if is_after {
+        after
+    } else {
+        video
+    };
     let chunk = chunk::<M>();
     let element_bytes = M::Element::DTYPE.bytes() as u64;
     let mut heads = Heads {
