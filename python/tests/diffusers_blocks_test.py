@@ -5,13 +5,13 @@ module would give with a step left out. Its tolerances and controls are used her
 """
 
 import math
-import tomllib
 
 import pytest
 import torch
 from diffusers_models import compare, position_codes
 from torch import Tensor, nn
 
+import framestride
 from framestride.diffusers.families import FAMILIES
 from framestride.diffusers.processors import DENSE, Model
 
@@ -100,12 +100,11 @@ def attended(calls: list[tuple]) -> list[Tensor]:
     return outputs
 
 
-def masks(spec: dict, half_widths: tuple[int, int]) -> Tensor:
+def masks(spec: framestride.Spec, half_widths: tuple[int, int]) -> Tensor:
     """Which row sees which in a spatial and a temporal head, from the rule of specs: [2, S, S]."""
-    before, after = (spec.get(side, {}).get("tokens", 0) for side in ("before", "after"))
-    frames, tokens = spec["video"]["frames"], spec["video"]["tokens_per_frame"]
-    video = torch.arange(frames * tokens)
-    sink = video < spec.get("sink", {}).get("frames", 0) * tokens
+    video, tokens, frames = torch.arange(spec.video_tokens), spec.tokens_per_frame, spec.frames
+    before, after = spec.before, spec.after
+    sink = video < spec.sink_frames * tokens
     seen = torch.ones(2, *[before + len(video) + after] * 2, dtype=torch.bool)
     rows = slice(before, before + len(video))
     for mask, half_width, position in zip(seen, half_widths, (video, video % tokens * frames + video // tokens)):
@@ -126,7 +125,7 @@ def test_sparse_heads_see_what_their_masks_allow(block):
     block.plant()
     ours = block.ours("0.5")
     (plan,) = block.model.plans.values()
-    seen = masks(tomllib.loads(plan.spec.toml), plan.half_widths)
+    seen = masks(plan.spec, plan.half_widths)
     assert seen.float().mean((1, 2)).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
 
     dense, expected = attended(block.calls()), attended(block.calls(seen))

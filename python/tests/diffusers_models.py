@@ -96,7 +96,7 @@ def position_codes(head_dim: int) -> torch.Tensor:
     """
     video, tokens = torch.arange(compare.VIDEO), compare.HEIGHT * compare.WIDTH
     positions = torch.stack([video, video % tokens * compare.FRAMES + video // tokens], dim=1) / compare.VIDEO
-    frequencies = 6 * torch.randn(head_dim // 2, generator=torch.Generator().manual_seed(0))
+    frequencies = 2 * torch.randn(head_dim // 2, generator=torch.Generator().manual_seed(0))
     angles = 2 * math.pi * positions[..., None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 

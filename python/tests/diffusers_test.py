@@ -9,11 +9,12 @@ import diffusers
 import diffusers_models
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers_models import BUILDERS, build, cast, run
 
 import framestride
-from framestride.diffusers import Schedule, apply, reach, restore
+from framestride.diffusers import Warmup, apply, reach, restore
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -107,7 +108,7 @@ def test_inductor_compiles_it(name):
 def test_many_steps_compile_two_graphs():
     model, inputs = build("Wan")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    apply(model, density=0.5, schedule=Schedule(steps=0.3), scheduler=scheduler)
+    apply(model, density=0.5, schedule=Warmup(steps=0.3), scheduler=scheduler)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -147,7 +148,7 @@ def test_the_first_share_of_the_steps_is_dense():
 def test_few_steps_are_dense_by_noise():
     model, _ = build("Wan")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
-    handle = apply(model, schedule=Schedule(noise=0.9), scheduler=scheduler)
+    handle = apply(model, schedule=Warmup(noise=0.9), scheduler=scheduler)
     noise = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     noise.set_timesteps(4)
     expected = [["dense"] if sigma >= 0.9 else ["0.25"] for sigma in noise.sigmas[:-1].tolist()]
@@ -280,7 +281,7 @@ def test_a_step_cache_may_skip_blocks():
         theirs = [run(model, inputs) for _ in range(3)]
     model._reset_stateful_cache()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    handle = apply(model, density=0.5, schedule=Schedule(steps=0.4), scheduler=scheduler)
+    handle = apply(model, density=0.5, schedule=Warmup(steps=0.4), scheduler=scheduler)
     scheduler.set_timesteps(3)
     with model.cache_context("cond"):
         ours = []

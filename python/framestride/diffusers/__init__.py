@@ -19,9 +19,9 @@ from torch import nn
 from framestride.diffusers import backend
 from framestride.diffusers.families import FAMILIES, Family
 from framestride.diffusers.processors import DENSE, Model
-from framestride.diffusers.schedule import Schedule, Step, Watch
+from framestride.diffusers.schedule import Step, Warmup, Watch
 
-__all__ = ["Handle", "Schedule", "Step", "apply", "backend", "reach", "restore"]
+__all__ = ["Handle", "Step", "Warmup", "apply", "backend", "reach", "restore"]
 
 # Densities by step and layer.
 Densities = Callable[[Step, int], float | None]
@@ -33,7 +33,7 @@ def apply(
     """Makes attention over video sparse in a pipeline, or in one transformer.
 
     `density` is the part of all pairs of rows that a head sees, above 0 and at most 1. With 1 all
-    heads are dense. `schedule` says which calls stay dense, a `Schedule` or a function. Without it,
+    heads are dense. `schedule` says which calls stay dense, a `Warmup` or a function. Without it,
     a share of the first steps does: of Wan 0.3, of CogVideoX 0.2, of others 0.1.
 
     Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
@@ -61,7 +61,7 @@ def apply(
         else:
             warnings.warn(f"{type(model).__name__} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=2)
     shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
-    handle.schedule = schedule or Schedule(steps=max(shares, default=0.0))
+    handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
     handle.at(Step())
     if scheduler is not None and handle.layers:
         handle.undo.append(Watch(scheduler, handle.at).end)
@@ -92,7 +92,7 @@ class Handle:
 
     def __init__(self, density: float):
         self.density = density
-        self.schedule: Densities = Schedule()
+        self.schedule: Densities = Warmup()
         self.layers = []
         self.undo: list[Callable[[], None]] = []
 

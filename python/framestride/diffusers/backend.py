@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 import framestride
-from framestride.diffusers.processors import DTYPES, HEAD_DIMS, exchange_heads, spec_text, ulysses_ranks
+from framestride.diffusers.processors import DTYPES, HEAD_DIMS, exchange_heads, make_spec, ulysses_ranks
 
 NAME = "framestride"
 
@@ -21,9 +21,9 @@ specs: dict[tuple, framestride.Spec] = {}
 
 @torch.compiler.assume_constant_result
 def dense_spec(*shape) -> framestride.Spec:
-    """A spec from the arguments of `spec_text`."""
+    """A spec from the arguments of `make_spec`."""
     if shape not in specs:
-        specs[shape] = framestride.Spec.from_toml(spec_text(*shape))
+        specs[shape] = make_spec(*shape)
     return specs[shape]
 
 

@@ -14,7 +14,6 @@ makes a plain number of one that torch holds as a symbol, and another size then 
 own. A density is text, since torch would make a symbol of it.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -90,47 +89,46 @@ class Model:
 
     @torch.compiler.assume_constant_result
     def plan(self, density: str, *shape) -> Plan | None:
-        """The plan of a call, whose shape has the arguments of `spec_text`. None where there can be none."""
+        """The plan of a call, whose shape has the arguments of `make_spec`. None where there can be none."""
         key = (density, shape)
         if key not in self.plans:
             try:
                 video, heads, head_dim, dtype, batch, before, after, norm, rope = shape
-                text = spec_text(
+                spec = make_spec(
                     video, heads, head_dim, dtype, batch=batch, before=before, after=after, sinks=self.sinks,
                     norm=norm, rope=rope,
                 )
-                spec = framestride.Spec.from_toml(text)
                 self.plans[key] = Plan(spec, None if density == DENSE else spec.half_widths(float(density)))
             except framestride.Error as error:
                 self.plans[key] = self.refuse(str(error))
         return self.plans[key]
 
 
-def spec_text(
+def make_spec(
     video: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, *, batch: int = 1, before: int = 0,
     after: int = 0, sinks: int = 0, norm: tuple | None = None, rope: tuple | None = None,
-) -> str:
-    """A spec in TOML. Keys that are zero or false are left out, and tables that are empty then."""
+) -> framestride.Spec:
+    """A spec whose calls give half widths of their own."""
     frames, height, width = video
-    tokens = height * width
-    tables = {
-        "video": {"frames": frames, "tokens_per_frame": tokens, "grid": [height, width]},
-        "before": {"tokens": before},
-        "after": {"tokens": after},
-        "attention": {"heads": heads, "head_dim": head_dim, "dtype": DTYPES[dtype], "batch": batch},
-        "qk_norm": dict(zip(("kind", "over", "eps"), norm or ())),
-        "rope": dict(zip(("pairs", "channels", "per_head", "before"), rope or ())),
-        # Calls give half widths of their own.
-        "masks.spatial": {"half_width": frames * tokens},
-        "masks.temporal": {"half_width": frames * tokens},
-        "sink": {"frames": min(sinks, frames - 1)},
-        "profile": {"rows": min(64, frames * tokens)},
-    }
-    lines = ['name = "diffusers"']
-    for table, keys in tables.items():
-        values = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value]
-        lines += [f"[{table}]", *values] if values else []
-    return "\n".join(lines)
+    widest = framestride.Width(half_width=frames * height * width)
+    pairs, channels, per_head, leading = rope or (None, None, False, False)
+    return framestride.Spec(
+        name="diffusers",
+        frames=frames,
+        tokens_per_frame=height * width,
+        grid=(height, width),
+        before=before,
+        after=after,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        batch=batch,
+        qk_norm=framestride.QkNorm(*norm) if norm else None,
+        rope=framestride.Rope(pairs, channels=channels, before=leading, per_head=per_head) if rope else None,
+        spatial=widest,
+        temporal=widest,
+        sink_frames=min(sinks, frames - 1),
+    )
 
 
 def norm_size(norm: nn.Module) -> int:

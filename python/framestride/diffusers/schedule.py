@@ -22,7 +22,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Warmup:
     """Dense for a share of the steps, or down to some noise, and in the first layers of all steps.
 
     Early steps decide what a video shows, and need all of attention. A share of steps is rounded
