@@ -18,7 +18,8 @@ use crate::place::Place;
 /// spec's type. They may have any strides and offset, but the elements of a row are contiguous; so
 /// parts of one packed tensor and `transpose(1, 2)` of \[B, H, S, D\] need no copy. The output is
 /// contiguous, \[B, S, H, D\]. B is any number, and so is H, unless the spec has a QK-norm over all
-/// heads.
+/// heads. Q, K and V have no rows of a side of the text that has tensors of its own ([`Text::qkv`]); the
+/// output has them all.
 ///
 /// The fields say what else a call is given. A clone shares the kernels, so each layer of a model may
 /// have one with weights of its own.
@@ -70,6 +71,9 @@ pub struct Rope {
 /// The text on one side of the video.
 #[derive(Clone, Default)]
 pub struct Text {
+    /// Q, K and V of these rows as tensors of their own, \[B, tokens, H, D\]. Without them, the rows
+    /// lie in the Q, K and V of the call, before the video or after it.
+    pub qkv: Option<[Tensor; 3]>,
     /// Numbers of valid tokens, u32 \[B\]. Valid ones come first. Without them, all are valid.
     pub lengths: Option<Tensor>,
     /// QK-norm of these rows of Q. Without it, they get the norm of video rows.

@@ -61,15 +61,20 @@ impl<'a, P: Place> Call<'a, P> {
             _ => (spec.batch as usize, spec.heads as usize),
         };
         let (sequence, head_dim) = (spec.layout.sequence() as usize, spec.head_dim as usize);
-        let shape = [batch, sequence, heads, head_dim];
+        let sides = [
+            ("before", &attention.before, spec.layout.before as usize),
+            ("after", &attention.after, spec.layout.after as usize),
+        ];
+        let apart: usize = sides.iter().filter(|(_, text, _)| text.qkv.is_some()).map(|(_, _, tokens)| tokens).sum();
+        let shape = |rows: usize| [batch, rows, heads, head_dim];
         let plan = SparseAttention::new(module, saturated(batch), saturated(heads)).map_err(Error::wrap)?;
-        let rows = |name: &str, (storage, layout)| self.rows(name, storage, layout, shape);
+        let rows = |name: &str, (storage, layout)| self.rows(name, storage, layout, shape(sequence - apart));
         let [q, k, v] = [rows("q", qkv[0])?, rows("k", qkv[1])?, rows("v", qkv[2])?];
 
         let q_norm = self.norm("q_norm", &attention.q_norm, heads)?;
         let k_norm = self.norm("k_norm", &attention.k_norm, heads)?;
-        let before = self.text("before", &attention.before, batch, heads)?;
-        let after = self.text("after", &attention.after, batch, heads)?;
+        let [before, after] = sides.map(|(name, text, tokens)| self.text(name, text, shape(tokens)));
+        let (before, after) = (before?, after?);
         let mut layer = Layer { q, k, v, q_norm, k_norm, before, after, ..Layer::default() };
         let tables: Vec<usize> =
             spec.rope_table_shape(saturated(heads)).into_iter().map(|extent| extent as usize).collect();
@@ -104,8 +109,8 @@ impl<'a, P: Place> Call<'a, P> {
             // SAFETY: kernels write every element before anybody reads it.
             Ok((unsafe { place.alloc_uninit(&shape, dtype)? }, shape))
         };
-        let mut out = make(&shape, self.dtype())?;
-        layer.out = Rows { data: place.written(&mut out.0), ..contiguous_rows(shape) };
+        let mut out = make(&shape(sequence), self.dtype())?;
+        layer.out = Rows { data: place.written(&mut out.0), ..contiguous_rows(shape(sequence)) };
         let mut lse = make(&[batch, heads, sequence], DType::F32)?;
         layer.lse = place.written(&mut lse.0);
         let mut found = None;
@@ -155,7 +160,7 @@ impl<'a, P: Place> Call<'a, P> {
         let spec = self.attention.spec();
         if layout.dims() != shape {
             let allowed = format!("{shape:?}, [B, S, H, D] of spec {}", spec.name);
-            let mend = "Give q, k and v the same B and H; transpose(1, 2) makes a view of [B, H, S, D]";
+            let mend = "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]";
             return refused(name, format!("shape {:?}", layout.dims()), allowed, mend);
         }
         let &[batch, row, head, element] = layout.stride() else { unreachable!("a stride for each dimension") };
@@ -226,8 +231,28 @@ impl<'a, P: Place> Call<'a, P> {
         Ok(NormWeights { weight, bias: address("bias", &norm.bias, kind == Some(NormKind::Layer))? })
     }
 
-    /// Checks what is given of the text on a side.
-    fn text(&mut self, name: &str, text: &'a Text, batch: usize, heads: usize) -> Result<framestride::Text> {
+    /// Checks what is given of the text on a side. Its rows have `shape`.
+    fn text(&mut self, name: &str, text: &'a Text, shape: [usize; 4]) -> Result<framestride::Text> {
+        let [batch, tokens, heads, _] = shape;
+        if tokens == 0 && text.qkv.is_some() {
+            return not_in_spec(
+                &format!("{name}.qkv"),
+                self.attention.spec(),
+                "text on this side",
+                &format!("[{name}]"),
+            );
+        }
+        let mut rows = |part: &str, tensor: &'a Tensor| {
+            let (storage, layout) = tensor.storage_and_layout();
+            let name = format!("{name}.{part}");
+            let rows = self.rows(&name, own(self.place, &name, &storage)?, layout, shape)?;
+            self.read.push(storage);
+            Ok::<Rows, Error>(rows)
+        };
+        let qkv = match &text.qkv {
+            Some([q, k, v]) => Some([rows("q", q)?, rows("k", k)?, rows("v", v)?]),
+            None => None,
+        };
         let mut norm = |part: &str, norm: &'a Option<Norm>| {
             norm.as_ref().map(|norm| self.norm(&format!("{name}.{part}"), norm, heads)).transpose()
         };
@@ -236,7 +261,7 @@ impl<'a, P: Place> Call<'a, P> {
             Some(lengths) => self.words(&format!("{name}.lengths"), lengths, DType::U32, &[batch])?,
             None => 0,
         };
-        Ok(framestride::Text { lengths, q_norm, k_norm })
+        Ok(framestride::Text { qkv, lengths, q_norm, k_norm })
     }
 
     /// Checks a table of RoPE. Returns its address, and the elements from one batch item to the next.

@@ -38,7 +38,7 @@ fn q_k_and_v() -> Result<()> {
         [
             "k: found shape [1, 384, 1, 128]",
             "[1, 384, 2, 128], [B, S, H, D] of spec tiny_plain",
-            "Give q, k and v the same B and H; transpose(1, 2) makes a view of [B, H, S, D]",
+            "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]",
         ],
     );
     expect(
@@ -46,7 +46,7 @@ fn q_k_and_v() -> Result<()> {
         [
             "q: found shape [1, 1, 384, 128]",
             "[1, 384, 384, 128], [B, S, H, D] of spec tiny_plain",
-            "Give q, k and v the same B and H; transpose(1, 2) makes a view of [B, H, S, D]",
+            "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]",
         ],
     );
     expect(
@@ -58,7 +58,7 @@ fn q_k_and_v() -> Result<()> {
         [
             "q: found shape [384, 1, 128]",
             "[1, 384, 1, 128], [B, S, H, D] of spec tiny_plain",
-            "Give q, k and v the same B and H; transpose(1, 2) makes a view of [B, H, S, D]",
+            "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]",
         ],
     );
     expect(call(&x, &x.to_dtype(DType::F16)?, &x), ["k: found F16", "BF16 for spec tiny_plain", "Call to_dtype()"]);
@@ -125,9 +125,9 @@ fn what_the_spec_has() -> Result<()> {
         call(&|a| a.rope = None),
         ["rope: found nothing", "cosines and sines, [115, 32] for spec tiny_text_last", "Set Attention::rope"],
     );
-    let rows = zeros(&[139, 32])?;
+    let long_table = zeros(&[139, 32])?;
     expect(
-        call(&|a| a.rope = rope(&table, &rows)),
+        call(&|a| a.rope = rope(&table, &long_table)),
         ["rope.sin: found shape [139, 32]", "[115, 32] for spec tiny_text_last", "Give it this shape"],
     );
     let turned = zeros(&[32, 115])?.t()?;
@@ -176,6 +176,51 @@ fn what_the_spec_has() -> Result<()> {
     expect(
         call(&|a| a.q_norm.weight = Some(shifted.clone())),
         ["q_norm.weight: found an offset of 1 elements", "a multiple of 4, for reads of 16 bytes", "Call copy()"],
+    );
+    let side = rows(0.7, (1, 24, 2, 64), DType::BF16, &device)?;
+    let apart = |k: &Tensor| Text { qkv: Some([side.clone(), k.clone(), side.clone()]), ..Text::default() };
+    expect(
+        call(&|a| a.after = apart(&side)),
+        [
+            "q: found shape [1, 139, 2, 64]",
+            "[1, 115, 2, 64], [B, S, H, D] of spec tiny_text_last",
+            "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]",
+        ],
+    );
+    expect(
+        call(&|a| a.before = apart(&side)),
+        [
+            "before.qkv: found a tensor",
+            "nothing: spec tiny_text_last has no text on this side",
+            "Leave it out, or change [before] of the spec",
+        ],
+    );
+    let video = x.narrow(1, 0, 115)?;
+    let call_video = |text: Text| {
+        let mut attention = attention.clone();
+        attention.rope = rope(&table, &table);
+        attention.after = text;
+        attention.forward(&video, &video, &video)
+    };
+    expect(
+        call_video(apart(&x)),
+        [
+            "after.k: found shape [1, 139, 2, 64]",
+            "[1, 24, 2, 64], [B, S, H, D] of spec tiny_text_last",
+            "Give all the same B and H, and text rows once; transpose(1, 2) makes a view of [B, H, S, D]",
+        ],
+    );
+    expect(
+        call_video(apart(&side.to_dtype(DType::F16)?)),
+        ["after.k: found F16", "BF16 for spec tiny_text_last", "Call to_dtype()"],
+    );
+    expect(
+        call_video(apart(&too_short((1, 24, 2, 64), DType::BF16, &device)?)),
+        [
+            "after.k: found a storage of 3071 elements",
+            "at least 3072, for shape [1, 24, 2, 64], strides [3072, 128, 64, 1] and offset 0",
+            "Make the tensor with the shape that its storage has",
+        ],
     );
     let lengths = Tensor::new(&[3_u32, 4], &device)?;
     expect(

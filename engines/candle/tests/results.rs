@@ -70,7 +70,8 @@ impl Case {
         };
         (attention.q_norm, attention.k_norm) = (norm(0.9)?, norm(0.4)?);
         let lengths = |side: usize| Tensor::new(&LENGTHS[side], &device).map(Some);
-        attention.before = Text { lengths: lengths(0)?, q_norm: Some(norm(0.15)?), k_norm: Some(Norm::default()) };
+        attention.before =
+            Text { lengths: lengths(0)?, q_norm: Some(norm(0.15)?), k_norm: Some(Norm::default()), ..Text::default() };
         // These rows have the norm of the video.
         attention.after = Text { lengths: lengths(1)?, ..Text::default() };
         let table = if is_over_heads { vec![VIDEO, HEADS, HEAD_DIM / 2] } else { vec![VIDEO, HEAD_DIM / 2] };
@@ -300,6 +301,33 @@ fn strides_and_offsets() -> Result<()> {
     let copied = |x: &Tensor| shared(x)?.contiguous();
     let expected = attention.forward(&q, &copied(&k)?, &copied(&v)?)?;
     assert_eq!(bits(&attention.forward(&q, &shared(&k)?, &shared(&v)?)?)?, bits(&expected)?);
+    Ok(())
+}
+
+#[test]
+fn text_in_tensors_of_its_own() -> Result<()> {
+    let mut case = Case::bf16()?;
+    let device = case.qkv[0].device().clone();
+    case.attention.head_types = HeadTypes::Given(Tensor::new(&MIXED, &device)?);
+    let output = |case: &Case| -> Result<[Vec<f32>; 2]> {
+        let [q, k, v] = &case.qkv;
+        let output = case.attention.forward_with_output(q, k, v)?;
+        Ok([bits(&output.out)?, bits(&output.lse)?])
+    };
+    let expected = output(&case)?;
+    let joined = case.qkv.clone();
+    let part = |start: usize, rows: usize| -> Result<[Tensor; 3]> {
+        let [q, k, v] = &joined;
+        // Views of the joined tensors, and copies.
+        Ok([q.narrow(1, start, rows)?, k.narrow(1, start, rows)?.contiguous()?, v.narrow(1, start, rows)?])
+    };
+    for (before, after) in [(true, false), (false, true), (true, true)] {
+        case.attention.before.qkv = if before { Some(part(0, BEFORE)?) } else { None };
+        case.attention.after.qkv = if after { Some(part(BEFORE + VIDEO, AFTER)?) } else { None };
+        let (start, end) = (if before { BEFORE } else { 0 }, if after { BEFORE + VIDEO } else { S });
+        case.qkv = part(start, end - start)?;
+        assert_eq!(output(&case)?, expected, "before {before}, after {after}");
+    }
     Ok(())
 }
 
