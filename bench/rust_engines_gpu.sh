@@ -11,6 +11,9 @@
 # CUDA_LIBRARY_PATH (cust) and LIBRARY_PATH tell where they are.
 set -u
 folder=${1:?"the folder with the programs"}
+wheels=$(python3 -c 'import importlib.util as u; print(*u.find_spec("nvidia.cu13").submodule_search_locations)' 2>/dev/null)
+LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64${wheels:+:$wheels/lib}
+export LD_LIBRARY_PATH
 failed=0
 for program in bad_calls results framestride-with-cust; do
     echo "==> $program"
