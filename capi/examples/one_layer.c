@@ -125,6 +125,14 @@ int main(int count, char **arguments) {
   call.k.data = upload(&memory, k, sizeof k);
   call.v.data = upload(&memory, v, sizeof v);
   call.out.data = allocate(&memory, sizeof out);
+  // The projections of the text left its rows in tensors of their own. Here they lie in the same
+  // memory as those of the video.
+  framestride_tensor *video[] = {&call.q, &call.k, &call.v};
+  framestride_tensor *text[] = {&call.after.q, &call.after.k, &call.after.v};
+  for (int i = 0; i < 3; i++) {
+    *text[i] = *video[i];
+    text[i]->data = (uint16_t *)video[i]->data + VIDEO * HEADS * D;
+  }
   float *weights[2] = {upload(&memory, q_weight, sizeof q_weight), upload(&memory, k_weight, sizeof k_weight)};
   float *tables[2] = {upload(&memory, cosines, sizeof cosines), upload(&memory, sines, sizeof sines)};
   uint32_t *lengths = upload(&memory, LENGTHS, sizeof LENGTHS);

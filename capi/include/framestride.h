@@ -273,7 +273,7 @@ typedef struct {
 // The text on one side of the video.
 typedef struct {
   // Its rows [B, tokens, H, D], where they lie in tensors of their own. All three are given, or
-  // none: then the rows are among those of the call's q, k and v.
+  // none: then the rows are among those of the call's q, k and v, before the video or after it.
   framestride_tensor q;
   framestride_tensor k;
   framestride_tensor v;
@@ -298,7 +298,8 @@ typedef uint32_t framestride_head_types;
 typedef struct {
   // sizeof(framestride_call).
   uint64_t size;
-  // Q, K and V [B, S, H, D] as the projections left them, neither normalised nor rotated.
+  // Q, K and V [B, S, H, D] as the projections left them, neither normalised nor rotated. Rows of
+  // text that has tensors of its own are not among these. The output has all S rows.
   framestride_tensor q;
   framestride_tensor k;
   framestride_tensor v;

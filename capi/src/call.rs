@@ -7,7 +7,6 @@ use framestride::{Found, HeadTypes, Layer, SparseAttention, Text};
 
 use crate::argument::{Structure, check_reserved};
 use crate::spec::unknown;
-use crate::status::framestride_status::FRAMESTRIDE_UNSUPPORTED;
 use crate::status::{Failure, Result};
 
 /// Rows of head_dim contiguous elements, in the type of the spec. Element (b, s, h, d) is
@@ -44,7 +43,7 @@ pub struct framestride_norm {
 #[derive(Clone, Copy)]
 pub struct framestride_text {
     /// Its rows [B, tokens, H, D], where they lie in tensors of their own. All three are given, or
-    /// none: then the rows are among those of the call's q, k and v.
+    /// none: then the rows are among those of the call's q, k and v, before the video or after it.
     pub q: framestride_tensor,
     pub k: framestride_tensor,
     pub v: framestride_tensor,
@@ -77,7 +76,8 @@ pub const FRAMESTRIDE_HEAD_TYPES_GIVEN: framestride_head_types = 2;
 pub struct framestride_call {
     /// sizeof(framestride_call).
     pub size: u64,
-    /// Q, K and V [B, S, H, D] as the projections left them, neither normalised nor rotated.
+    /// Q, K and V [B, S, H, D] as the projections left them, neither normalised nor rotated. Rows of
+    /// text that has tensors of its own are not among these. The output has all S rows.
     pub q: framestride_tensor,
     pub k: framestride_tensor,
     pub v: framestride_tensor,
@@ -144,15 +144,17 @@ impl framestride_norm {
 
 impl framestride_text {
     fn text(self, side: &str) -> Result<Text> {
-        if [self.q, self.k, self.v].iter().any(|tensor| !tensor.data.is_null()) {
-            let message = format!("{side}: this version takes text only among the rows of q, k and v");
-            return Err(Failure::new(FRAMESTRIDE_UNSUPPORTED, message));
+        let tensors = [self.q, self.k, self.v];
+        let given = tensors.iter().filter(|tensor| !tensor.data.is_null()).count();
+        if given % tensors.len() != 0 {
+            let (found, allowed) = (format!("{given} of the three tensors"), "q, k and v, or none of them");
+            return Err(Failure::argument(side, found, allowed, "Give all three, or leave data at NULL"));
         }
         Ok(Text {
+            qkv: (given > 0).then(|| tensors.map(framestride_tensor::tensor)),
             lengths: address(self.lengths),
             q_norm: flag("has_q_norm", self.has_q_norm)?.then(|| self.q_norm.weights()),
             k_norm: flag("has_k_norm", self.has_k_norm)?.then(|| self.k_norm.weights()),
-            ..Text::default()
         })
     }
 }
@@ -201,7 +203,6 @@ impl framestride_call {
             half_widths: Some(half_widths),
             scale: (self.scale != 0.0).then_some(self.scale),
             seed: flag("has_seed", self.has_seed)?.then_some(self.seed),
-            ..Layer::default()
         };
         Ok((layer, types))
     }

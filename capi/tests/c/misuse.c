@@ -272,6 +272,10 @@ static void calls(void) {
   WRONG_CALL("a flag of 2", call.after.has_q_norm = 2);
   WRONG_CALL("misaligned lengths", call.after.lengths = nowhere(0x700002));
   WRONG_CALL("tables that are not aligned", call.rope_batch = 2);
+  WRONG_CALL("some tensors of text", call.after.k = call.k);
+  WRONG_CALL("text that the spec does not have", call.before.q = call.before.k = call.before.v = call.q);
+  WRONG_CALL("text tensors at an odd address",
+             (call.after.q = call.after.k = call.after.v = call.q, call.after.v.data = nowhere(0x900001)));
   WRONG_CALL("lse over out", call.lse = nowhere(0x400040));
   WRONG_CALL("no workspace", call.workspace = NULL);
   WRONG_CALL("a misaligned workspace", call.workspace = nowhere(0x1000010));
