@@ -46,6 +46,7 @@ impl Kernel {
 
 /// The parameter block of a kernel.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a box would allocate at each launch")]
 pub(crate) enum Params {
     Pack(PackParams),
     Profile(ProfileParams),
