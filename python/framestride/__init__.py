@@ -4,9 +4,9 @@
 """
 
 from ._library import Error, Status
-from .attention import Norm, Profile, Text, attention
+from .attention import Norm, Profile, Text, attention, profile
 from .module import Module, load
-from .spec import QkNorm, Rope, Schedule, Spec, Width
+from .spec import QkNorm, Rope, Schedule, Spec, Width, describe
 
 __all__ = [
     "Error",
@@ -21,5 +21,7 @@ __all__ = [
     "Text",
     "Width",
     "attention",
+    "describe",
     "load",
+    "profile",
 ]

@@ -174,6 +174,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "spec_shipped": [c_char_p, _OUT],
     "spec_info": [_HANDLE, POINTER(SpecDetails)],
     "spec_free": [_HANDLE],
+    "describe": [_HANDLE, c_char_p, c_char_p, c_size_t, POINTER(c_size_t)],
     "half_width": [_HANDLE, c_uint32, c_double, POINTER(c_uint32)],
     "supported": [_HANDLE, _HANDLE],
     "load": [_HANDLE, _HANDLE, _OUT],
@@ -181,6 +182,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "attention_new": [_HANDLE, c_uint32, c_uint32, _OUT],
     "workspace_bytes": [_HANDLE, _OUT],
     "forward": [_HANDLE, POINTER(Call), c_void_p],
+    "profile": [_HANDLE, POINTER(Call), c_void_p],
 }
 
 
@@ -239,7 +241,10 @@ def handle(name: str, *arguments: Any) -> int:
     return value.value
 
 
-def version() -> str:
-    """The version of the library."""
-    text: bytes = library().framestride_version()
-    return text.decode()
+def text(name: str, *arguments: Any) -> str:
+    """Calls a function whose last arguments are a buffer for text, its size, and the size that is needed."""
+    needed = c_size_t()
+    call(name, *arguments, None, 0, ctypes.byref(needed))
+    buffer = ctypes.create_string_buffer(needed.value)
+    call(name, *arguments, buffer, needed.value, ctypes.byref(needed))
+    return buffer.value.decode()

@@ -21,6 +21,7 @@ except ImportError as error:
 _DTYPES = (torch.bfloat16, torch.float16)
 _PROFILED, _DENSE, _GIVEN = 0, 1, 2
 
+ops = torch.ops.framestride
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _SIDE = "Tensor[] {0}, Tensor? {0}_lengths, Tensor[] {0}_q_norm, Tensor[] {0}_k_norm, "
@@ -34,6 +35,11 @@ torch.library.define(
     "framestride::attention",
     f"({_INPUTS}, Tensor? head_types, bool profiled, bool with_lse, bool with_profile)"
     " -> (Tensor out, Tensor lse, Tensor found_head_types, Tensor found_errors)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "framestride::profile",
+    f"({_INPUTS}) -> (Tensor head_types, Tensor errors)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -118,14 +124,6 @@ class Inputs:
 
     def _check(self) -> None:
         d = self.details
-        own = sum(side.tokens for side in self.sides if side.rows)
-        rows = d.sequence - own
-        shape = [self.batch, rows, self.heads, d.head_dim]
-        about = f"[B, {rows}, H, {d.head_dim}], the shape of q, as spec {d.name.decode()} has it"
-        if own:
-            about += f" ({own} rows of text have tensors of their own)"
-        for name, tensor in zip("qkv", self.rows):
-            self._check_rows(name, tensor, shape, about)
         for side in self.sides:
             if side.rows and not side.tokens:
                 raise refuse(
@@ -141,6 +139,14 @@ class Inputs:
                 self._check_rows(f"{side.name}.{name}", tensor, shape, f"{shape}: as many rows as the spec has")
             if side.lengths is not None:
                 self._check_exact(f"{side.name}.lengths", side.lengths, torch.int32, [self.batch], "[B]")
+        own = sum(side.tokens for side in self.sides if side.rows)
+        rows = d.sequence - own
+        shape = [self.batch, rows, self.heads, d.head_dim]
+        about = f"[B, {rows}, H, {d.head_dim}], the shape of q, as spec {d.name.decode()} has it"
+        if own:
+            about += f" ({own} rows of text have tensors of their own)"
+        for name, tensor in zip("qkv", self.rows):
+            self._check_rows(name, tensor, shape, about)
         norms = [("q_norm", self.q_norm), ("k_norm", self.k_norm)]
         for side in self.sides:
             norms += [(f"{side.name}.q_norm", side.q_norm), (f"{side.name}.k_norm", side.k_norm)]
@@ -197,17 +203,19 @@ class Inputs:
             raise refuse(name, f"a tensor on {tensor.device}", f"{device}, where q lies", f"Pass it .to({device})")
 
     def empty(self, shape: list[int], dtype: torch.dtype, wanted: bool = True) -> Tensor:
-        """An output: an empty tensor where it is not wanted."""
+        """An output, of no elements where it is not wanted."""
         return self.rows[0].new_empty(shape if wanted else [0], dtype=dtype)
 
+    def profile(self, wanted: bool = True) -> tuple[Tensor, Tensor]:
+        """What profiling finds: head types and errors."""
+        heads = [self.batch, self.heads]
+        return self.empty(heads, torch.int32, wanted), self.empty([*heads, 2], torch.float32, wanted)
+
     def outputs(self, lse: bool, profile: bool) -> Outputs:
-        d, heads = self.details, [self.batch, self.heads]
-        return (
-            self.empty([self.batch, d.sequence, self.heads, d.head_dim], self.rows[0].dtype),
-            self.empty([*heads, d.sequence], torch.float32, lse),
-            self.empty(heads, torch.int32, profile),
-            self.empty([*heads, 2], torch.float32, profile),
-        )
+        """The output, the log-sum-exp, and what profiling finds."""
+        d = self.details
+        out = self.empty([self.batch, d.sequence, self.heads, d.head_dim], self.rows[0].dtype)
+        return out, self.empty([self.batch, self.heads, d.sequence], torch.float32, lse), *self.profile(profile)
 
     def call(self, head_types_from: int) -> Call:
         """The structure of the C interface, without outputs and workspace."""
@@ -316,17 +324,30 @@ def _attention(*arguments: Any) -> Outputs:
     return outputs
 
 
-def attention(*arguments: Any) -> Outputs:
-    """Runs the operator, which has no gradient."""
+@torch.library.register_fake("framestride::profile")
+def _fake_profile(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return Inputs(*inputs).profile()
+
+
+@torch.library.impl("framestride::profile", ("cpu", "cuda"))
+def _profile(*inputs: Any) -> tuple[Tensor, Tensor]:
+    checked = Inputs(*inputs)
+    head_types, errors = checked.profile()
+    call = checked.call(_PROFILED)
+    call.found_head_types, call.found_errors = head_types.data_ptr(), errors.data_ptr()
+    checked.launch("profile", call)
+    return head_types, errors
+
+
+def refuse_gradients(arguments: tuple[Any, ...]) -> None:
+    """Raises where autograd would record a call. The operators have no gradient."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
         raise refuse(
             "gradients",
             "an input that requires them",
-            "inference: attention computes no gradients",
+            "inference: framestride computes no gradients",
             "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
         )
-    outputs: Outputs = torch.ops.framestride.attention(*arguments)
-    return outputs
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:

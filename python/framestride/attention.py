@@ -169,7 +169,7 @@ def attention(
             "return_profile", "True, where heads are not profiled", 'head_types="profile"', "Leave one of them out"
         )
     inputs = _inputs(q, k, v, spec, q_norm, k_norm, rope, before, after, density, half_widths, scale, seed)
-    out, lse, found, errors = _op.attention(*inputs, given, profiled, return_lse, return_profile)
+    out, lse, found, errors = _op.ops.attention(*inputs, given, profiled, return_lse, return_profile)
     if return_lse and return_profile:
         return out, lse, Profile(found, errors)
     if return_lse:
@@ -177,6 +177,29 @@ def attention(
     if return_profile:
         return out, Profile(found, errors)
     return out
+
+
+def profile(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    q_norm: Norm = None,
+    k_norm: Norm = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    before: Text | None = None,
+    after: Text | None = None,
+    density: float | tuple[float, float] | None = None,
+    half_widths: tuple[int, int] | None = None,
+    scale: float | None = None,
+    seed: int | None = None,
+) -> Profile:
+    """Finds the types of the heads and computes no attention. Arguments and errors are those of `attention`."""
+    from . import _op
+
+    inputs = _inputs(q, k, v, spec, q_norm, k_norm, rope, before, after, density, half_widths, scale, seed)
+    return Profile(*_op.ops.profile(*inputs))
 
 
 def _inputs(
@@ -209,7 +232,9 @@ def _inputs(
     per_head = spec.rope is not None and spec.rope.per_head
     tables = [] if rope is None else [_op.converted_table(table, per_head) for table in rope]
     widths = [] if half_widths is None else list(half_widths)
-    return q, k, v, spec.toml, _norm(q_norm), _norm(k_norm), tables, *sides, densities, widths, scale, seed
+    inputs = q, k, v, spec.toml, _norm(q_norm), _norm(k_norm), tables, *sides, densities, widths, scale, seed
+    _op.refuse_gradients(inputs)
+    return inputs
 
 
 def _norm(norm: Norm) -> list[Tensor]:

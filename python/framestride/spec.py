@@ -161,6 +161,15 @@ class Spec:
         return _half_widths(self.toml, float(spatial), float(temporal))
 
 
+def describe(spec: Spec, *, gpu: str | None = None) -> str:
+    """What the command `framestride describe` prints: sequence, tiles, exact densities, workspace, arithmetic,
+    and what the spec is estimated to gain over dense attention.
+
+    `gpu` is `"h100"` or `"h200"`. By default it is the first GPU of this machine, or both.
+    """
+    return _library.text("describe", handle_of(spec.toml), None if gpu is None else gpu.encode())
+
+
 T = TypeVar("T")
 
 

@@ -1,0 +1,259 @@
+"""`framestride.attention` on the emulator, beside an f64 reference."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+from torch.library import opcheck
+
+import framestride
+import framestride._op  # It registers the operators, which a first call does otherwise.
+from framestride import Error, Rope, Spec, Status, Text, Width
+
+TINY = ["tiny_plain", "tiny_text_last", "tiny_text_rope", "tiny_heads_sinks", "tiny_layer_half"]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["joined", "apart"])
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_are_those_of_the_reference(name, apart):
+    spec = Spec.shipped(name)
+    qkv, options = reference.inputs(spec, apart=apart)
+    found = framestride.attention(*qkv, spec, return_lse=True, **options)
+    reference.check(found, reference.attention(*qkv, spec, **options), spec)
+    assert found[0].is_contiguous() and found[0].dtype == qkv[0].dtype
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"density": 0.6},
+        {"density": (0.7, 0.9)},
+        {"half_widths": (20, 61)},
+        {"scale": 0.3},
+        {"head_types": "dense"},
+        {"q_norm": None, "k_norm": None},
+    ],
+    ids=str,
+)
+def test_what_a_call_may_change_is_what_the_reference_changes(change):
+    spec = Spec.shipped("tiny_text_last")
+    qkv, options = reference.inputs(spec, batch=3)
+    options.update(change)
+    found = framestride.attention(*qkv, spec, return_lse=True, **options)
+    reference.check(found, reference.attention(*qkv, spec, **options), spec)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_profiling_is_the_same_alone_within_a_call_and_given_back(name):
+    spec = Spec.shipped(name)
+    qkv, options = reference.inputs(spec)
+    del options["head_types"]
+    out, lse, profile = framestride.attention(*qkv, spec, return_lse=True, return_profile=True, **options)
+    alone = framestride.profile(*qkv, spec, **options)
+    assert all(map(torch.equal, profile, alone))
+    assert torch.equal(profile.head_types, profile.errors.argmin(-1) + 1)
+    given = framestride.attention(*qkv, spec, head_types=profile.head_types, **options)
+    assert torch.equal(out, given)
+    assert torch.equal(out, framestride.attention(*qkv, spec, **options))
+    reference.check((out, lse), reference.attention(*qkv, spec, head_types=profile.head_types, **options), spec)
+    other = framestride.profile(*qkv, spec, seed=5, **options)
+    assert not torch.equal(profile.errors, other.errors)
+
+
+def test_dense_attention_is_that_of_pytorch():
+    spec = Spec(frames=3, tokens_per_frame=50, heads=2, head_dim=64, spatial=0.5, temporal=0.5, dtype="f16")
+    q, k, v = (torch.randn(1, 150, 2, 64, dtype=torch.float16) for _ in range(3))
+    out = framestride.attention(q, k, v, spec, head_types="dense")
+    heads_first = (tensor.transpose(1, 2).double() for tensor in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    assert (out.double() - expected).abs().max() < 1e-3
+
+
+def test_any_strides_are_read_in_place():
+    spec = Spec.shipped("tiny_text_last")
+    (q, k, v), options = reference.inputs(spec)
+    expected = framestride.attention(q, k, v, spec, **options)
+
+    def heads_first(tensor):
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+    packed = torch.stack([q, k, v], dim=3)
+    longer = torch.cat([q, q], dim=1)[:, : spec.sequence]
+    odd = torch.empty(2, spec.sequence, 2, 65, dtype=q.dtype)[..., 1:].copy_(k)
+    assert torch.equal(expected, framestride.attention(heads_first(q), heads_first(k), heads_first(v), spec, **options))
+    assert torch.equal(expected, framestride.attention(*packed.unbind(3), spec, **options))
+    assert torch.equal(expected, framestride.attention(longer, odd, v, spec, **options))
+    shared = options | {"rope": tuple(table[:1] for table in options["rope"])}
+    with pytest.raises(Error, match="cos"):
+        framestride.attention(q, k, v, spec, **shared)
+    shared["rope"] = tuple(table[0] for table in options["rope"])
+    expected = framestride.attention(q, k, v, spec, **shared)
+    shared["rope"] = tuple(table.expand(2, -1, -1) for table in shared["rope"])
+    assert torch.equal(expected, framestride.attention(q, k, v, spec, **shared))
+    one_item = {name: options[name] for name in ("q_norm", "k_norm")} | {"rope": tuple(t[0] for t in options["rope"])}
+    loose = q[:1].as_strided(q[:1].shape, (7, *q.stride()[1:]))
+    one = framestride.attention(loose, k[:1], v[:1], spec, head_types="dense", **one_item)
+    assert torch.equal(one, framestride.attention(q[:1], k[:1], v[:1], spec, head_types="dense", **one_item))
+
+
+def test_other_types_of_weights_tables_and_lengths_are_converted():
+    spec = Spec.shipped("tiny_text_last")
+    qkv, options = reference.inputs(spec)
+    half = {name: options[name].bfloat16() for name in ("q_norm", "k_norm")}
+    half["rope"] = tuple(table.bfloat16() for table in options["rope"])
+    half["after"] = Text(lengths=options["after"].lengths.long())
+    exact = {name: half[name].float() for name in ("q_norm", "k_norm")}
+    exact["rope"] = tuple(table.float().repeat(1, 1, 2)[..., :32] for table in half["rope"])
+    exact["after"] = Text(lengths=options["after"].lengths)
+    types = options["head_types"]
+    out = framestride.attention(*qkv, spec, head_types=types, **exact)
+    assert torch.equal(out, framestride.attention(*qkv, spec, head_types=types.long(), **half))
+
+
+def test_more_or_fewer_heads_than_the_spec_has():
+    spec = Spec.shipped("tiny_plain")
+    qkv = [torch.randn(1, spec.sequence, 3, 128, dtype=torch.bfloat16) for _ in range(3)]
+    types = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    all_heads = framestride.attention(*qkv, spec, head_types=types)
+    for head in range(3):
+        one = [tensor[:, :, head : head + 1] for tensor in qkv]
+        assert torch.equal(all_heads[:, :, head : head + 1], framestride.attention(*one, spec, head_types=types[:, head : head + 1]))
+
+
+def flat(spec, batch=2):
+    """The leading arguments of the operators."""
+    (q, k, v), options = reference.inputs(spec, batch)
+    norms = [options["q_norm"]], [options["k_norm"]]
+    nothing = [], None, [], []
+    after = [], options["after"].lengths, [options["after"].q_norm], [options["after"].k_norm]
+    return (q, k, v, spec.toml, *norms, list(options["rope"]), *nothing, *after, [0.6, 0.7], [], 0.2, 3)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["profiled", "given"])
+def test_operators_are_what_pytorch_wants(given):
+    inputs = flat(Spec.shipped("tiny_text_last"))
+    types = torch.ones(2, 2, dtype=torch.int32) if given else None
+    opcheck(torch.ops.framestride.attention.default, (*inputs, types, not given, True, not given))
+    opcheck(torch.ops.framestride.profile.default, inputs)
+
+
+def layer(q, k, v, toml, rope, lengths):
+    """What a model's processor does: its spec is made where it is called."""
+    spec = replace(Spec.from_toml(toml), before=0) if toml else Spec.shipped("tiny_text_last")
+    made = Spec(
+        frames=spec.frames,
+        tokens_per_frame=(q.shape[1] - spec.after) // spec.frames,
+        heads=q.shape[2],
+        head_dim=q.shape[3],
+        spatial=spec.spatial,
+        temporal=Width(density=0.5),
+        after=spec.after,
+        rope=Rope("interleaved"),
+    )
+    text = Text(lengths=lengths)
+    half_widths = made.half_widths(0.6)
+    out, lse, profile = framestride.attention(
+        q * 2, k, v, made, rope=rope, after=text, half_widths=half_widths, return_lse=True, return_profile=True
+    )
+    return out.flatten(2) + 1, lse, profile.errors
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_a_graph_break(backend):
+    spec = Spec.shipped("tiny_text_last")
+    (q, k, v), options = reference.inputs(spec)
+    toml = replace(spec, qk_norm=None).toml
+    arguments = q, k.transpose(1, 2).contiguous().transpose(1, 2), v, toml, options["rope"], options["after"].lengths
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    assert all(map(torch.equal, compiled(*arguments), layer(*arguments)))
+
+
+SPEC = Spec.shipped("tiny_text_last")
+Q = torch.zeros(2, SPEC.sequence, 2, 64, dtype=torch.bfloat16)
+TABLE = torch.zeros(SPEC.rope_shape)
+ROPE = {"rope": (TABLE, TABLE)}
+
+
+@pytest.mark.parametrize(
+    ("subject", "change"),
+    [
+        ("q: found", {"q": Q[0]}),
+        ("q: found", {"q": Q[:, 1:]}),
+        ("q: found", {"q": Q[..., :32]}),
+        ("q: found", {"q": Q.half()}),
+        ("q: found", {"q": Q.transpose(1, 3).contiguous().transpose(1, 3)}),
+        ("k: found", {"k": Q[:1]}),
+        ("v: found", {"v": Q.float()}),
+        ("v: found a tensor on meta", {"v": Q.to("meta")}),
+        ("q_norm: found", {"q_norm": torch.ones(65)}),
+        ("q_norm.bias: found", {"q_norm": (torch.ones(64), torch.ones(64))}),
+        ("k_norm: found", {"k_norm": torch.ones(64, device="meta")}),
+        ("rope: found None", {"rope": None}),
+        ("cos: found", {"rope": (TABLE[:50], TABLE)}),
+        ("sin: found", {"rope": (TABLE, TABLE[:, :31])}),
+        ("sin: found", {"rope": (TABLE, TABLE.expand(3, -1, -1))}),
+        ("before: found", {"before": Text(q=Q[:, :1], k=Q[:, :1], v=Q[:, :1])}),
+        ("after: found 1 of", {"after": Text(q=Q[:, :24])}),
+        ("after.lengths: found", {"after": Text(lengths=torch.ones(3))}),
+        ("after.q_norm: found", {"after": Text(q_norm=torch.ones(3))}),
+        ("head_types: found", {"head_types": "sparse"}),
+        ("head_types: found", {"head_types": torch.zeros(2, 3)}),
+        ("density: found", {"density": 0.3, "half_widths": (3, 4)}),
+        ("density", {"density": 1.5}),
+        ("density", {"density": 1e-9}),
+        ("half_widths: found", {"half_widths": (0, 4)}),
+        ("half_widths: found", {"half_widths": (1, 116)}),
+        ("scale: found 0", {"scale": 0.0}),
+        ("scale: found", {"scale": float("nan")}),
+        ("scale: found", {"scale": -1.0}),
+        ("seed: found", {"seed": -1}),
+        ("return_profile: found", {"return_profile": True, "head_types": "dense"}),
+        ("gradients: found", {"q": Q.clone().requires_grad_()}),
+        ("gradients: found", {"q_norm": torch.ones(64, requires_grad=True)}),
+    ],
+)
+def test_misuse_is_refused(subject, change):
+    arguments = {"q": Q, "k": Q, "v": Q, "spec": SPEC, "head_types": "dense"} | ROPE | change
+    with pytest.raises(Error) as error:
+        framestride.attention(**arguments)
+    assert subject in str(error.value)
+    assert "allowed: " in str(error.value) and "mend: " in str(error.value)
+    assert isinstance(error.value, ValueError) and isinstance(error.value.status, Status)
+
+
+def test_gradients_are_no_matter_where_autograd_is_off():
+    q = Q.clone().requires_grad_()
+    with torch.no_grad():
+        framestride.attention(q, q, q, SPEC, **ROPE)
+    with torch.inference_mode():
+        framestride.attention(q, q, q, SPEC, **ROPE)
+
+
+def test_modules_are_loaded_once():
+    first, second = framestride.load(SPEC, "cpu"), framestride.load(Spec.from_toml(SPEC.toml), "cpu")
+    assert first.handle == second.handle and first.device == "cpu" and first.load_seconds > 0
+    for device in ("cpu:1", "tpu", "cuda:x"):
+        with pytest.raises(Error, match="device: found"):
+            framestride.load(SPEC, device)
+    if not torch.cuda.is_available():
+        with pytest.raises(Error) as error:
+            framestride.load(SPEC, "cuda:0")
+        assert error.value.status == Status.NO_GPU
+
+
+def test_errors_can_be_sent_to_other_processes():
+    with pytest.raises(Error) as error:
+        Spec.shipped("tiny")
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (str(copy), copy.status) == (str(error.value), Status.INVALID_SPEC)
+    assert pickle.loads(pickle.dumps(SPEC)) == SPEC
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    program = "import sys, framestride; framestride.Spec.shipped('tiny_plain'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
