@@ -72,9 +72,14 @@ fn a_launch_does_nothing_else_and_refuses_other_contexts() {
     succeeds(tool("cc").args(["-w", "-shared", "-fPIC", "-o"]).arg(driver.join("libcuda.so.1")).arg(source));
     let program = compile("tests/c/launch.c", &[]);
     let mut said = String::new();
-    for (variable, value) in
-        [("", ""), ("FAKE_INIT", "803"), ("FAKE_COUNT", "0"), ("FAKE_CC0", "100"), ("FAKE_DRIVER", "12020")]
-    {
+    for (variable, value) in [
+        ("", ""),
+        ("FAKE_PAGEABLE", "1"),
+        ("FAKE_INIT", "803"),
+        ("FAKE_COUNT", "0"),
+        ("FAKE_CC0", "100"),
+        ("FAKE_DRIVER", "12020"),
+    ] {
         let mut command = run(&program);
         command.env("LD_LIBRARY_PATH", &driver).envs((!variable.is_empty()).then_some((variable, value)));
         said += &format!("# {variable} {value}\n{}", succeeds(&mut command));

@@ -27,7 +27,7 @@ pub struct Gpu {
     name: String,
     capability: (u32, u32),
     multiprocessors: u32,
-    /// Whether kernels can use any memory of the process, which the driver then knows nothing of.
+    /// Whether kernels can use any memory of the process, also what the driver knows nothing of.
     uses_pageable: bool,
 }
 
@@ -299,17 +299,20 @@ impl Gpu {
     /// A kernel that cannot would end with an error from which the context never recovers. Where the
     /// driver does not tell, the launch will.
     pub(super) fn check_memory(&self, regions: impl Iterator<Item = (&'static str, u64)>) -> Result<()> {
-        if self.uses_pageable {
-            return Ok(());
-        }
+        use sys::CUpointer_attribute as Attribute;
         let _current = Current::push(self)?;
+        // Whether the driver says that it does not know a fact about an address.
+        let is_unknown = |attribute, address| {
+            let mut fact = 0u64;
+            // SAFETY: `fact` is a live local, no smaller than what the attributes below have. The driver
+            // looks the address up and does not follow it.
+            let status = unsafe { sys::cuPointerGetAttribute((&raw mut fact).cast(), attribute, address) };
+            status == sys::CUresult::CUDA_ERROR_INVALID_VALUE
+        };
         for (name, address) in regions {
-            let mut usable: sys::CUdeviceptr = 0;
-            let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER;
-            // SAFETY: `usable` is a live local of the type that this attribute has. The driver looks the
-            // address up and does not follow it.
-            let status = unsafe { sys::cuPointerGetAttribute((&raw mut usable).cast(), attribute, address) };
-            if status == sys::CUresult::CUDA_ERROR_INVALID_VALUE {
+            let is_usable = !is_unknown(Attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
+                || self.uses_pageable && is_unknown(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address);
+            if !is_usable {
                 return Err(Error::input(
                     name,
                     format!("address {address:#x}, which kernels on {} cannot use", self.name),
