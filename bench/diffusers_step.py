@@ -171,7 +171,7 @@ def arguments():
     parser.add_argument("--models", default=",".join(CASES), help="names, with commas")
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--shares", type=int, default=3, help="shares of the layers of the larger of the two models that are timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=540, help="no new model after this long")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench/results", help="folder for the results")

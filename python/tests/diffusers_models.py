@@ -2,15 +2,20 @@
 
 They have few channels, frames and layers, but the real head dims, norms and axes of RoPE. Their
 builders are those of tests/diffusers/compare.py, which compares single modules.
+
+FRAMESTRIDE_TEST_DEVICE=cuda runs the tests on a GPU instead of the emulator.
 """
 
 import copy
 import math
+import os
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+
+torch.set_default_device(os.environ.get("FRAMESTRIDE_TEST_DEVICE", "cpu"))
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "diffusers"))
 
@@ -96,7 +101,7 @@ def position_codes(head_dim: int) -> torch.Tensor:
     """
     video, tokens = torch.arange(compare.VIDEO), compare.HEIGHT * compare.WIDTH
     positions = torch.stack([video, video % tokens * compare.FRAMES + video // tokens], dim=1) / compare.VIDEO
-    frequencies = 2 * torch.randn(head_dim // 2, generator=torch.Generator().manual_seed(0))
+    frequencies = 2 * torch.randn(head_dim // 2, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     angles = 2 * math.pi * positions[..., None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 

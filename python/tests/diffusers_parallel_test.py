@@ -14,6 +14,7 @@ from diffusers_models import build, position_codes, run
 from framestride.diffusers import apply
 
 RANKS = 2
+pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="processes share no GPU here")
 
 
 def plant(handle: object, model: torch.nn.Module, rank: int = 0, ranks: int = 1):
