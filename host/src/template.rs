@@ -63,7 +63,7 @@ pub(crate) fn fill(spec: &Spec) -> Result<(String, Manifest)> {
     manifest.densities = Some(Densities::of(spec));
     manifest.workspace_bytes = Some(spec.workspace(spec.batch, spec.heads, 1).bytes);
     let ptx = format!("{}\n{body}", manifest.statement());
-    manifest.template_sha256 = Some(std::mem::replace(&mut manifest.ptx_sha256, sha256(&ptx)));
+    manifest.ptx_sha256 = sha256(&ptx);
     Ok((ptx, manifest))
 }
 

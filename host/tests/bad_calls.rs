@@ -30,7 +30,7 @@ fn manifests() {
         ),
         ("other frames", kernels.ptx().to_owned(), json.replace("\\nframes = ", "\\nframes = 1")),
         ("other launch table", kernels.ptx().to_owned(), json.replacen("\"min_blocks\": 1", "\"min_blocks\": 0", 1)),
-        ("other format", kernels.ptx().to_owned(), json.replace("\"format\": 2", "\"format\": 3")),
+        ("other format", kernels.ptx().to_owned(), json.replace("\"format\": 3", "\"format\": 2")),
         ("truncated", kernels.ptx().to_owned(), json.split("\"spec\"").next().unwrap_or_default().to_owned()),
     ];
     let mut messages = String::new();

@@ -314,7 +314,6 @@ impl Kernels {
             compiler: Compiler { rustc: toolchain.rustc_version.clone(), llvm: toolchain.llvm_version.clone() },
             ptx_sha256: String::new(),
             kernels: translation.kernels(),
-            template_sha256: None,
             densities: spec.as_ref().map(Densities::of),
             workspace_bytes: spec.as_ref().map(|spec| spec.workspace(spec.batch, spec.heads, 1).bytes),
             spec: translation.spec.clone(),

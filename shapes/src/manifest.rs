@@ -3,13 +3,12 @@
 //!
 //! ```json
 //! {
-//!   "format": 2,
+//!   "format": 3,
 //!   "name": "demo",
 //!   "spec": "name = \"demo\"\n...",
 //!   "arch": "sm_90a",
 //!   "compiler": { "rustc": "1.96.0 (...)", "llvm": "22.1.2" },
 //!   "ptx_sha256": "64 hexadecimal digits",
-//!   "template_sha256": null,
 //!   "kernels": [
 //!     {
 //!       "entry": "attention", "threads": 384, "min_blocks": 1, "shared_bytes": 213248,
@@ -44,7 +43,7 @@ use crate::spec::{Spec, SpecError};
 use crate::text::plain;
 
 /// The format that this version writes and reads.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// A PTX file's manifest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,10 +62,6 @@ pub struct Manifest {
     pub compiler: Compiler,
     /// SHA-256 of the PTX file, 64 lower-case hexadecimal digits.
     pub ptx_sha256: String,
-    /// SHA-256 of the template that the PTX was filled in from ([`crate::numbers`]). It is `null`
-    /// for kernels that were compiled as they are.
-    #[serde(deserialize_with = "Option::deserialize")]
-    pub template_sha256: Option<String>,
     /// The kernels, in the order of the PTX.
     pub kernels: Vec<KernelResources>,
     /// Exact densities of the head types. It is `null` without a spec.
@@ -284,12 +279,9 @@ impl Manifest {
 
     /// Why the fields cannot all be right.
     fn contradiction(&self) -> Option<String> {
-        let digests = [("ptx_sha256", Some(&self.ptx_sha256)), ("template_sha256", self.template_sha256.as_ref())];
-        for (field, digest) in digests.into_iter().filter_map(|(field, digest)| Some((field, digest?))) {
-            if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-            {
-                return Some(format!("{field} is {digest:?}, not 64 lower-case hexadecimal digits"));
-            }
+        let digest = &self.ptx_sha256;
+        if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
+            return Some(format!("ptx_sha256 is {digest:?}, not 64 lower-case hexadecimal digits"));
         }
         let most_threads = Arch::named(&self.arch).unwrap_or_default().block_threads;
         for (i, kernel) in self.kernels.iter().enumerate() {

@@ -18,7 +18,6 @@ fn manifest() -> Manifest {
         arch: "sm_90a".into(),
         compiler: Compiler { rustc: "1.96.0 (0123456)".into(), llvm: "22.1.2".into() },
         ptx_sha256: "0123456789abcdef".repeat(4),
-        template_sha256: None,
         kernels: vec![KernelResources {
             entry: "attention".into(),
             threads: 512,
@@ -118,8 +117,8 @@ fn bad_manifests() {
     let cases: &[(&str, &str, &str)] = &[
         ("not JSON", "{", "["),
         ("cut off", "\"workspace_bytes\"", "\u{0}"),
-        ("no format", "\"format\": 2,", ""),
-        ("another format", "\"format\": 2,", "\"format\": 3, \"kernel_ids\": [],"),
+        ("no format", "\"format\": 3,", ""),
+        ("another format", "\"format\": 3,", "\"format\": 2, \"kernel_ids\": [],"),
         ("field missing", "\"arch\": \"sm_90a\",", ""),
         ("unknown field", "\"arch\"", "\"target\": 1, \"arch\""),
         ("wrong type", "\"threads\": 512", "\"threads\": \"512\""),
