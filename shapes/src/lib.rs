@@ -65,6 +65,7 @@ pub const fn models() -> &'static [(&'static str, &'static str)] {
         "cosmos_predict_2_5_14b_704x1280",
         "cosmos_predict_2_5_2b_704x1280",
         "demo",
+        "hunyuan_custom_720p",
         "hunyuan_video_1_5_720p",
         "hunyuan_video_544x960",
         "hunyuan_video_720p",

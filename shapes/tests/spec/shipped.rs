@@ -43,12 +43,13 @@ const fn row(name: &'static str, sequence: [u32; 4], heads: [u32; 2], norm: QkNo
     Row { name, sequence, heads, norm, rope }
 }
 
-const ROWS: [Row; 26] = [
+const ROWS: [Row; 27] = [
     row("cogvideox_1_5_5b_768x1360", [11, 4080, 226, 45_106], [48, 64], LAYER, rope(Pairs::Interleaved, 64)),
     row("cogvideox_5b_480x720", [13, 1350, 226, 17_776], [48, 64], LAYER, rope(Pairs::Interleaved, 64)),
     row("cosmos_1_14b_704x1280", [16, 3520, 0, 56_320], [40, 128], rms(1e-6), HALF),
     row("cosmos_predict_2_5_14b_704x1280", [24, 3520, 0, 84_480], [40, 128], rms(1e-6), HALF),
     row("cosmos_predict_2_5_2b_704x1280", [24, 3520, 0, 84_480], [16, 128], rms(1e-6), HALF),
+    row("hunyuan_custom_720p", [33, 3600, 4431, 123_231], [24, 128], rms(1e-6), Rope { before: true, ..INTERLEAVED }),
     row("hunyuan_video_1_5_720p", [31, 3600, 1985, 113_585], [16, 128], rms(1e-6), INTERLEAVED),
     row("hunyuan_video_544x960", [33, 2040, 256, 67_576], [24, 128], rms(1e-6), INTERLEAVED),
     row("hunyuan_video_720p", [33, 3600, 256, 119_056], [24, 128], rms(1e-6), INTERLEAVED),
