@@ -112,7 +112,7 @@ impl Inputs {
         };
         let (q_norm, k_norm) = (norm(), norm());
         let mut text = |tokens: u32| match spec.qk_norm {
-            Some(_) if tokens > 0 => Text { lengths: None, q_norm: Some(norm()), k_norm: Some(norm()) },
+            Some(_) if tokens > 0 => Text { q_norm: Some(norm()), k_norm: Some(norm()), ..Text::default() },
             _ => Text::default(),
         };
         let (before, after) = (text(spec.layout.before), text(spec.layout.after));

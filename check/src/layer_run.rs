@@ -124,7 +124,9 @@ pub fn run_layer(
     progress("inputs to the device", None);
     let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
     let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
-    let placed = DeviceLayer::upload(device, &module.spec().layout, inputs, Placement::all(Arrangement::TokensFirst))?;
+    let text = [&inputs.before, &inputs.after].map(|text| text.is_apart.then_some(Arrangement::TokensFirst));
+    let placement = Placement { text, ..Placement::all(Arrangement::TokensFirst) };
+    let placed = DeviceLayer::upload(device, &spec.layout, inputs, placement)?;
     let dense = (HeadType::Dense as u32).to_le_bytes();
     let launches = attention.launches(&placed.layer, HeadTypes::Profiled, &workspace)?;
     let mut times = Vec::new();

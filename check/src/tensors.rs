@@ -136,6 +136,8 @@ pub struct Norm {
 /// The text on one side of the video.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Text {
+    /// Whether these rows of Q, K and V are given to the kernels as tensors of their own.
+    pub is_apart: bool,
     /// Valid tokens of each batch item, which come first. Without them, all are valid.
     pub lengths: Option<Vec<u32>>,
     /// QK-norm of these rows of Q. Without it, they get the norm of video rows.

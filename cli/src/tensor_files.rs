@@ -6,11 +6,15 @@
 //! | `cos`, `sin` | `freqs_cos`, `freqs_sin` | \[rows, C / 2\], \[rows, H, C / 2\] | floats |
 //! | `q_norm.weight`, `q_norm.bias` | `norm_q.weight`, ... | \[D\], \[H D\] | floats |
 //! | `k_norm.weight`, `k_norm.bias` | `norm_k.weight`, ... | \[D\], \[H D\] | floats |
+//! | `q_text`, `k_text`, `v_text` | `encoder_query`, ... | as `q`, of the text | floats |
 //! | `q_norm_text.weight`, ... | `norm_added_q.weight`, ... | \[D\], \[H D\] | floats |
 //! | `text_lengths` | | \[B\], or \[\] for one batch item | integers |
 //!
 //! Where a spec has text on both sides of the video, names have `before` and `after` in place of
 //! `text`, and diffusers has no name for either.
+//!
+//! Text that is projected apart may have tensors of its own, all three of Q, K and V. Then `q`, `k`
+//! and `v` have the other rows, and the kernels get the tensors as they are, which is apart.
 //!
 //! Q, K and V are rounded to the spec's type. RoPE tables are of the C channels that are rotated,
 //! `rope.channels`. They have an extent of heads where each head has its own, and \[B\] before all
@@ -51,6 +55,9 @@ use crate::output::Output;
 /// A tensor's name, and what diffusers calls it.
 type Names = (&'static str, &'static str);
 
+/// The tensors of the rows.
+const OPERANDS: [&str; 3] = ["q", "k", "v"];
+
 /// The names of a layer's tensors, but for those of text.
 const LAYER: [Names; 9] = [
     ("q", "query"),
@@ -65,7 +72,10 @@ const LAYER: [Names; 9] = [
 ];
 
 /// The names of text on one side of the video alone.
-const TEXT: [Names; 5] = [
+const TEXT: [Names; 8] = [
+    ("q_text", "encoder_query"),
+    ("k_text", "encoder_key"),
+    ("v_text", "encoder_value"),
     ("q_norm_text.weight", "norm_added_q.weight"),
     ("q_norm_text.bias", "norm_added_q.bias"),
     ("k_norm_text.weight", "norm_added_k.weight"),
@@ -74,12 +84,18 @@ const TEXT: [Names; 5] = [
 ];
 
 /// The names of text on both sides of the video.
-const BOTH_SIDES: [Names; 10] = [
+const BOTH_SIDES: [Names; 16] = [
+    ("q_before", ""),
+    ("k_before", ""),
+    ("v_before", ""),
     ("q_norm_before.weight", ""),
     ("q_norm_before.bias", ""),
     ("k_norm_before.weight", ""),
     ("k_norm_before.bias", ""),
     ("before_lengths", ""),
+    ("q_after", ""),
+    ("k_after", ""),
+    ("v_after", ""),
     ("q_norm_after.weight", ""),
     ("q_norm_after.bias", ""),
     ("k_norm_after.weight", ""),
@@ -257,9 +273,9 @@ impl<'a> File<'a> {
 
     /// The shape of Q, K or V as [batch, rows, heads, head_dim], and whether the file has heads
     /// before rows.
-    fn layer_shape(&self, name: &str, spec: &Spec) -> Result<([usize; 4], bool)> {
+    fn layer_shape(&self, name: &str, spec: &Spec, rows: u32) -> Result<([usize; 4], bool)> {
         let view = self.need(name)?;
-        let (rows, head_dim) = (spec.layout.sequence() as usize, spec.head_dim as usize);
+        let (rows, head_dim) = (rows as usize, spec.head_dim as usize);
         let (shape, heads_first) = match *view.shape() {
             [batch, tokens, heads, dim] if dim == head_dim && tokens == rows => {
                 // For the names of this project the order is documented. Others may have written
@@ -279,10 +295,12 @@ impl<'a> File<'a> {
                 ([batch, rows, channels / head_dim, head_dim], false)
             }
             _ => {
+                let apart = OPERANDS.contains(&name) && rows < spec.layout.sequence() as usize;
+                let apart = if apart { ", without the text that has tensors of its own" } else { "" };
                 return Err(self.wrong_shape(
                     name,
                     view,
-                    format!("[batch, {rows}, heads, {head_dim}] for spec {}", spec.name),
+                    format!("[batch, {rows}, heads, {head_dim}] for spec {}{apart}", spec.name),
                     "Store it as [B, S, H, D] in the model's order, or give the spec of this model",
                 ));
             }
@@ -294,8 +312,8 @@ impl<'a> File<'a> {
         Ok((shape, heads_first))
     }
 
-    fn tokens(&self, name: &str, spec: &Spec) -> Result<Tokens> {
-        let (shape @ [batch, rows, heads, head_dim], heads_first) = self.layer_shape(name, spec)?;
+    fn tokens(&self, name: &str, spec: &Spec, rows: u32) -> Result<Tokens> {
+        let (shape @ [batch, rows, heads, head_dim], heads_first) = self.layer_shape(name, spec, rows)?;
         let view = self.need(name)?;
         let dtype = spec.dtype;
         let bits: Vec<u16> = match (view.dtype(), dtype) {
@@ -429,35 +447,55 @@ fn indices(mut index: usize, shape: &[usize]) -> Vec<usize> {
 pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
     let bytes = read(path)?;
     let file = File::parse(path, &bytes, &layer_names(spec))?;
-    let ([batch, _, heads, _], _) = file.layer_shape("q", spec)?;
-    for name in ["k", "v"] {
-        let (shape, _) = file.layer_shape(name, spec)?;
+    let [before, after] = Inputs::text_names(&spec.layout);
+    let sides = [(before, spec.layout.before), (after, spec.layout.after)];
+    // Text is apart when any of its tensors is there. The others are missed then.
+    let names = |side: &str| OPERANDS.map(|operand| format!("{operand}_{side}"));
+    let is_apart = sides.map(|(side, _)| names(side).iter().any(|name| file.find(name).is_some()));
+    let apart = [0, 1].map(|side| if is_apart[side] { sides[side].1 } else { 0 });
+    let joined = spec.layout.sequence() - apart[0] - apart[1];
+    // In the model's order.
+    let groups: Vec<([String; 3], u32)> = [
+        is_apart[0].then(|| (names(before), apart[0])),
+        Some((OPERANDS.map(String::from), joined)),
+        is_apart[1].then(|| (names(after), apart[1])),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let ([batch, _, heads, _], _) = file.layer_shape("q", spec, joined)?;
+    for (name, rows) in groups.iter().flat_map(|(names, rows)| names.iter().map(move |name| (name, *rows))) {
+        let (shape, _) = file.layer_shape(name, spec, rows)?;
         if (shape[0], shape[2]) != (batch, heads) {
             return Err(file.wrong_shape(
                 name,
                 file.need(name)?,
                 format!("a batch of {batch} and {heads} heads, as q has"),
-                "Store the three tensors of one layer",
+                "Store the tensors of one layer",
             ));
         }
     }
+    let tokens = |operand: usize| -> Result<Tokens> {
+        groups.iter().map(|(names, rows)| file.tokens(&names[operand], spec, *rows)).collect::<Result<_>>().map(join)
+    };
     let tables = (file.tables("cos", spec, batch, heads)?, file.tables("sin", spec, batch, heads)?);
-    let [before, after] = Inputs::text_names(&spec.layout);
-    let text = |side: &str, tokens: u32| -> Result<Text> {
+    let text = |side: usize| -> Result<Text> {
+        let (name, tokens) = sides[side];
         Ok(Text {
-            lengths: file.lengths(&format!("{side}_lengths"), spec, tokens, batch)?,
-            q_norm: file.norm(&format!("q_norm_{side}"))?,
-            k_norm: file.norm(&format!("k_norm_{side}"))?,
+            is_apart: is_apart[side],
+            lengths: file.lengths(&format!("{name}_lengths"), spec, tokens, batch)?,
+            q_norm: file.norm(&format!("q_norm_{name}"))?,
+            k_norm: file.norm(&format!("k_norm_{name}"))?,
         })
     };
     let inputs = Inputs {
-        q: file.tokens("q", spec)?,
-        k: file.tokens("k", spec)?,
-        v: file.tokens("v", spec)?,
+        q: tokens(0)?,
+        k: tokens(1)?,
+        v: tokens(2)?,
         q_norm: file.norm("q_norm")?.unwrap_or_default(),
         k_norm: file.norm("k_norm")?.unwrap_or_default(),
-        before: text(before, spec.layout.before)?,
-        after: text(after, spec.layout.after)?,
+        before: text(0)?,
+        after: text(1)?,
         rope: match tables {
             (Some((items, cos)), Some((other, sin))) if items == other => Some(RopeTables { items, cos, sin }),
             (Some((items, _)), Some((other, _))) => {
@@ -476,6 +514,23 @@ pub fn load_inputs(path: &Path, spec: &Spec) -> Result<Inputs> {
     };
     inputs.check(spec, &path.display().to_string())?;
     Ok(inputs)
+}
+
+/// The rows of several tensors in one. They have as many items and heads.
+fn join(parts: Vec<Tokens>) -> Tokens {
+    let parts = match <[Tokens; 1]>::try_from(parts) {
+        Ok([whole]) => return whole,
+        Err(parts) => parts,
+    };
+    let Tokens { dtype, batch, heads, head_dim, .. } = parts[0];
+    let rows = parts.iter().map(|part| part.rows).sum();
+    let mut bits = Vec::with_capacity(batch * rows * heads * head_dim);
+    for item in 0..batch {
+        for part in &parts {
+            bits.extend_from_slice(&part.bits[part.index(item, 0, 0)..][..part.rows * heads * head_dim]);
+        }
+    }
+    Tokens { dtype, batch, rows, heads, head_dim, bits }
 }
 
 fn only_one(file: &File, missing: &str, given: &str) -> Error {

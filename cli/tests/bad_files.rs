@@ -118,6 +118,22 @@ fn tensor_files() {
                 &[1],
             ),
         ),
+        ("Q alone of the text", with(&[("q_text", Dtype::BF16, vec![1, 24, 2, 64])])),
+        (
+            "text apart and in Q too",
+            with(&["q_text", "k_text", "v_text"].map(|name| (name, Dtype::BF16, vec![1, 24, 2, 64]))),
+        ),
+        (
+            "text apart, of another batch",
+            with(&[
+                ("q", Dtype::BF16, vec![1, 115, 2, 64]),
+                ("k", Dtype::BF16, vec![1, 115, 2, 64]),
+                ("v", Dtype::BF16, vec![1, 115, 2, 64]),
+                ("encoder_query", Dtype::BF16, vec![2, 24, 2, 64]),
+                ("encoder_key", Dtype::BF16, vec![2, 24, 2, 64]),
+                ("encoder_value", Dtype::BF16, vec![2, 24, 2, 64]),
+            ]),
+        ),
         ("lengths of floats", with(&[("text_lengths", Dtype::F32, vec![1])])),
     ];
     let mut messages = String::new();
@@ -297,8 +313,6 @@ fn videos() {
     insta::assert_snapshot!(messages);
 }
 
-/// Names and texts of megabytes, and bytes that a terminal would obey, make short and plain
-/// messages.
 /// Where text stands on both sides of the video, each side has tensors of its own, and `text` is no
 /// name.
 #[test]
@@ -342,6 +356,31 @@ fn text_on_both_sides() {
         load_inputs(&path, &spec)
     };
     assert_eq!(load(&tensors).unwrap(), inputs);
+    // The rows of either side may be tensors of their own, here in f32 with heads first.
+    let video = 13 * 41;
+    for apart in [[true, false], [false, true], [true, true]] {
+        let [before, after] = apart;
+        let mut parted = tensors[3..].to_vec();
+        let joined = if before { 23 } else { 0 }..if after { 23 + video } else { 573 };
+        for (name, tokens) in [("q", &inputs.q), ("k", &inputs.k), ("v", &inputs.v)] {
+            let part = |rows: std::ops::Range<usize>| bits(tokens)[rows.start * 512..rows.end * 512].to_vec();
+            parted.push((name.into(), Dtype::BF16, vec![1, joined.len(), 2, 128], part(joined.clone())));
+            if before {
+                let heads = (0..2).flat_map(|head| (0..23).flat_map(move |row| tokens.row(0, row, head)));
+                let floats: Vec<f32> = heads.map(|value| value as f32).collect();
+                parted.push((format!("{name}_before"), Dtype::F32, vec![1, 2, 23, 128], bytes(&floats)));
+            }
+            if after {
+                parted.push((format!("{name}_after"), Dtype::BF16, vec![1, 17, 256], part(23 + video..573)));
+            }
+        }
+        let mut expected = inputs.clone();
+        (expected.before.is_apart, expected.after.is_apart) = (before, after);
+        assert_eq!(load(&parted).unwrap(), expected, "{apart:?}");
+        let missing = parted.pop().unwrap().0;
+        let error = load(&parted).unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor {missing}: found no such tensor")), "{error}");
+    }
     let last = tensors.len() - 1;
     tensors[last].3 = vec![18];
     let error = load(&tensors).unwrap_err().to_string();
@@ -353,6 +392,8 @@ fn text_on_both_sides() {
     }
 }
 
+/// Names and texts of megabytes, and bytes that a terminal would obey, make short and plain
+/// messages.
 #[test]
 fn messages_stay_small_and_plain() {
     let folder = tempfile::tempdir().unwrap();

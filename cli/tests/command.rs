@@ -469,6 +469,12 @@ fn run_with_text_on_both_sides() {
     (inputs.before.lengths, inputs.after.lengths) = (Some(vec![5]), Some(vec![0]));
     let module = framestride::Module::load(&framestride::Device::emulator(), &spec).unwrap();
     let expected = layer_run::run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().out;
+    // Kernels read the same where the text is apart.
+    for apart in [[true, false], [false, true], [true, true]] {
+        [inputs.before.is_apart, inputs.after.is_apart] = apart;
+        let found = layer_run::run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().out;
+        assert!(found == expected, "{apart:?}");
+    }
     let expected: Vec<u8> = expected.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     let written = std::fs::read(&out).unwrap();
     assert!(SafeTensors::deserialize(&written).unwrap().tensor("out").unwrap().data() == expected);

@@ -518,7 +518,10 @@ class Captured:
     def tensors(self) -> dict[str, Tensor]:
         """What `framestride run --qkv` reads, under the names of diffusers."""
         self.output()
-        tensors = {role: self.ordered(*raw) for role, raw in self.raw.items()}
+        tensors = {}
+        for role, (video, *text) in self.raw.items():
+            # What is projected apart is given apart.
+            tensors |= {role: video} | ({f"encoder_{role}": text[0]} if text else {})
         rotary = self.arguments[self.rotary]
         # Kandinsky has matrices of [[cos, -sin], [sin, cos]].
         tables = (rotary[..., 0, 0], rotary[..., 1, 0]) if isinstance(rotary, Tensor) else rotary
@@ -533,7 +536,7 @@ class Captured:
         if self.family.history:
             # Where rows stand on both sides of the video, `run` has names of its own for each.
             ours = {f"norm_added_{role}.weight": f"{role}_norm_after.weight" for role in "qk"}
-            ours["text_lengths"] = "after_lengths"
+            ours |= {f"encoder_{role}": f"{role[0]}_after" for role in SIZES} | {"text_lengths": "after_lengths"}
             tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

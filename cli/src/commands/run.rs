@@ -34,10 +34,11 @@ pub struct Run {
     video: Option<PathBuf>,
     /// Tensors: a safetensors file with `q`, `k`, `v` as [B, S, H, D] or [B, H, S, D] in bf16, f16,
     /// f32 or f64. It may have `cos`, `sin`, `text_lengths`, `q_norm.weight` and `q_norm.bias`, and
-    /// the same for `k_norm`, `q_norm_text` and `k_norm_text`. With text on both sides of the video,
-    /// `before` and `after` stand in place of `text`. The names and table shapes of
-    /// diffusers are understood too: `query`, `freqs_cos` [S, D], `attn.norm_q.weight`,
-    /// `attn.norm_added_q.weight`. A tensor of any other name is an error.
+    /// the same for `k_norm`, `q_norm_text` and `k_norm_text`. Text that is projected apart is
+    /// `q_text`, `k_text` and `v_text`, and `q`, `k` and `v` have the other rows. With text on both
+    /// sides of the video, `before` and `after` stand in place of `text`. The names and table shapes
+    /// of diffusers are understood too: `query`, `encoder_query`, `freqs_cos` [S, D],
+    /// `attn.norm_q.weight`, `attn.norm_added_q.weight`. A tensor of any other name is an error.
     #[arg(long, value_name = "FILE")]
     qkv: Option<PathBuf>,
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
