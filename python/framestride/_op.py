@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from . import _library, module
 from ._library import Call, NormWeights, Status, TextSide, refuse
@@ -62,7 +63,7 @@ class Side:
     name: str
     tokens: int
     rows: list[Tensor]
-    lengths: Optional[Tensor]
+    lengths: Tensor | None
     q_norm: list[Tensor]
     k_norm: list[Tensor]
 
@@ -70,37 +71,28 @@ class Side:
 class Inputs:
     """The inputs of an operator, checked as far as the library cannot: it sees addresses and no shapes."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: str,
-        q_norm: list[Tensor],
-        k_norm: list[Tensor],
-        rope: list[Tensor],
-        before: list[Tensor],
-        before_lengths: Optional[Tensor],
-        before_q_norm: list[Tensor],
-        before_k_norm: list[Tensor],
-        after: list[Tensor],
-        after_lengths: Optional[Tensor],
-        after_q_norm: list[Tensor],
-        after_k_norm: list[Tensor],
-        density: list[float],
-        half_widths: list[int],
-        scale: Optional[float],
-        seed: Optional[int],
-        head_types: Optional[Tensor] = None,
-    ) -> None:
-        self.spec, self.details = spec, details_of(spec)
-        self.rows = [q, k, v]
-        self.q_norm, self.k_norm, self.rope = q_norm, k_norm, rope
+    def __init__(self, inputs: Sequence[Any], head_types: Tensor | None = None) -> None:
+        q, k, v, spec, q_norm, k_norm, rope, *sides, density, half_widths, scale, seed = inputs
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(inputs)):
+            raise refuse(
+                "gradients",
+                "an input that requires them",
+                "inference: framestride computes no gradients",
+                "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
+            )
+        self.spec: str = spec
+        self.details = details_of(spec)
+        self.rows: list[Tensor] = [q, k, v]
+        self.q_norm: list[Tensor] = q_norm
+        self.k_norm: list[Tensor] = k_norm
+        self.rope: list[Tensor] = rope
         self.sides = [
-            Side("before", self.details.before_tokens, before, before_lengths, before_q_norm, before_k_norm),
-            Side("after", self.details.after_tokens, after, after_lengths, after_q_norm, after_k_norm),
+            Side("before", self.details.before_tokens, *sides[:4]),
+            Side("after", self.details.after_tokens, *sides[4:]),
         ]
-        self.scale, self.seed, self.head_types = scale, seed, head_types
+        self.scale: float | None = scale
+        self.seed: int | None = seed
+        self.head_types = head_types
         if q.dim() != 4:
             raise refuse("q", _shown(q), "[B, S, H, D]", "Split the heads, and add a batch dimension")
         self.batch, self.heads = q.shape[0], q.shape[2]
@@ -273,7 +265,7 @@ def _shown(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _address(tensor: Optional[Tensor]) -> Optional[int]:
+def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -303,16 +295,16 @@ def _side(side: Side) -> TextSide:
     return text
 
 
-@torch.library.register_fake("framestride::attention")
+@torch.library.register_fake("framestride::attention")  # type: ignore[untyped-decorator]
 def _fake_attention(*arguments: Any) -> Outputs:
     *inputs, head_types, _, with_lse, with_profile = arguments
-    return Inputs(*inputs, head_types).outputs(with_lse, with_profile)
+    return Inputs(inputs, head_types).outputs(with_lse, with_profile)
 
 
 @torch.library.impl("framestride::attention", ("cpu", "cuda"))
 def _attention(*arguments: Any) -> Outputs:
     *inputs, head_types, profiled, with_lse, with_profile = arguments
-    checked = Inputs(*inputs, head_types)
+    checked = Inputs(inputs, head_types)
     out, lse, found_head_types, found_errors = outputs = checked.outputs(with_lse, with_profile)
     call = checked.call(_PROFILED if profiled else _DENSE if head_types is None else _GIVEN)
     call.out = _tensor(out)
@@ -324,14 +316,14 @@ def _attention(*arguments: Any) -> Outputs:
     return outputs
 
 
-@torch.library.register_fake("framestride::profile")
+@torch.library.register_fake("framestride::profile")  # type: ignore[untyped-decorator]
 def _fake_profile(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return Inputs(*inputs).profile()
+    return Inputs(inputs).profile()
 
 
 @torch.library.impl("framestride::profile", ("cpu", "cuda"))
 def _profile(*inputs: Any) -> tuple[Tensor, Tensor]:
-    checked = Inputs(*inputs)
+    checked = Inputs(inputs)
     head_types, errors = checked.profile()
     call = checked.call(_PROFILED)
     call.found_head_types, call.found_errors = head_types.data_ptr(), errors.data_ptr()
@@ -339,18 +331,7 @@ def _profile(*inputs: Any) -> tuple[Tensor, Tensor]:
     return head_types, errors
 
 
-def refuse_gradients(arguments: tuple[Any, ...]) -> None:
-    """Raises where autograd would record a call. The operators have no gradient."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
-        raise refuse(
-            "gradients",
-            "an input that requires them",
-            "inference: framestride computes no gradients",
-            "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
-        )
-
-
-def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
     flat: list[Tensor] = []
     for argument in arguments:
         parts = argument if isinstance(argument, list) else [argument]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from . import _library
 from ._library import ModuleDetails, refuse
@@ -14,7 +14,7 @@ from .spec import Spec, handle_of
 if TYPE_CHECKING:
     import torch
 
-    Device = Union[int, str, torch.device, None]
+    Device = int | str | torch.device | None
 
 
 @dataclass(frozen=True)

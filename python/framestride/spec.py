@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,18 +182,13 @@ def _constant(function: T) -> T:
 
 def _spec(function: str, text: str) -> Spec:
     """Makes a spec by a function of the library's. It is built of constants, so tracing may build it too."""
-    video, spatial, temporal, text_sides, norm, rope, others, schedule, name = _values(function, text)
-    return Spec(
-        *video,
-        Width(*spatial),
-        Width(*temporal),
-        *text_sides,
-        QkNorm(*norm) if norm else None,
-        Rope(*rope) if rope else None,
-        *others,
-        Schedule(*schedule) if schedule else None,
-        name,
-    )
+    first, spatial, temporal, sides, norm, rotation, others, dense, name = _values(function, text)
+    masks = Width(*spatial), Width(*temporal)
+    qk_norm = QkNorm(*norm) if norm else None
+    rope = Rope(*rotation) if rotation else None
+    schedule = Schedule(*dense) if dense else None
+    fields: list[Any] = [*first, *masks, *sides, qk_norm, rope, *others, schedule, name]
+    return Spec(*fields)
 
 
 @_constant
@@ -251,14 +247,14 @@ def half_widths_of(toml: str, spatial: float | None = None, temporal: float | No
     return found[0], found[1]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def handle_of(toml: str) -> int:
     """A handle of the library's for the text of a spec. It is never freed."""
     encoded = toml.encode()
     return _library.handle("spec_parse", encoded, len(encoded))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def details_of(toml: str) -> SpecDetails:
     """What follows from the text of a spec."""
     details = SpecDetails()
@@ -309,6 +305,9 @@ def _line(key: str, value: object) -> str:
         return ""
     if isinstance(value, bool):
         shown = "true" if value else "false"
+    elif isinstance(value, int):
+        # An index is no symbol: tracing takes the number of the shape that it sees.
+        shown = str(operator.index(value))
     elif isinstance(value, str):
         # The library refuses whatever is quoted here, and says it.
         shown = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

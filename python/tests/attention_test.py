@@ -121,7 +121,9 @@ def test_more_or_fewer_heads_than_the_spec_has():
     all_heads = framestride.attention(*qkv, spec, head_types=types)
     for head in range(3):
         one = [tensor[:, :, head : head + 1] for tensor in qkv]
-        assert torch.equal(all_heads[:, :, head : head + 1], framestride.attention(*one, spec, head_types=types[:, head : head + 1]))
+        assert torch.equal(
+            all_heads[:, :, head : head + 1], framestride.attention(*one, spec, head_types=types[:, head : head + 1])
+        )
 
 
 def flat(spec, batch=2):
@@ -171,6 +173,31 @@ def test_compiled_without_a_graph_break(backend):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert all(map(torch.equal, compiled(*arguments), layer(*arguments)))
+
+
+def of_any_shape(q, density):
+    spec = Spec(
+        frames=q.shape[1] // 20,
+        tokens_per_frame=20,
+        heads=q.shape[2],
+        head_dim=64,
+        spatial=0.5,
+        temporal=0.5,
+        rope=Rope("half"),
+    )
+    table = torch.ones(spec.rope_shape)
+    return framestride.attention(q, q, q, spec, rope=(table, table), density=density) * 2
+
+
+def test_compiled_for_several_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(of_any_shape, fullgraph=True, backend="aot_eager")
+    for batch, frames, density in [(1, 4, 0.5), (1, 5, 0.6), (2, 6, 0.7)]:
+        q = torch.randn(batch, frames * 20, 2, 64, dtype=torch.bfloat16)
+        assert torch.equal(compiled(q, density), of_any_shape(q, density))
+    for wrong, said in [(q.float(), "q: found"), (q.requires_grad_(), "gradients: found")]:
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match=said):
+            compiled(wrong, density)
 
 
 SPEC = Spec.shipped("tiny_text_last")

@@ -57,12 +57,8 @@ def the_reference():
 
 @check
 def dense_attention_of_pytorch():
-    spec = Spec.shipped("hunyuan_video_720p")
-    heads = 2
-    spec = Spec(
-        frames=spec.frames, tokens_per_frame=spec.tokens_per_frame, heads=heads, head_dim=128, spatial=0.25, temporal=0.25
-    )
-    q, k, v = (torch.randn(1, spec.sequence, heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    spec = Spec(frames=33, tokens_per_frame=3600, heads=2, head_dim=128, spatial=0.25, temporal=0.25)
+    q, k, v = (torch.randn(1, spec.sequence, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = framestride.attention(q, k, v, spec, head_types="dense").double()
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2).double()
