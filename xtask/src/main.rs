@@ -5,6 +5,7 @@ mod install;
 mod kernels;
 mod lint;
 mod mutants;
+mod python;
 mod setup;
 
 use std::env;
@@ -29,6 +30,9 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                 pkg-config reads into PREFIX/lib/pkgconfig
   engines       lint and test what programs with candle and cust use: engines/candle on the emulator, engines/cust
                 without linking it (4 minutes the first time)
+  wheel         make the wheel of the Python package in dist/, and try it where there is no PyTorch
+  python [ARGS] make the wheel, and run the tests of the Python package, with ARGS for pytest, in an environment with
+                PyTorch and diffusers of its own (6 GB in target/python)
   bench-build   time builds of kernels, from nothing and again
   doctor        what was found and what is missing, without the GPU (framestride doctor has it too)
 ";
@@ -46,6 +50,8 @@ fn main() -> ExitCode {
         ("install-c", [prefix]) => install::c_library(prefix, false),
         ("install-c", [prefix, debug]) if debug == "--debug" => install::c_library(prefix, true),
         ("engines", []) => engines(),
+        ("wheel", []) => python::wheel(),
+        ("python", arguments) => python::test(arguments),
         ("bench-build", []) => bench::run(),
         ("doctor", []) => {
             print!("{}", framestride_builder::toolchain::Inventory::new());

@@ -147,6 +147,13 @@ fn virtual_environment(folder: &Path, packages: &str) -> Result<(), String> {
     })
 }
 
+/// Makes a Python virtual environment in `target` with nothing but pip in it.
+pub fn bare_python(name: &str) -> Result<PathBuf, String> {
+    let folder = Path::new("target").join(name).join("environment");
+    virtual_environment(&folder, "--upgrade pip")?;
+    Ok(root().join(folder).join("bin/python3"))
+}
+
 /// Finds the Python of a virtual environment in `target` with the packages of a requirements file,
 /// or makes one.
 pub fn python(name: &str, requirements: &str) -> Result<PathBuf, String> {

@@ -1,0 +1,54 @@
+//! `cargo xtask wheel` and `cargo xtask python`: the Python package, and its tests.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{fs, io};
+
+use crate::{root, run, setup, step};
+
+/// Makes the wheel in `dist`, and tries it in an environment of its own that has no PyTorch.
+pub fn wheel() -> Result<(), String> {
+    let python = setup::bare_python("wheel")?;
+    remove_old_wheels().map_err(|error| format!("dist: {error}"))?;
+    step("a wheel of python/, in dist/");
+    run(pip(&python).args(["wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", "./python"]))?;
+    install_wheel(&python)?;
+    // Isolated, it finds the installed package and nothing of the checkout.
+    run(of_checkout(&python).args(["-I", "python/tests/without_torch.py"]))
+}
+
+/// Makes the wheel, and runs all tests of the package, in an environment with PyTorch and diffusers.
+pub fn test(arguments: &[String]) -> Result<(), String> {
+    wheel()?;
+    let python = setup::python("python", "python/tests/requirements.txt")?;
+    install_wheel(&python)?;
+    step("tests of the Python package, on the emulator");
+    run(of_checkout(&python).args(["-m", "pytest", "python/tests"]).args(arguments))?;
+    run(of_checkout(&python).args(["-m", "mypy", "--strict", "python/framestride"]))
+}
+
+/// Installs the wheel of `dist`, in place of one of the same version.
+fn install_wheel(python: &Path) -> Result<(), String> {
+    let from_dist = ["--no-index", "--find-links", "dist", "--no-deps", "--force-reinstall", "framestride"];
+    run(pip(python).args(["install", "--quiet"]).args(from_dist))
+}
+
+fn remove_old_wheels() -> io::Result<()> {
+    let folder = root().join("dist");
+    fs::create_dir_all(&folder)?;
+    let files: Vec<PathBuf> = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    files.iter().filter(|file| file.extension().is_some_and(|end| end == "whl")).try_for_each(fs::remove_file)
+}
+
+fn pip(python: &Path) -> Command {
+    let mut command = of_checkout(python);
+    command.args(["-m", "pip"]);
+    command
+}
+
+/// A Python in the workspace's folder that takes package and library from the wheel alone.
+fn of_checkout(python: &Path) -> Command {
+    let mut command = Command::new(python);
+    command.current_dir(root()).env_remove("PYTHONPATH").env_remove("FRAMESTRIDE_LIBRARY");
+    command
+}
