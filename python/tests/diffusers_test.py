@@ -119,6 +119,23 @@ def test_many_steps_compile_two_graphs():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("name", ["HunyuanVideo-1.5", "Wan"])
+def test_a_model_may_be_compiled_and_run_before(name):
+    model, inputs = build(name)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
+    theirs = run(model, inputs)
+    with silence():
+        apply(model, density=0.5)
+        compiled = run(model, inputs)
+    restore(model)
+    assert torch.equal(run(model, inputs), theirs)
+    plain, _ = build(name)
+    apply(plain, density=0.5)
+    assert torch.equal(run(plain, inputs), compiled)
+    assert not torch.equal(compiled, theirs)
+
+
 def densities(handle) -> list[str]:
     return [layer.density for layer in handle.layers]
 
