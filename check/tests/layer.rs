@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{Dtype, Width};
 use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON, Placement};
@@ -257,6 +258,38 @@ fn in_place() {
     // SAFETY: all memory is this function's, and outlives the work.
     unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
     assert_eq!(q.download(device).unwrap().0, apart);
+}
+
+/// So may that of text which is apart: pack has read all of it before attention writes.
+#[test]
+fn in_place_of_text() {
+    let module = module("tiny_text_last");
+    let (layout, element) = (module.spec().layout, u64::from(module.spec().dtype.bytes()));
+    let inputs = Inputs::random(module.spec(), 2, 2, 8);
+    let expected = forward(&module, &inputs, HeadTypes::Profiled);
+    let device = module.device();
+    let attention = SparseAttention::new(&module, 2, 2).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let mut placed = DeviceLayer::upload(device, &layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
+    // The text lies where other rows are written: Q's in the first rows of the output, K's in the next.
+    let (video, text) = (layout.video_tokens() as usize, layout.after as usize);
+    let mut rows = inputs.q.clone();
+    for item in 0..2 {
+        for (first, tokens) in [(0, &inputs.q), (text, &inputs.k)] {
+            let (to, from) = (rows.index(item, first, 0), tokens.index(item, video, 0));
+            let elements = rows.index(0, text, 0);
+            rows.bits[to..to + elements].copy_from_slice(&tokens.bits[from..from + elements]);
+        }
+    }
+    let out = DeviceTensor::upload(device, &rows, Arrangement::TokensFirst).unwrap();
+    let from_row =
+        |tensor: Tensor, row: usize| Tensor { data: tensor.data + row as u64 * tensor.row * element, ..tensor };
+    let v = from_row(placed.layer.v, video);
+    placed.layer.after.qkv = Some([out.tensor(), from_row(out.tensor(), text), v]);
+    placed.layer.out = out.tensor();
+    // SAFETY: all memory is this function's, and outlives the work.
+    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
+    assert_eq!(out.download(device).unwrap().0, expected);
 }
 
 /// Calls that the schedule keeps dense are dense, and borrowed memory serves as a workspace.
