@@ -21,6 +21,7 @@ except ImportError as error:
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _PROFILED, _DENSE, _GIVEN = 0, 1, 2
+_LINE_END = "; "
 
 ops = torch.ops.framestride
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -43,6 +44,15 @@ torch.library.define(
     f"({_INPUTS}) -> (Tensor head_types, Tensor errors)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def on_one_line(toml: str) -> str:
+    """The text of a spec as operators get it. Names in it have no semicolon.
+
+    On a GPU, Inductor of PyTorch 2.11 writes the arguments of operators into comments of the code that it
+    generates. There, a line end in a string would end the comment.
+    """
+    return toml.replace("\n", _LINE_END)
 
 
 def converted(tensor: Tensor, dtype: str) -> Tensor:
@@ -80,8 +90,8 @@ class Inputs:
                 "inference: framestride computes no gradients",
                 "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
             )
-        self.spec: str = spec
-        self.details = details_of(spec)
+        self.spec: str = spec.replace(_LINE_END, "\n")
+        self.details = details_of(self.spec)
         self.rows: list[Tensor] = [q, k, v]
         self.q_norm: list[Tensor] = q_norm
         self.k_norm: list[Tensor] = k_norm

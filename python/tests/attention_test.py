@@ -175,6 +175,21 @@ def test_compiled_without_a_graph_break(backend):
     assert all(map(torch.equal, compiled(*arguments), layer(*arguments)))
 
 
+def test_operators_get_strings_of_one_line():
+    # Inductor writes them into comments on a GPU.
+    strings = []
+
+    def backend(graph, _):
+        nodes = [node for node in graph.graph.nodes if "framestride" in str(node.target)]
+        strings.extend(argument for node in nodes for argument in node.args if isinstance(argument, str))
+        return graph.forward
+
+    torch._dynamo.reset()
+    q = torch.randn(1, 80, 2, 64, dtype=torch.bfloat16)
+    torch.compile(of_any_shape, fullgraph=True, backend=backend)(q, 0.5)
+    assert len(strings) == 1 and len(strings[0].splitlines()) == 1, strings
+
+
 def of_any_shape(q, density):
     spec = Spec(
         frames=q.shape[1] // 20,
