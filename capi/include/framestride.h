@@ -469,6 +469,15 @@ framestride_status framestride_describe(framestride_spec spec,
                                         size_t capacity,
                                         size_t *needed);
 
+// Draws the masks of a spec, as the command `framestride plot` does, and writes the PNG file to
+// `buffer`. Sizes are as for framestride_spec_toml, but there is no zero byte.
+//
+// Pictures of common models have less than 1 MiB. Each call draws, which takes a moment.
+framestride_status framestride_plot(framestride_spec spec,
+                                    uint8_t *buffer,
+                                    size_t capacity,
+                                    size_t *needed);
+
 // The half width in tokens that gives a type of head the density that is nearest to `density`. A
 // call takes it as spatial_half_width or temporal_half_width.
 framestride_status framestride_half_width(framestride_spec spec,

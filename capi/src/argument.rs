@@ -104,17 +104,24 @@ pub(crate) unsafe fn write<T>(name: &str, pointer: *mut T, value: impl FnOnce() 
 /// # Safety
 /// The buffer has room for `capacity` bytes. Where `needed` is not null, a number can be written there.
 pub(crate) unsafe fn write_text(text: &str, buffer: *mut c_char, capacity: usize, needed: *mut usize) -> Result {
+    let bytes = [text.as_bytes(), &[0]].concat();
+    // SAFETY: the caller's promise.
+    unsafe { write_bytes(&bytes, buffer.cast(), capacity, needed) }
+}
+
+/// Writes bytes to a buffer that has room for them, and how many they are.
+///
+/// # Safety
+/// The buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
+pub(crate) unsafe fn write_bytes(bytes: &[u8], buffer: *mut u8, capacity: usize, needed: *mut usize) -> Result {
     if buffer.is_null() && capacity > 0 {
         return Err(Failure::argument("buffer", "NULL", "a buffer, or a capacity of 0", "Pass its address"));
     }
     // SAFETY: the caller's promise.
-    unsafe { write("needed", needed, || Ok(text.len() + 1))? };
-    if capacity > text.len() {
+    unsafe { write("needed", needed, || Ok(bytes.len()))? };
+    if capacity >= bytes.len() {
         // SAFETY: the buffer has room for so many bytes, and is not null.
-        unsafe {
-            buffer.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len());
-            buffer.add(text.len()).write(0);
-        }
+        unsafe { buffer.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
     Ok(())
 }

@@ -8,10 +8,12 @@ use framestride::shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, Width,
 };
 use framestride::{Description, Device, Error};
+use framestride_pictures::masks;
 
 use crate::argument::{self, Structure};
 use crate::device::{self, framestride_device};
 use crate::handle;
+use crate::status::framestride_status::FRAMESTRIDE_INTERNAL;
 use crate::status::{Failure, Result, framestride_status, guard};
 
 /// A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -302,6 +304,26 @@ pub unsafe extern "C" fn framestride_describe(
         let text = Description::new(&spec, gpu)?.to_string();
         // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
         unsafe { argument::write_text(&text, buffer, capacity, needed) }
+    })
+}
+
+/// Draws the masks of a spec, as the command `framestride plot` does, and writes the PNG file to
+/// `buffer`. Sizes are as for framestride_spec_toml, but there is no zero byte.
+///
+/// Pictures of common models have less than 1 MiB. Each call draws, which takes a moment.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn framestride_plot(
+    spec: framestride_spec,
+    buffer: *mut u8,
+    capacity: usize,
+    needed: *mut usize,
+) -> framestride_status {
+    guard(|| {
+        let spec: Arc<Spec> = handle::get(spec.handle)?;
+        let png = masks::picture(&spec, &HeadType::ALL).png();
+        let png = png.map_err(|error| Failure::new(FRAMESTRIDE_INTERNAL, error))?;
+        // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
+        unsafe { argument::write_bytes(&png, buffer, capacity, needed) }
     })
 }
 

@@ -10,6 +10,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use framestride::{Error, Result};
+use framestride_pictures::Picture;
 
 /// A place that can be written, as far as that can be known before.
 pub struct Output {
@@ -112,6 +113,11 @@ impl Output {
             Target::File(file, permissions) => replace(file, permissions.as_ref(), bytes),
         };
         written.map_err(|error| Error::file(&self.path, error))
+    }
+
+    /// Writes a picture as a PNG file.
+    pub fn write_picture(&self, picture: &Picture) -> Result<()> {
+        self.write(&picture.png().map_err(|error| Error::file(&self.path, io::Error::other(error)))?)
     }
 }
 

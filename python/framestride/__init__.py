@@ -6,7 +6,7 @@
 from ._library import Error, Status
 from .attention import Norm, Profile, Text, attention, profile
 from .module import Module, load
-from .spec import QkNorm, Rope, Schedule, Spec, Width, describe
+from .spec import QkNorm, Rope, Schedule, Spec, Width, describe, plot
 
 __all__ = [
     "Error",
@@ -23,5 +23,6 @@ __all__ = [
     "attention",
     "describe",
     "load",
+    "plot",
     "profile",
 ]

@@ -175,6 +175,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "spec_info": [_HANDLE, POINTER(SpecDetails)],
     "spec_free": [_HANDLE],
     "describe": [_HANDLE, c_char_p, c_char_p, c_size_t, POINTER(c_size_t)],
+    "plot": [_HANDLE, c_char_p, c_size_t, POINTER(c_size_t)],
     "half_width": [_HANDLE, c_uint32, c_double, POINTER(c_uint32)],
     "supported": [_HANDLE, _HANDLE],
     "load": [_HANDLE, _HANDLE, _OUT],
@@ -241,10 +242,11 @@ def handle(name: str, *arguments: Any) -> int:
     return value.value
 
 
-def text(name: str, *arguments: Any) -> str:
-    """Calls a function whose last arguments are a buffer for text, its size, and the size that is needed."""
-    needed = c_size_t()
-    call(name, *arguments, None, 0, ctypes.byref(needed))
-    buffer = ctypes.create_string_buffer(needed.value)
-    call(name, *arguments, buffer, needed.value, ctypes.byref(needed))
-    return buffer.value.decode()
+def contents(name: str, *arguments: Any, capacity: int = 1 << 12) -> bytes:
+    """Calls a function whose last arguments are a buffer, its capacity, and how many bytes it needs."""
+    needed = c_size_t(capacity)
+    while True:
+        buffer = ctypes.create_string_buffer(needed.value)
+        call(name, *arguments, buffer, len(buffer), ctypes.byref(needed))
+        if needed.value <= len(buffer):
+            return buffer.raw[: needed.value]

@@ -168,7 +168,15 @@ def describe(spec: Spec, *, gpu: str | None = None) -> str:
 
     `gpu` is `"h100"` or `"h200"`. By default it is the first GPU of this machine, or both.
     """
-    return _library.text("describe", handle_of(spec.toml), None if gpu is None else gpu.encode())
+    text = _library.contents("describe", handle_of(spec.toml), None if gpu is None else gpu.encode())
+    return text.removesuffix(b"\0").decode()
+
+
+def plot(spec: Spec) -> bytes:
+    """What the command `framestride plot` draws: the masks of each type of head in model order and in packed
+    order, as the bytes of a PNG file.
+    """
+    return _library.contents("plot", handle_of(spec.toml), capacity=1 << 20)
 
 
 T = TypeVar("T")

@@ -24,6 +24,13 @@ def test_shipped_specs_are_read_and_written(path):
     assert f"sequence   {spec.sequence} = {spec.frames} frames x {spec.tokens_per_frame} tokens" in description
 
 
+@pytest.mark.parametrize("name", ["tiny_heads_sinks", "minimax_h3_14s_768x1344"])
+def test_masks_are_drawn(name):
+    png = framestride.plot(Spec.shipped(name))
+    assert png.startswith(b"\x89PNG\r\n") and png.endswith(b"IEND\xaeB`\x82")
+    assert png != framestride.plot(replace(Spec.shipped(name), spatial=0.9))
+
+
 def test_every_key_is_written():
     spec = Spec(
         name="every_key",

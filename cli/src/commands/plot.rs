@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use framestride::Result;
 use framestride::shapes::layout::HeadType;
+use framestride_pictures::masks;
 use serde_json::json;
 
 use crate::outcome::Outcome;
 use crate::output::Output;
-use crate::pictures::masks;
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 
@@ -29,7 +29,7 @@ pub fn plot(Plot { spec: argument, out }: Plot) -> Result<Outcome> {
     let out = Output::new(&out, &[Path::new(&argument)])?;
     let bar = Bar::new();
     bar.say("drawing masks", None);
-    masks::picture(&spec, &HeadType::ALL).save(&out)?;
+    out.write_picture(&masks::picture(&spec, &HeadType::ALL))?;
     drop(bar);
     let file = out.path().display().to_string();
     let outcome = Outcome::new(format!("wrote {file}\n"), json!({ "files": [file] }), true);

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::device_options::{DeviceOptions, check_memory};
 use crate::outcome::{Outcome, to_json};
 use crate::output::Output;
-use crate::pictures::run::RunPictures;
+use crate::pictures::RunPictures;
 use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 use crate::tensor_files::{load_frames, load_inputs, save_output};

@@ -1,8 +1,8 @@
-//! The pictures that commands draw.
+//! Pictures of masks, and what pictures are drawn with.
 
 pub mod masks;
-pub mod run;
 
+use std::convert::Infallible;
 use std::io::Cursor;
 
 use embedded_graphics::mono_font::MonoTextStyle;
@@ -10,10 +10,7 @@ use embedded_graphics::mono_font::ascii::FONT_7X13;
 use embedded_graphics::pixelcolor::Rgb888;
 use embedded_graphics::prelude::*;
 use embedded_graphics::text::{Baseline, Text};
-use framestride::{Error, Result};
-use image::{ImageFormat, Rgb, RgbImage};
-
-use crate::output::Output;
+use image::{ImageFormat, ImageResult, Rgb, RgbImage};
 
 const BACKGROUND: Rgb<u8> = Rgb([250, 250, 248]);
 const INK: Rgb<u8> = Rgb([30, 34, 40]);
@@ -29,9 +26,9 @@ impl OriginDimensions for Picture {
 
 impl DrawTarget for Picture {
     type Color = Rgb888;
-    type Error = std::convert::Infallible;
+    type Error = Infallible;
 
-    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Infallible> {
         for Pixel(point, colour) in pixels {
             if let (Ok(x), Ok(y)) = (u32::try_from(point.x), u32::try_from(point.y))
                 && x < self.0.width()
@@ -71,12 +68,13 @@ impl Picture {
         }
     }
 
-    /// Writes the picture as a PNG file.
-    pub fn save(&self, output: &Output) -> Result<()> {
-        let mut bytes = Cursor::new(Vec::new());
-        self.0
-            .write_to(&mut bytes, ImageFormat::Png)
-            .map_err(|error| Error::file(output.path(), std::io::Error::other(error)))?;
-        output.write(bytes.get_ref())
+    /// The picture as a PNG file.
+    ///
+    /// # Errors
+    /// What the encoder says, which has no reason to say anything.
+    pub fn png(&self) -> ImageResult<Vec<u8>> {
+        let mut file = Cursor::new(Vec::new());
+        self.0.write_to(&mut file, ImageFormat::Png)?;
+        Ok(file.into_inner())
     }
 }

@@ -8,9 +8,9 @@ use framestride::shapes::spec::Spec;
 use framestride_check::layer_run::LayerRun;
 use framestride_check::reference::Reference;
 use framestride_check::tensors::Inputs;
+use framestride_pictures::{Picture, masks};
 use image::Rgb;
 
-use super::{Picture, masks};
 use crate::output::{Output, make_folder};
 use crate::tensor_files::Frames;
 use crate::video;
@@ -67,11 +67,11 @@ impl RunPictures {
                 let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
                 let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
                 let title = format!("head {head}, {}", head_type.name());
-                attention_picture(frames, grid, query, weights, &title).save(output)?;
+                output.write_picture(&attention_picture(frames, grid, query, weights, &title))?;
             }
         }
         for (head_type, output) in &self.masks {
-            masks::picture(spec, &[*head_type]).save(output)?;
+            output.write_picture(&masks::picture(spec, &[*head_type]))?;
         }
         let mut json = serde_json::to_string_pretty(&run.report).unwrap_or_default();
         json.push('\n');

@@ -1,12 +1,12 @@
 //! Pictures of masks: which key tiles each query tile reads.
 
-use framestride::shapes::layout::{HeadType, Layout};
-use framestride::shapes::spec::Spec;
-use framestride::shapes::tiling::key_tile;
+use framestride_shapes::layout::{HeadType, Layout};
+use framestride_shapes::spec::Spec;
+use framestride_shapes::tiling::key_tile;
 use image::Rgb;
 use rayon::prelude::*;
 
-use super::Picture;
+use crate::Picture;
 
 /// What becomes of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,7 +161,7 @@ mod tests {
     /// Every visible pair lies in a tile that is read, and full tiles hold no hidden pair.
     #[test]
     fn fates_agree_with_the_rule() {
-        for (name, text) in framestride::shapes::models() {
+        for (name, text) in framestride_shapes::models() {
             if !name.starts_with("tiny") {
                 continue;
             }
