@@ -131,8 +131,7 @@ def test_sparse_heads_see_what_their_masks_allow(block):
     dense, expected = attended(block.calls()), attended(block.calls(seen))
     assert block.away(ours, block.valid(expected), block.calls(seen)) <= 1
     # The heads were planted so that little is lost. With their types exchanged, much more would be.
-    lost, other = (
-        (block.valid(outputs) - block.valid(dense)).norm() for outputs in (expected, attended(block.calls(seen.flip(0))))
-    )
+    exchanged = attended(block.calls(seen.flip(0)))
+    lost, other = ((block.valid(outputs) - block.valid(dense)).norm() for outputs in (expected, exchanged))
     assert lost < other / 2
-    assert block.away(block.valid(attended(block.calls(seen.flip(0)))), block.valid(expected), block.calls(seen)) >= 2
+    assert block.away(block.valid(exchanged), block.valid(expected), block.calls(seen)) >= 2

@@ -91,8 +91,8 @@ def cast(model: nn.Module, inputs: dict, dtype: torch.dtype) -> tuple[nn.Module,
             tensor.data = tensor.data.to(dtype)
 
     def of_type(name: str, value: object) -> object:
-        cast = name in ("timestep", "guidance") or "hidden_states" in name or name in ("pooled_projections", "image_embeds")
-        return value.to(dtype) if cast else value
+        converted = ("timestep", "guidance", "pooled_projections", "image_embeds")
+        return value.to(dtype) if name in converted or "hidden_states" in name else value
 
     return model, {name: of_type(name, value) for name, value in inputs.items()}
 

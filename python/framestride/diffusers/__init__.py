@@ -7,11 +7,16 @@
 else. `reach` says what it can do for a model. README.md beside this file tells the rest.
 """
 
+# Most of diffusers has no types to build on.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-any-generics, no-warn-return-any
+
 import inspect
 import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +33,7 @@ Densities = Callable[[Step, int], float | None]
 
 
 def apply(
-    target: object, density: float = 0.25, schedule: Densities | None = None, *, scheduler: object = None
+    target: Any, density: float = 0.25, schedule: Densities | None = None, *, scheduler: Any = None
 ) -> "Handle":
     """Makes attention over video sparse in a pipeline, or in one transformer.
 
@@ -59,7 +64,8 @@ def apply(
         elif kind == "dense":
             handle.take_dense(model)
         else:
-            warnings.warn(f"{type(model).__name__} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=2)
+            name = type(model).__name__
+            warnings.warn(f"{name} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=2)
     shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
     handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
     handle.at(Step())
@@ -68,14 +74,14 @@ def apply(
     return handle
 
 
-def restore(target: object):
+def restore(target: Any) -> None:
     """Gives a pipeline, or a transformer, its own processors back."""
     for model in transformers(target):
         if (handle := vars(model).get("_framestride")) is not None:
             handle.restore()
 
 
-def reach(model: nn.Module) -> str:
+def reach(model: Any) -> str:
     """What `apply` can do for a transformer.
 
     "sparse": its attention over video becomes sparse. "dense": it calls the dispatcher of diffusers,
@@ -93,17 +99,17 @@ class Handle:
     def __init__(self, density: float):
         self.density = density
         self.schedule: Densities = Warmup()
-        self.layers = []
+        self.layers: list[Any] = []
         self.undo: list[Callable[[], None]] = []
 
-    def step(self, index: int, count: int, noise: float | None = None):
+    def step(self, index: int, count: int, noise: float | None = None) -> None:
         """Tells which step comes next, where no scheduler does: its number from 0, and of how many.
 
         `noise` is the part of its input that is noise, from 1 to 0.
         """
         self.at(Step(index, count, noise))
 
-    def restore(self):
+    def restore(self) -> None:
         """Leaves everything as it was before `apply`."""
         while self.undo:
             self.undo.pop()()
@@ -115,7 +121,7 @@ class Handle:
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
 
-    def take(self, model: nn.Module, family: Family):
+    def take(self, model: Any, family: Family):
         """Takes the attention over video of a model that is known."""
         shared = Model(type(model).__name__, family.sinks)
         names = [name for path in family.attention for name, _ in model.named_modules() if fnmatchcase(name, path)]
@@ -143,7 +149,7 @@ class Handle:
         self.undo += [hook.remove for hook in hooks]
         self.mark(model)
 
-    def exchange(self, attn: nn.Module, processor: object):
+    def exchange(self, attn: Any, processor: Any):
         original, attn.processor = attn.processor, processor
 
         def back():
@@ -153,19 +159,19 @@ class Handle:
 
         self.undo.append(back)
 
-    def take_dense(self, model: nn.Module):
+    def take_dense(self, model: Any):
         """Gives a model that calls the dispatcher the backend, and leaves alone what the process has active."""
         for processor in dispatching(model):
             self.undo.append(partial(setattr, processor, "_attention_backend", processor._attention_backend))
             processor._attention_backend = backend.name()
         self.mark(model)
 
-    def mark(self, model: nn.Module):
+    def mark(self, model: Any):
         model._framestride = self
         self.undo.append(partial(delattr, model, "_framestride"))
 
 
-def transformers(target: object) -> list[nn.Module]:
+def transformers(target: Any) -> list[Any]:
     """The transformers of a pipeline, or the one that was given."""
     if isinstance(target, nn.Module):
         return [plain(target)]
@@ -176,12 +182,12 @@ def transformers(target: object) -> list[nn.Module]:
     return found
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: Any) -> Any:
     """The model within what `torch.compile` returned."""
     return getattr(model, "_orig_mod", model)
 
 
-def dispatching(model: nn.Module) -> list[object]:
+def dispatching(model: nn.Module) -> list[Any]:
     """The processors that call the dispatcher: those that know of backends."""
     processors = (getattr(module, "processor", None) for module in model.modules())
     return [processor for processor in processors if hasattr(processor, "_attention_backend")]

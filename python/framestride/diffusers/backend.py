@@ -4,7 +4,12 @@ diffusers calls a backend with Q, K and V after norm and RoPE. Where the kernels
 framestride computes, and else torch does: from one sequence to another, with a mask, or in f32.
 """
 
+# Most of diffusers has no types to build on.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-any-generics, no-warn-return-any
+
 from operator import index
+from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch
@@ -36,17 +41,18 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    _parallel_config: object = None,
+    _parallel_config: Any = None,
 ) -> Tensor:
     """Attention of [B, S, H, D], as diffusers calls it."""
     ranks = ulysses_ranks(_parallel_config)
     _, rows, heads, head_dim = map(index, query.shape)
-    known = ranks is not None and query.dtype in DTYPES and head_dim in HEAD_DIMS
-    if not known or key.shape != query.shape or attn_mask is not None or dropout_p > 0 or is_causal:
+    known = query.dtype in DTYPES and head_dim in HEAD_DIMS
+    if ranks is None or not known or key.shape != query.shape or attn_mask is not None or dropout_p > 0 or is_causal:
         return attention_dispatch._native_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
         )
-    options = {"spec": dense_spec((1, 1, rows * ranks), heads, head_dim, query.dtype), "head_types": "dense"}
+    spec = dense_spec((1, 1, rows * ranks), heads, head_dim, query.dtype)
+    options: dict[str, Any] = {"spec": spec, "head_types": "dense"}
     if scale is not None:
         options["scale"] = scale
     if ranks > 1:

@@ -1,5 +1,9 @@
 """The models that framestride knows: where their attention over video is, and how a call says the video's size."""
 
+# Most of diffusers has no types to build on.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-any-generics, no-warn-return-any
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index
@@ -36,19 +40,20 @@ def latents(axes: str, *patch: str) -> Callable[[dict, dict], Video]:
     """The size is that of latents with these axes. Keys of the config have the patch, together or each."""
 
     def video(config: dict, arguments: dict) -> Video:
-        sizes = [config.get(key, 1) or 1 for key in patch]
-        sizes = sizes[0] if len(patch) == 1 else sizes
+        sizes = config[patch[0]] if len(patch) == 1 else [config.get(key, 1) or 1 for key in patch]
         shape = arguments["hidden_states"].shape
         # CogVideoX pads its frames to whole patches.
-        return tuple(-(-index(shape[axes.index(axis)]) // size) for axis, size in zip("FHW", sizes, strict=True))
+        frames, height, width = (-(-index(shape[axes.index(axis)]) // size) for axis, size in zip("FHW", sizes))
+        return frames, height, width
 
     return video
 
 
 def named(config: dict, arguments: dict) -> Video | None:
     """The arguments name the size."""
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    return None if None in sizes else tuple(map(index, sizes))
+    if any(arguments.get(name) is None for name in ("num_frames", "height", "width")):
+        return None
+    return index(arguments["num_frames"]), index(arguments["height"]), index(arguments["width"])
 
 
 def placed(config: dict, arguments: dict) -> Video | None:

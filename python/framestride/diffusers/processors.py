@@ -14,11 +14,16 @@ makes a plain number of one that torch holds as a symbol, and another size then 
 own. A density is text, since torch would make a symbol of it.
 """
 
+# Most of diffusers has no types to build on.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-any-generics, no-warn-return-any
+
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index
+from typing import Any, Literal
 
 import torch
 from diffusers.models import normalization
@@ -38,7 +43,7 @@ NORMS = {
     nn.LayerNorm: "layer",
     normalization.FP32LayerNorm: "layer",
 }
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPES: dict[torch.dtype, Literal["bf16", "f16"]] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HEAD_DIMS = (64, 128)
 
 
@@ -60,7 +65,7 @@ class Model:
         # Latent frames, and height and width of a frame in patches. None outside a forward, and in one
         # whose arguments do not say it.
         self.video: tuple[int, int, int] | None = None
-        self.made: list[tuple[Tensor, object]] = []
+        self.made: list[tuple[Tensor, Any]] = []
         self.plans: dict[tuple, Plan | None] = {}
         self.said: set[str] = set()
 
@@ -69,7 +74,7 @@ class Model:
         self.video = video
         self.made = []
 
-    def once(self, source: Tensor, make: Callable[[], object]) -> object:
+    def once(self, source: Tensor, make: Callable[[], Any]) -> Any:
         """What `make` makes of a tensor that all layers get. A compiler sees itself that it is the same."""
         if torch.compiler.is_compiling():
             return make()
@@ -131,12 +136,12 @@ def make_spec(
     )
 
 
-def norm_size(norm: nn.Module) -> int:
+def norm_size(norm: Any) -> int:
     """How many channels a norm takes together."""
     return (norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim)[-1]
 
 
-def norm_of_kernels(norm: nn.Module | None, heads: int, head_dim: int) -> tuple[str, str, float] | None:
+def norm_of_kernels(norm: Any, heads: int, head_dim: int) -> tuple[str, str, float] | None:
     """Kind, extent and eps of a norm. None where there is none, or where it must be called.
 
     A module with hooks is called, since they may bring its weights from elsewhere.
@@ -150,7 +155,7 @@ def norm_of_kernels(norm: nn.Module | None, heads: int, head_dim: int) -> tuple[
     return NORMS[type(norm)], over, norm.eps or torch.finfo(torch.float32).eps
 
 
-def norm_weights(norm: nn.Module) -> Tensor | tuple[Tensor, Tensor] | None:
+def norm_weights(norm: Any) -> Tensor | tuple[Tensor, Tensor] | None:
     """The weight of a norm, with its bias where it has one."""
     bias = getattr(norm, "bias", None)
     return norm.weight if bias is None else (norm.weight, bias)
@@ -163,8 +168,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
     turning, rest = x[..., :channels].float(), x[..., channels:]
     interleaved = pairs == "interleaved"
     a, b = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
-    turned = (a * cos - b * sin, a * sin + b * cos)
-    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    pair = (a * cos - b * sin, a * sin + b * cos)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
@@ -175,7 +180,7 @@ class Rows:
     q: Tensor
     k: Tensor
     v: Tensor
-    norms: tuple[nn.Module | None, nn.Module | None]
+    norms: tuple[Any, ...]
 
 
 class Processor:
@@ -194,7 +199,7 @@ class Processor:
     # Rows that are no video stand before it in the module's rows, and are rotated too.
     leading_rows = False
 
-    def __init__(self, model: Model, original: object, attn: nn.Module):
+    def __init__(self, model: Model, original: Any, attn: Any):
         self.model = model
         self.original = original
         # The density of the masks in this layer and step, as text.
@@ -229,18 +234,18 @@ class Processor:
         """Which text is valid, [B, tokens]."""
         return mask
 
-    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, norm: Any, x: Tensor) -> Tensor:
         """A norm of [B, S, H, D], as the model's own processor calls it."""
         return norm(x) if norm_size(norm) == x.shape[-1] else norm(x.flatten(2)).view(x.shape)
 
-    def finish(self, attn: nn.Module, out: Tensor, hidden_states: Tensor) -> Tensor:
+    def finish(self, attn: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
         """The output projection of [B, S, H x D]."""
         return attn.to_out[1](attn.to_out[0](out))
 
     # What all share.
 
     def attend(
-        self, attn: nn.Module, hidden_states: Tensor, arguments: dict, rope, text: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, arguments: dict, rope, text: Tensor | None = None,
         mask: Tensor | None = None, unknown: tuple = (),
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What the module returns.
@@ -274,12 +279,12 @@ class Processor:
             return out[:, text:], out[:, :text]
         return out[:, :video], out[:, video:]
 
-    def attention(self, attn: nn.Module, hidden_states: Tensor, rope, text: Tensor | None, mask: Tensor | None):
+    def attention(self, attn: Any, hidden_states: Tensor, rope, text: Tensor | None, mask: Tensor | None):
         """Attention up to the output projection, [B, S, H x D]. None where it is left as it was."""
         model, parallel = self.model, getattr(self, "_parallel_config", None)
         ranks = ulysses_ranks(parallel)
         if ranks is None or (ranks > 1 and text is not None):
-            return model.refuse("of context parallelism, Ulysses with even shares is known, without text beside the video")
+            return model.refuse("of context parallelism, Ulysses with even shares is known, and without text")
         if model.video is None:
             return model.refuse("the arguments do not say how many frames the video has, and their height and width")
         rows = index(hidden_states.shape[1]) * ranks
@@ -296,7 +301,8 @@ class Processor:
             sides.append(self.project(attn, text, *names))
         batch, _, _, head_dim = video.q.shape
         if video.q.dtype not in DTYPES or head_dim not in HEAD_DIMS:
-            return model.refuse(f"heads have {head_dim} channels of {video.q.dtype}: 64 or 128 of bf16 or f16 are known")
+            found = f"heads have {head_dim} channels of {video.q.dtype}"
+            return model.refuse(f"{found}, and kernels know 64 and 128 of bf16 and f16")
 
         # The kernels have one kind of norm for all rows. Where heads are exchanged, it comes before.
         kinds = [norm_of_kernels(norm, heads, head_dim) for side in sides for norm in side.norms]
@@ -321,11 +327,12 @@ class Processor:
         plan = model.plan(self.density, *shape)
         if plan is None:
             return None
-        options = {"spec": plan.spec}
+        options: dict[str, Any] = {"spec": plan.spec}
         options |= {"head_types": "dense"} if plan.half_widths is None else {"half_widths": plan.half_widths}
         if ranks > 1:
-            q, k = (x if tables is None else rotated(x, *tables, self.pairs) for x in (video.q, video.k))
-            return exchange_heads(q, k, video.v, parallel, options).flatten(2)
+            if tables is not None:
+                video.q, video.k = (rotated(x, tables[0], tables[1], self.pairs) for x in (video.q, video.k))
+            return exchange_heads(video.q, video.k, video.v, parallel, options).flatten(2)
         if kind is not None:
             options |= zip(("q_norm", "k_norm"), map(norm_weights, video.norms), strict=True)
         if text is not None:
@@ -338,7 +345,7 @@ class Processor:
             )
         return framestride.attention(video.q, video.k, video.v, rope=tables, **options).flatten(2)
 
-    def project(self, attn: nn.Module, x: Tensor, projections: tuple, norms: tuple) -> Rows:
+    def project(self, attn: Any, x: Tensor, projections: tuple, norms: tuple) -> Rows:
         """Q, K and V of some rows, by the model's layers."""
         if projections is self.projections and getattr(attn, "fused_projections", False):
             qkv = attn.to_qkv(x).chunk(3, dim=-1)
@@ -348,7 +355,7 @@ class Processor:
         return Rows(q, k, v, tuple(getattr(attn, name, None) for name in norms))
 
 
-def ulysses_ranks(parallel: object | None) -> int | None:
+def ulysses_ranks(parallel: Any) -> int | None:
     """Over how many GPUs heads are exchanged. None where parallelism is of another kind."""
     if parallel is None:
         return 1
@@ -356,7 +363,7 @@ def ulysses_ranks(parallel: object | None) -> int | None:
     return None if config.ring_degree > 1 or config.ulysses_anything else config.ulysses_degree
 
 
-def exchange_heads(q: Tensor, k: Tensor, v: Tensor, parallel: object, options: dict) -> Tensor:
+def exchange_heads(q: Tensor, k: Tensor, v: Tensor, parallel: Any, options: dict[str, Any]) -> Tensor:
     """Attention over several GPUs. Each has some rows of all heads, and attends with all rows of some heads."""
 
     def forward(context, q, k, v, *arguments, **named):

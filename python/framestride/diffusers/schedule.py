@@ -8,6 +8,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Watch:
     tells nothing.
     """
 
-    def __init__(self, scheduler: object, tell: Callable[[Step], None]):
+    def __init__(self, scheduler: Any, tell: Callable[[Step], None]) -> None:
         self.scheduler = scheduler
         self.tell = tell
         self.done = 0
         self.noise: list[float] = []
-        self.watched = {}
+        self.watched: dict[str, types.MethodType] = {}
         for name in ("set_timesteps", "set_begin_index", "step"):
             if hasattr(scheduler, name):
                 self.watched[name] = self.telling(name)
@@ -66,7 +67,7 @@ class Watch:
         method = getattr(type(self.scheduler), name)
 
         @functools.wraps(method)
-        def call(scheduler, *arguments, **named):
+        def call(scheduler: Any, *arguments: Any, **named: Any) -> Any:
             result = method(scheduler, *arguments, **named)
             if scheduler is self.scheduler:
                 self.called(name)
@@ -75,16 +76,14 @@ class Watch:
         # A copy of the scheduler binds its copy of this method to itself.
         return types.MethodType(call, self.scheduler)
 
-    def called(self, name: str):
-        if name == "step":
-            self.done += 1
-            self.tell_step()
-        elif name == "set_timesteps":
+    def called(self, name: str) -> None:
+        if name == "set_timesteps":
             self.read_timesteps()
         else:
+            self.done += name == "step"
             self.tell_step()
 
-    def read_timesteps(self):
+    def read_timesteps(self) -> None:
         """Before the first step. The times may be on a GPU, so they are read once for all steps."""
         times = getattr(self.scheduler, "timesteps", None)
         times = [] if times is None else [float(time) for time in times]
@@ -94,12 +93,12 @@ class Watch:
         self.done = 0
         self.tell_step()
 
-    def tell_step(self):
+    def tell_step(self) -> None:
         begin = getattr(self.scheduler, "begin_index", None) or 0
         noise = self.noise[begin:]
         self.tell(Step(self.done, len(noise), noise[min(self.done, len(noise) - 1)] if noise else None))
 
-    def end(self):
+    def end(self) -> None:
         """Leaves the scheduler as it was."""
         for name, method in self.watched.items():
             if vars(self.scheduler).get(name) == method:
