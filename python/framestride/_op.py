@@ -305,10 +305,12 @@ def _side(side: Side) -> TextSide:
     return text
 
 
-@torch.library.register_fake("framestride::attention")  # type: ignore[untyped-decorator]
 def _fake_attention(*arguments: Any) -> Outputs:
     *inputs, head_types, _, with_lse, with_profile = arguments
     return Inputs(inputs, head_types).outputs(with_lse, with_profile)
+
+
+torch.library.register_fake("framestride::attention", _fake_attention)
 
 
 @torch.library.impl("framestride::attention", ("cpu", "cuda"))
@@ -326,9 +328,11 @@ def _attention(*arguments: Any) -> Outputs:
     return outputs
 
 
-@torch.library.register_fake("framestride::profile")  # type: ignore[untyped-decorator]
 def _fake_profile(*inputs: Any) -> tuple[Tensor, Tensor]:
     return Inputs(inputs).profile()
+
+
+torch.library.register_fake("framestride::profile", _fake_profile)
 
 
 @torch.library.impl("framestride::profile", ("cpu", "cuda"))

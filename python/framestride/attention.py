@@ -232,7 +232,20 @@ def _inputs(
     per_head = spec.rope is not None and spec.rope.per_head
     tables = [] if rope is None else [_op.converted_table(table, per_head) for table in rope]
     widths = [] if half_widths is None else list(half_widths)
-    return q, k, v, _op.on_one_line(spec.toml), _norm(q_norm), _norm(k_norm), tables, *sides, densities, widths, scale, seed
+    return (
+        q,
+        k,
+        v,
+        _op.on_one_line(spec.toml),
+        _norm(q_norm),
+        _norm(k_norm),
+        tables,
+        *sides,
+        densities,
+        widths,
+        scale,
+        seed,
+    )
 
 
 def _norm(norm: Norm) -> list[Tensor]:

@@ -44,7 +44,7 @@ def test_what_a_call_may_change_is_what_the_reference_changes(change):
     qkv, options = reference.inputs(spec, batch=3)
     options.update(change)
     found = framestride.attention(*qkv, spec, return_lse=True, **options)
-    reference.check(found, reference.attention(*qkv, spec, **options), spec)
+    reference.check(found, reference.attention(*qkv, spec, **options), spec, options.get("scale"))
 
 
 @pytest.mark.parametrize("name", TINY)
