@@ -94,7 +94,11 @@ fn test(arguments: &[String]) -> Result<(), String> {
     step(&format!("cargo test {}", chosen.join(" ")));
     // A snapshot that differs is a failure, never a new file.
     run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))?;
-    if arguments.is_empty() { mutants::plant(mutants::Choice::Ci) } else { Ok(()) }
+    if arguments.is_empty() {
+        python::test_specs()?;
+        mutants::plant(mutants::Choice::Ci)?;
+    }
+    Ok(())
 }
 
 /// Compares dense attention with the models of diffusers.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fs, io};
 
-use crate::{root, run, setup, step};
+use crate::{cargo, root, run, setup, step};
 
 /// Makes the wheel in `dist`, and tries it in an environment of its own that has no PyTorch.
 pub fn wheel() -> Result<(), String> {
@@ -25,6 +25,18 @@ pub fn test(arguments: &[String]) -> Result<(), String> {
     step("tests of the Python package, on the emulator");
     run(of_checkout(&python).args(["-m", "pytest", "python/tests"]).args(arguments))?;
     run(of_checkout(&python).args(["-m", "mypy", "--strict", "python/framestride"]))
+}
+
+/// Runs the tests that need no PyTorch, with the library of this build. `cargo xtask test` does it too.
+pub fn test_specs() -> Result<(), String> {
+    let python = setup::python("python-specs", "python/tests/requirements_specs.txt")?;
+    run(cargo().args(["build", "--package", "framestride-capi"]))?;
+    step("tests of the Python package that need no PyTorch");
+    let library = root().join("target/debug/libframestride.so");
+    run(of_checkout(&python)
+        .args(["-m", "pytest", "--quiet", "python/tests/spec_test.py"])
+        .env("PYTHONPATH", "python")
+        .env("FRAMESTRIDE_LIBRARY", library))
 }
 
 /// Installs the wheel of `dist`, in place of one of the same version.
