@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import diffusers_models
@@ -376,6 +377,19 @@ def test_float32_is_refused():
     with pytest.raises(ValueError, match="float32.*torch_dtype=torch.bfloat16"):
         apply(model)
     assert processors(model) == before
+
+
+def test_a_pipeline_is_taken_whole_or_not_at_all():
+    right, wrong = build("Wan")[0], build("Wan", torch.float32)[0]
+    pipe = SimpleNamespace(components={"transformer": right, "transformer_2": wrong, "vae": None})
+    before = processors(right)
+    with pytest.raises(ValueError, match="float32"):
+        apply(pipe)
+    assert processors(right) == before
+    pipe.components["transformer_2"] = build("Wan")[0]
+    assert len(apply(pipe).layers) == 2
+    restore(pipe)
+    assert processors(right) == before
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan")])

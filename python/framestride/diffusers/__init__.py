@@ -57,15 +57,12 @@ def apply(
     restore(target)
     scheduler = scheduler or getattr(target, "scheduler", None)
     handle = Handle(density)
-    for model in models:
-        kind = reach(model)
-        if kind == "sparse":
-            handle.take(model, FAMILIES[type(model).__name__])
-        elif kind == "dense":
-            handle.take_dense(model)
-        else:
-            name = type(model).__name__
-            warnings.warn(f"{name} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=2)
+    try:
+        for model in models:
+            handle.take_any(model)
+    except ValueError:
+        handle.restore()
+        raise
     shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
     handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
     handle.at(Step())
@@ -120,6 +117,17 @@ class Handle:
             density = self.schedule(step, layer)
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
+
+    def take_any(self, model: Any) -> None:
+        """Takes what can be taken of a model."""
+        name = type(model).__name__
+        kind = reach(model)
+        if kind == "sparse":
+            self.take(model, FAMILIES[name])
+        elif kind == "dense":
+            self.take_dense(model)
+        else:
+            warnings.warn(f"{name} is out of reach, and stays as it was: it calls no dispatcher", stacklevel=3)
 
     def take(self, model: Any, family: Family):
         """Takes the attention over video of a model that is known."""
