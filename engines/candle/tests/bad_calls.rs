@@ -50,7 +50,7 @@ fn q_k_and_v() -> Result<()> {
         ],
     );
     expect(
-        call(&bf16((0, 384, 1, 128))?, &x, &x),
+        call(&x.narrow(0, 0, 0)?, &x, &x),
         ["batch: found 0", "1 or more, batch x heads at most 65535", "Give at least one item"],
     );
     expect(
