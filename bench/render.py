@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes BENCHMARKS.md and docs/density.svg from results of bench.py. Standard library only: see README.md beside this file."""
+"""Makes BENCHMARKS.md and docs/density.svg from results of bench.py and diffusers_step.py. Standard library only: see README.md beside this file."""
 
 import argparse
 import html
@@ -132,13 +132,39 @@ def header(results):
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     ceilings = Rows(results["rows"]).of(what="ceiling", shape=None)
     copy, matmul = ceilings.of(who="copy").fastest(), ceilings.of(who="matmul").fastest()
-    text = f"{results['gpu']}, driver {results['driver']}, {results['date']}; {versions}. Medians of {results['rounds']} rounds.\n"
+    rounds = f"Medians of {results['rounds']} rounds" if results["rounds"] > 1 else "One round"
+    text = f"{results['gpu']}, driver {results['driver']}, {results['date']}; {versions}. {rounds}.\n"
     if copy and matmul:
         text += (
             f"Ceilings: a copy of 2 GiB at {copy['gbps']:.0f} GB/s, an 8192 cubed bf16 matrix product at"
             f" {matmul['tflops']:.0f} TFLOP/s.\n"
         )
     return text + f"\n```console\n$ {results['command']}\n```\n\n"
+
+
+def steps(results):
+    """Denoising steps of diffusers' transformers, from diffusers_step.py."""
+    by_model = {}
+    for row in results["rows"]:
+        by_model.setdefault(row["model"], []).append(row)
+    rows = []
+    for model, found in by_model.items():
+        compiled = next((row for row in found if "diffusers" in row["who"] and "compiled" in row["who"]), None)
+        for row in found:
+            rows.append(
+                [
+                    model,
+                    row["who"],
+                    cell(row.get("step_ms"), "{:.0f}"),
+                    cell(row.get("first_ms"), "{:.0f}"),
+                    cell(compiled and row.get("step_ms") and compiled["step_ms"] / row["step_ms"], "{:.2f}x"),
+                ]
+            )
+    head = ["model", "who", "step, ms", "first call, ms", "over diffusers, compiled"]
+    # Names are text too.
+    lines = table(head, rows).split("\n")
+    lines[1] = "| --- | --- | ---: | ---: | ---: |"
+    return "\n".join(lines)
 
 
 INTRO = """# Benchmarks
@@ -242,6 +268,13 @@ def sweep_table(group):
     return table(head, rows)
 
 
+STEPS = """One denoising step of diffusers' real transformers at density 0.25, with random weights and the full size of a layer:
+[`bench/diffusers_step.py`](bench/diffusers_step.py) says what each contender does. A few layers are timed, and the step follows from
+them. framestride profiles in every call. HunyuanVideo's padded text comes with a mask, which the FlashAttention backend refuses.
+
+"""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="*", type=pathlib.Path, help="all of bench/results when not given")
@@ -252,8 +285,11 @@ def main():
     if not paths:
         parser.error("no results: run bench/bench.py on a machine with a Hopper GPU first")
     all_results = [json.loads(path.read_text()) for path in paths]
+    of_steps = [results for results in all_results if "shapes" not in results]
+    kernels = [(path, results) for path, results in zip(paths, all_results) if "shapes" in results]
+    all_results = [results for _, results in kernels]
     text = INTRO
-    for path, results in zip(paths, all_results):
+    for path, results in kernels:
         rows = Rows(results["rows"])
         shown = {name: shape for name, shape in results["shapes"].items() if not SWEPT.search(name)}
         if not shown:
@@ -274,6 +310,8 @@ def main():
             if results["gpu"] == extent[0] and any(name in group for name in results["shapes"]):
                 text += header(results)
         text += sweep_table(group)
+    for results in of_steps:
+        text += f"\n## {results['gpu']}: steps of diffusers\n\n{STEPS}" + header(results) + steps(results) + "\n"
     (args.out / "BENCHMARKS.md").write_text(text.rstrip() + "\n")
     print(f"wrote {args.out / 'BENCHMARKS.md'}" + (f" and {args.out / 'docs/density.svg'}" if picture else ""))
 
