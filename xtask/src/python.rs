@@ -23,7 +23,7 @@ pub fn test(arguments: &[String]) -> Result<(), String> {
     let python = setup::python("python", "python/tests/requirements.txt")?;
     install_wheel(&python)?;
     step("tests of the Python package, on the emulator");
-    run(of_checkout(&python).args(["-m", "pytest", "python/tests"]).args(arguments))?;
+    run(of_checkout(&python).args(["-m", "pytest", "python/tests", "engines/comfyui/tests"]).args(arguments))?;
     run(of_checkout(&python).args(["-m", "mypy", "--strict", "python/framestride"]))
 }
 
