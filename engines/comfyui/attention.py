@@ -21,8 +21,6 @@ DEVICES = ("cuda",)
 # An additive mask hides a key by a number as low as this, and its weight is then 0.
 HIDDEN = -1e4
 
-# On which side of the video a model's text stands, by the class of the model.
-SIDES = {"HunyuanVideo": "after", "CogVideoXTransformer3DModel": "before"}
 # Models in which all rows see the first frame.
 FIRST_FRAME_SEEN = ("WanModel", "CogVideoXTransformer3DModel")
 
@@ -71,13 +69,21 @@ def begin(executor, args, kwargs):
     if latent.ndim == 5 and latent.shape[2] > 1 and len(patch) == 3:
         # Models pad to whole patches.
         video = tuple(-(-size // part) for size, part in zip(latent.shape[2:], patch))
-    side = next((SIDES[name] for name in classes if name in SIDES), None)
-    # A reference image stands before the video, and its rows cannot be told from text.
-    if arguments.get("ref_latent") is not None:
-        side = None
+    # Rows of a reference image cannot be told from text.
+    side = None if arguments.get("ref_latent") is not None else text_side(model, classes)
     sinks = int(any(name in FIRST_FRAME_SEEN for name in classes))
     sigmas = (arguments.get("transformer_options") or {}).get("sigmas")
     return Forward(classes[0], None if sigmas is None else float(sigmas[0]), video, side, sinks)
+
+
+def text_side(model, classes):
+    """On which side of the video a model's text stands. None where that is not known."""
+    if "CogVideoXTransformer3DModel" in classes:
+        return "before"
+    if "HunyuanVideo" in classes:
+        # Older versions of ComfyUI have it after the video, and then blocks say so.
+        return "after" if getattr(model.double_blocks[0], "flipped_img_txt", False) else "before"
+    return None
 
 
 class SparseAttention:

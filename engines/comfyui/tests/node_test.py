@@ -106,6 +106,11 @@ class WanModel(Model):
 
 class HunyuanVideo(Model):
     patch_size = [1, 2, 2]
+    double_blocks = [SimpleNamespace()]
+
+
+class OlderHunyuanVideo(HunyuanVideo):
+    double_blocks = [SimpleNamespace(flipped_img_txt=True)]
 
 
 class CogVideoXTransformer3DModel(Model):
@@ -179,16 +184,22 @@ FORMS = {
         ), {},
     ),
     "HunyuanVideo, heads apart, mask [1, 1, S]": (
-        HunyuanVideo, 0, TEXT,
+        HunyuanVideo, TEXT, 0,
+        lambda call, q, k, v, o: call(
+            q, k, v, HEADS, skip_reshape=True, mask=padding(VIDEO + TEXT, 13, 0, (1, 1, -1)), transformer_options=o
+        ), {},
+    ),
+    "older HunyuanVideo, mask [1, 1, S]": (
+        OlderHunyuanVideo, 0, TEXT,
         lambda call, q, k, v, o: call(
             q, k, v, HEADS, skip_reshape=True, mask=padding(VIDEO + TEXT, 13, VIDEO, (1, 1, -1)), transformer_options=o
         ), {},
     ),
-    "HunyuanVideo, no mask": (
-        HunyuanVideo, 0, TEXT,
+    "older HunyuanVideo, no mask": (
+        OlderHunyuanVideo, 0, TEXT,
         lambda call, q, k, v, o: call(q, k, v, HEADS, skip_reshape=True, mask=None, transformer_options=o), {},
     ),
-    "text before, mask [1, 1, 1, K]": (
+    "CogVideoX, flat, mask [1, 1, 1, K]": (
         CogVideoXTransformer3DModel, TEXT, 0,
         lambda call, q, k, v, o: call(
             flat(q), flat(k), flat(v), HEADS, padding(VIDEO + TEXT, 13, 0, (1, 1, 1, -1)), transformer_options=o
@@ -213,7 +224,7 @@ def valid_rows(form):
     """Rows that are video or valid text. Others are read by nobody."""
     keep = torch.ones(VIDEO + TEXT, dtype=torch.bool)
     if "mask [1" in form:
-        start = 0 if "before" in form else VIDEO
+        start = 0 if FORMS[form][1] else VIDEO
         keep[start + 13 : start + TEXT] = False
     return keep
 
@@ -270,7 +281,7 @@ def test_items_of_a_batch_have_lengths_of_their_own():
     mask = torch.cat([padding(VIDEO + TEXT, valid, VIDEO, (1, 1, 1, -1)) for valid in (0, 20)])
     ours = Attention()
     layer = lambda o: ours(*qkv, HEADS, mask=mask, skip_reshape=True, transformer_options=o)
-    out = HunyuanVideo(layer).run(node.apply(Patcher(), 1.0, 0.0, 1.0)[0])
+    out = OlderHunyuanVideo(layer).run(node.apply(Patcher(), 1.0, 0.0, 1.0)[0])
     expected = flat(exact(*qkv, mask))
     assert not ours.calls
     assert (out - expected)[:, :VIDEO].norm() < 0.006 * expected.norm()
@@ -289,7 +300,7 @@ def test_layers_of_one_forward_read_their_mask_once(monkeypatch):
     layer = lambda o: [ours(*qkv, HEADS, mask, skip_reshape=True, transformer_options=o) for mask in (*masks, *masks)]
     patcher = node.apply(Patcher(), 1.0, 0.0, 1.0)[0]
     for forwards in (1, 2):
-        HunyuanVideo(layer).run(patcher)
+        OlderHunyuanVideo(layer).run(patcher)
         assert len(read) == 2 * forwards
     assert not ours.calls
 
@@ -318,18 +329,21 @@ WITH_TEXT = VIDEO + TEXT
 # What goes on to ComfyUI: the model, rows, arguments of the call and of the forward, what is said.
 HANDED_ON = {
     "mask of each pair": (WanModel, VIDEO, {"mask": triangle(VIDEO)[None, None]}, {}, "a mask hides more"),
-    "hole in the text": (HunyuanVideo, WITH_TEXT, {"mask": hole(WITH_TEXT)}, {}, "a mask hides more"),
-    "hidden video": (HunyuanVideo, WITH_TEXT, {"mask": hole(WITH_TEXT).roll(-50)}, {}, "a mask hides more"),
-    "bias": (HunyuanVideo, WITH_TEXT, {"mask": torch.full((1, 1, WITH_TEXT), -0.5)}, {}, "a mask hides more"),
+    "hole in the text": (OlderHunyuanVideo, WITH_TEXT, {"mask": hole(WITH_TEXT)}, {}, "a mask hides more"),
+    "hidden video": (OlderHunyuanVideo, WITH_TEXT, {"mask": hole(WITH_TEXT).roll(-50)}, {}, "a mask hides more"),
+    "bias": (OlderHunyuanVideo, WITH_TEXT, {"mask": torch.full((1, 1, WITH_TEXT), -0.5)}, {}, "a mask hides more"),
     "mask without heads": (WanModel, VIDEO, {"mask": torch.zeros(VIDEO, VIDEO)[None]}, {}, "a mask hides more"),
     "argument of a later version": (WanModel, VIDEO, {"window": torch.ones(2)}, {}, "not known: window"),
     "rows beside the video": (WanModel, VIDEO + 48, {}, {}, "240 rows, and not 4 x 6 x 8"),
-    "reference image": (HunyuanVideo, WITH_TEXT, {}, {"ref_latent": LATENT}, "212 rows, and not"),
+    "text on the other side": (
+        HunyuanVideo, WITH_TEXT, {"mask": padding(WITH_TEXT, 13, VIDEO, (1, 1, -1))}, {}, "a mask hides more"
+    ),
+    "reference image": (OlderHunyuanVideo, WITH_TEXT, {}, {"ref_latent": LATENT}, "212 rows, and not"),
     "layout of another size": (Model, WITH_TEXT, {}, {"minimax_h3_layout": layout(TEXT + 1)}, "212 rows, and not"),
     "layout of another video": (
         Model, WITH_TEXT, {}, {"minimax_h3_layout": layout(TEXT), "latent": LATENT[:, :, :, 2:]}, "and not 4 x 5 x 8"
     ),
-    "refiner of the text": (HunyuanVideo, TEXT, {}, {}, None),
+    "refiner of the text": (OlderHunyuanVideo, TEXT, {}, {}, None),
     "image": (WanModel, VIDEO, {}, {"latent": LATENT[:, :, :1]}, None),
     "picture without frames": (WanModel, VIDEO, {}, {"latent": LATENT[:, :, 0]}, None),
 }  # fmt: skip
