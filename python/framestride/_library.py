@@ -220,7 +220,15 @@ def library() -> ctypes.CDLL:
             Status.UNSUPPORTED,
         )
     for name, parameters in _FUNCTIONS.items():
-        function = getattr(loaded, f"framestride_{name}")
+        function = getattr(loaded, f"framestride_{name}", None)
+        if function is None:
+            raise refuse(
+                str(file),
+                f"no framestride_{name}",
+                "the library of this package's version",
+                "Unset FRAMESTRIDE_LIBRARY, or build the library again",
+                Status.UNSUPPORTED,
+            )
         function.argtypes = parameters
         function.restype = c_int32
     return loaded

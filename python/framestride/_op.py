@@ -55,15 +55,29 @@ def on_one_line(toml: str) -> str:
     return toml.replace("\n", _LINE_END)
 
 
-def converted(tensor: Tensor, dtype: str) -> Tensor:
+def converted(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """A contiguous tensor of a type: the same one, if it is that already."""
+    _check_kind(name, tensor)
     return tensor.to(getattr(torch, dtype)).contiguous()
 
 
-def converted_table(table: Tensor, per_head: bool) -> Tensor:
-    """A table of RoPE in f32. Those of several items may overlap, so they are not copied apart."""
-    table = table.float()
-    return table if _is_contiguous(table, 3 if per_head else 2) else table.contiguous()
+def converted_tables(tables: Sequence[Tensor], per_head: bool) -> list[Tensor]:
+    """Tables of RoPE in f32. Those of several items may overlap, so they are not copied apart where
+    both have the same strides."""
+    for table in tables:
+        _check_kind("rope", table)
+    dims = 3 if per_head else 2
+    tables = [table.float() for table in tables]
+    tables = [table if _is_contiguous(table, dims) else table.contiguous() for table in tables]
+    same = len({_stride(table, 0) for table in tables if table.dim() > dims}) < 2
+    return tables if same else [table.contiguous() for table in tables]
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise refuse(name, type(tensor).__name__, "a tensor of PyTorch", "Make a tensor of it, where q lies")
+    if tensor.is_complex():
+        raise refuse(name, "complex numbers", "real ones", "RoPE takes (freqs.real, freqs.imag) of complex factors")
 
 
 @dataclass(frozen=True)
@@ -127,10 +141,10 @@ class Inputs:
     def _check(self) -> None:
         d = self.details
         for side in self.sides:
-            if side.rows and not side.tokens:
+            if not side.tokens and (side.rows or side.q_norm or side.k_norm or side.lengths is not None):
                 raise refuse(
                     side.name,
-                    "tensors of text",
+                    "text",
                     f"none: spec {d.name.decode()} has no text {side.name} the video",
                     f"Leave them out, or set {side.name} in the spec",
                 )
@@ -144,7 +158,7 @@ class Inputs:
         own = sum(side.tokens for side in self.sides if side.rows)
         rows = d.sequence - own
         shape = [self.batch, rows, self.heads, d.head_dim]
-        about = f"[B, {rows}, H, {d.head_dim}], the shape of q, as spec {d.name.decode()} has it"
+        about = f"{shape}: B and H of q, and the rows and channels of spec {d.name.decode()}"
         if own:
             about += f" ({own} rows of text have tensors of their own)"
         for name, tensor in zip("qkv", self.rows):
@@ -154,29 +168,40 @@ class Inputs:
             norms += [(f"{side.name}.q_norm", side.q_norm), (f"{side.name}.k_norm", side.k_norm)]
         length = d.head_dim * (self.heads if d.norm_over else 1)
         for name, norm in norms:
+            if norm and not d.norm_kind:
+                allowed = f"None: spec {d.name.decode()} has no QK-norm"
+                raise refuse(name, "a weight", allowed, "Leave it out, or set qk_norm in the spec")
             if len(norm) > 2:
                 raise refuse(name, f"{len(norm)} tensors", "a weight, or (weight, bias)", "Pass one or two")
             for part in norm:
                 self._check_exact(name, part, torch.float32, [length], "[H * D]" if d.norm_over else "[D]")
         if len(self.rope) not in ((0, 2) if not d.rope_channels else (2,)):
             needs = "(cos, sin)" if d.rope_channels else "None"
-            found = f"{len(self.rope)} tensors" if self.rope else "None"
+            found = f"{len(self.rope)} of them" if self.rope else "None"
             raise refuse("rope", found, f"{needs}, as spec {d.name.decode()} has it", "Pass it, or change the spec")
         for name, table in zip(("cos", "sin"), self.rope):
             self._check_table(name, table)
+        if self.rope:
+            cos, sin = self.rope
+            own = cos.dim() > (3 if d.rope_per_head else 2)
+            if cos.shape != sin.shape or (own and _stride(cos, 0) != _stride(sin, 0)):
+                raise refuse("sin", _shown(sin), f"{_shown(cos)}, as cos, and its strides", "Make the two tables alike")
         if self.head_types is not None:
             self._check_exact("head_types", self.head_types, torch.int32, [self.batch, self.heads], "[B, H]")
-        if self.scale == 0:
+        if self.scale is not None and ctypes.c_float(self.scale).value == 0:
             raise refuse("scale", self.scale, "a number above 0", "Leave it out for 1 / sqrt(D)")
         if self.seed is not None and self.seed < 0:
             raise refuse("seed", self.seed, "an integer from 0 to 2^63 - 1", "Leave it out for the spec's own")
 
     def _check_rows(self, name: str, tensor: Tensor, shape: list[int], about: str) -> None:
         if list(tensor.shape) != shape:
-            raise refuse(name, _shown(tensor), about, "Give the rows that the spec has, or make another spec")
+            heads_first = len(tensor.shape) == 4 and list(tensor.transpose(1, 2).shape[1::2]) == shape[1::2]
+            mend = "Give the rows that the spec has, or make another spec"
+            raise refuse(name, _shown(tensor), about, f"Pass {name}.transpose(1, 2)" if heads_first else mend)
         dtype = _DTYPES[self.details.dtype]
         if tensor.dtype != dtype:
-            raise refuse(name, _shown(tensor), str(dtype), "Convert it, or give the spec this dtype")
+            other = ", or make another spec" if tensor.dtype in _DTYPES else ""
+            raise refuse(name, _shown(tensor), str(dtype), f"Pass {name}.to({dtype}){other}")
         if tensor.stride(3) != 1:
             strides = tuple(tensor.stride())
             raise refuse(name, f"strides {strides}", "a contiguous last dimension", f"Pass {name}.contiguous()")
@@ -189,7 +214,7 @@ class Inputs:
         right = shape[-len(inner) :] == inner and shape[:-dims] in ([], [self.batch])
         if not right or len(shape) < dims or shape[-dims] < d.rope_rows:
             allowed = f"{[d.rope_rows, *inner]}, more rows, or such a table for each of {self.batch} items"
-            raise refuse(name, _shown(table), allowed, "Rotated channels have half as many columns: one for a pair")
+            raise refuse(name, _shown(table), allowed, "Give a column for each pair of channels that are rotated")
         if table.dtype != torch.float32 or not _is_contiguous(table, dims):
             raise refuse(name, _shown(table), "float32, each table contiguous", f"Pass {name}.float().contiguous()")
         self._check_device(name, table)
@@ -202,7 +227,7 @@ class Inputs:
     def _check_device(self, name: str, tensor: Tensor) -> None:
         device = self.rows[0].device
         if tensor.device != device:
-            raise refuse(name, f"a tensor on {tensor.device}", f"{device}, where q lies", f"Pass it .to({device})")
+            raise refuse(name, f"a tensor on {tensor.device}", f"{device}, where q lies", f'Pass it .to("{device}")')
 
     def empty(self, shape: list[int], dtype: torch.dtype, wanted: bool = True) -> Tensor:
         """An output, of no elements where it is not wanted."""
@@ -222,6 +247,11 @@ class Inputs:
     def call(self, head_types_from: int) -> Call:
         """The structure of the C interface, without outputs and workspace."""
         q, k, v = map(_tensor, self.rows)
+        # The kernels read 16 bytes at a time. What is copied lives as long as these inputs.
+        for norm in self.q_norm, self.k_norm, *(norm for side in self.sides for norm in (side.q_norm, side.k_norm)):
+            norm[:] = map(_aligned, norm)
+        if not all(_is_aligned(table) for table in self.rope):
+            self.rope = [table.clone(memory_format=torch.contiguous_format) for table in self.rope]
         before, after = map(_side, self.sides)
         cos, sin = self.rope if self.rope else (None, None)
         table_dims = 3 if self.details.rope_per_head else 2
@@ -269,6 +299,14 @@ class Inputs:
 def _is_contiguous(table: Tensor, dims: int) -> bool:
     """Whether a table of `dims` dimensions is contiguous, or each of several tables is."""
     return (table[0] if table.dim() > dims else table).is_contiguous()
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if _is_aligned(tensor) else tensor.clone()
 
 
 def _shown(tensor: Tensor) -> str:

@@ -26,7 +26,8 @@ class Text:
     k: Tensor | None = None
     v: Tensor | None = None
     lengths: Tensor | None = None
-    """How many tokens of each item are valid, int32 [B]. Valid ones come first. Without it all are."""
+    """How many tokens of each item are valid, int32 [B]. Valid ones come first. Without it all are, as they
+    are where a number is negative or above the tokens: nobody reads it before the GPU does."""
     q_norm: Norm = None
     """The norm weights of these rows of Q. Without them, the rows have those of the video."""
     k_norm: Norm = None
@@ -139,16 +140,18 @@ def attention(
             item tables of its own.
         before, after: the text on each side of the video, where it has lengths, norms or tensors of its own.
         head_types: `"profile"` finds the type of each head in this call, `"dense"` is full attention, and a
-            tensor int32 [B, H] gives the types: 0 dense, 1 spatial, 2 temporal.
+            tensor int32 [B, H] gives the types: 1 spatial, 2 temporal, any other number dense.
         density: visible pairs over all S x S pairs, of both masks or (spatial, temporal). By default the spec's.
         half_widths: the half widths of the spatial and the temporal band in tokens, instead of a density.
         scale: softmax scale; by default 1 / sqrt(D).
         seed: seed of the rows that profiling samples; by default the spec's. A CUDA graph keeps it.
-        return_lse: also return the natural log-sum-exp of each row's scaled scores.
+        return_lse: also return the natural log-sum-exp of each row's scaled scores, -inf in rows of invalid text.
         return_profile: also return what profiling found.
 
     Norm weights and tables are f32. Those of another type are converted at each call, as are lengths and head
     types of another integer type, and those that are not contiguous are copied.
+
+    A NaN or an infinity in V may reach rows of its head that do not see it, since keys are read in tiles.
 
     Returns:
         The output [B, S, H, D], all rows of text included and contiguous. Rows of invalid text are zero. With
@@ -160,7 +163,7 @@ def attention(
     """
     from . import _op
 
-    given = None if isinstance(head_types, str) else _op.converted(head_types, "int32")
+    given = None if isinstance(head_types, str) else _op.converted("head_types", head_types, "int32")
     if isinstance(head_types, str) and head_types not in ("profile", "dense"):
         raise refuse("head_types", repr(head_types), '"profile", "dense" or a tensor', "Pass one of them")
     profiled = given is None and head_types == "profile"
@@ -222,23 +225,33 @@ def _inputs(
 
     if density is not None and half_widths is not None:
         raise refuse("density", f"{density}, and half_widths {half_widths}", "one of the two", "Leave one of them out")
-    densities = [] if density is None else list(density) if isinstance(density, tuple) else [density, density]
+    if not isinstance(spec, Spec):
+        raise refuse("spec", type(spec).__name__, "a framestride.Spec", "Spec.shipped(name) and Spec.from_file make one")
+    densities = [] if density is None else list(density) if isinstance(density, (tuple, list)) else [density, density]
+    if not all(isinstance(part, (int, float)) for part in densities):
+        raise refuse("density", repr(density), "a number, or (spatial, temporal)", "Leave it out for the spec's own")
     sides: list[Any] = []
-    for side in (before, after):
+    for name, side in (("before", before), ("after", after)):
         side = Text() if side is None else side
+        if not isinstance(side, Text):
+            raise refuse(name, type(side).__name__, "a framestride.Text", "Pass Text(lengths=...) or Text(q=, k=, v=)")
         rows = [tensor for tensor in (side.q, side.k, side.v) if tensor is not None]
-        lengths = None if side.lengths is None else _op.converted(side.lengths, "int32")
-        sides += [rows, lengths, _norm(side.q_norm), _norm(side.k_norm)]
+        lengths = None if side.lengths is None else _op.converted(f"{name}.lengths", side.lengths, "int32")
+        sides += [rows, lengths, _norm(f"{name}.q_norm", side.q_norm), _norm(f"{name}.k_norm", side.k_norm)]
     per_head = spec.rope is not None and spec.rope.per_head
-    tables = [] if rope is None else [_op.converted_table(table, per_head) for table in rope]
+    if rope is not None and not isinstance(rope, (tuple, list)):
+        raise refuse("rope", type(rope).__name__, "(cos, sin)", "Pass the two tables")
+    tables = [] if rope is None else _op.converted_tables(rope, per_head)
+    if half_widths is not None and not isinstance(half_widths, (tuple, list)):
+        raise refuse("half_widths", repr(half_widths), "(spatial, temporal)", "Leave them out for the spec's own")
     widths = [] if half_widths is None else list(half_widths)
     return (
         q,
         k,
         v,
         _op.on_one_line(spec.toml),
-        _norm(q_norm),
-        _norm(k_norm),
+        _norm("q_norm", q_norm),
+        _norm("k_norm", k_norm),
         tables,
         *sides,
         densities,
@@ -248,9 +261,9 @@ def _inputs(
     )
 
 
-def _norm(norm: Norm) -> list[Tensor]:
+def _norm(name: str, norm: Norm) -> list[Tensor]:
     """The weight of a norm, and its bias."""
     from . import _op
 
     parts = () if norm is None else norm if isinstance(norm, tuple) else (norm,)
-    return [_op.converted(part, "float32") for part in parts]
+    return [_op.converted(name, part, "float32") for part in parts]

@@ -114,6 +114,23 @@ def test_other_types_of_weights_tables_and_lengths_are_converted():
     assert torch.equal(out, framestride.attention(*qkv, spec, head_types=types.long(), **half))
 
 
+def test_tables_and_weights_of_any_strides_and_alignment():
+    spec = Spec.shipped("tiny_text_last")
+    qkv, options = reference.inputs(spec)
+    options = {name: options[name] for name in ("q_norm", "k_norm", "after", "head_types")}
+    batch, shape = qkv[0].shape[0], spec.rope_shape
+    cos, sin = torch.randn(batch, *shape), torch.randn(1, *shape)
+    out = framestride.attention(*qkv, spec, rope=(cos, sin.repeat(batch, 1, 1)), **options)
+    # The sines of all items are one table, with strides of their own.
+    assert torch.equal(out, framestride.attention(*qkv, spec, rope=(cos, sin.expand(batch, -1, -1)), **options))
+
+    def moved(tensor):
+        return torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+    options["q_norm"] = moved(options["q_norm"])
+    assert torch.equal(out, framestride.attention(*qkv, spec, rope=(moved(cos), sin.repeat(batch, 1, 1)), **options))
+
+
 def test_more_or_fewer_heads_than_the_spec_has():
     spec = Spec.shipped("tiny_plain")
     qkv = [torch.randn(1, spec.sequence, 3, 128, dtype=torch.bfloat16) for _ in range(3)]
@@ -239,7 +256,14 @@ ROPE = {"rope": (TABLE, TABLE)}
         ("cos: found", {"rope": (TABLE[:50], TABLE)}),
         ("sin: found", {"rope": (TABLE, TABLE[:, :31])}),
         ("sin: found", {"rope": (TABLE, TABLE.expand(3, -1, -1))}),
+        ("sin: found", {"rope": (TABLE.repeat(2, 1, 1), TABLE)}),
+        ("rope: found Tensor", {"rope": TABLE.repeat(2, 1, 1)}),
+        ("rope: found complex", {"rope": (TABLE.to(torch.complex64), TABLE)}),
         ("before: found", {"before": Text(q=Q[:, :1], k=Q[:, :1], v=Q[:, :1])}),
+        ("before: found", {"before": Text(lengths=torch.ones(2))}),
+        ("after: found Tensor", {"after": Q}),
+        ("after.lengths: found list", {"after": Text(lengths=[1, 2])}),
+        ("spec: found str", {"spec": "tiny_plain"}),
         ("after: found 1 of", {"after": Text(q=Q[:, :24])}),
         ("after.lengths: found", {"after": Text(lengths=torch.ones(3))}),
         ("after.q_norm: found", {"after": Text(q_norm=torch.ones(3))}),
@@ -248,9 +272,12 @@ ROPE = {"rope": (TABLE, TABLE)}
         ("density: found", {"density": 0.3, "half_widths": (3, 4)}),
         ("density", {"density": 1.5}),
         ("density", {"density": 1e-9}),
+        ("density: found", {"density": "0.5"}),
+        ("half_widths: found", {"half_widths": 5}),
         ("half_widths: found", {"half_widths": (0, 4)}),
         ("half_widths: found", {"half_widths": (1, 116)}),
         ("scale: found 0", {"scale": 0.0}),
+        ("scale: found 1e-60", {"scale": 1e-60}),
         ("scale: found", {"scale": float("nan")}),
         ("scale: found", {"scale": -1.0}),
         ("seed: found", {"seed": -1}),

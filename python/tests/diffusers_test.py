@@ -399,6 +399,24 @@ def test_a_density_is_a_part(density):
         apply(model, density=density)
 
 
+@pytest.mark.parametrize("wrong", [{"steps": 30}, {"steps": -0.1}, {"noise": 1.5}, {"layers": 0.5}])
+def test_a_warmup_is_in_shares(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        Warmup(**wrong)
+
+
+def test_a_schedule_that_fails_leaves_the_model_alone():
+    model, _ = build("Wan")
+    before = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    with pytest.raises(TypeError):
+        apply(model, schedule=0.3)
+    assert [module.processor for module in model.modules() if hasattr(module, "processor")] == before
+    handle = apply(model)
+    for index, count in [(50, 50), (-1, 50), (0, 0)]:
+        with pytest.raises(ValueError, match="Steps count from 0"):
+            handle.step(index, count)
+
+
 def test_gradients_are_refused():
     model, inputs = build("Wan")
     apply(model, density=0.5)

@@ -60,14 +60,15 @@ def apply(
     try:
         for model in models:
             handle.take_any(model)
-    except ValueError:
+        shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
+        handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
+        if scheduler is None:
+            handle.at(Step())
+        elif handle.layers:
+            handle.undo.append(Watch(scheduler, handle.at).end)
+    except BaseException:
         handle.restore()
         raise
-    shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
-    handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
-    handle.at(Step())
-    if scheduler is not None and handle.layers:
-        handle.undo.append(Watch(scheduler, handle.at).end)
     return handle
 
 
@@ -104,6 +105,8 @@ class Handle:
 
         `noise` is the part of its input that is noise, from 1 to 0.
         """
+        if not 0 <= index < count:
+            raise ValueError(f"step {index} of {count}. Steps count from 0, and are fewer than their number")
         self.at(Step(index, count, noise))
 
     def restore(self) -> None:

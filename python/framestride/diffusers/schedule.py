@@ -13,13 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a video's denoising."""
+    """A step of a video's denoising: what a schedule is asked about."""
 
-    # Its number, from 0, and how many there are. Without a scheduler that says it, there are 0.
     index: int = 0
+    """Its number, from 0."""
     count: int = 0
-    # The noise of its input, from 1 to 0. None where no scheduler says it.
+    """How many steps there are. 0 where no scheduler says it."""
     noise: float | None = None
+    """The noise of its input, from 1 to 0. None where no scheduler says it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class Warmup:
     steps: float = 0.0
     noise: float | None = None
     layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.steps <= 1:
+            raise ValueError(f"steps is {self.steps}. It is a share of all steps: from 0 to 1, such as 0.1")
+        if self.noise is not None and not 0 <= self.noise <= 1:
+            raise ValueError(f"noise is {self.noise}. It is a part of a step's input: from 1, the first, to 0")
+        if self.layers < 0 or self.layers != int(self.layers):
+            raise ValueError(f"layers is {self.layers}. It is how many of the first layers stay dense: 0 or more")
 
     def __call__(self, step: Step, layer: int) -> float | None:
         early = step.index < int(self.steps * step.count)
