@@ -26,7 +26,7 @@ pub(crate) struct Counters {
     /// Bytes that ordinary loads read, and that ordinary stores wrote.
     pub loaded: u64,
     pub stored: u64,
-    /// How many multiply-adds `wgmma` did.
+    /// How many multiply-adds `wgmma` and `mma.sync` did.
     pub products: u64,
 }
 

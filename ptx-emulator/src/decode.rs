@@ -666,6 +666,7 @@ impl<'a> Decoder<'a> {
             "mbarrier" => self.mbarrier(s, &mut m)?,
             "cp" => self.copy(s, &mut m)?,
             "wgmma" => self.wgmma(s, &mut m)?,
+            "mma" => self.mma_sync(s, &mut m)?,
             "ldmatrix" | "stmatrix" => self.matrix_move(root == "stmatrix", s, &mut m)?,
             "setmaxnreg" => {
                 let increase = match m.find(|part| match part {

@@ -6,6 +6,7 @@
 use crate::alu::*;
 use crate::float::Round;
 use crate::tensor_core::ldmatrix::MatrixMove;
+use crate::tensor_core::mma_sync;
 use crate::tensor_core::wgmma::{self, FragmentUse};
 
 /// The index of a register in its file: predicates, 32 bits or 64 bits, as the operation implies.
@@ -377,6 +378,7 @@ pub(crate) enum Op {
     MbarrierInitFence,
     Wgmma(wgmma::Instruction),
     MatrixMove(Box<MatrixMove>),
+    MmaSync(Box<mma_sync::Product>),
     /// The new number of registers of a thread, and whether it is an increase.
     SetMaxRegisters(u32, bool),
 }
@@ -583,6 +585,10 @@ impl Op {
             Op::MatrixMove(m) => {
                 address(&m.address, see);
                 m.registers.iter().for_each(|r| see(*r, if m.store { Read } else { Write }));
+            }
+            Op::MmaSync(product) => {
+                product.a.iter().chain(&product.b).chain(&product.c).for_each(|r| see(*r, Read));
+                product.d.iter().for_each(|r| see(*r, Write));
             }
             Op::Nop
             | Op::Unary64(..)

@@ -54,7 +54,7 @@
 //!
 //! * **Results** are those of the PTX ISA, for programs without data races. Where the ISA leaves a
 //!   result to the hardware, approximate functions are at least as exact as it asks. Sums of
-//!   `wgmma` are cut as Hopper's tensor cores cut them.
+//!   `wgmma` are cut as Hopper's tensor cores cut them, and so are those of `mma.sync`.
 //! * **Runs repeat**: a launch does the same each time, except for the order of atomics of
 //!   different blocks.
 //! * **Orders** differ with the seed of a launch ([`Options::seed`]) and the number of a block. An
@@ -99,8 +99,8 @@
 //!
 //! * Clusters of more than one block, tensor maps, textures, calls and launches from the device.
 //!   Their text is an error.
-//! * Tensor cores other than `wgmma` with f32 accumulators and bf16 or f16 factors. Their text is
-//!   an error.
+//! * Tensor cores other than `wgmma` and `mma.sync.m16n8k16` with f32 accumulators and bf16 or f16
+//!   factors. Their text is an error.
 //! * Other GPUs than Hopper: the limits of a launch are Hopper's, whatever `.target` a module has.
 //! * Weak memory orders: each access takes effect when it is executed.
 //! * Races in global memory, and a proxy fence between a store and a later copy to the same place.

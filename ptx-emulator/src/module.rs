@@ -31,8 +31,8 @@ pub struct Stats {
     pub loaded_bytes: u64,
     /// Bytes that ordinary stores of the lanes wrote, to any space.
     pub stored_bytes: u64,
-    /// How many multiply-adds `wgmma` did.
-    pub wgmma_multiply_adds: u64,
+    /// How many multiply-adds `wgmma` and `mma.sync` did.
+    pub multiply_adds: u64,
 }
 
 impl Stats {
@@ -60,7 +60,7 @@ impl Stats {
         self.bulk_bytes_to_global += other.bulk_bytes_to_global;
         self.loaded_bytes += other.loaded_bytes;
         self.stored_bytes += other.stored_bytes;
-        self.wgmma_multiply_adds += other.wgmma_multiply_adds;
+        self.multiply_adds += other.multiply_adds;
     }
 }
 
@@ -136,7 +136,7 @@ impl Module {
             bulk_bytes_to_global: counters.bulk_out,
             loaded_bytes: counters.loaded,
             stored_bytes: counters.stored,
-            wgmma_multiply_adds: counters.products,
+            multiply_adds: counters.products,
             ..Stats::default()
         };
         for (inst, count) in kernel.code.iter().zip(counters.operations) {

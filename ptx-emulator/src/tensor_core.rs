@@ -4,11 +4,12 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`wgmma`] | the family of Hopper (sm_90a): asynchronous products of a warpgroup |
+//! | [`mma_sync`] | the family of Ampere (sm_80): products of a warp in registers |
 //! | [`ldmatrix`] | `ldmatrix` and `stmatrix`, which move matrices between memory and fragments |
 //! | [`fragment`] | which row and column each value in a lane's registers is |
 //! | [`sums`] | how products are aligned, cut and added: the bits of a result |
 //!
-//! A new family (`mma.sync`, say) gets a module here with all that is its own:
+//! A new family gets a module here with all that is its own:
 //!
 //! * the type of its instructions,
 //! * how they are decoded from statements (`impl Decoder`),
@@ -26,6 +27,7 @@
 
 pub(crate) mod fragment;
 pub(crate) mod ldmatrix;
+pub(crate) mod mma_sync;
 pub(crate) mod sums;
 pub(crate) mod wgmma;
 

@@ -626,6 +626,12 @@ impl Warp {
                 }
                 self.matrix_move(block, matrix, statement)?;
             }
+            Op::MmaSync(product) => {
+                if let Some(wait) = self.whole(block, active)? {
+                    return Ok(Flow::Again(wait));
+                }
+                self.mma_sync(block, product);
+            }
             Op::SetMaxRegisters(count, increase) => {
                 if let Some(wait) = self.whole(block, active)? {
                     return Ok(Flow::Again(wait));

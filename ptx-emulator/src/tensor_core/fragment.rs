@@ -19,6 +19,9 @@
 //! row 8 to 15     1            3
 //! ```
 //!
+//! Matrix B has 16 of k and 8 columns: two matrices, one for each half of k. They are transposed:
+//! a row of the picture is a column of B, and a register holds two neighbours in k.
+//!
 //! Accumulators have 16 rows and N columns. They lie in the same lanes, but each f32 fills a
 //! register, so that there are two registers where a 16-bit matrix has one:
 //!
@@ -39,6 +42,13 @@ pub(crate) fn of_8x8(lane: usize, half: usize) -> (usize, usize) {
 pub(crate) fn of_a(lane: usize, register: usize, half: usize) -> (usize, usize) {
     let (row, k) = of_8x8(lane, half);
     (row + 8 * (register % 2), k + 8 * (register / 2))
+}
+
+/// The k and the column, in matrix B, of a half of one of a lane's two registers.
+#[inline(always)]
+pub(crate) fn of_b(lane: usize, register: usize, half: usize) -> (usize, usize) {
+    let (column, k) = of_8x8(lane, half);
+    (k + 8 * register, column)
 }
 
 /// The lane and the register that hold the accumulator of a row and a column.
@@ -63,6 +73,13 @@ mod tests {
     fn each_element_of_a_has_one_place() {
         let places = (0..32).flat_map(|lane| (0..8).map(move |i| of_a(lane, i / 2, i % 2)));
         let all: BTreeSet<_> = (0..16).flat_map(|row| (0..16).map(move |k| (row, k))).collect();
+        assert_eq!(places.collect::<BTreeSet<_>>(), all);
+    }
+
+    #[test]
+    fn each_element_of_b_has_one_place() {
+        let places = (0..32).flat_map(|lane| (0..4).map(move |i| of_b(lane, i / 2, i % 2)));
+        let all: BTreeSet<_> = (0..16).flat_map(|k| (0..8).map(move |column| (k, column))).collect();
         assert_eq!(places.collect::<BTreeSet<_>>(), all);
     }
 

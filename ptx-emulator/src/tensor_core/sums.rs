@@ -94,6 +94,22 @@ impl Rows {
     }
 }
 
+impl Columns {
+    /// Matrix B of one step from its fragment, the two registers of each lane.
+    pub fn from_registers(registers: [&Lanes<u32>; 2], element: ElementType) -> Columns {
+        let mut b = Columns::ZERO;
+        for (register, lanes) in registers.iter().enumerate() {
+            for (lane, bits) in lanes.iter().enumerate() {
+                for half in 0..2 {
+                    let (k, column) = fragment::of_b(lane, register, half);
+                    b.set(k, fragment::even_before_odd(column), element.value(bits >> (16 * half)), element);
+                }
+            }
+        }
+        b
+    }
+}
+
 /// The exponent of a finite accumulator.
 fn exponent_of_sum(bits: u32) -> i32 {
     if bits << 1 == 0 { -128 } else { (bits >> 23 & 0xff).max(1) as i32 - 127 }
