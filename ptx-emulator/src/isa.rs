@@ -264,6 +264,8 @@ pub(crate) struct AsyncCopy {
     pub shared: Address,
     pub global: Address,
     pub bytes: usize,
+    /// How many bytes are copied. Zeros fill the rest. Without it, all are copied.
+    pub source_bytes: Option<R>,
 }
 
 /// A special register that `mov` reads, and that is set when a warp starts.
@@ -581,6 +583,7 @@ impl Op {
             Op::AsyncCopy(copy) => {
                 address(&copy.shared, see);
                 address(&copy.global, see);
+                copy.source_bytes.iter().for_each(|r| see(*r, Read));
             }
             Op::MatrixMove(m) => {
                 address(&m.address, see);

@@ -140,6 +140,26 @@ fn copies_of_single_threads_in_groups() {
 }
 
 #[test]
+fn copies_of_single_threads_filled_with_zeros() {
+    // Thread t copies t / 2 bytes of 16. The source of a copy of nothing lies nowhere.
+    let body = "
+        mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; mad.wide.u32 %rd4, %r1, 16, %rd1;
+        shr.u32 %r4, %r1, 1; setp.eq.u32 %p1, %r4, 0; selp.b64 %rd3, 64, %rd3, %p1;
+        createpolicy.fractional.L2::evict_first.b64 %rd9, 1.0;
+        cp.async.cg.shared.global.L2::cache_hint [%r3], [%rd3], 16, %r4, %rd9;
+        cp.async.ca.shared.global [%r3+512], [%rd2], 4, 3; cp.async.wait_all;
+        ld.shared.v4.u32 {%r4, %r5, %r6, %r7}, [%r3]; ld.shared.u32 %r8, [%r3+512];
+        st.global.v4.u32 [%rd4], {%r4, %r5, %r6, %r7}; st.global.u32 [%rd4+512], %r8;";
+    let input: Vec<u8> = (0..512).map(|i| (i * 7 + 1) as u8).collect();
+    let (out, _) = launch(&kernel_with(BUFFER, "", body), one_block(32, 1024), &input, 1024).unwrap();
+    for thread in 0..32 {
+        let expected: Vec<u8> = (0..16).map(|i| if i < thread / 2 { input[16 * thread + i] } else { 0 }).collect();
+        assert_eq!(out[16 * thread..][..16], expected, "thread {thread}");
+        assert_eq!(out[512 + 16 * thread..][..4], [1, 8, 15, 0], "thread {thread}");
+    }
+}
+
+#[test]
 fn expect_and_complete_by_hand() {
     let body = format!(
         "mov.u32 %r2, smem; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r2], 1; bar.sync 0;

@@ -396,7 +396,7 @@ fn bulk_copies() {
 
 #[test]
 fn copies_of_single_threads() {
-    use FaultKind::{Misaligned, MissingFence, OutOfBounds, Race, Uninitialised};
+    use FaultKind::{Misaligned, MissingFence, Operand, OutOfBounds, Race, Uninitialised};
     let copy =
         "mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; cp.async.cg.shared.global [%r3], [%rd3], 16;";
     let copying = |rest: &str, kind, words: &[&str]| one_warp(&format!("{copy} {rest}"), kind, words);
@@ -404,6 +404,15 @@ fn copies_of_single_threads() {
     one_warp(&copy.replace("[%rd3]", "[%rd3+8]"), Misaligned, &["is not a multiple of 16"]);
     one_warp(&copy.replace("[%r3]", "[%r3+16384]"), OutOfBounds, &["16 bytes at shared address"]);
     one_warp(&copy.replace("[%rd3]", "[%rd3+4096]"), OutOfBounds, &["asynchronous copy of 16 bytes at global"]);
+    // The whole of a copy must lie in shared memory, but in global memory only what is copied.
+    one_warp(&copy.replace("16;", "16, 8;").replace("[%rd3]", "[%rd3+4096]"), OutOfBounds, &["copy of 8 bytes"]);
+    one_warp(&copy.replace("16;", "16, 0;").replace("[%r3]", "[%r3+16384]"), OutOfBounds, &["16 bytes at shared"]);
+    one_warp(&copy.replace("16;", "16, 0;").replace("[%rd3]", "[%rd3+8]"), Misaligned, &["is not a multiple of 16"]);
+    one_warp(
+        &copy.replace("cp.async", "mov.u32 %r4, 17; cp.async").replace("16;", "16, %r4;"),
+        Operand,
+        &["17 bytes of the source for a copy of 16"],
+    );
     let target = "is the target of an asynchronous copy that no wait has seen";
     // Lanes read with no wait, with one for older groups only, or with one for copies not yet
     // committed.

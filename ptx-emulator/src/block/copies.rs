@@ -31,8 +31,9 @@ pub(super) struct Outgoing {
 /// A `cp.async` that has not landed.
 pub(super) struct ThreadCopy {
     offset: usize,
-    source: u64,
     bytes: usize,
+    /// Where its source lies, and how many bytes are copied. Zeros fill the rest.
+    source: (u64, usize),
     /// The number of its group among those of its thread.
     group: u64,
     pub by: By,
@@ -155,12 +156,13 @@ impl Block<'_> {
         &mut self.thread_copies[32 * warp + lane]
     }
 
-    /// Starts a `cp.async`, whose addresses are valid.
-    pub fn start_thread_copy(&mut self, offset: usize, source: u64, bytes: usize, by: By, lane: usize) -> Step {
+    /// Starts a `cp.async` of a lane, whose addresses are valid. `source` has the address, and how
+    /// many of the bytes are copied.
+    pub fn start_thread_copy(&mut self, offset: usize, bytes: usize, source: (u64, usize), by: By) -> Step {
         self.check_write(offset, bytes, by, "asynchronous copy")?;
         self.shared.mark(offset, bytes, INCOMING);
-        let copies = self.thread_copies(by.warp, lane);
-        copies.in_flight.push_back(ThreadCopy { offset, source, bytes, group: copies.committed, by });
+        let copies = self.thread_copies(by.warp, by.lane.expect("a lane copies"));
+        copies.in_flight.push_back(ThreadCopy { offset, bytes, source, group: copies.committed, by });
         self.progress += 1;
         Ok(())
     }
@@ -174,10 +176,14 @@ impl Block<'_> {
         // read it after a proxy fence only.
         let landing = copies.in_flight.partition_point(|copy| copy.group < done);
         for copy in copies.in_flight.drain(..landing) {
-            let (_, span) = self.global.find(copy.source, copy.bytes as u64, self.hint).expect("checked at the start");
             let mut words = [0; 8];
-            for (i, word) in words[..copy.bytes / 4].iter_mut().enumerate() {
-                *word = span.word(copy.source + 4 * i as u64).load(Relaxed);
+            let (source, bytes) = copy.source;
+            if bytes > 0 {
+                let (_, span) = self.global.find(source, bytes as u64, self.hint).expect("checked at the start");
+                words.iter_mut().zip(span.words(source, bytes)).for_each(|(word, from)| *word = from.load(Relaxed));
+                if bytes % 4 != 0 {
+                    words[bytes / 4] &= (1 << (8 * (bytes % 4))) - 1;
+                }
             }
             self.shared.store(copy.offset, copy.bytes, &words, copy.by);
             self.progress += 1;

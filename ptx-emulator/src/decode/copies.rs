@@ -32,19 +32,22 @@ impl Decoder<'_> {
             return Err("the copy needs one of `.ca` and `.cg`".into());
         }
         m.memory_words();
+        let hint = m.take("L2::cache_hint") as usize;
         let (to, from) = (m.space()?, m.space()?);
         if (to, from) != (Space::Shared, Space::Global) {
             return Err(format!("copies from {} to {} memory are unknown", from.name(), to.name()));
         }
-        if s.operands.len() != 3 {
-            return Err(format!("{} operands instead of 3", s.operands.len()));
+        let operands = s.operands.len() - hint.min(s.operands.len());
+        if !(3..=4).contains(&operands) {
+            return Err(format!("{} operands instead of {} or {}", s.operands.len(), 3 + hint, 4 + hint));
         }
         let bytes = self.immediate(s, 2)?;
         if !(bytes == 16 || ca && matches!(bytes, 4 | 8)) {
             return Err(format!("a copy of {bytes} bytes: 16, or 4 or 8 with `.ca`"));
         }
         let (shared, global) = (self.address(s, 0, Space::Shared)?, self.address(s, 1, Space::Global)?);
-        self.push(Op::AsyncCopy(Box::new(AsyncCopy { shared, global, bytes: bytes as usize })));
+        let source_bytes = if operands == 4 { Some(self.u32_at(s, 3)?) } else { None };
+        self.push(Op::AsyncCopy(Box::new(AsyncCopy { shared, global, bytes: bytes as usize, source_bytes })));
         Ok(())
     }
 

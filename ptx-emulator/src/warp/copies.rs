@@ -44,14 +44,27 @@ impl Warp {
             let (_, shared) = self.resolve(Space::Shared, &copy.shared, lane);
             let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
             let global = self.address(&copy.global, lane);
-            self.global(block, global, copy.bytes, lane, "asynchronous copy")?;
-            block.start_thread_copy(
-                offset,
-                global,
-                copy.bytes,
-                By { warp: self.index, lane: Some(lane), statement },
-                lane,
-            )?;
+            let source_bytes = copy.source_bytes.map_or(copy.bytes, |r| self.r32[r as usize][lane] as usize);
+            if source_bytes > copy.bytes {
+                let what = format!("{source_bytes} bytes of the source for a copy of {}", copy.bytes);
+                return Err(Trouble::lane(FaultKind::Operand, lane, what));
+            }
+            if !global.is_multiple_of(copy.bytes as u64) {
+                return Err(misaligned(global, copy.bytes, lane, "global"));
+            }
+            // Where nothing is copied, the source may lie anywhere.
+            if source_bytes > 0 {
+                let Some((hint, _)) = block.global.find(global, source_bytes as u64, block.hint) else {
+                    let what = format!(
+                        "asynchronous copy of {source_bytes} bytes at global {global:#x}: {}",
+                        block.global.describe(global)
+                    );
+                    return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
+                };
+                block.hint = hint;
+            }
+            let by = By { warp: self.index, lane: Some(lane), statement };
+            block.start_thread_copy(offset, copy.bytes, (global, source_bytes), by)?;
         }
         Ok(())
     }
