@@ -440,6 +440,41 @@ fn copies_of_single_threads() {
 }
 
 #[test]
+fn matrices() {
+    use FaultKind::{Divergence, Misaligned, OutOfBounds, Race, Uninitialised};
+    let fill = "mad.lo.u32 %r3, %r1, 16, %r2; st.shared.v4.u32 [%r3], {%r1, %r1, %r1, %r1};";
+    let load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r4, %r5, %r6, %r7}, [%r3];";
+    let loading = |between: &str, kind, words: &[&str]| one_warp(&format!("{fill} {between} {load}"), kind, words);
+    let lane = "setp.eq.u32 %p1, %r1, 9;";
+    loading(&format!("{lane} @%p1 add.u32 %r3, %r3, 8;"), Misaligned, &["lane 9", "is not a multiple of 16"]);
+    loading(&format!("{lane} @%p1 add.u32 %r3, %r3, 16384;"), OutOfBounds, &["lane 9", "16 bytes at shared address"]);
+    loading(&format!("{lane} @%p1 add.u32 %r3, %r3, 1024;"), Uninitialised, &["lane 9", "matrix read of 16 bytes"]);
+    loading(&format!("{lane} @%p1 ret;"), Divergence, &["lane 9", "have exited"]);
+    one_warp(&format!("{fill} {lane} @!%p1 {load}"), Divergence, &["lane 9", "predicated off"]);
+    // A warp reads rows that another has written, or is about to write.
+    let race = |body: &str| {
+        fault(BUFFER, "", &format!("mov.u32 %r2, smem; {body}"), one_block(64, 4096), Race, &["no barrier orders it"]);
+    };
+    let other = "xor.b32 %r3, %r3, 512;";
+    race(&format!("{fill} bar.sync 0; {fill} {other} {load}"));
+    race(&format!("{fill} bar.sync 0; {load} {other} st.shared.u32 [%r3], %r1;"));
+    let store = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r3], {%r4, %r5, %r6, %r7};";
+    race(&format!("{fill} bar.sync 0; {load} {other} {store}"));
+    // Rows that a copy has not brought yet.
+    one_warp(
+        &format!(
+            "mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; cp.async.cg.shared.global [%r3], [%rd3], 16; {load}"
+        ),
+        Race,
+        &["matrix read of 16 bytes", "is the target of an asynchronous copy"],
+    );
+    // Each lane waits for its own copies, and reads rows of others. They must meet in between.
+    let copy = "mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; xor.b32 %r4, %r3, 16;
+                cp.async.cg.shared.global [%r3], [%rd3], 16; cp.async.wait_all;";
+    one_warp(&format!("{copy} ld.shared.u32 %r5, [%r4];"), Race, &["no barrier orders it"]);
+}
+
+#[test]
 fn mbarriers() {
     use FaultKind::Barrier as Kind;
     one_warp("mbarrier.arrive.shared.b64 _, [%r2];", Kind, &["no mbarrier was initialised at shared 0x400"]);

@@ -278,3 +278,40 @@ fn matrices_in_fragments() {
         assert_eq!(u32s(&out), expected, "{trans}: stored back, the tile is as it was");
     }
 }
+
+#[test]
+fn one_two_or_four_matrices_of_rows_that_lie_anywhere() {
+    // Row r of 32 has the elements 8 r to 8 r + 7, and lies at the place r * 13 modulo 32.
+    let image: Vec<u8> = (0..32u16)
+        .flat_map(|place| (0..8).flat_map(move |column| (place * 5 % 32 * 8 + column).to_le_bytes()))
+        .collect();
+    for (count, trans) in [(1, false), (2, false), (4, false), (1, true), (2, true), (4, true)] {
+        let registers: Vec<String> = (0..count).map(|i| format!("%r{}", 10 + i)).collect();
+        let stores: String = (0..count).map(|i| format!("st.global.b32 [%rd4+{}], %r{};", 4 * i, 10 + i)).collect();
+        let trans_text = if trans { ".trans" } else { "" };
+        // Lanes whose addresses are not needed have one that is not valid.
+        let body = format!(
+            "mov.u32 %r2, tile; mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2;
+             ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%rd3]; st.shared.v4.b32 [%r3], {{%r4, %r5, %r6, %r7}}; bar.sync 0;
+             mul.lo.u32 %r3, %r1, 13; and.b32 %r3, %r3, 31; mad.lo.u32 %r3, %r3, 16, %r2;
+             setp.ge.u32 %p1, %r1, {}; selp.b32 %r3, 3, %r3, %p1;
+             ldmatrix.sync.aligned.m8n8.x{count}{trans_text}.shared::cta.b16 {{{}}}, [%r3];
+             mad.wide.u32 %rd4, %r1, 16, %rd1; {stores}",
+            8 * count,
+            registers.join(", ")
+        );
+        let ptx = kernel_with(".shared .align 16 .b8 tile[512];", "", &body);
+        let (out, _) = launch(&ptx, one_block(32, 0), &image, 512).unwrap();
+        for (lane, words) in u32s(&out).chunks(4).enumerate() {
+            for (i, word) in words[..count].iter().enumerate() {
+                // Lane 4 g + t has the elements 2 t and 2 t + 1 of row g, or of column g.
+                let element = |n: usize| {
+                    let (row, column) =
+                        if trans { (2 * (lane % 4) + n, lane / 4) } else { (lane / 4, 2 * (lane % 4) + n) };
+                    (8 * (8 * i + row) + column) as u32
+                };
+                assert_eq!(*word, element(0) | element(1) << 16, "x{count}{trans_text}, lane {lane}, register {i}");
+            }
+        }
+    }
+}
