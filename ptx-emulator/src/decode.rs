@@ -19,6 +19,9 @@ mod convert;
 mod copies;
 mod lanes;
 mod memory;
+mod target;
+
+pub(crate) use target::Target;
 
 /// The fundamental types of PTX; untyped bits and integers with their width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +201,7 @@ impl<'a> Mods<'a> {
 /// The state while one entry is decoded.
 pub(crate) struct Decoder<'a> {
     module: &'a str,
+    target: &'a Target,
     entry: &'a Entry,
     /// The address of each symbol, in the space of its kind.
     symbols: HashMap<&'a str, u64>,
@@ -232,6 +236,7 @@ pub(crate) fn place_shared(module: &str, variable: &Variable, end: &mut u32) -> 
 /// the shared memory of these ends and that of the entry begins.
 pub(crate) fn decode(
     module: &str,
+    target: &Target,
     entry: &Entry,
     symbols: &HashMap<String, u64>,
     shared_used: u32,
@@ -273,6 +278,7 @@ pub(crate) fn decode(
     }
     let mut decoder = Decoder {
         module,
+        target,
         entry,
         symbols,
         code: Vec::new(),
@@ -566,6 +572,7 @@ impl<'a> Decoder<'a> {
     }
 
     fn instruction(&mut self, s: &Statement) -> Decode {
+        self.target.check(s)?;
         let mut parts = s.opcode.split('.');
         let root = parts.next().unwrap_or_default();
         let mut m = Mods { parts: parts.collect() };

@@ -1,7 +1,8 @@
-//! Runs PTX for NVIDIA Hopper (sm_90a) on the CPU, and reports what a GPU forgives silently.
+//! Runs PTX for NVIDIA GPUs from Ampere (sm_80) to Hopper (sm_90a) on the CPU, and reports what a
+//! GPU forgives silently.
 //!
 //! It runs the text that ships, whether LLVM's backend or a person wrote it: warps, shared memory,
-//! mbarriers, asynchronous copies and `wgmma`. It needs no GPU.
+//! mbarriers, asynchronous copies, `mma.sync` and `wgmma`. It needs no GPU.
 //!
 //! ```
 //! use ptx_emulator::{FaultKind, LaunchConfig, Memory, Module};
@@ -101,7 +102,8 @@
 //!   Their text is an error.
 //! * Tensor cores other than `wgmma` and `mma.sync.m16n8k16` with f32 accumulators and bf16 or f16
 //!   factors. Their text is an error.
-//! * Other GPUs than Hopper: the limits of a launch are Hopper's, whatever `.target` a module has.
+//! * Limits of other GPUs than Hopper: those of a launch are Hopper's, whatever `.target` a module
+//!   has. Instructions that its target does not have are errors.
 //! * Weak memory orders: each access takes effect when it is executed.
 //! * Races in global memory, and a proxy fence between a store and a later copy to the same place.
 //! * Orders within an instruction. Groups of lanes that went different ways take turns by their

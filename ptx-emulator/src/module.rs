@@ -1,6 +1,6 @@
 //! A module: how it is loaded, what is checked before a launch, and what a launch returns.
 
-use crate::decode;
+use crate::decode::{self, Target};
 use crate::fault::{Error, Fault, FaultKind};
 use crate::global::{Global, Memory, ModuleData};
 use crate::isa::{Kernel, MAX_SHARED, SHARED_BASE};
@@ -72,13 +72,15 @@ impl Module {
     /// emulator does not know. The error tells the line.
     pub fn parse(name: &str, ptx: &str) -> Result<Module, Error> {
         let unit = parse::parse(name, ptx)?;
+        let (target, line) = &unit.target;
+        let target = Target::new(target, unit.version).map_err(|what| Error::at(name, *line, what))?;
         let Variables { symbols, data, shared, dynamic } = place_variables(name, &unit.variables)?;
         let kernels = unit
             .entries
             .into_iter()
             .map(|mut entry| {
                 entry.variables.extend(dynamic.iter().cloned());
-                decode::decode(name, &entry, &symbols, shared)
+                decode::decode(name, &target, &entry, &symbols, shared)
             })
             .collect::<Result<Vec<Kernel>, Error>>()?;
         Ok(Module { kernels, data })

@@ -180,6 +180,10 @@ impl Entry {
 /// A module as written.
 #[derive(Debug, Default)]
 pub(crate) struct Unit {
+    /// The PTX version: major and minor.
+    pub version: [u32; 2],
+    /// The name of the GPUs that the module is for, and the line where it stands.
+    pub target: (String, u32),
     pub variables: Vec<Variable>,
     pub entries: Vec<Entry>,
 }
@@ -405,6 +409,18 @@ impl<'a> Parser<'a> {
         Ok(align)
     }
 
+    /// A version such as `8.3`.
+    fn version(&mut self) -> Result<[u32; 2], Error> {
+        if let Kind::Number(text) = self.peek()
+            && let Some((major, minor)) = text.split_once('.')
+            && let (Ok(major), Ok(minor)) = (major.parse(), minor.parse())
+        {
+            self.next();
+            return Ok([major, minor]);
+        }
+        self.fail(format!("expected a version such as 8.3, found {}", self.describe()))
+    }
+
     /// Skips the rest of the line, for directives without a terminator.
     fn skip_line(&mut self) {
         let line = self.line();
@@ -432,12 +448,29 @@ impl<'a> Parser<'a> {
         let mut unit = Unit::default();
         loop {
             let word = match self.peek() {
+                Kind::End if unit.target.0.is_empty() => return self.fail("the module has no .target"),
                 Kind::End => return Ok(unit),
                 Kind::Word(word) => word,
                 _ => return self.fail(format!("expected a directive, found {}", self.describe())),
             };
             match word {
-                ".version" | ".target" | ".address_size" | ".file" => self.skip_line(),
+                ".version" => {
+                    self.next();
+                    unit.version = self.version()?;
+                }
+                ".target" => {
+                    self.next();
+                    let line = self.line();
+                    unit.target = (self.word()?.to_string(), line);
+                    while self.accept(b',') {
+                        self.word()?;
+                    }
+                }
+                ".address_size" => {
+                    self.next();
+                    self.bounded("the address size", 64, 64)?;
+                }
+                ".file" => self.skip_line(),
                 ".visible" | ".extern" | ".weak" | ".common" => {
                     self.next();
                 }

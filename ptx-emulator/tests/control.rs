@@ -216,7 +216,7 @@ fn unknown_things_are_named_with_their_line() {
         ("add.u64 %r1, %r1, 1;", ["test:5", "32 bits"]),
         ("bra NOWHERE;", ["test:5", "no label `NOWHERE`"]),
         ("@%r1 bra X; X:", ["test:5", "not a declared predicate"]),
-        ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1}, {%r1}, {%r1}, {%r1};", ["test:5", "`mma`"]),
+        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r1}, {%r1}, {%r1}, {%r1};", ["test:5", "shape"]),
         (
             "wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%r1}, %rd1, %rd1, 1, 1, 1, 0, 0;",
             ["test:5", "multiple of 8"],

@@ -24,20 +24,28 @@ const PROLOGUE: &str = "
     mov.u32 %r1, %tid.x;
 ";
 
+/// What ptxas says against a module, compiled for the module's target. Nothing if there is no
+/// ptxas.
+pub fn ptxas(ptx: &str) -> Option<Result<(), String>> {
+    let ptxas = std::env::var_os("PTXAS")?;
+    let target = ptx.split_once(".target ").and_then(|(_, rest)| rest.split_whitespace().next()).expect("a target");
+    let mut path = std::env::temp_dir();
+    path.push(format!("ptx-emulator-{}-{:p}.ptx", std::process::id(), ptx));
+    std::fs::write(&path, ptx).expect("a temporary file");
+    let output = std::process::Command::new(ptxas)
+        .args([&format!("-arch={target}"), "-o", "/dev/null"])
+        .arg(&path)
+        .output()
+        .expect("ptxas runs");
+    std::fs::remove_file(&path).expect("the temporary file");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    Some(if output.status.success() { Ok(()) } else { Err(said) })
+}
+
 /// Gives a module to ptxas if there is one, and parses it.
 pub fn module(ptx: &str) -> Module {
-    if let Some(ptxas) = std::env::var_os("PTXAS") {
-        let mut path = std::env::temp_dir();
-        path.push(format!("ptx-emulator-{}-{:p}.ptx", std::process::id(), ptx));
-        std::fs::write(&path, ptx).expect("a temporary file");
-        let output = std::process::Command::new(ptxas)
-            .args(["-arch=sm_90a", "-o", "/dev/null"])
-            .arg(&path)
-            .output()
-            .expect("ptxas runs");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-        std::fs::remove_file(&path).expect("the temporary file");
-        assert!(output.status.success(), "ptxas refuses the program: {said}\n{ptx}");
+    if let Some(Err(said)) = ptxas(ptx) {
+        panic!("ptxas refuses the program: {said}\n{ptx}");
     }
     Module::parse("test.ptx", ptx).unwrap_or_else(|error| panic!("{error}"))
 }
