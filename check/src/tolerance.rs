@@ -11,7 +11,7 @@
 //!   2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
 //! * **Tensor-core sums**. A step adds 16 products to the accumulator. Terms are cut, towards zero,
 //!   at 25 bits below the largest of them, and their sum is cut to f32. So a step loses at most
-//!   [`LARGEST_CUT`] of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
+//!   [`Accumulation::largest_cut`] of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
 //!   out. For attention over 119056 keys this allows an error of 4.4e-3. A GPU loses 7.9e-4 there
 //!   in f16 if all values are near 1. Random bits cost half of the largest cuts, and partial sums
 //!   are smaller than the last.
@@ -46,7 +46,7 @@
 use framestride::shapes::blocks::PROFILE_KEY_ROWS;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, NormKind, Spec};
-use ptx_emulator::LARGEST_CUT;
+use ptx_emulator::Accumulation;
 
 use crate::reference::{Attended, ProfileErrors, UnderEachMask, norm};
 
@@ -56,7 +56,9 @@ pub const DEVIATIONS: f64 = 3.0;
 /// Largest relative error of an f32 operation that rounds.
 const F32: f64 = 1.0 / (1 << 24) as f64;
 /// Products that the tensor cores add in one step.
-const STEP: f64 = 16.0;
+const STEP: f64 = Accumulation::HALF.k as f64;
+/// What a step may lose, relative to its largest term.
+const LARGEST_CUT: f64 = Accumulation::HALF.largest_cut();
 /// Largest relative error of an approximate f32 function.
 const APPROXIMATION: f64 = 4.0 * F32;
 

@@ -28,7 +28,7 @@ FILL: st.shared.v4.b32 [%r3], {%r5, %r5, %r5, %r5}; add.u32 %r3, %r3, 2048; setp
     fence.proxy.async; bar.sync 0; mov.b64 %rd1, 0x4000004000010040; mov.u32 %r6, 0;
 LOOP: setp.ne.u32 %p2, %r6, 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {ACCUMULATORS}, %rd1, %rd1, %p2, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n176TYPES {ACCUMULATORS}, %rd1, %rd1, %p2, 1, 1TRANSPOSES;
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
     add.u32 %r6, %r6, 1; setp.lt.u32 %p3, %r6, 5000; @%p3 bra LOOP;
     ret;
@@ -44,11 +44,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("arithmetic: {:.1} million warp instructions a second", stats.total() as f64 / seconds / 1e6);
 
     let accumulators: Vec<String> = (0..88).map(|i| format!("%d{i}")).collect();
-    let module = Module::parse("products", &PRODUCTS.replace("ACCUMULATORS", &accumulators.join(", ")))?;
-    let launch = LaunchConfig { grid: [1, 1, 1], block: [128, 1, 1], shared_bytes: 32768 };
-    let start = Instant::now();
-    let stats = module.launch(&memory, "run", launch, &[])?;
-    let seconds = start.elapsed().as_secs_f64();
-    println!("wgmma: {:.1} billion multiply-adds a second", stats.multiply_adds as f64 / seconds / 1e9);
+    for (name, types, transposes) in [("bf16", "k16.f32.bf16.bf16", ", 0, 0"), ("e4m3", "k32.f32.e4m3.e4m3", "")] {
+        let ptx = PRODUCTS.replace("ACCUMULATORS", &accumulators.join(", "));
+        let module = Module::parse("products", &ptx.replace("TYPES", types).replace("TRANSPOSES", transposes))?;
+        let launch = LaunchConfig { grid: [1, 1, 1], block: [128, 1, 1], shared_bytes: 32768 };
+        let start = Instant::now();
+        let stats = module.launch(&memory, "run", launch, &[])?;
+        let seconds = start.elapsed().as_secs_f64();
+        println!("wgmma, {name}: {:.1} billion multiply-adds a second", stats.multiply_adds as f64 / seconds / 1e9);
+    }
     Ok(())
 }

@@ -7,8 +7,8 @@
 //! bf16      1       8         7       e4m3      1       4         3
 //! ```
 //!
-//! Kernels call some functions a million times: `f16_to_f32`, `f32_to_f16`, `f32_to_bf16`, `exp2`.
-//! These have no branches, so that a loop over 32 lanes becomes vector code.
+//! Kernels call some functions a million times: `exp2`, and those between f32 and f16, bf16 or
+//! e4m3. These have no branches, so that a loop over 32 lanes becomes vector code.
 //!
 //! The others compute in f64. Where the result is not exact, they round it to odd: the last bit is
 //! set if something was cut off. A second rounding is then right in every mode, when f64 has at
@@ -48,7 +48,6 @@ pub(crate) const TF32: Format =
 pub(crate) const F16: Format = Format { precision: 11, min_exponent: -14, max: 65504.0, infinite: true };
 pub(crate) const BF16: Format =
     Format { precision: 8, min_exponent: -126, max: 3.389_531_389_251_535_5e38, infinite: true };
-pub(crate) const E4M3: Format = Format { precision: 4, min_exponent: -6, max: 448.0, infinite: false };
 pub(crate) const E5M2: Format = Format { precision: 3, min_exponent: -14, max: 57344.0, infinite: true };
 
 /// Rounds a value to an integer.
@@ -231,26 +230,29 @@ pub(crate) fn or_nan(a: f32, b: f32, result: f32) -> f32 {
     if a.is_nan() | b.is_nan() { f32::from_bits(0x7fff_ffff) } else { result }
 }
 
-/// The value of an e4m3 byte.
+/// The value of an e4m3 byte. The other bits must be zero.
+#[inline(always)]
 pub(crate) fn e4m3_to_f32(byte: u32) -> f32 {
-    let (exponent, mantissa) = ((byte >> 3 & 15) as i32, (byte & 7) as f32);
-    let magnitude = match (exponent, byte & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa * 2f32.powi(-9),
-        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
-    };
-    if byte & 0x80 != 0 { -magnitude } else { magnitude }
+    let magnitude = byte & 0x7f;
+    // The exponent has bias 7 in e4m3, and 127 in f32. A subnormal is a multiple of 2^-9.
+    let normal = (magnitude << 20) + ((127 - 7) << 23);
+    let subnormal = (magnitude as f32 * (1.0 / 512.0)).to_bits();
+    let finite = if magnitude < 8 { subnormal } else { normal };
+    f32::from_bits((byte & 0x80) << 24 | if magnitude == 0x7f { 0x7fff_ffff } else { finite })
 }
 
-/// The nearest e4m3 byte, saturated to the largest finite value.
+/// The nearest e4m3 byte, with ties to even, saturated to the largest finite value. NaN becomes
+/// 0x7f.
+#[inline(always)]
 pub(crate) fn f32_to_e4m3(value: f32) -> u32 {
-    if value.is_nan() {
-        return 0x7f;
-    }
-    let magnitude = quantise(value as f64, E4M3, Round::Nearest, true).abs();
-    // Values that are not negative ascend with their bytes, and the magnitude is one of them.
-    let byte = (0..0x7f).collect::<Vec<u32>>().partition_point(|&byte| (e4m3_to_f32(byte) as f64) < magnitude) as u32;
-    byte | if value.is_sign_negative() { 0x80 } else { 0 }
+    let bits = value.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    // The last bit of 2^14 is worth the smallest e4m3. So adding 2^14 rounds a subnormal result in
+    // place.
+    let subnormal = (f32::from_bits(magnitude) + 16384.0).to_bits().wrapping_sub(16384f32.to_bits());
+    let normal = magnitude.wrapping_add(0x7_ffff + (magnitude >> 20 & 1)).wrapping_sub((127 - 7) << 23) >> 20;
+    let finite = if magnitude < (127 - 6) << 23 { subnormal } else { normal.min(0x7e) };
+    if magnitude > 0x7f80_0000 { 0x7f } else { finite | bits >> 24 & 0x80 }
 }
 
 /// The nearest e5m2 byte, saturated to the largest finite value. It is the upper half of an f16.

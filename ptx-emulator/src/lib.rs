@@ -100,8 +100,8 @@
 //!
 //! * Clusters of more than one block, tensor maps, textures, calls and launches from the device.
 //!   Their text is an error.
-//! * Tensor cores other than `wgmma` and `mma.sync.m16n8k16` with f32 accumulators and bf16 or f16
-//!   factors. Their text is an error.
+//! * Tensor cores with other accumulators than f32. `wgmma` has factors of bf16, f16 and e4m3, and
+//!   `mma.sync.m16n8k16` of bf16 and f16. The text of others is an error.
 //! * Limits of other GPUs than Hopper: those of a launch are Hopper's, whatever `.target` a module
 //!   has. Instructions that its target does not have are errors.
 //! * Weak memory orders: each access takes effect when it is executed.
@@ -148,4 +148,4 @@ pub use fault::{Error, Fault, FaultKind};
 pub use global::{Memory, MemoryError};
 pub use module::{Module, Stats};
 pub use schedule::{LaunchConfig, Options};
-pub use tensor_core::sums::LARGEST_CUT;
+pub use tensor_core::sums::Accumulation;

@@ -31,23 +31,40 @@ pub(crate) mod mma_sync;
 pub(crate) mod sums;
 pub(crate) mod wgmma;
 
-use crate::float::{bf16_to_f32, f16_to_f32};
+use crate::float::{bf16_to_f32, e4m3_to_f32, f16_to_f32};
 
 /// The type of a product's factors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ElementType {
     Bf16,
     F16,
+    E4m3,
 }
 
 impl ElementType {
-    /// The value of an element, whose bits are the low 16 of `bits`.
+    /// How many elements a register holds.
     #[inline(always)]
-    fn value(self, bits: u32) -> f32 {
+    fn per_register(self) -> usize {
         match self {
-            ElementType::Bf16 => bf16_to_f32(bits & 0xffff),
-            ElementType::F16 => f16_to_f32(bits & 0xffff),
+            ElementType::Bf16 | ElementType::F16 => 2,
+            ElementType::E4m3 => 4,
         }
+    }
+
+    /// The value of one of the elements that a register holds. The first is the lowest.
+    #[inline(always)]
+    fn value(self, register: u32, i: usize) -> f32 {
+        match self {
+            ElementType::Bf16 => bf16_to_f32(register >> (16 * i) & 0xffff),
+            ElementType::F16 => f16_to_f32(register >> (16 * i) & 0xffff),
+            ElementType::E4m3 => e4m3_to_f32(register >> (8 * i) & 0xff),
+        }
+    }
+
+    /// How many k one `wgmma` multiplies: 32 bytes of a row of A.
+    #[inline(always)]
+    fn k(self) -> usize {
+        8 * self.per_register()
     }
 
     /// The exponent of the smallest normal number, which is the exponent of subnormal ones too.
@@ -56,6 +73,7 @@ impl ElementType {
         match self {
             ElementType::Bf16 => -126,
             ElementType::F16 => -14,
+            ElementType::E4m3 => -6,
         }
     }
 }

@@ -765,8 +765,12 @@ fn halves() {
             case("fma.rn.bf16 $d, $a, $b, $c", Bf16, &[Bf16, Bf16, Bf16], |x, y, w| {
                 to_bf((bf(x) as f64).mul_add(bf(y) as f64, bf(w) as f64))
             }),
-            case("add.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| pair(x, y, &|x, y| x + y, &hd, &to_h)),
-            case("mul.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| pair(x, y, &|x, y| x * y, &hd, &to_h)),
+            case("add.rn.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| {
+                pair(x, y, &|x, y| x + y, &hd, &to_h)
+            }),
+            case("mul.rn.f16x2 $d, $a, $b", F16x2, &[F16x2, F16x2], move |x, y, _| {
+                pair(x, y, &|x, y| x * y, &hd, &to_h)
+            }),
             case("mul.bf16x2 $d, $a, $b", Bf16x2, &[Bf16x2, Bf16x2], move |x, y, _| {
                 pair(x, y, &|x, y| x * y, &bd, &to_bf)
             }),
@@ -921,6 +925,100 @@ fn fp8_conversions() {
         let out = common::warp(&back, &common::bytes32(input.iter().copied()));
         assert_eq!(out[0], 0x3c00_3c00, "{name}");
         assert_eq!(out[1], 0xbc00_3c00, "{name}");
+    }
+}
+
+/// Runs a body, which takes `%r2` to `%r3`, on each input.
+fn on_each(body: &str, inputs: &[u32]) -> Vec<u32> {
+    let body = format!(
+        "mov.u32 %r4, %ctaid.x; mov.u32 %r5, %ntid.x; mad.lo.u32 %r4, %r4, %r5, %r1;
+         mad.wide.u32 %rd3, %r4, 4, %rd2; ld.global.b32 %r2, [%rd3];
+         {body}
+         mad.wide.u32 %rd3, %r4, 4, %rd1; st.global.b32 [%rd3], %r3;"
+    );
+    let mut input = common::bytes32(inputs.iter().copied());
+    input.resize(input.len().next_multiple_of(4096), 0);
+    let launch = LaunchConfig { grid: [input.len() as u32 / 4096, 1, 1], block: [1024, 1, 1], shared_bytes: 0 };
+    let (out, _) = common::launch(&common::kernel_with("", "", &body), launch, &input, input.len() as u64).unwrap();
+    common::u32s(&out)[..inputs.len()].to_vec()
+}
+
+/// The nearest e4m3, or the largest where there is none.
+fn to_e4m3(value: f64) -> u32 {
+    if value.is_nan() {
+        return 0x7f;
+    }
+    let magnitude = nearest(value.abs(), |byte| if byte == 0x7f { 480.0 } else { common::e4m3(byte as u32) }, 0x7f);
+    (magnitude as u32).min(0x7e) | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
+#[test]
+fn every_number_to_8_bits() {
+    let halves: Vec<u32> = (0..0x1_0000).collect();
+    // The other half of a pair must not matter.
+    let pairs: Vec<u32> = halves.iter().map(|x| x | (x ^ 0x3a5c) << 16).collect();
+    let found = on_each("cvt.rn.satfinite.e4m3x2.f16x2 %h1, %r2; cvt.u32.u16 %r3, %h1;", &pairs);
+    for (pair, found) in pairs.iter().zip(found) {
+        let [low, high] = [pair & 0xffff, pair >> 16].map(|half| to_e4m3(h(half as u64) as f64));
+        assert_eq!(found, high << 8 | low, "f16x2 {pair:#x}");
+    }
+
+    // All bf16, and the neighbours of each e4m3 and of each middle between two.
+    let mut floats: Vec<u32> = halves.iter().map(|x| x << 16).collect();
+    for byte in 0..0x7e {
+        let [low, high] = [byte, byte + 1].map(|byte| common::e4m3(byte) as f32);
+        for value in [low, (low + high) / 2.0, high] {
+            let around = [value.next_down(), value, value.next_up()];
+            floats.extend(around.into_iter().flat_map(|x| [x.to_bits(), (-x).to_bits()]));
+        }
+    }
+    floats.extend([463.9f32, 464.0, 464.1, 479.9, 480.0, 1e30].map(f32::to_bits));
+    let body = "mov.b32 %f1, %r2; cvt.rn.satfinite.e4m3x2.f32 %h1, 0f3F800000, %f1; cvt.u32.u16 %r3, %h1;";
+    for (bits, found) in floats.iter().zip(on_each(body, &floats)) {
+        let expected = to_e4m3(f32::from_bits(*bits) as f64);
+        assert_eq!(found, 0x3800 | expected, "f32 {:e} ({bits:#x})", f32::from_bits(*bits));
+    }
+}
+
+#[test]
+fn every_pair_of_8_bits_to_f16() {
+    let pairs: Vec<u32> = (0..0x1_0000).collect();
+    let found = on_each("cvt.u16.u32 %h1, %r2; cvt.rn.f16x2.e4m3x2 %r3, %h1;", &pairs);
+    for (pair, found) in pairs.iter().zip(found) {
+        let [low, high] = [pair & 0xff, pair >> 8].map(|byte| to_h(common::e4m3(byte)) as u32);
+        assert_eq!(found, high << 16 | low, "e4m3x2 {pair:#x}");
+    }
+}
+
+#[test]
+fn every_power_of_two_in_16_bits() {
+    let halves: Vec<u32> = (0..0x1_0000).collect();
+    let pairs: Vec<u32> = halves.iter().map(|x| x | (x ^ 0x1234) << 16).collect();
+    // The bounds are the largest errors that an H100 was found to have. The last step of f16 is
+    // 2^-24. bf16 below its normal numbers becomes zero.
+    type Value = fn(u64) -> f32;
+    let types: [(&str, Value, f64, f64); 2] = [
+        ("ex2.approx.f16x2", h, 9.3e-4, 2f64.powi(-25)),
+        ("ex2.approx.ftz.bf16x2", bf, 7.1e-3, f32::MIN_POSITIVE as f64),
+    ];
+    for (instruction, value, relative, absolute) in types {
+        let found = on_each(&format!("{instruction} %r3, %r2;"), &pairs);
+        for (pair, found) in pairs.iter().zip(found) {
+            for half in [0, 16] {
+                let [x, found] = [*pair, found].map(|bits| value((bits >> half & 0xffff) as u64) as f64);
+                let exact = x.exp2();
+                let largest = value(if instruction.contains("bf16") { 0x7f7f } else { 0x7bff }) as f64;
+                let right = match exact {
+                    _ if x.is_nan() => found.is_nan(),
+                    _ if exact > largest => {
+                        found == f64::INFINITY || found == largest && exact < largest * (1.0 + relative)
+                    }
+                    _ => (found - exact).abs() <= (relative * exact).max(absolute),
+                };
+                assert!(right, "{instruction} of {x:e}: {found:e} for {exact:e}");
+                assert!(!instruction.contains("ftz") || !(found as f32).is_subnormal(), "{x:e}: {found:e}");
+            }
+        }
     }
 }
 

@@ -14,6 +14,38 @@ struct Layout {
     transpose: bool,
 }
 
+/// What the elements of A and B are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Element {
+    Bf16,
+    F16,
+    E4m3,
+}
+
+use Element::{Bf16, E4m3, F16};
+
+impl Element {
+    fn bytes(self) -> usize {
+        if self == E4m3 { 1 } else { 2 }
+    }
+
+    /// The bits of a random value, and the value. All terms of a product are multiples of 2^-8 below
+    /// 2^11, or in e4m3 of 2^-2 below 2^12, so that tensor cores add them exactly in any order.
+    fn random(self, random: &mut Random) -> (u16, f32) {
+        let value =
+            if self == E4m3 { (random.unit() * 7.9).trunc() / 2.0 } else { (random.unit() * 48.0).trunc() / 16.0 };
+        let bits = match self {
+            Bf16 => half::bf16::from_f32(value).to_bits(),
+            F16 => half::f16::from_f32(value).to_bits(),
+            E4m3 => {
+                (0..256).find(|byte| common::e4m3(*byte) == value as f64).expect("a multiple of 1/2 below 4") as u16
+            }
+        };
+        (bits, value)
+    }
+}
+
+/// Rows and k are measured in elements of M or N, and in bytes of k.
 impl Layout {
     /// The byte of an element in a tile of `rows` rows by `depth` of k.
     fn place(self, row: usize, k: usize, rows: usize, depth: usize) -> usize {
@@ -28,16 +60,13 @@ impl Layout {
         let (leading, stride) = self.offsets(rows, depth);
         match (self.transpose, self.swizzle) {
             // The core matrices have 8 rows of 16 bytes.
-            (false, 0) => row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2,
-            (true, 0) => row / 8 * stride + k / 8 * leading + k % 8 * 16 + row % 8 * 2,
+            (false, 0) => row / 8 * stride + k / 16 * leading + row % 8 * 16 + k % 16,
+            (true, 0) => row / 8 * stride + k / 16 * leading + k % 16 * 8 + row % 8 * 2,
             // Rows are as wide as the swizzle, and wider tiles are blocks of columns.
-            (false, width) => {
-                let columns = width / 2;
-                swizzled(k / columns * rows * width + row / 8 * stride + row % 8 * width + k % columns * 2)
-            }
+            (false, width) => swizzled(k / width * rows * width + row / 8 * stride + row % 8 * width + k % width),
             (true, width) => {
                 let columns = width / 2;
-                swizzled(row / columns * leading + k / 8 * stride + k % 8 * width + row % columns * 2)
+                swizzled(row / columns * leading + k / 16 * stride + k % 16 / 2 * width + row % columns * 2)
             }
         }
     }
@@ -48,11 +77,11 @@ impl Layout {
             (false, 0) => (rows / 8 * 128, 128),
             (true, 0) => (rows / 8 * 128, 128),
             (false, width) => (16, 8 * width),
-            (true, width) => (depth / 8 * 8 * width, 8 * width),
+            (true, width) => (depth / 16 * 8 * width, 8 * width),
         }
     }
 
-    /// The bytes from the start of a tile to its step `k` of 16.
+    /// The bytes from the start of a tile to its step `k` of 32 bytes.
     fn step(self, k: usize, rows: usize, depth: usize) -> usize {
         match (self.transpose, self.swizzle) {
             (_, 0) => 2 * self.offsets(rows, depth).0 * k,
@@ -62,10 +91,10 @@ impl Layout {
     }
 
     fn bytes(self, rows: usize, depth: usize) -> usize {
-        let columns = self.swizzle / 2;
-        let rows = if self.transpose && columns > 0 { rows.next_multiple_of(columns) } else { rows };
-        let depth = if !self.transpose && columns > 0 { depth.next_multiple_of(columns) } else { depth };
-        (rows * depth * 2).next_multiple_of(1024)
+        let width = self.swizzle;
+        let rows = if self.transpose && width > 0 { rows.next_multiple_of(width / 2) } else { rows };
+        let depth = if !self.transpose && width > 0 { depth.next_multiple_of(width) } else { depth };
+        (rows * depth).next_multiple_of(1024)
     }
 
     /// The descriptor of a tile at an address.
@@ -85,7 +114,7 @@ impl Layout {
 struct Product {
     n: usize,
     depth: usize,
-    f16: bool,
+    element: Element,
     /// `None` if A lies in registers.
     a: Option<Layout>,
     b: Layout,
@@ -94,38 +123,22 @@ struct Product {
     accumulate: bool,
 }
 
-/// The bits of a value in f16 or bf16, and the value that they have.
-fn half(value: f32, f16: bool) -> (u16, f32) {
-    if f16 {
-        // This is exact for the multiples of 1/16 below 4, which the tests use.
-        let bits = value.to_bits();
-        let half = if value == 0.0 {
-            0
-        } else {
-            (bits >> 16 & 0x8000) | ((bits >> 23 & 0xff) - 112) << 10 | bits >> 13 & 0x3ff
-        };
-        (half as u16, value)
-    } else {
-        let bits = value.to_bits() & 0xffff_0000;
-        ((bits >> 16) as u16, f32::from_bits(bits))
-    }
-}
-
 /// Runs a product and compares all of D.
 fn check(product: &Product, seed: u64) {
-    let Product { n, depth, f16, .. } = *product;
+    let Product { n, depth, element, .. } = *product;
+    let (size, steps) = (element.bytes(), depth * element.bytes() / 32);
     let mut random = Random(seed);
-    let mut value = || half((random.unit() * 48.0).trunc() / 16.0, f16);
+    let mut value = || element.random(&mut random);
     let a: Vec<Vec<(u16, f32)>> = (0..64).map(|_| (0..depth).map(|_| value()).collect()).collect();
     let b: Vec<Vec<(u16, f32)>> = (0..n).map(|_| (0..depth).map(|_| value()).collect()).collect();
     let mut image = Vec::new();
     let place = |image: &mut Vec<u8>, layout: Layout, matrix: &[Vec<(u16, f32)>]| {
         let start = image.len();
-        image.resize(start + layout.bytes(matrix.len(), depth), 0);
+        image.resize(start + layout.bytes(matrix.len(), depth * size), 0);
         for (row, values) in matrix.iter().enumerate() {
             for (k, (bits, _)) in values.iter().enumerate() {
-                let at = start + layout.place(row, k, matrix.len(), depth);
-                image[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+                let at = start + layout.place(row, k * size, matrix.len(), depth * size);
+                image[at..at + size].copy_from_slice(&bits.to_le_bytes()[..size]);
             }
         }
         start
@@ -135,21 +148,28 @@ fn check(product: &Product, seed: u64) {
     let shared = image.len();
     // If A lies in registers, its fragments follow: by step of k, register and thread.
     if product.a.is_none() {
-        for step in 0..depth / 16 {
+        for step in 0..steps {
             for register in 0..4 {
                 for thread in 0..128 {
+                    // A register has 4 bytes of k in every format.
                     let (row, k) = place_in_a(thread, register);
-                    image.extend_from_slice(&a[row][16 * step + k].0.to_le_bytes());
-                    image.extend_from_slice(&a[row][16 * step + k + 1].0.to_le_bytes());
+                    let first = (32 * step + 2 * k) / size;
+                    let elements = a[row][first..first + 4 / size].iter();
+                    image.extend(elements.flat_map(|(bits, _)| bits.to_le_bytes().into_iter().take(size)));
                 }
             }
         }
     }
     let accumulators: Vec<String> = (0..n / 2).map(|i| format!("%d{i}")).collect();
-    let types = if f16 { "f32.f16.f16" } else { "f32.bf16.bf16" };
+    let types = match element {
+        Bf16 => "k16.f32.bf16.bf16",
+        F16 => "k16.f32.f16.f16",
+        E4m3 => "k32.f32.e4m3.e4m3",
+    };
     let sign = |negative| if negative { "-1" } else { "1" };
     let mut code = String::new();
-    for step in 0..depth / 16 {
+    for step in 0..steps {
+        let depth = depth * size;
         let b_descriptor = product.b.descriptor(1024 + b_start + product.b.step(step, n, depth), n, depth);
         let a_text = match product.a {
             Some(layout) => {
@@ -160,13 +180,14 @@ fn check(product: &Product, seed: u64) {
             None => format!("{{%a{}, %a{}, %a{}, %a{}}}", 4 * step, 4 * step + 1, 4 * step + 2, 4 * step + 3),
         };
         let transposes = match product.a {
-            Some(layout) => format!("{}, {}", layout.transpose as u8, product.b.transpose as u8),
-            None => format!("{}", product.b.transpose as u8),
+            _ if element == E4m3 => String::new(),
+            Some(layout) => format!(", {}, {}", layout.transpose as u8, product.b.transpose as u8),
+            None => format!(", {}", product.b.transpose as u8),
         };
         let scale = if step == 0 && !product.accumulate { "%p2" } else { "%p1" };
         code += &format!(
             "mov.b64 %rd10, {b_descriptor:#x};
-             wgmma.mma_async.sync.aligned.m64n{n}k16.{types} {{{}}}, {a_text}, %rd10, {scale}, {}, {}, {transposes};\n",
+             wgmma.mma_async.sync.aligned.m64n{n}{types} {{{}}}, {a_text}, %rd10, {scale}, {}, {}{transposes};\n",
             accumulators.join(", "),
             sign(product.negate.0),
             sign(product.negate.1)
@@ -174,7 +195,7 @@ fn check(product: &Product, seed: u64) {
     }
     let load_a: String = match product.a {
         Some(_) => String::new(),
-        None => (0..depth / 4).map(|i| format!("ld.global.b32 %a{i}, [%rd5+{}];\n", shared + i * 512)).collect(),
+        None => (0..4 * steps).map(|i| format!("ld.global.b32 %a{i}, [%rd5+{}];\n", shared + i * 512)).collect(),
     };
     let initial: String = (0..n / 2).map(|i| format!("mov.f32 %d{i}, 0f{:08X};\n", (i as f32).to_bits())).collect();
     let stores: String = (0..n / 2).map(|i| format!("st.global.f32 [%rd6+{}], %d{i};\n", i * 512)).collect();
@@ -200,14 +221,12 @@ fn check(product: &Product, seed: u64) {
     for register in 0..n / 2 {
         for thread in 0..128 {
             let (row, column) = place_in_d(thread, register);
-            // All terms are multiples of 2^-8 below 2^11, so that the sum is exact in f32 in any
-            // order.
             let exact: f32 = (0..depth).map(|k| a[row][k].1 * b[column][k].1).sum();
             let expected = sign * exact + if product.accumulate { register as f32 } else { 0.0 };
             let found = f32::from_le_bytes(out[register * 512 + thread * 4..][..4].try_into().unwrap());
             assert_eq!(
                 found, expected,
-                "n {n}, depth {depth}, f16 {f16}, A {:?}, B {:?}: row {row}, column {column}, seed {seed}",
+                "n {n}, depth {depth}, {element:?}, A {:?}, B {:?}: row {row}, column {column}, seed {seed}",
                 product.a, product.b
             );
         }
@@ -221,11 +240,11 @@ const MN_MAJOR: Layout = Layout { swizzle: 128, transpose: true };
 #[test]
 fn shapes() {
     for (i, n) in [8, 16, 24, 64, 72, 128, 136, 176, 192, 256].into_iter().enumerate() {
-        for f16 in [false, true] {
+        for element in [Bf16, F16, E4m3] {
             let product = Product {
                 n,
                 depth: 64,
-                f16,
+                element,
                 a: Some(K_MAJOR),
                 b: K_MAJOR,
                 negate: (false, false),
@@ -243,13 +262,18 @@ fn both_majors_of_both_operands_in_every_swizzle() {
             let product = Product {
                 n: 64,
                 depth: 32,
-                f16: swizzle == 64,
+                element: if swizzle == 64 { F16 } else { Bf16 },
                 a: Some(Layout { swizzle, transpose: a }),
                 b: Layout { swizzle, transpose: b },
                 negate: (false, false),
                 accumulate: false,
             };
             check(&product, swizzle as u64);
+        }
+        for (n, depth) in [(64, 32), (24, 256)] {
+            let layout = Layout { swizzle, transpose: false };
+            let negate = (false, false);
+            check(&Product { n, depth, element: E4m3, a: Some(layout), b: layout, negate, accumulate: true }, n as u64);
         }
     }
 }
@@ -258,17 +282,20 @@ fn both_majors_of_both_operands_in_every_swizzle() {
 fn a_in_registers() {
     for n in [64, 128, 184] {
         for b in [K_MAJOR, MN_MAJOR] {
-            for f16 in [false, true] {
-                check(&Product { n, depth: 80, f16, a: None, b, negate: (false, false), accumulate: true }, n as u64);
+            for element in [Bf16, F16] {
+                let negate = (false, false);
+                check(&Product { n, depth: 80, element, a: None, b, negate, accumulate: true }, n as u64);
             }
         }
+        let negate = (true, false);
+        check(&Product { n, depth: 160, element: E4m3, a: None, b: K_MAJOR, negate, accumulate: true }, n as u64);
     }
 }
 
 #[test]
 fn signs() {
     for negate in [(true, false), (false, true), (true, true)] {
-        check(&Product { n: 32, depth: 16, f16: false, a: Some(K_MAJOR), b: MN_MAJOR, negate, accumulate: true }, 3);
+        check(&Product { n: 32, depth: 16, element: Bf16, a: Some(K_MAJOR), b: MN_MAJOR, negate, accumulate: true }, 3);
     }
 }
 
@@ -280,7 +307,7 @@ fn wide_tiles_and_several_blocks_of_columns() {
         &Product {
             n: 256,
             depth: 48,
-            f16: false,
+            element: Bf16,
             a: Some(MN_MAJOR),
             b: MN_MAJOR,
             negate: (false, false),
@@ -292,7 +319,7 @@ fn wide_tiles_and_several_blocks_of_columns() {
         &Product {
             n: 160,
             depth: 192,
-            f16: false,
+            element: Bf16,
             a: Some(K_MAJOR),
             b: K_MAJOR,
             negate: (false, false),
@@ -300,4 +327,19 @@ fn wide_tiles_and_several_blocks_of_columns() {
         },
         2,
     );
+}
+
+#[test]
+fn forms_that_do_not_exist_are_refused() {
+    for (instruction, expected) in [
+        ("m64n8k32.f32.e5m2.e5m2 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1", "types `f32.e5m2.e5m2` are unknown"),
+        ("m64n8k32.f32.e4m3.e5m2 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1", "types `f32.e4m3.e5m2` are unknown"),
+        ("m64n8k16.f32.e4m3.e4m3 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1", "shape `m64n8k16` is unknown: m64nNk32"),
+        ("m64n8k32.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1, 0, 0", "shape `m64n8k32` is unknown"),
+        ("m64n8k32.f32.e4m3.e4m3 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1, 0, 0", "8 operands instead of 6"),
+    ] {
+        let text = common::kernel_with("", "", &format!("wgmma.mma_async.sync.aligned.{instruction};"));
+        let error = ptx_emulator::Module::parse("test.ptx", &text).expect_err(instruction).to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }

@@ -37,12 +37,16 @@ impl Decoder<'_> {
             _ => None,
         });
         if let Some(e4m3) = packed8 {
+            // Only a conversion to 8 bits saturates, so this tells the two directions apart.
             let other = m.ty()?;
             return match other {
                 Ty::F32 if satfinite && !relu => {
                     self.bin32(if e4m3 { Binary32::F32ToE4m3x2 } else { Binary32::F32ToE5m2x2 }, s, Ty::F32)
                 }
-                Ty::F16x2 if !satfinite && !relu => {
+                Ty::F16x2 if satfinite && !relu => {
+                    self.un32(if e4m3 { Unary32::F16x2ToE4m3x2 } else { Unary32::F16x2ToE5m2x2 }, s, Ty::F16x2)
+                }
+                Ty::F16x2 if !relu => {
                     self.un32(if e4m3 { Unary32::E4m3x2ToF16x2 } else { Unary32::E5m2x2ToF16x2 }, s, Ty::B(16))
                 }
                 _ => Err("this fp8 conversion is unknown".into()),

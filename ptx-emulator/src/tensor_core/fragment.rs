@@ -19,6 +19,9 @@
 //! row 8 to 15     1            3
 //! ```
 //!
+//! With 8-bit elements a register holds four neighbours of a row, and matrix A has 32 of k: twice
+//! as many as above in each column of the table.
+//!
 //! Matrix B has 16 of k and 8 columns: two matrices, one for each half of k. They are transposed:
 //! a row of the picture is a column of B, and a register holds two neighbours in k.
 //!
@@ -37,11 +40,11 @@ pub(crate) fn of_8x8(lane: usize, half: usize) -> (usize, usize) {
     (lane / 4, 2 * (lane % 4) + half)
 }
 
-/// The row and k, in matrix A, of a half of one of a lane's four registers.
+/// The row and k, in matrix A, of an element in one of a lane's four registers. A register holds
+/// two or four elements.
 #[inline(always)]
-pub(crate) fn of_a(lane: usize, register: usize, half: usize) -> (usize, usize) {
-    let (row, k) = of_8x8(lane, half);
-    (row + 8 * (register % 2), k + 8 * (register / 2))
+pub(crate) fn of_a(lane: usize, register: usize, i: usize, per_register: usize) -> (usize, usize) {
+    (lane / 4 + 8 * (register % 2), per_register * (lane % 4 + 4 * (register / 2)) + i)
 }
 
 /// The k and the column, in matrix B, of a half of one of a lane's two registers.
@@ -71,9 +74,11 @@ mod tests {
 
     #[test]
     fn each_element_of_a_has_one_place() {
-        let places = (0..32).flat_map(|lane| (0..8).map(move |i| of_a(lane, i / 2, i % 2)));
-        let all: BTreeSet<_> = (0..16).flat_map(|row| (0..16).map(move |k| (row, k))).collect();
-        assert_eq!(places.collect::<BTreeSet<_>>(), all);
+        for count in [2, 4] {
+            let of_lane = |lane| (0..4 * count).map(move |i| of_a(lane, i / count, i % count, count));
+            let all: BTreeSet<_> = (0..16).flat_map(|row| (0..8 * count).map(move |k| (row, k))).collect();
+            assert_eq!((0..32).flat_map(of_lane).collect::<BTreeSet<_>>(), all);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! Ampere and Ada are known to add eight products at a time, so that last bits differ there.
 
 use super::ElementType;
-use super::sums::{Columns, K, Rows, multiply};
+use super::sums::{columns_of_registers, multiply, rows_of_registers};
 use crate::block::Block;
 use crate::decode::{Decode, Decoder, Mods};
 use crate::isa::{Op, R};
@@ -62,14 +62,14 @@ impl Decoder<'_> {
 impl Warp {
     /// Executes a product, which the whole warp has reached together.
     pub(crate) fn mma_sync(&mut self, block: &mut Block, op: &Product) {
-        let a = Rows::from_registers(op.a.map(|r| &self.r32[r as usize]), op.element);
-        let b = Columns::from_registers(op.b.map(|r| &self.r32[r as usize]), op.element);
+        let a = rows_of_registers(op.a.map(|r| &self.r32[r as usize]), op.element);
+        let b = columns_of_registers(op.b.map(|r| &self.r32[r as usize]), op.element);
         // D may have registers of the others in any order, so all are read before one is written.
         let c = op.c.map(|r| self.r32[r as usize]);
         for (d, c) in op.d.iter().zip(c) {
             self.r32[*d as usize] = c;
         }
-        multiply(&mut self.r32, &op.d, &a, &[b]);
-        block.counters.products += (16 * 8 * K) as u64;
+        multiply(&mut self.r32, &op.d, &a, &b, op.element);
+        block.counters.products += (16 * 8 * op.element.k()) as u64;
     }
 }

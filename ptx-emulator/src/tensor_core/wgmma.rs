@@ -1,7 +1,7 @@
 //! `wgmma`: the tensor-core family of Hopper (sm_90a).
 //!
-//! The four warps of a warpgroup multiply together: D (64 x N) += A (64 x 16) B (16 x N). D lies in
-//! registers, B in shared memory, A in either. The instruction returns at once, and its product
+//! The four warps of a warpgroup multiply together: D (64 x N) += A (64 x k) B (k x N), with 32 bytes
+//! of k: 16 of bf16 or f16, 32 of e4m3. D lies in registers, B in shared memory, A in either. The instruction returns at once, and its product
 //! stays in flight until a `wgmma.wait_group`.
 //!
 //! Here each warp computes its own 16 rows of D when it issues the instruction. A GPU computes them
@@ -30,7 +30,7 @@ pub(crate) use registers::{FragmentUse, Registers, mark};
 pub(crate) use tile::Tiles;
 
 use super::ElementType;
-use super::sums::{K, Rows, multiply};
+use super::sums::{Rows, multiply, rows_of_registers};
 use crate::alu::Lanes;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
@@ -52,7 +52,7 @@ pub(crate) enum Instruction {
     Multiply(Box<Product>),
 }
 
-/// `wgmma.mma_async.m64nNk16.f32`.
+/// `wgmma.mma_async.m64nNk16.f32` of bf16 or f16, or `.m64nNk32.f32` of e4m3.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
     pub element: ElementType,
@@ -176,21 +176,24 @@ fn issue(block: &mut Block, warp: &mut Warp, op: &Product, operation: usize, sta
     let in_registers;
     let mut a = match (op.a, &product.a) {
         (OperandA::Registers(r), _) => {
-            in_registers = Rows::from_registers(r.map(|r| &warp.r32[r as usize]), op.element);
-            &in_registers
+            in_registers = rows_of_registers(r.map(|r| &warp.r32[r as usize]), op.element);
+            &in_registers[..]
         }
-        (_, a) => &a.as_ref().expect("a product with a descriptor of A has A").values[rank],
+        (_, a) => {
+            let count = op.element.k();
+            &a.as_ref().expect("a product with a descriptor of A has A").values[rank * count..][..count]
+        }
     };
-    let negated;
+    let negated: Vec<Rows>;
     if op.negate_a != op.negate_b {
-        negated = a.negated();
+        negated = a.iter().map(Rows::negated).collect();
         a = &negated;
     }
     if scale == 0 {
         op.d.iter().for_each(|r| warp.r32[*r as usize] = [0; 32]);
     }
-    multiply(&mut warp.r32, &op.d, a, &product.b.values);
-    block.counters.products += (16 * op.n * K) as u64;
+    multiply(&mut warp.r32, &op.d, a, &product.b.values, op.element);
+    block.counters.products += (16 * op.n * op.element.k()) as u64;
     block.progress += 1;
     Ok(())
 }

@@ -132,6 +132,17 @@ pub fn place_in_d(thread: usize, register: usize) -> (usize, usize) {
     (row, 8 * (register / 4) + 2 * (thread % 4) + register % 2)
 }
 
+/// The value of an e4m3 byte, by the formula of the format.
+pub fn e4m3(byte: u32) -> f64 {
+    let (exponent, fraction) = ((byte >> 3 & 15) as i32, (byte & 7) as f64 / 8.0);
+    let magnitude = match (exponent, byte & 7) {
+        (15, 7) => f64::NAN,
+        (0, _) => fraction * 2f64.powi(-6),
+        _ => (1.0 + fraction) * 2f64.powi(exponent - 7),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
 /// The generator splitmix64 (Steele, Lea and Flood 2014).
 pub struct Random(pub u64);
 

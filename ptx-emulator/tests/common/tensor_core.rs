@@ -37,13 +37,8 @@ impl Format {
         }
     }
 
-    /// Whether the emulator multiplies this format.
-    pub fn emulated(self) -> bool {
-        self != Format::E4m3
-    }
-
     /// How many elements of k one instruction takes.
-    fn k(self) -> usize {
+    pub fn k(self) -> usize {
         if self == Format::E4m3 { 32 } else { 16 }
     }
 
@@ -54,7 +49,7 @@ impl Format {
     }
 
     /// The smallest normal exponent, the largest exponent, and the bits of the fraction.
-    fn range(self) -> (i32, i32, i32) {
+    pub fn range(self) -> (i32, i32, i32) {
         match self {
             Format::Bf16 => (-126, 127, 7),
             Format::F16 => (-14, 15, 10),

@@ -25,15 +25,21 @@ impl Decoder<'_> {
 
     fn wgmma_product(&mut self, s: &Statement, m: &mut Mods) -> Decode<Product> {
         let shape = m.first();
-        let n = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16")).and_then(|n| n.parse().ok());
-        let Some(n) = n.filter(|n: &usize| (8..=256).contains(n) && n.is_multiple_of(8)) else {
-            return Err(format!("shape `{shape}` is unknown: m64nNk16 with N a multiple of 8 up to 256"));
-        };
         let types: Vec<&str> = std::mem::take(&mut m.parts);
         let element = match types[..] {
             ["f32", "bf16", "bf16"] => ElementType::Bf16,
             ["f32", "f16", "f16"] => ElementType::F16,
-            _ => return Err(format!("types `{}` are unknown: f32.bf16.bf16 or f32.f16.f16", types.join("."))),
+            ["f32", "e4m3", "e4m3"] => ElementType::E4m3,
+            _ => {
+                let known = "f32.bf16.bf16, f32.f16.f16 or f32.e4m3.e4m3";
+                return Err(format!("types `{}` are unknown: {known}", types.join(".")));
+            }
+        };
+        let n = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix(&format!("k{}", element.k())));
+        let n = n.and_then(|n| n.parse().ok());
+        let Some(n) = n.filter(|n: &usize| (8..=256).contains(n) && n.is_multiple_of(8)) else {
+            let known = format!("m64nNk{} with N a multiple of 8 up to 256", element.k());
+            return Err(format!("shape `{shape}` is unknown: {known}"));
         };
         let registers = |decoder: &Self, operand: &Operand, count: usize| -> Decode<Vec<R>> {
             let elements = Self::elements(operand);
@@ -55,7 +61,12 @@ impl Decoder<'_> {
         let scale = self.operand(s, 3)?.clone();
         let scale_d = self.predicate(&scale)?;
         let in_registers = matches!(a, OperandA::Registers(_));
-        let expected = if in_registers { 7 } else { 8 };
+        // Matrices of 8 bits are always K-major, so their products have no operands for that.
+        let expected = match (element, in_registers) {
+            (ElementType::E4m3, _) => 6,
+            (_, true) => 7,
+            (_, false) => 8,
+        };
         if s.operands.len() != expected {
             return Err(format!("{} operands instead of {expected}", s.operands.len()));
         }
@@ -70,7 +81,11 @@ impl Decoder<'_> {
             other => Err(format!("operand {} is {other}: it must be 0 or 1", i + 1)),
         };
         let (negate_a, negate_b) = (sign(4)?, sign(5)?);
-        let (transpose_a, transpose_b) = if in_registers { (false, flag(6)?) } else { (flag(6)?, flag(7)?) };
+        let (transpose_a, transpose_b) = match expected {
+            6 => (false, false),
+            7 => (false, flag(6)?),
+            _ => (flag(6)?, flag(7)?),
+        };
         Ok(Product { element, n, d, a, b, scale_d, negate_a, negate_b, transpose_a, transpose_b })
     }
 }

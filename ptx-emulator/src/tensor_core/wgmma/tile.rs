@@ -6,11 +6,11 @@ use crate::isa::SHARED_BASE;
 use crate::race::{Access, By, check_proxy_read};
 use crate::shared::Shared;
 use crate::tensor_core::fragment::even_before_odd;
-use crate::tensor_core::sums::{Columns, K, Rows};
+use crate::tensor_core::sums::{Columns, Rows};
 use std::collections::HashMap;
 use std::rc::Rc;
 
-/// A matrix in shared memory: `rows` of M or N, by 16 of k, in chunks of 16 bytes.
+/// A matrix in shared memory: `rows` of M or N, by 32 bytes of k, in chunks of 16 bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
     start: usize,
@@ -18,7 +18,7 @@ pub(super) struct Tile {
     stride: usize,
     /// Bytes of a swizzled row: 16 (no swizzle), 32, 64 or 128.
     pitch: usize,
-    /// Whether M or N is contiguous, in place of K.
+    /// Whether M or N is contiguous, in place of K. Elements then have 16 bits.
     transpose: bool,
     rows: usize,
 }
@@ -98,7 +98,7 @@ impl Tile {
 
     /// How many `i` and `j` there are.
     fn extent(&self) -> (usize, usize) {
-        if self.transpose { (K, self.rows / 8) } else { (self.rows, 2) }
+        if self.transpose { (16, self.rows / 8) } else { (self.rows, 2) }
     }
 
     /// The offset of each chunk in shared memory, with its `i` and `j`.
@@ -124,11 +124,18 @@ impl Tile {
         Ok(Range { low: low - SHARED_BASE as usize, high: high - SHARED_BASE as usize })
     }
 
-    /// The values of all chunks of 8 elements, each with its `i` and `j`.
-    fn values(&self, shared: &Shared, element: ElementType, mut see: impl FnMut(usize, usize, [f32; 8])) {
+    /// All values, each with its row and its k.
+    #[inline(always)]
+    fn values(&self, shared: &Shared, element: ElementType, mut see: impl FnMut(usize, usize, f32)) {
+        let count = element.per_register();
         for (i, j, at) in self.chunks() {
-            let chunk = shared.chunk(at);
-            see(i, j, std::array::from_fn(|n| element.value(chunk[n / 2] >> (16 * (n % 2)))));
+            for (register, bits) in shared.chunk(at).into_iter().enumerate() {
+                for n in 0..count {
+                    let along = count * (4 * j + register) + n;
+                    let (row, k) = if self.transpose { (along, i) } else { (i, along) };
+                    see(row, k, element.value(bits, n));
+                }
+            }
         }
     }
 }
@@ -179,7 +186,7 @@ pub(crate) struct Tiles {
 const KEPT: usize = 256;
 
 impl Tiles {
-    /// The columns of B, in groups of eight, and where they lie.
+    /// Every k of the columns of B, one group of eight after the other, and where they lie.
     pub(super) fn columns_of_b(
         &mut self,
         shared: &Shared,
@@ -189,18 +196,16 @@ impl Tiles {
     ) -> Step<(Tile, Rc<Decoded<Columns>>)> {
         let key = Key { descriptor, rows: op.n, transpose: op.transpose_b, element: op.element };
         look_up(shared, &mut self.b, key, "B", by, |tile| {
-            let mut values = vec![Columns::ZERO; tile.rows / 8];
-            tile.values(shared, key.element, |i, j, chunk| {
-                for (n, value) in chunk.into_iter().enumerate() {
-                    let (column, k) = if tile.transpose { (8 * j + n, i) } else { (i, 8 * j + n) };
-                    values[column / 8].set(k, even_before_odd(column % 8), value, key.element);
-                }
+            let count = key.element.k();
+            let mut values = vec![Columns::ZERO; tile.rows / 8 * count];
+            tile.values(shared, key.element, |column, k, value| {
+                values[column / 8 * count + k].set(even_before_odd(column % 8), value, key.element);
             });
             values
         })
     }
 
-    /// The rows of A, in groups of sixteen, and where they lie.
+    /// Every k of the rows of A, one group of sixteen after the other, and where they lie.
     pub(super) fn rows_of_a(
         &mut self,
         shared: &Shared,
@@ -210,12 +215,10 @@ impl Tiles {
     ) -> Step<(Tile, Rc<Decoded<Rows>>)> {
         let key = Key { descriptor, rows: M, transpose: op.transpose_a, element: op.element };
         look_up(shared, &mut self.a, key, "A", by, |tile| {
-            let mut values = vec![Rows::ZERO; tile.rows / 16];
-            tile.values(shared, key.element, |i, j, chunk| {
-                for (n, value) in chunk.into_iter().enumerate() {
-                    let (row, k) = if tile.transpose { (8 * j + n, i) } else { (i, 8 * j + n) };
-                    values[row / 16].set(row % 16, k, value, key.element);
-                }
+            let count = key.element.k();
+            let mut values = vec![Rows::ZERO; tile.rows / 16 * count];
+            tile.values(shared, key.element, |row, k, value| {
+                values[row / 16 * count + k].set(row % 16, value, key.element);
             });
             values
         })
