@@ -1,5 +1,6 @@
 //! What the warps of a block share: its memory, its barriers, copies in flight and free registers.
 
+use crate::banks::SharedAccesses;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::global::Global;
 use crate::isa::Kernel;
@@ -26,8 +27,28 @@ pub(crate) struct Counters {
     /// Bytes that ordinary loads read, and that ordinary stores wrote.
     pub loaded: u64,
     pub stored: u64,
+    /// By statement: how the banks of shared memory served it.
+    pub shared: Vec<SharedAccesses>,
     /// How many multiply-adds `wgmma` and `mma.sync` did.
     pub products: u64,
+}
+
+impl Counters {
+    pub fn new(kernel: &Kernel) -> Counters {
+        let shared = vec![SharedAccesses::default(); kernel.lines.len()];
+        Counters { operations: vec![0; kernel.code.len()], shared, ..Counters::default() }
+    }
+
+    /// Adds what another block counted.
+    pub fn add(&mut self, other: &Counters) {
+        self.operations.iter_mut().zip(&other.operations).for_each(|(sum, count)| *sum += count);
+        self.shared.iter_mut().zip(&other.shared).for_each(|(sum, count)| sum.add(count));
+        self.bulk_in += other.bulk_in;
+        self.bulk_out += other.bulk_out;
+        self.loaded += other.loaded;
+        self.stored += other.stored;
+        self.products += other.products;
+    }
 }
 
 /// The state of a running block, without that of its warps.
@@ -94,7 +115,7 @@ impl<'a> Block<'a> {
             progress: 0,
             clock: 0,
             threads,
-            counters: Counters { operations: vec![0; kernel.code.len()], ..Counters::default() },
+            counters: Counters::new(kernel),
             hint: 0,
         }
     }

@@ -124,12 +124,14 @@
 //! | `tensor_core` | matrix products: one module for each family of instructions |
 //! | `alu`, `float` | compute: a table of operations, and number formats |
 //! | `global`, `shared` | hold memory |
+//! | `banks` | counts conflicts of shared memory's banks |
 //! | `race` | knows which accesses are ordered |
 //! | `fault` | says what went wrong |
 
 #![warn(missing_docs)]
 
 mod alu;
+mod banks;
 mod block;
 mod decode;
 mod fault;
@@ -144,6 +146,7 @@ mod shared;
 mod tensor_core;
 mod warp;
 
+pub use banks::SharedAccesses;
 pub use fault::{Error, Fault, FaultKind};
 pub use global::{Memory, MemoryError};
 pub use module::{Module, Stats};

@@ -1,7 +1,8 @@
 //! A module: how it is loaded, what is checked before a launch, and what a launch returns.
 
+use crate::banks::SharedAccesses;
 use crate::decode::{self, Target};
-use crate::fault::{Error, Fault, FaultKind};
+use crate::fault::{Error, Fault, FaultKind, shorten};
 use crate::global::{Global, Memory, ModuleData};
 use crate::isa::{Kernel, MAX_SHARED, SHARED_BASE};
 use crate::parse::{self, Init, Variable, VariableSpace};
@@ -31,6 +32,10 @@ pub struct Stats {
     pub loaded_bytes: u64,
     /// Bytes that ordinary stores of the lanes wrote, to any space.
     pub stored_bytes: u64,
+    /// How the banks of shared memory served loads, stores, `ldmatrix`, `stmatrix` and the writes
+    /// of `cp.async`: by the line of the PTX text, and the instruction there. Atomics, `wgmma` and
+    /// bulk copies are not counted.
+    pub shared_accesses: BTreeMap<(u32, String), SharedAccesses>,
     /// How many multiply-adds `wgmma` and `mma.sync` did.
     pub multiply_adds: u64,
 }
@@ -51,6 +56,23 @@ impl Stats {
         self.instructions.iter().filter(|(opcode, _)| matches(opcode)).map(|(_, count)| count).sum()
     }
 
+    /// How many wavefronts there were because of bank conflicts, and a line for each instruction
+    /// that had some.
+    #[must_use]
+    pub fn bank_conflicts(&self) -> (u64, String) {
+        let (mut total, mut text) = (0, String::new());
+        for ((line, instruction), found) in self.shared_accesses.iter().filter(|(_, found)| found.conflicts > 0) {
+            total += found.conflicts;
+            text += &format!(
+                "line {line}: `{}`: {} conflicts in {} accesses\n",
+                shorten(instruction),
+                found.conflicts,
+                found.accesses
+            );
+        }
+        (total, text)
+    }
+
     /// Adds the numbers of another launch.
     pub fn add(&mut self, other: &Stats) {
         for (opcode, count) in &other.instructions {
@@ -61,6 +83,9 @@ impl Stats {
         self.loaded_bytes += other.loaded_bytes;
         self.stored_bytes += other.stored_bytes;
         self.multiply_adds += other.multiply_adds;
+        for (place, accesses) in &other.shared_accesses {
+            self.shared_accesses.entry(place.clone()).or_default().add(accesses);
+        }
     }
 }
 
@@ -141,6 +166,11 @@ impl Module {
             multiply_adds: counters.products,
             ..Stats::default()
         };
+        for (line, accesses) in kernel.lines.iter().zip(counters.shared) {
+            if accesses.accesses > 0 {
+                stats.shared_accesses.entry((line.line, line.text.clone())).or_default().add(&accesses);
+            }
+        }
         for (inst, count) in kernel.code.iter().zip(counters.operations) {
             if inst.first && count > 0 {
                 *stats.instructions.entry(kernel.lines[inst.statement as usize].opcode.clone()).or_default() += count;

@@ -208,7 +208,7 @@ impl Job<'_> {
         let next = AtomicU64::new(0);
         let first_fault: Mutex<Option<(u64, Fault)>> = Mutex::new(None);
         let stop_at = AtomicU64::new(blocks);
-        let total = Mutex::new(Counters { operations: vec![0; self.kernel.code.len()], ..Counters::default() });
+        let total = Mutex::new(Counters::new(self.kernel));
         let work = || {
             let mut runner = Runner::new(self);
             loop {
@@ -226,14 +226,7 @@ impl Job<'_> {
                     }
                 }
             }
-            let counters = &runner.block.counters;
-            let mut total = total.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            total.operations.iter_mut().zip(&counters.operations).for_each(|(sum, count)| *sum += count);
-            total.bulk_in += counters.bulk_in;
-            total.bulk_out += counters.bulk_out;
-            total.loaded += counters.loaded;
-            total.stored += counters.stored;
-            total.products += counters.products;
+            total.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).add(&runner.block.counters);
         };
         let workers = (rayon::current_num_threads() as u64).min(blocks);
         if workers <= 1 {

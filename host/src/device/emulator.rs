@@ -1,10 +1,11 @@
 //! The PTX emulator as a device.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use ptx_emulator::{LaunchConfig, Memory, Module, Options};
+use ptx_emulator::{LaunchConfig, Memory, Module, Options, Stats};
 
 use super::{Buffer, Device, no_room};
 use crate::error::{Error, Result};
@@ -21,6 +22,8 @@ pub struct Emulator {
     /// The seed of the next launch. Each launch runs the warps of its blocks in an order of its
     /// own, and a fault tells its seed.
     seed: AtomicU64,
+    /// What the launches of each entry did.
+    statistics: Mutex<BTreeMap<String, Stats>>,
 }
 
 impl Emulator {
@@ -35,7 +38,7 @@ impl Emulator {
     }
 
     fn with(memory: Memory) -> Emulator {
-        Emulator { memory: RwLock::new(memory), seed: AtomicU64::new(1) }
+        Emulator { memory: RwLock::new(memory), seed: AtomicU64::new(1), statistics: Mutex::default() }
     }
 
     /// The memory. A lock whose holder panicked still guards plain bytes, so its poison is ignored.
@@ -60,6 +63,14 @@ impl Emulator {
             Some(available) if bytes > available => Err(no_room(bytes, Some(available))),
             _ => Ok(()),
         }
+    }
+
+    /// What all launches so far did, by entry: instructions, bytes, conflicts of shared memory's
+    /// banks.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn statistics(&self) -> BTreeMap<String, Stats> {
+        self.statistics.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn allocate(&self, bytes: u64) -> Result<u64> {
@@ -109,9 +120,12 @@ impl Emulator {
         let config =
             LaunchConfig { grid: launch.grid, block: [launch.threads, 1, 1], shared_bytes: launch.shared_bytes };
         let options = Options { seed: self.seed.fetch_add(1, Ordering::Relaxed), ..Default::default() };
-        module
-            .launch_with(&self.memory(), launch.kernel.entry(), config, launch.params.as_bytes(), options)
+        let entry = launch.kernel.entry();
+        let stats = module
+            .launch_with(&self.memory(), entry, config, launch.params.as_bytes(), options)
             .map_err(emulator_error)?;
+        let mut statistics = self.statistics.lock().unwrap_or_else(PoisonError::into_inner);
+        statistics.entry(entry.to_string()).or_default().add(&stats);
         Ok(())
     }
 }

@@ -69,13 +69,15 @@ impl Warp {
                 }
             }
         }
-        for (lane, row) in rows.iter_mut().enumerate().take(8 * matrix.registers.len()) {
+        let (count, mut offsets) = (8 * matrix.registers.len(), [0; 32]);
+        for (lane, row) in rows.iter_mut().enumerate().take(count) {
             let (space, address) = self.resolve(matrix.space, &matrix.address, lane);
             if space != Space::Shared {
                 let what = format!("a matrix row at {address:#x}, which is not in shared memory");
                 return Err(Trouble::lane(FaultKind::OutOfBounds, lane, what));
             }
             let offset = block.shared.offset(address, 16, 16, lane)?;
+            offsets[lane] = offset as u32;
             let by = By { warp: self.index, lane: Some(lane), statement };
             if matrix.store {
                 let words = [row[0], row[1], row[2], row[3], 0, 0, 0, 0];
@@ -85,6 +87,7 @@ impl Warp {
                 *row = block.shared.chunk(offset);
             }
         }
+        block.counters.shared[statement as usize].count(&offsets, u32::MAX >> (32 - count), 16);
         if matrix.store {
             block.progress += 1;
             return Ok(());

@@ -40,9 +40,11 @@ impl Warp {
     }
 
     pub(super) fn async_copy(&mut self, block: &mut Block, copy: &AsyncCopy, statement: u32, active: u32) -> Step {
+        let mut offsets = [0; 32];
         for lane in lanes(active) {
             let (_, shared) = self.resolve(Space::Shared, &copy.shared, lane);
             let offset = block.shared.offset(shared, copy.bytes, copy.bytes, lane)?;
+            offsets[lane] = offset as u32;
             let global = self.address(&copy.global, lane);
             let source_bytes = copy.source_bytes.map_or(copy.bytes, |r| self.r32[r as usize][lane] as usize);
             if source_bytes > copy.bytes {
@@ -66,6 +68,7 @@ impl Warp {
             let by = By { warp: self.index, lane: Some(lane), statement };
             block.start_thread_copy(offset, copy.bytes, (global, source_bytes), by)?;
         }
+        block.counters.shared[statement as usize].count(&offsets, active, copy.bytes);
         Ok(())
     }
 }

@@ -68,6 +68,7 @@ impl Warp {
     #[inline(always)]
     pub(super) fn load(&mut self, block: &mut Block, access: &LoadStore, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
+        let (mut offsets, mut shared) = ([0; 32], 0);
         for lane in lanes(active) {
             let (space, address) = self.resolve(access.space, &access.address, lane);
             let mut words = [0u32; 8];
@@ -75,6 +76,7 @@ impl Warp {
             match space {
                 Space::Shared => {
                     let offset = block.shared.offset(address, bytes, bytes, lane)?;
+                    (offsets[lane], shared) = (offset as u32, shared | 1 << lane);
                     let by = By { warp: self.index, lane: Some(lane), statement };
                     if access.strong {
                         block.shared.before_strong(offset, bytes, by, active);
@@ -126,6 +128,7 @@ impl Warp {
                 }
             }
         }
+        block.counters.shared[statement as usize].count(&offsets, shared, bytes);
         block.counters.loaded += (bytes * active.count_ones() as usize) as u64;
         Ok(())
     }
@@ -154,6 +157,7 @@ impl Warp {
     #[inline(always)]
     pub(super) fn store(&mut self, block: &mut Block, access: &LoadStore, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
+        let (mut offsets, mut shared) = ([0; 32], 0);
         for lane in lanes(active) {
             let (space, address) = self.resolve(access.space, &access.address, lane);
             let mut words = [0u32; 8];
@@ -174,6 +178,9 @@ impl Warp {
                 }
             }
             let by = By { warp: self.index, lane: Some(lane), statement };
+            if space == Space::Shared {
+                (offsets[lane], shared) = (address.wrapping_sub(SHARED_BASE as u64) as u32, shared | 1 << lane);
+            }
             if access.strong && space == Space::Shared {
                 let offset = block.shared.offset(address, bytes, bytes, lane)?;
                 block.shared.before_strong(offset, bytes, by, active);
@@ -183,6 +190,7 @@ impl Warp {
                 self.store_words(block, space, address, bytes, &words, by)?;
             }
         }
+        block.counters.shared[statement as usize].count(&offsets, shared, bytes);
         block.counters.stored += (bytes * active.count_ones() as usize) as u64;
         block.progress += 1;
         Ok(())
