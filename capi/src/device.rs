@@ -109,8 +109,7 @@ pub unsafe extern "C" fn framestride_device_info(
         let arch = Arch::default();
         let ((capability_major, capability_minor), driver, family, is_emulator) = match &device {
             Device::Gpu(gpu) => {
-                let arch = Arch::of_capability(gpu.capability()).filter(|_| gpu.check().is_ok());
-                (gpu.capability(), gpu.driver_version() as u32, arch.map_or("", |arch| arch.name), 0)
+                (gpu.capability(), gpu.driver_version() as u32, gpu.arch().map_or("", |arch| arch.name), 0)
             }
             _ => (arch.capabilities[0], 0, arch.name, 1),
         };
@@ -139,7 +138,7 @@ pub extern "C" fn framestride_device_free(device: framestride_device) -> framest
 /// Checks whether a device runs the kernels.
 pub(crate) fn check(device: &Device) -> Result {
     match device {
-        Device::Gpu(gpu) => gpu.check().map_err(|error| Failure::new(FRAMESTRIDE_UNSUPPORTED, error)),
+        Device::Gpu(gpu) => gpu.arch().map(|_| ()).map_err(|error| Failure::new(FRAMESTRIDE_UNSUPPORTED, error)),
         _ => Ok(()),
     }
 }

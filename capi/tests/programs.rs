@@ -98,7 +98,7 @@ fn a_real_gpu() {
 
 /// The emulator, and a GPU if there is one that runs the kernels.
 fn devices() -> Vec<(&'static str, Device)> {
-    let gpu = Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu)).map(|gpu| ("gpu", gpu.into()));
+    let gpu = Gpu::primary(0).and_then(|gpu| gpu.arch().map(|_| gpu)).map(|gpu| ("gpu", gpu.into()));
     [("emulator", Device::emulator())].into_iter().chain(gpu).collect()
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use framestride::launch::Kernel;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::query_tiles;
@@ -159,8 +160,11 @@ pub fn run_layer(
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
         let rounded = head.rounded(&spec.layout, spec.dtype, inputs.query_scale());
-        let caught =
-            if not_finite.is_empty() { BTreeSet::new() } else { rows_that_may_catch(spec, &head, profile.head_type) };
+        let caught = if not_finite.is_empty() {
+            BTreeSet::new()
+        } else {
+            rows_that_may_catch(spec, module.arch(), &head, profile.head_type)
+        };
         let sums = rows
             .par_iter()
             .map(|&row| {
@@ -250,14 +254,14 @@ fn ratio(part: f64, whole: f64) -> f64 {
 
 /// Rows of the model's order that read a key tile with a value that is not finite, whether they see
 /// that value or not.
-fn rows_that_may_catch(spec: &Spec, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
+fn rows_that_may_catch(spec: &Spec, arch: Arch, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
     let mask = head.mask(head_type);
     let (queries, keys) = (mask.query_order(), mask.key_order());
     let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
     // The packed rows of invalid text are zero, whatever the tensor holds.
     let live = (head.valid.sum() + spec.layout.video_tokens()) as usize;
     let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
-    query_tiles(&spec.layout, head_type, spec.tiles(), head.valid.sum())
+    query_tiles(&spec.layout, head_type, spec.tiles(arch), head.valid.sum())
         .filter(|tile| {
             let has_sick = |first: u32, rows: u32| sick.range(first as usize..(first + rows) as usize).next().is_some();
             tile.key_tiles.iter().any(|tile| has_sick(tile.first_row, tile.rows))

@@ -1,6 +1,7 @@
 //! The f64 reference is compared with what can be worked out by hand. Inputs that are made for a
 //! purpose serve it.
 
+use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::{HeadType, ValidText};
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::{KeyTile, query_tiles};
@@ -266,7 +267,7 @@ fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [
 /// a later tile.
 #[test]
 fn sudden_scores_begin_plain_and_outgrow_it() {
-    let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles().key_rows;
+    let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles(Arch::default()).key_rows;
     for spec in tiny_specs().filter(long).chain([spec("demo")]) {
         let [least, most] = spec.dtype.tile_sums().map(f64::from);
         let mut inputs = Inputs::sudden(&spec, 1, spec.heads as usize, 6);
@@ -276,8 +277,10 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
         let (queries, keys) = (mask.query_order(), mask.key_order());
         let video = spec.layout.video_tokens() as usize;
         let mut outgrown = 0;
-        for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(), 0) {
-            for first in (tile.first_row as usize..video).step_by(64).take(spec.tiles().consumers() as usize) {
+        for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(Arch::default()), 0) {
+            for first in
+                (tile.first_row as usize..video).step_by(64).take(spec.tiles(Arch::default()).consumers() as usize)
+            {
                 let sums = |key_tile: &KeyTile| -> Vec<f64> {
                     let scores = |row: usize| head.scores(queries[row], inputs.query_scale());
                     (first..video.min(first + 64))
@@ -298,7 +301,7 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
 /// rows. Every combination occurs.
 #[test]
 fn lone_rows_are_alone() {
-    let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles().key_rows;
+    let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles(Arch::default()).key_rows;
     for spec in tiny_specs().filter(long).chain([spec("demo")]) {
         let [least, most] = spec.dtype.tile_sums().map(f64::from);
         let mut found = std::collections::BTreeSet::new();
@@ -310,7 +313,7 @@ fn lone_rows_are_alone() {
             let head = reference.head(0, head);
             let mask = head.mask(HeadType::Dense);
             let (queries, keys) = (mask.query_order(), mask.key_order());
-            for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(), 0) {
+            for tile in query_tiles(&spec.layout, HeadType::Dense, spec.tiles(Arch::default()), 0) {
                 for first in (tile.first_row..video.min(tile.first_row + tile.rows)).step_by(64) {
                     let mut group = Vec::new();
                     for row in first..video.min(first + 64) {
@@ -380,7 +383,7 @@ fn rising_scores_rise_and_fall() {
             let mask = head.mask(head_type);
             let (queries, keys) = (mask.query_order(), mask.key_order());
             let [mut risen, mut overflown, mut vanished, mut kept, mut rows] = [0.0; 5];
-            for tile in query_tiles(&spec.layout, head_type, spec.tiles(), spec.layout.text_tokens()) {
+            for tile in query_tiles(&spec.layout, head_type, spec.tiles(Arch::default()), spec.layout.text_tokens()) {
                 let last = (tile.first_row + tile.rows).min(spec.layout.sequence());
                 for row in (tile.first_row.max(spec.layout.text_tokens())..last).step_by(7) {
                     let row = queries[row as usize];

@@ -46,7 +46,7 @@ impl DeviceOptions {
     pub fn choose(&self) -> Result<(Device, Option<Error>)> {
         let gpu = || -> Result<Device> {
             let gpu = Gpu::primary(0)?;
-            gpu.check()?;
+            gpu.arch()?;
             Ok(gpu.into())
         };
         match self.device {

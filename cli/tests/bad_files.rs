@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use framestride::Kernels;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::spec::Spec;
 use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Tokens};
@@ -399,7 +400,7 @@ fn messages_stay_small_and_plain() {
     let folder = tempfile::tempdir().unwrap();
     let escapes = "\u{1b}]0;title\u{7}\u{9b}31m";
     let path = folder.path().join(format!("{escapes}.safetensors"));
-    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap()).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap(), Arch::default()).unwrap();
     let long = "x".repeat(14 << 20);
     let mut errors = Vec::new();
     for name in [long.as_str(), escapes] {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use framestride::Kernels;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::spec::Spec;
 use framestride_check::layer_run;
 use framestride_check::tensors::{Inputs, Tokens};
@@ -74,7 +75,7 @@ fn verify() {
 #[test]
 fn verify_finds_wrong_kernels() {
     let folder = tempfile::tempdir().unwrap();
-    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap()).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap(), Arch::default()).unwrap();
     // The position of the body of an entry.
     let entry = |name: &str| kernels.ptx().find(&format!(".entry {name}(")).unwrap();
     let changes = [
@@ -409,7 +410,10 @@ fn drivers() {
     let (code, _, error) = run("12080", "90", &["run", "tiny_plain", "--device", "gpu"]);
     assert!(code == 2 && error.contains("device memory"), "{code}: {error}");
     assert!(
-        Kernels::for_spec(&Spec::shipped("tiny_plain").unwrap()).unwrap().ptx().contains("\n.version 8.3\n"),
+        Kernels::for_spec(&Spec::shipped("tiny_plain").unwrap(), Arch::default())
+            .unwrap()
+            .ptx()
+            .contains("\n.version 8.3\n"),
         "12.3 is the first for PTX 8.3"
     );
 }

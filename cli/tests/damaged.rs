@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use framestride::Kernels;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::spec::Spec;
 use framestride_cli::tensor_files::{load_frames, load_inputs};
 use framestride_cli::video;
@@ -135,7 +136,7 @@ fn specs() {
 
 #[test]
 fn manifests() {
-    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap()).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped("tiny_text_last").unwrap(), Arch::default()).unwrap();
     let json = kernels.manifest().to_json();
     survive(json.as_bytes(), json.len(), |bytes| {
         let text = String::from_utf8_lossy(bytes);

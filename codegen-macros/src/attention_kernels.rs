@@ -6,7 +6,7 @@
 //! forms have the same keys, defaults and checks. An error of a line is reported at the tokens that
 //! it came from.
 
-use framestride_shapes::arch::{Arch, Products};
+use framestride_shapes::arch::Products;
 use framestride_shapes::blocks::{
     PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS, Tiles,
 };
@@ -77,7 +77,7 @@ impl Target {
     /// The fields of `Numbers`, and how the model writes each.
     fn numbers(&self, krate: &TokenStream) -> Vec<(Ident, TokenStream)> {
         let numbers = match self {
-            Target::Spec(spec) => Numbers::of(spec),
+            Target::Spec(spec) => Numbers::of(spec, crate::arch()),
             // Only the types of its fields are looked at.
             Target::Template(_) => Numbers::default(),
         };
@@ -272,8 +272,8 @@ fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
 
 /// Writes the model and the entries. `krate` is the path of `framestride_kernels`.
 fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
-    let image = target.image();
-    let (head_dim, tiles) = (image.head_dim, Tiles::for_head_dim(image.head_dim));
+    let (arch, image) = (crate::arch(), target.image());
+    let (head_dim, tiles) = (image.head_dim, Tiles::new(arch, image.head_dim));
     let (query_rows, key_rows, stages) = (tiles.query_rows, tiles.key_rows, tiles.stages);
     let element = match image.dtype {
         Dtype::Bf16 => quote!(Bf16),
@@ -281,11 +281,11 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     };
     let (names, values): (Vec<_>, Vec<_>) = target.numbers(krate).into_iter().unzip();
     // Bodies are named for the first family that they were written for.
-    let family = match Arch::default().products {
+    let family = match arch.products {
         Products::Wgmma => quote!(sm90),
     };
     let pack = match target {
-        Target::Spec(spec) => PackBlock::new(spec.heads, image),
+        Target::Spec(spec) => PackBlock::new(arch, spec.heads, image),
         Target::Template(_) => PackBlock::LARGEST,
     };
     let (pack_threads, pack_blocks, pack_shared) =

@@ -5,7 +5,6 @@
 //! out of the LLVM IR, writes the launch bounds that rustc cannot express, and copies it to the
 //! manifest. So entry and manifest cannot disagree.
 
-use framestride_shapes::arch::Arch;
 use proc_macro2::{Literal, TokenStream};
 use quote::{ToTokens, format_ident, quote};
 use syn::spanned::Spanned;
@@ -37,7 +36,7 @@ fn parse_bounds(arguments: TokenStream) -> Result<Bounds> {
         };
         let value: LitInt = meta.value()?.parse()?;
         let (name, number) = (meta.path.to_token_stream(), value.base10_parse::<u32>()?);
-        let arch = Arch::default();
+        let arch = crate::arch();
         let allowed = match name.to_string().as_str() {
             "threads" => 1..=arch.block_threads,
             "min_blocks" => 1..=arch.blocks,

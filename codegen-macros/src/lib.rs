@@ -16,6 +16,7 @@ mod attention_kernels;
 mod kernel;
 mod tile_products;
 
+use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
 use proc_macro::TokenStream;
 use quote::ToTokens;
 use syn::parse::ParseStream;
@@ -25,6 +26,11 @@ fn kernels_crate(input: ParseStream) -> syn::Result<proc_macro2::TokenStream> {
     let path = input.call(syn::Path::parse_mod_style)?;
     input.parse::<syn::Token![;]>()?;
     Ok(path.into_token_stream())
+}
+
+/// The family of GPUs that the crate is compiled for.
+fn arch() -> Arch {
+    std::env::var(ARCH_VARIABLE).ok().and_then(|name| Arch::named(&name)).unwrap_or_default()
 }
 
 /// Makes a function the entry of a kernel.

@@ -85,37 +85,18 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns } =
         syn::parse2(input)?;
-    let (scores, weights, output) =
-        (format_ident!("{name}Scores"), format_ident!("{name}Weights"), format_ident!("{name}Output"));
-    let scores_fragment = fragment(&kernels, &visibility, &scores, key_rows / 2);
-    let output_fragment = fragment(&kernels, &visibility, &output, columns / 2);
-    let weight_fields = fields("a", key_rows / 4);
-    let (even, odd): (Vec<Ident>, Vec<Ident>) =
-        fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
-    // A register of the A operand holds two values of one row.
-    let row = (0..key_rows / 4).map(|index| row_of(2 * index));
+    let [scores, weights, output] = types(&name);
+    let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
     let image = Image { head_dim, dtype };
     let start_scores = start_scores(image, key_rows);
     let start_output = start_output(image, key_rows, columns);
+    let wait_scores = wait(quote!(PENDING), &[("scores", fields("r", key_rows / 2))]);
     let none = quote!(0);
-    let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", weight_fields.clone())]);
+    let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", fields("a", key_rows / 4))]);
     Ok(quote! {
-        #scores_fragment
-        #output_fragment
-
-        /// Weights of one thread, packed in pairs: the A operand of the second product.
-        #[derive(Clone, Copy)]
-        #visibility struct #weights { #(#weight_fields: u32,)* }
-
-        /// Products on one key tile.
-        #visibility struct #name;
+        #products
 
         impl #kernels::cuda::mma::TileProducts for #name {
-            type Element = #kernels::element::#element;
-            type Scores = #scores;
-            type Weights = #weights;
-            type Output = #output;
-
             #[inline(always)]
             unsafe fn start_scores(
                 scores: &mut #scores,
@@ -123,6 +104,11 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
                 k: #kernels::cuda::mma::Descriptor,
             ) {
                 #start_scores
+            }
+
+            #[inline(always)]
+            unsafe fn wait_scores<const PENDING: u32>(scores: &mut #scores) {
+                #wait_scores
             }
 
             #[inline(always)]
@@ -134,6 +120,43 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             unsafe fn wait_output(output: &mut #output, weights: &mut #weights) {
                 #wait_output
             }
+        }
+    })
+}
+
+/// The type of the products, the registers that they work on, and its `Products`.
+pub fn products(
+    kernels: &TokenStream,
+    visibility: &Visibility,
+    name: &Ident,
+    element: &Ident,
+    key_rows: u32,
+    columns: u32,
+) -> TokenStream {
+    let [scores, weights, output] = types(name);
+    let scores_fragment = fragment(kernels, visibility, &scores, key_rows / 2);
+    let output_fragment = fragment(kernels, visibility, &output, columns / 2);
+    let weight_fields = fields("a", key_rows / 4);
+    let (even, odd): (Vec<Ident>, Vec<Ident>) =
+        fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
+    // A register of the A operand holds two values of one row.
+    let row = (0..key_rows / 4).map(|index| row_of(2 * index));
+    quote! {
+        #scores_fragment
+        #output_fragment
+
+        /// Weights of one thread, packed in pairs: the A operand of the second product.
+        #[derive(Clone, Copy)]
+        #visibility struct #weights { #(#weight_fields: u32,)* }
+
+        /// Products on one key tile.
+        #visibility struct #name;
+
+        impl #kernels::cuda::mma::Products for #name {
+            type Element = #kernels::element::#element;
+            type Scores = #scores;
+            type Weights = #weights;
+            type Output = #output;
 
             #[inline(always)]
             fn weights(scores: &#scores) -> #weights {
@@ -146,11 +169,16 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
                 #weights { #(#weight_fields: weights.#weight_fields & rows[#row],)* }
             }
         }
-    })
+    }
+}
+
+/// Names of the registers of products: scores, weights, output.
+pub fn types(name: &Ident) -> [Ident; 3] {
+    ["Scores", "Weights", "Output"].map(|part| format_ident!("{name}{part}"))
 }
 
 /// Names of fields, one for each register.
-fn fields(prefix: &str, count: u32) -> Vec<Ident> {
+pub fn fields(prefix: &str, count: u32) -> Vec<Ident> {
     (0..count).map(|index| Ident::new(&format!("{prefix}{index}"), Span::call_site())).collect()
 }
 
@@ -160,7 +188,6 @@ fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count:
     let index = 0..count;
     let group = 0..count / 4;
     let grouped = registers.chunks(4).map(|group| quote! { [#(&mut self.#group),*] });
-    let wait = wait(quote!(PENDING), &[("self", registers.clone())]);
     quote! {
         /// Registers of one thread in an accumulator.
         #[derive(Clone, Copy)]
@@ -180,11 +207,6 @@ fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count:
             #[inline(always)]
             fn for_each_group(&mut self, mut f: impl FnMut(u32, [&mut f32; 4])) {
                 #(f(#group, #grouped);)*
-            }
-
-            #[inline(always)]
-            unsafe fn wait<const PENDING: u32>(&mut self) {
-                #wait
             }
         }
     }

@@ -6,7 +6,7 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::TileProducts;
+use crate::cuda::mma::{Products, TileProducts};
 use crate::element::Element;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles};
 use framestride_shapes::image::{ATOM_ROWS, Image};
@@ -27,10 +27,10 @@ pub trait Model {
     /// bf16 or f16.
     type Element: Element;
     /// Products of the attention kernel, on key tiles of `TILES.key_rows`.
-    type Attention: TileProducts<Element = Self::Element>;
+    type Attention: Products<Element = Self::Element>;
     /// Products of the profile kernel, on key tiles of
     /// [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS).
-    type Profile: TileProducts<Element = Self::Element>;
+    type Profile: Products<Element = Self::Element>;
 
     /// The rows of packed Q, K and V.
     const IMAGE: Image = Image { head_dim: Self::HEAD_DIM, dtype: Self::Element::DTYPE };
@@ -62,6 +62,11 @@ pub trait Model {
         Self::numbers().partials(Self::HEAD_DIM, splits)
     }
 }
+
+/// A model whose products are those of Hopper.
+pub trait Hopper: Model<Attention: TileProducts, Profile: TileProducts> {}
+
+impl<M: Model<Attention: TileProducts, Profile: TileProducts>> Hopper for M {}
 
 /// Valid text tokens of a batch item, given the addresses of those before the video and of those
 /// after it. They are at most the text there is, whatever memory says.

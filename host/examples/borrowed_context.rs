@@ -16,7 +16,7 @@ use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Strea
 
 fn main() -> Result<(), Box<dyn Error>> {
     // cudarc panics where there is no driver, so this library is asked first.
-    if let Err(reason) = Gpu::primary(0).and_then(|gpu| gpu.check()) {
+    if let Err(reason) = Gpu::primary(0).and_then(|gpu| gpu.arch()) {
         println!("nothing to borrow: {reason}");
         return Ok(());
     }

@@ -13,7 +13,7 @@ use framestride::shapes::params::Tensor;
 use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Spec, Workspace};
 
 fn main() -> Result<()> {
-    let gpu = match Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu)) {
+    let gpu = match Gpu::primary(0).and_then(|gpu| gpu.arch().map(|_| gpu)) {
         Ok(gpu) => Arc::new(gpu),
         Err(reason) => {
             println!("no graph is captured: {reason}");

@@ -9,7 +9,7 @@ use framestride::shapes::params::Tensor;
 use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Spec, Stream, Workspace};
 
 fn main() -> Result<()> {
-    let gpu = Gpu::primary(0).and_then(|gpu| gpu.check().map(|()| gpu));
+    let gpu = Gpu::primary(0).and_then(|gpu| gpu.arch().map(|_| gpu));
     let device = gpu.map_or_else(
         |reason| {
             println!("on the emulator, since there is {reason}");

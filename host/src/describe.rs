@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
@@ -58,7 +59,7 @@ impl Description<'_> {
     pub fn new<'a>(spec: &'a Spec, gpu: Option<&str>) -> Result<Description<'a>> {
         let (rates, unknown_gpu) = rates(gpu)?;
         let masks = HeadType::ALL.map(|head_type| {
-            let tiles = spec.tile_counts(head_type);
+            let tiles = spec.tile_counts(Arch::default(), head_type);
             MaskDescription {
                 head_type,
                 half_width: spec.layout.half_width(head_type),
@@ -78,7 +79,7 @@ impl Description<'_> {
 
 impl fmt::Display for Description<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (spec, layout, tiles) = (self.spec, &self.spec.layout, self.spec.tiles());
+        let (spec, layout, tiles) = (self.spec, &self.spec.layout, self.spec.tiles(Arch::default()));
         writeln!(
             f,
             "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}",

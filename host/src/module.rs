@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use framestride_shapes::arch::Arch;
+use framestride_shapes::arch::{Arch, UnknownArch};
 use framestride_shapes::manifest::{KernelResources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
@@ -19,23 +19,24 @@ pub struct Kernels {
     ptx: String,
     manifest: Manifest,
     spec: Spec,
+    arch: Arch,
     /// What each kernel needs to be launched, indexed by [`Kernel`].
     resources: [KernelResources; Kernel::ALL.len()],
 }
 
 impl Kernels {
-    /// The kernels of any spec: a template of this library with the numbers of the spec. It takes
-    /// milliseconds, and needs no compiler.
+    /// The kernels of any spec for a family of GPUs: a template of this library with the numbers of
+    /// the spec. It takes milliseconds, and needs no compiler.
     ///
     /// # Errors
     /// An [`Error::Spec`] when the fields of the spec were changed after it was read.
     #[cfg(feature = "templates")]
-    pub fn for_spec(spec: &Spec) -> Result<Kernels> {
+    pub fn for_spec(spec: &Spec, arch: Arch) -> Result<Kernels> {
         // What follows counts on a spec that was checked, as its text is when it is read.
         spec.check_unchanged()?;
-        let (ptx, manifest) = crate::template::fill(spec)?;
-        let resources = resources(&manifest.name, &manifest)?;
-        Ok(Kernels { ptx, manifest, spec: spec.clone(), resources })
+        let (ptx, manifest) = crate::template::fill(spec, arch)?;
+        let (_, resources) = resources(&manifest.name, &manifest)?;
+        Ok(Kernels { ptx, manifest, spec: spec.clone(), arch, resources })
     }
 
     /// Reads `NAME.ptx`, and the manifest `NAME.json` beside it.
@@ -54,14 +55,14 @@ impl Kernels {
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
         let manifest = Manifest::parse(file, manifest)?;
         check(file, ptx, &manifest)?;
-        let resources = resources(file, &manifest)?;
+        let (arch, resources) = resources(file, &manifest)?;
         if manifest.spec.is_none() {
             let (found, allowed) = ("none: these kernels are a template", "kernels with the numbers of a spec");
             let mend = "Write them with `framestride build SPEC --template`";
             return Err(Error::input(format!("{file}, spec"), found, allowed, mend));
         }
         let spec = manifest.spec()?;
-        Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, resources })
+        Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, arch, resources })
     }
 
     /// The PTX text.
@@ -80,6 +81,12 @@ impl Kernels {
     #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
+    }
+
+    /// The family of GPUs that the kernels were made for.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        self.arch
     }
 }
 
@@ -109,11 +116,13 @@ fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-/// What each kernel needs to be launched. Checks that this library can launch it.
-fn resources(file: &str, manifest: &Manifest) -> Result<[KernelResources; Kernel::ALL.len()]> {
-    if let Err(error) = manifest.arch.parse::<Arch>() {
-        return Err(Error::input(format!("{file}, arch"), &error.found, Arch::names(), AGAIN));
-    }
+/// The family that kernels were made for, and what each needs to be launched. Checks that this
+/// library can launch it.
+fn resources(file: &str, manifest: &Manifest) -> Result<(Arch, [KernelResources; Kernel::ALL.len()])> {
+    let arch = manifest
+        .arch
+        .parse()
+        .map_err(|error: UnknownArch| Error::input(format!("{file}, arch"), &error.found, Arch::names(), AGAIN))?;
     let resources = Kernel::ALL.map(|kernel| {
         let subject = format!("{file}, kernel {}", kernel.entry());
         let Some(found) = manifest.kernel(kernel.entry()) else {
@@ -126,13 +135,14 @@ fn resources(file: &str, manifest: &Manifest) -> Result<[KernelResources; Kernel
         Ok(found.clone())
     });
     let [pack, profile, select, attention] = resources;
-    Ok([pack?, profile?, select?, attention?])
+    Ok((arch, [pack?, profile?, select?, attention?]))
 }
 
 /// The kernels of one spec on one device.
 pub struct Module {
     device: Device,
     spec: Spec,
+    arch: Arch,
     manifest: Manifest,
     loaded: Loaded,
     loading: Loading,
@@ -161,15 +171,15 @@ impl Loading {
 }
 
 impl Module {
-    /// Loads the kernels of any spec on a device ([`Kernels::for_spec`]). It needs the feature
-    /// `templates`.
+    /// Loads the kernels of any spec on a device ([`Kernels::for_spec`]), of the family that suits
+    /// it best ([`Device::arch`]). It needs the feature `templates`.
     ///
     /// # Errors
     /// As [`Module::load_kernels`] and [`Kernels::for_spec`].
     #[cfg(feature = "templates")]
     pub fn load(device: &Device, spec: &Spec) -> Result<Arc<Module>> {
         let start = Instant::now();
-        let kernels = Kernels::for_spec(spec)?;
+        let kernels = Kernels::for_spec(spec, device.arch()?)?;
         let fill = start.elapsed().as_secs_f64();
         let mut module = Module::on_device(device, &kernels)?;
         module.loading.fill = fill;
@@ -186,15 +196,16 @@ impl Module {
     }
 
     fn on_device(device: &Device, kernels: &Kernels) -> Result<Module> {
-        let Kernels { ptx, manifest, spec, resources } = kernels;
+        let Kernels { ptx, manifest, spec, arch, resources } = kernels;
         let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
         let start = Instant::now();
-        let loaded = device.load(&manifest.name, ptx, shared_bytes)?;
+        let loaded = device.load(*arch, &manifest.name, ptx, shared_bytes)?;
         let compile = f64::from(loaded.compile_ms()) / 1e3;
         let loading = Loading { fill: 0.0, load: start.elapsed().as_secs_f64(), compile };
         Ok(Module {
             device: device.clone(),
             spec: spec.clone(),
+            arch: *arch,
             manifest: manifest.clone(),
             loaded,
             loading,
@@ -218,6 +229,12 @@ impl Module {
     #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
+    }
+
+    /// The family of GPUs that the kernels were made for.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        self.arch
     }
 
     /// The manifest.

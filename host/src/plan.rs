@@ -135,7 +135,7 @@ impl<'a> Call<'a> {
             aligned: aligned.into(),
             reserved: 0,
         });
-        let warps = PackBlock::new(spec.heads, spec.image()).warps;
+        let warps = PackBlock::new(self.plan.module.arch(), spec.heads, spec.image()).warps;
         self.launch(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, self.plan.batch], params)
     }
 
@@ -201,7 +201,8 @@ impl<'a> Call<'a> {
             temporal_half_width,
             reserved: 0,
         });
-        let items = u64::from(self.shape.rows.div_ceil(spec.tiles().query_rows)) * u64::from(batch * heads);
+        let items =
+            u64::from(self.shape.rows.div_ceil(spec.tiles(module.arch()).query_rows)) * u64::from(batch * heads);
         let min_blocks = module.resources(Kernel::Attention).min_blocks;
         let blocks = u64::from(module.device().multiprocessors()) * u64::from(min_blocks);
         self.launch(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)

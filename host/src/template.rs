@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::io::Read;
 
 use flate2::read::GzDecoder;
+use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::PackBlock;
 use framestride_shapes::image::Image;
 use framestride_shapes::manifest::{Densities, Manifest};
@@ -33,7 +34,7 @@ const TEMPLATES: [(&str, &[u8], &str); Image::ALL.len()] = {
 };
 
 /// The PTX of the spec's template with the numbers of the spec, and its manifest.
-pub(crate) fn fill(spec: &Spec) -> Result<(String, Manifest)> {
+pub(crate) fn fill(spec: &Spec, arch: Arch) -> Result<(String, Manifest)> {
     let (name, compressed, manifest) = TEMPLATES[spec.image().index()];
     let damaged = |found: String| {
         Error::input(
@@ -48,9 +49,9 @@ pub(crate) fn fill(spec: &Spec) -> Result<(String, Manifest)> {
     let mut manifest = Manifest::parse(name, manifest)?;
     // Its first line says what it was made for, which is another thing now.
     let body = template.split_once('\n').map_or("", |(_, body)| body);
-    let body = with_numbers(body, &Numbers::of(spec))
+    let body = with_numbers(body, &Numbers::of(spec, arch))
         .map_err(|unknown| damaged(format!("{PREFIX}{unknown}, which is no number of a spec")))?;
-    let pack = PackBlock::new(spec.heads, spec.image());
+    let pack = PackBlock::new(arch, spec.heads, spec.image());
     for kernel in &mut manifest.kernels {
         if kernel.entry == Kernel::Pack.entry() {
             kernel.threads = pack.threads();

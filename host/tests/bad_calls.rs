@@ -6,6 +6,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use flate2::read::GzDecoder;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::Divisor;
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::shapes::spec::{Dtype, Spec};
@@ -16,7 +17,7 @@ const SPEC: &str = "tiny_text_last";
 
 #[test]
 fn manifests() {
-    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap()).unwrap();
+    let kernels = Kernels::for_spec(&Spec::shipped(SPEC).unwrap(), Arch::default()).unwrap();
     let json = kernels.manifest().to_json();
     let params = kernels.manifest().kernel("pack").unwrap().params_bytes;
     let cases = [
@@ -88,7 +89,7 @@ fn changed_specs() {
     for (index, change) in changes.into_iter().enumerate() {
         let mut changed = spec.clone();
         change(&mut changed);
-        assert!(Kernels::for_spec(&changed).is_err(), "change {index} was accepted");
+        assert!(Kernels::for_spec(&changed, Arch::default()).is_err(), "change {index} was accepted");
     }
 }
 

@@ -92,6 +92,11 @@ impl CoreLibrary {
         options
     }
 
+    /// The family of GPUs that it is compiled for.
+    pub fn arch(&self) -> Arch {
+        self.arch
+    }
+
     fn folder(&self) -> PathBuf {
         self.sysroot.join("lib")
     }

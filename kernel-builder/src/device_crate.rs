@@ -20,7 +20,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use framestride_shapes::arch::Arch;
+use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
 use framestride_shapes::image::Image;
 use sha2::{Digest, Sha256};
 
@@ -161,6 +161,7 @@ impl DeviceCrate {
         // user. There is no `--config` here: behind the subcommand it would make cargo forget the
         // one before it, which says where crates come from.
         cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_PROFILE_RELEASE_LTO", "fat").env("CARGO_INCREMENTAL", "0");
+        cargo.env(ARCH_VARIABLE, self.core.arch().name);
         cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
         cargo.env("CARGO_ENCODED_RUSTFLAGS", self.core.options().join("\x1f")).env("CARGO_BUILD_BUILD_DIR", &target);
         let answer = cargo.output().map_err(at("start", &toolchain.cargo))?;

@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-pub use framestride_shapes::arch::Arch;
+pub use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
 use framestride_shapes::image::Image;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};

@@ -1,5 +1,6 @@
 //! Pictures of masks: which key tiles each query tile reads.
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::tiling::key_tile;
@@ -26,7 +27,7 @@ impl Tiling<'_> {
     /// What becomes of the tile that a pair of packed rows lies in.
     fn fate(&self, query: u32, key: u32) -> Fate {
         let Tiling { spec, head } = *self;
-        match key_tile(&spec.layout, head, spec.tiles(), spec.layout.text_tokens(), query, key) {
+        match key_tile(&spec.layout, head, spec.tiles(Arch::default()), spec.layout.text_tokens(), query, key) {
             Some(tile) if tile.full => Fate::Full,
             Some(_) => Fate::Edge,
             None => Fate::Skipped,
@@ -116,8 +117,8 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> Picture {
             layout.tokens_per_frame.value,
             layout.text_tokens(),
             layout.sink_frames,
-            spec.tiles().query_rows,
-            spec.tiles().key_rows
+            spec.tiles(Arch::default()).query_rows,
+            spec.tiles(Arch::default()).key_rows
         ),
     );
     let mut x = MARGIN;
@@ -130,7 +131,7 @@ pub fn picture(spec: &Spec, heads: &[HeadType]) -> Picture {
     }
     for (index, &head) in (0..).zip(heads) {
         let tiling = Tiling { spec, head };
-        let counts = spec.tile_counts(head);
+        let counts = spec.tile_counts(Arch::default(), head);
         let top = 2 * MARGIN + 2 * LINE + index * (block + MARGIN);
         picture.text(
             MARGIN,

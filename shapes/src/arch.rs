@@ -36,6 +36,11 @@ pub struct Arch {
     pub registers: u32,
 }
 
+/// The environment variable by which the builder tells the macros of kernels the name of the family
+/// that they are compiled for. Without it, that is the default one.
+#[cfg(feature = "std")]
+pub const ARCH_VARIABLE: &str = "FRAMESTRIDE_ARCH";
+
 /// Which instructions multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Products {
@@ -83,12 +88,10 @@ impl Arch {
         format!("{major}.{minor}{end} ({})", self.name)
     }
 
-    /// The family whose kernels a GPU of this compute capability (major, minor) runs.
-    pub fn of_capability(capability: (u32, u32)) -> Option<Arch> {
-        Arch::ALL.into_iter().find(|arch| {
-            let [least, greatest] = arch.capabilities;
-            (least..=greatest).contains(&capability)
-        })
+    /// Whether a GPU of this compute capability (major, minor) runs the kernels.
+    pub fn runs_on(self, capability: (u32, u32)) -> bool {
+        let [least, greatest] = self.capabilities;
+        (least..=greatest).contains(&capability)
     }
 }
 

@@ -1,7 +1,7 @@
 //! How the blocks of the four kernels are made: their threads, tiles and stages. `no_std`. What
 //! lies in their shared memory is said in [`shared`](crate::shared).
 
-use crate::arch::Arch;
+use crate::arch::{Arch, Products};
 use crate::image::{CHUNK_BYTES, Image};
 use crate::shared::PackShared;
 
@@ -27,7 +27,8 @@ impl Tiles {
     /// | --- | --- | --- | --- | --- |
     /// | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
     /// | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
-    pub const fn for_head_dim(head_dim: u32) -> Tiles {
+    pub const fn new(arch: Arch, head_dim: u32) -> Tiles {
+        let Products::Wgmma = arch.products;
         if head_dim == 64 {
             Tiles { query_rows: 192, key_rows: 128, stages: 4 }
         } else {
@@ -72,18 +73,18 @@ impl PackBlock {
     /// What no block has more of: the bounds of a template, before a spec's are filled in.
     pub const LARGEST: PackBlock = PackBlock { held_steps: MOST_HELD_STEPS, warps: 8, min_blocks: 1 };
 
-    /// Makes the block for a model of so many heads.
-    pub const fn new(heads: u32, image: Image) -> PackBlock {
+    /// Makes the block for a model of so many heads, on GPUs of a family.
+    pub const fn new(arch: Arch, heads: u32, image: Image) -> PackBlock {
         let steps = (heads * image.bytes(1)).div_ceil(PACK_STEP_BYTES);
         let held_steps = if steps < MOST_HELD_STEPS { steps } else { MOST_HELD_STEPS };
-        let (four, eight) = (PackBlock::of_warps(4, held_steps), PackBlock::of_warps(8, held_steps));
+        let (four, eight) = (PackBlock::of_warps(arch, 4, held_steps), PackBlock::of_warps(arch, 8, held_steps));
         if four.warps * four.min_blocks > eight.warps * eight.min_blocks { four } else { eight }
     }
 
     /// A block of so many warps. A multiprocessor holds as many as have room in its shared memory
     /// and in its registers.
-    const fn of_warps(warps: u32, held_steps: u32) -> PackBlock {
-        let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = Arch::SM_90A;
+    const fn of_warps(arch: Arch, warps: u32, held_steps: u32) -> PackBlock {
+        let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = arch;
         let room = shared_bytes / (reserved_shared_bytes + PackShared::new(warps, held_steps).bytes);
         let most = registers / PACK_REGISTERS / (32 * warps);
         PackBlock { held_steps, warps, min_blocks: if room < most { room } else { most } }

@@ -8,6 +8,7 @@
 //! The rates come from `bench/results`, which BENCHMARKS.md shows. The estimate is within 15% of the
 //! layers there.
 
+use crate::arch::Arch;
 use crate::blocks::SAMPLE_ROWS;
 use crate::layout::{HeadType, Layout};
 use crate::spec::Spec;
@@ -127,7 +128,8 @@ impl LayerTimes {
         let row = heads * f64::from(spec.head_dim);
         let tensor = spec.tensor_bytes(spec.batch, spec.heads) as f64;
         let AttentionRate { full, edge } = rates.attention(spec.head_dim);
-        let tiles = spec.tiles();
+        // The rates are those of Hopper.
+        let tiles = spec.tiles(Arch::SM_90A);
         let tile_flop = 4.0 * f64::from(tiles.query_rows) * f64::from(tiles.key_rows) * row;
         let attention = |layout: &Layout, head| {
             let counts = count_tiles(layout, head, tiles, layout.text_tokens());

@@ -9,6 +9,8 @@
 //! `attention_kernels!` writes both come from it.
 
 #[cfg(feature = "std")]
+use crate::arch::Arch;
+#[cfg(feature = "std")]
 use crate::blocks::{PackBlock, Tiles};
 use crate::layout::{Divisor, Layout};
 use crate::params::PartialsLayout;
@@ -20,7 +22,7 @@ pub const PREFIX: &str = "FS_";
 
 /// Writes [`Numbers`] from a table of names, types, and values of a spec.
 macro_rules! numbers {
-    (|$spec:ident| $($(#[$doc:meta])* $name:ident: $ty:ty = $value:expr;)*) => {
+    (|$spec:ident, $arch:ident| $($(#[$doc:meta])* $name:ident: $ty:ty = $value:expr;)*) => {
         /// The numbers of a spec that its kernels know.
         #[derive(Clone, Copy, Debug, Default, PartialEq)]
         pub struct Numbers {
@@ -28,9 +30,9 @@ macro_rules! numbers {
         }
 
         impl Numbers {
-            /// The numbers of a spec.
+            /// The numbers of a spec, for kernels of a family.
             #[cfg(feature = "std")]
-            pub fn of($spec: &Spec) -> Numbers {
+            pub fn of($spec: &Spec, $arch: Arch) -> Numbers {
                 Numbers { $($name: $value,)* }
             }
 
@@ -43,7 +45,7 @@ macro_rules! numbers {
     };
 }
 
-numbers! { |spec|
+numbers! { |spec, arch|
     /// F, the number of latent frames.
     frames: Divisor = spec.layout.frames;
     /// P, the tokens of a frame.
@@ -55,19 +57,19 @@ numbers! { |spec|
     /// Leading frames that every query sees.
     sink_frames: u32 = spec.layout.sink_frames;
     /// Query tiles of a head of **attention** that have text. 1 stands for none too.
-    text_tiles: Divisor = Divisor::new(tiles(spec)[0]);
+    text_tiles: Divisor = Divisor::new(tiles(spec, arch)[0]);
     /// Query tiles of a head of **attention** without text. 1 stands for none too.
-    video_tiles: Divisor = Divisor::new(tiles(spec)[1]);
+    video_tiles: Divisor = Divisor::new(tiles(spec, arch)[1]);
     /// Sampled rows a head.
     profile_rows: Divisor = Divisor::new(spec.profile.rows);
     /// 1 / (sampled rows x head dim), which makes mean errors of sums.
     error_mean: f32 = 1.0 / (spec.profile.rows * spec.head_dim) as f32;
     /// Threads of a block of **pack**.
-    pack_threads: u32 = pack(spec).threads();
+    pack_threads: u32 = pack(spec, arch).threads();
     /// Blocks of **pack** that a multiprocessor holds.
-    pack_min_blocks: u32 = pack(spec).min_blocks;
+    pack_min_blocks: u32 = pack(spec, arch).min_blocks;
     /// Steps of its row that a warp of **pack** holds in shared memory.
-    pack_held_steps: u32 = pack(spec).held_steps;
+    pack_held_steps: u32 = pack(spec, arch).held_steps;
     /// Whether there is a QK-norm.
     has_norm: bool = spec.qk_norm.is_some();
     /// Whether the QK-norm is a layer norm. If not, it is an RMS norm.
@@ -94,15 +96,15 @@ numbers! { |spec|
 
 /// Query tiles of a head of **attention**: those with text, and the others.
 #[cfg(feature = "std")]
-fn tiles(spec: &Spec) -> [u32; 2] {
-    let Tiles { query_rows, .. } = spec.tiles();
+fn tiles(spec: &Spec, arch: Arch) -> [u32; 2] {
+    let Tiles { query_rows, .. } = spec.tiles(arch);
     let text = spec.layout.text_tokens().div_ceil(query_rows);
     [text, spec.layout.sequence().div_ceil(query_rows) - text]
 }
 
 #[cfg(feature = "std")]
-fn pack(spec: &Spec) -> PackBlock {
-    PackBlock::new(spec.heads, spec.image())
+fn pack(spec: &Spec, arch: Arch) -> PackBlock {
+    PackBlock::new(arch, spec.heads, spec.image())
 }
 
 impl Numbers {

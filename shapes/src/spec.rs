@@ -171,6 +171,7 @@ pub use lines::Lines;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
 
+use crate::arch::Arch;
 use crate::blocks::Tiles;
 use crate::density;
 use crate::image::Image;
@@ -386,9 +387,9 @@ impl Spec {
         }
     }
 
-    /// Tile sizes of the attention kernel.
-    pub const fn tiles(&self) -> Tiles {
-        Tiles::for_head_dim(self.head_dim)
+    /// Tile sizes of the attention kernel of a family.
+    pub const fn tiles(&self, arch: Arch) -> Tiles {
+        Tiles::new(arch, self.head_dim)
     }
 
     /// Visible pairs of one head of one batch item. All text is valid.
@@ -410,9 +411,9 @@ impl Spec {
         4 * self.visible_pairs(head) * u128::from(self.head_dim)
     }
 
-    /// Tiles of the attention kernel that one head visits and skips. All text is valid.
-    pub fn tile_counts(&self, head: HeadType) -> TileCounts {
-        count_tiles(&self.layout, head, self.tiles(), self.layout.text_tokens())
+    /// Tiles of the attention kernel of a family that one head visits and skips. All text is valid.
+    pub fn tile_counts(&self, arch: Arch, head: HeadType) -> TileCounts {
+        count_tiles(&self.layout, head, self.tiles(arch), self.layout.text_tokens())
     }
 
     /// The most batch x heads that one launch may have. A spec's own are within it.

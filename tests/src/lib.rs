@@ -58,7 +58,7 @@ struct Model {
 impl Model {
     /// The shipped kernels of a spec, assembled.
     fn of(spec: &Spec) -> Result<Model, String> {
-        let kernels = Kernels::for_spec(spec).map_err(|error| error.to_string())?;
+        let kernels = Kernels::for_spec(spec, Arch::SM_90A).map_err(|error| error.to_string())?;
         let (machine_code, resources) = Listing::from_ptx(&spec.name, kernels.ptx(), Arch::SM_90A, &CudaTools::find())?;
         Ok(Model { kernels, resources, machine_code })
     }

@@ -170,7 +170,7 @@ fn no_call() {
 #[test]
 fn the_softmax_runs_under_the_products() {
     gate("the softmax does not stand between the two waits of the main loop", |model| {
-        let tiles = model.kernels.spec().tiles();
+        let tiles = model.kernels.spec().tiles(Arch::SM_90A);
         if model.kernels.spec().layout.sequence() <= 2 * tiles.key_rows {
             return Vec::new();
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use framestride_builder::toolchain::{Toolchain, on_path};
-use framestride_builder::{Arch, device_options};
+use framestride_builder::{ARCH_VARIABLE, Arch, device_options};
 
 use crate::{root, run, setup, step};
 
@@ -70,7 +70,7 @@ fn device(toolchain: &Toolchain) -> Result<(), String> {
             cargo.args([command, "--quiet", "--lib", "--target", "nvptx64-nvidia-cuda", "--manifest-path", manifest]);
             // Build scripts depend on RUSTC_BOOTSTRAP. In a shared folder they would run again and
             // again.
-            cargo.env("RUSTC_BOOTSTRAP", "1").args(["--target-dir", "target/device"]);
+            cargo.env("RUSTC_BOOTSTRAP", "1").env(ARCH_VARIABLE, arch.name).args(["--target-dir", "target/device"]);
             cargo.env("CARGO_ENCODED_RUSTFLAGS", options.join("\x1f"));
             cargo.env("CARGO_ENCODED_RUSTDOCFLAGS", documentation.join("\x1f"));
             cargo

@@ -43,7 +43,7 @@ pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Out
     bar.say(&format!("building {}", spec.source.file), None);
     let started = Instant::now();
     let (ptx, manifest) = if template {
-        let filled = Kernels::for_spec(&spec)?;
+        let filled = Kernels::for_spec(&spec, arch)?;
         (filled.ptx().to_string(), filled.manifest().clone())
     } else {
         let built = framestride_builder::Kernels::from_parsed(&spec).arch(arch).build()?;

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::estimate::Rates;
 use framestride::{Description, Result};
 use serde_json::{Value, json};
@@ -25,7 +26,7 @@ pub struct Describe {
 pub fn describe(Describe { spec, gpu }: Describe) -> Result<Outcome> {
     let spec = read_spec(&spec)?;
     let found = Description::new(&spec, gpu.as_deref())?;
-    let (layout, tiles) = (&spec.layout, spec.tiles());
+    let (layout, tiles) = (&spec.layout, spec.tiles(Arch::default()));
     let masks = found.masks.each_ref().map(|mask| {
         json!({
             "mask": mask.head_type.name(),

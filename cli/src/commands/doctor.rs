@@ -15,7 +15,7 @@ pub fn doctor() -> Outcome {
         Ok(gpu) => {
             let (major, minor) = gpu.capability();
             let driver = gpu.driver_version();
-            let missing = gpu.check().err().map(|error| error.to_string());
+            let missing = gpu.arch().err().map(|error| error.to_string());
             let fit = missing.as_ref().map_or("runs the kernels".into(), |missing| {
                 format!("does not run the kernels; the emulator takes its place\n  {}", missing.replace('\n', "\n  "))
             });

@@ -5,11 +5,11 @@ use super::order;
 use super::store::store;
 use super::work::Work;
 use crate::cuda::barrier::{self, Barrier, Slot};
-use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
+use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
 use crate::cuda::{copy, shared, thread, warp};
 use crate::masks::Mask;
 use crate::masks::band::Band;
-use crate::model::Model;
+use crate::model::Hopper;
 use crate::softmax::{self, Rows};
 use framestride_shapes::blocks::WARPGROUP_ROWS;
 use framestride_shapes::fragment;
@@ -27,7 +27,7 @@ const REGISTERS_OF_3: [u32; 2] = [32, 160];
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
 /// documentation says.
 #[inline(always)]
-pub unsafe fn attention<M: Model>(params: &AttentionParams) {
+pub unsafe fn attention<M: Hopper>(params: &AttentionParams) {
     let memory = M::ATTENTION_SHARED;
     let thread_warp = thread::warp();
     if thread::index() == 0 {
@@ -79,7 +79,7 @@ struct Ring {
 /// The producer is one warp, whose first lane keeps the stages full. Its other lanes go along, so
 /// that all it computes is uniform.
 #[inline(always)]
-unsafe fn produce<M: Model>(params: &AttentionParams) {
+unsafe fn produce<M: Hopper>(params: &AttentionParams) {
     let memory = M::ATTENTION_SHARED;
     let keys = Ring { tiles: memory.key, full: memory.key_full, free: memory.key_free };
     let values = Ring { tiles: memory.value, full: memory.value_full, free: memory.value_free };
@@ -152,7 +152,7 @@ unsafe fn produce<M: Model>(params: &AttentionParams) {
 /// A consumer warpgroup has 64 rows of each query tile. `consumer_warp` counts over the warps of
 /// all consumers.
 #[inline(always)]
-unsafe fn consume<M: Model>(params: &AttentionParams, consumer_warp: u32) {
+unsafe fn consume<M: Hopper>(params: &AttentionParams, consumer_warp: u32) {
     let memory = M::ATTENTION_SHARED;
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
@@ -173,10 +173,10 @@ unsafe fn consume<M: Model>(params: &AttentionParams, consumer_warp: u32) {
         let warp_row = work.first_row + consumer_warp * 16;
         let thread_rows = fragment::thread_rows(warp_row, lane);
         let mut rows = Rows::new();
-        let mut output = <M::Attention as TileProducts>::Output::splat(0.0);
+        let mut output = <M::Attention as Products>::Output::splat(0.0);
         if mask.tiles() > 0 {
             let (warp_sees, thread_sees) = (mask.warp(warp_row), mask.thread(thread_rows));
-            let hide = |scores: &mut <M::Attention as TileProducts>::Scores, tile: u32| {
+            let hide = |scores: &mut <M::Attention as Products>::Scores, tile: u32| {
                 let first = mask.first_key(tile);
                 if !Band::<M>::sees_all(&warp_sees, first) {
                     softmax::replace_unseen(scores, Band::<M>::seen_keys(&thread_sees, first, lane), f32::NEG_INFINITY);
@@ -205,12 +205,12 @@ impl Consumer {
     /// weights into `rows`, and their products with V into `output`. `mask` sets the scores of
     /// unseen keys of a tile to -inf.
     #[inline(always)]
-    unsafe fn sweep<M: Model>(
+    unsafe fn sweep<M: Hopper>(
         &mut self,
         tiles: u32,
-        mask: impl Fn(&mut <M::Attention as TileProducts>::Scores, u32),
+        mask: impl Fn(&mut <M::Attention as Products>::Scores, u32),
         rows: &mut Rows,
-        output: &mut <M::Attention as TileProducts>::Output,
+        output: &mut <M::Attention as Products>::Output,
     ) {
         let mut tile = 0;
         let mut scores = self.first_scores::<M>();
@@ -236,14 +236,14 @@ impl Consumer {
     /// False means that the weights of a tile are too large. `tile` and `slot` are at that one
     /// then.
     #[inline(always)]
-    unsafe fn rounds<M: Model, const OFFSETS: bool>(
+    unsafe fn rounds<M: Hopper, const OFFSETS: bool>(
         &mut self,
         tile: &mut u32,
         tiles: u32,
-        mask: &impl Fn(&mut <M::Attention as TileProducts>::Scores, u32),
-        scores: &mut <M::Attention as TileProducts>::Scores,
+        mask: &impl Fn(&mut <M::Attention as Products>::Scores, u32),
+        scores: &mut <M::Attention as Products>::Scores,
         rows: &mut Rows,
-        output: &mut <M::Attention as TileProducts>::Output,
+        output: &mut <M::Attention as Products>::Output,
     ) -> bool {
         loop {
             Barrier::at(M::ATTENTION_SHARED.key_free, self.slot.stage).release(self.lane);
@@ -263,7 +263,7 @@ impl Consumer {
             rows.put_offsets::<OFFSETS>(scores);
             M::Attention::start_scores(scores, self.query, key_image::<M>(self.slot));
             M::Attention::start_output(output, &weights, value_image::<M>(last));
-            scores.wait::<1>();
+            M::Attention::wait_scores::<1>(scores);
             mask(scores, *tile);
             let fits = rows.absorb::<M::Element>(scores, self.warpgroup);
             M::Attention::wait_output(output, &mut weights);
@@ -276,23 +276,23 @@ impl Consumer {
 
     /// S of the tile in `slot`. It may have been waited for before.
     #[inline(always)]
-    unsafe fn first_scores<M: Model>(&self) -> <M::Attention as TileProducts>::Scores {
-        let mut scores = <M::Attention as TileProducts>::Scores::splat(0.0);
+    unsafe fn first_scores<M: Hopper>(&self) -> <M::Attention as Products>::Scores {
+        let mut scores = <M::Attention as Products>::Scores::splat(0.0);
         Barrier::at(M::ATTENTION_SHARED.key_full, self.slot.stage).wait(self.slot.parity);
         M::Attention::start_scores(&mut scores, self.query, key_image::<M>(self.slot));
-        scores.wait::<0>();
+        M::Attention::wait_scores::<0>(&mut scores);
         scores
     }
 }
 
 /// The key tile in a slot.
 #[inline(always)]
-fn key_image<M: Model>(slot: Slot) -> Descriptor {
+fn key_image<M: Hopper>(slot: Slot) -> Descriptor {
     Descriptor::image(shared::address(M::ATTENTION_SHARED.key, slot.stage), M::ATOMS_BYTES)
 }
 
 /// The value tile in a slot.
 #[inline(always)]
-fn value_image<M: Model>(slot: Slot) -> Descriptor {
+fn value_image<M: Hopper>(slot: Slot) -> Descriptor {
     Descriptor::image(shared::address(M::ATTENTION_SHARED.value, slot.stage), M::ATOMS_BYTES)
 }

@@ -2,7 +2,7 @@
 //! weights.
 
 use super::work::Work;
-use crate::cuda::mma::{Fragment, TileProducts};
+use crate::cuda::mma::Fragment;
 use crate::cuda::{global, math, warp};
 use crate::element::Element;
 use crate::model::Model;
@@ -19,7 +19,7 @@ use framestride_shapes::params::AttentionParams;
 pub unsafe fn store<M: Model>(
     params: &AttentionParams,
     work: &Work<M>,
-    output: &mut <M::Attention as TileProducts>::Output,
+    output: &mut impl Fragment,
     rows: &Rows,
     thread_rows: [u32; 2],
     lane: u32,

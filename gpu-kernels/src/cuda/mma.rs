@@ -1,8 +1,8 @@
-//! Matrix products of a warpgroup (9.7.15, wgmma): descriptors of operands, and what the generated
-//! fragments and products offer.
+//! Matrix products: what the generated fragments and products offer.
 //!
-//! A warpgroup is four warps. The number of the first is divisible by four. Which element of an
-//! accumulator each register holds is said in [`fragment`](framestride_shapes::fragment).
+//! Which element of an accumulator each register holds is said in
+//! [`fragment`](framestride_shapes::fragment). Those of a warpgroup (9.7.15, wgmma) take descriptors
+//! of operands. A warpgroup is four warps, and the number of the first is divisible by four.
 
 use framestride_shapes::image::ATOM_BYTES;
 
@@ -26,7 +26,7 @@ impl Descriptor {
     }
 }
 
-/// The registers of one thread in an m64nN accumulator. `tile_products!` makes them, each a named
+/// The registers of one thread in an accumulator. The macros of products make them, each a named
 /// field: an array with indices may be left on the stack, where no asynchronous product can reach
 /// it.
 pub trait Fragment: Copy {
@@ -39,29 +39,32 @@ pub trait Fragment: Copy {
 
     /// Calls `f(group, values)` for the four values of each group of 8 columns, likewise.
     fn for_each_group(&mut self, f: impl FnMut(u32, [&mut f32; 4]));
-
-    /// Waits until at most `PENDING` of the warpgroup's groups of products are in flight. The
-    /// registers may be touched from here on.
-    ///
-    /// # Safety
-    /// The whole warpgroup comes here.
-    unsafe fn wait<const PENDING: u32>(&mut self);
 }
 
-/// The two products of a flash-attention step over a key tile, for one element type, tile size and
-/// head dim. `tile_products!` makes them.
-///
-/// Each is one group (fence, k-steps, commit). Nothing is complete until a wait.
-pub trait TileProducts {
+/// What the two products of a flash-attention step over a key tile work on, for one element type,
+/// tile size and head dim.
+pub trait Products {
     /// The type of the elements.
     type Element: crate::element::Element;
-    /// S, which has 64 query rows by the keys of a tile.
+    /// S, which has query rows by the keys of a tile.
     type Scores: Fragment;
     /// P in the element type, as the A operand of the second product. A register has two values.
     type Weights: Copy;
-    /// O, which has 64 query rows by the columns of V that the products take: all of them, or 64.
+    /// O, which has query rows by the columns of V that the products take.
     type Output: Fragment;
 
+    /// Rounds weights, which stand where the scores were.
+    fn weights(scores: &Self::Scores) -> Self::Weights;
+
+    /// The weights of the thread's rows, each and-ed with a word of the row. All ones keep a row,
+    /// and 0 makes it zero.
+    fn and_rows(weights: &Self::Weights, rows: [u32; 2]) -> Self::Weights;
+}
+
+/// The products of a warpgroup, of 64 query rows. `tile_products!` makes them.
+///
+/// Each is one group (fence, k-steps, commit). Nothing is complete until a wait.
+pub trait TileProducts: Products {
     /// Starts S += Q K^T. Where `scores` are constant zeros, ptxas sees it, and the first k-step
     /// reads no registers.
     ///
@@ -69,6 +72,13 @@ pub trait TileProducts {
     /// The whole warpgroup comes here. The images are complete and stay until the wait, and
     /// `scores` is not touched until then.
     unsafe fn start_scores(scores: &mut Self::Scores, q: Descriptor, k: Descriptor);
+
+    /// Waits until at most `PENDING` of the warpgroup's groups of products are in flight. The
+    /// scores may be touched from here on.
+    ///
+    /// # Safety
+    /// The whole warpgroup comes here.
+    unsafe fn wait_scores<const PENDING: u32>(scores: &mut Self::Scores);
 
     /// Starts O += P V. `v` begins at the first of the columns.
     ///
@@ -81,11 +91,4 @@ pub trait TileProducts {
     /// # Safety
     /// The whole warpgroup comes here.
     unsafe fn wait_output(output: &mut Self::Output, weights: &mut Self::Weights);
-
-    /// Rounds weights, which stand where the scores were.
-    fn weights(scores: &Self::Scores) -> Self::Weights;
-
-    /// The weights of the thread's rows, each and-ed with a word of the row. All ones keep a row,
-    /// and 0 makes it zero.
-    fn and_rows(weights: &Self::Weights, rows: [u32; 2]) -> Self::Weights;
 }

@@ -6,10 +6,10 @@ use core::ops::Range;
 use super::results::{Results, Store};
 use super::{CONSUMERS, DENSE, KEY_ROWS, MASKS, Map, SAMPLE_ROWS, lost_masks, next_sweep, number, sampled_row};
 use crate::cuda::barrier::{Barrier, Slot};
-use crate::cuda::mma::{Fragment, TileProducts};
+use crate::cuda::mma::{Fragment, Products, TileProducts};
 use crate::cuda::{global, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
-use crate::model::Model;
+use crate::model::Hopper;
 use crate::softmax::{self, Rows};
 use framestride_shapes::blocks::{PROFILE_THREADS, WARPGROUP};
 use framestride_shapes::fragment::{self, thread_keys};
@@ -18,7 +18,7 @@ use framestride_shapes::params::ProfileParams;
 
 /// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
 #[inline(always)]
-pub unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
+pub unsafe fn gather_samples<M: Hopper>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
     let packed_q = params.packed_q + M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
     const THREADS: u32 = CONSUMERS * WARPGROUP;
     let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
@@ -38,7 +38,7 @@ pub unsafe fn gather_samples<M: Model>(params: &ProfileParams, head: u32, group:
 /// A consumer warpgroup has all samples of the block, and its own columns or its own tiles.
 /// `consumer_warp` counts over the warps of both.
 #[inline(always)]
-pub unsafe fn consume<M: Model>(
+pub unsafe fn consume<M: Hopper>(
     params: &ProfileParams,
     consumer_warp: u32,
     [split, group, head]: [u32; 3],
@@ -118,7 +118,7 @@ impl Consumer {
     /// Goes over `tiles`, and returns the results. In earlier sweeps `tiles_before` tiles went
     /// through the stages. With `MASKED`, keys that `mask` hides count for nothing.
     #[inline(always)]
-    unsafe fn sweep<M: Model, const MASKED: bool>(
+    unsafe fn sweep<M: Hopper, const MASKED: bool>(
         &self,
         mask: u32,
         tiles: &Range<u32>,
@@ -126,9 +126,9 @@ impl Consumer {
     ) -> Results<M> {
         let mut results = Results::<M> {
             rows: Rows::new(),
-            all: <M::Profile as TileProducts>::Output::splat(0.0),
+            all: <M::Profile as Products>::Output::splat(0.0),
             sums: [[0.0; 2]; CANDIDATES],
-            masked: [<M::Profile as TileProducts>::Output::splat(0.0); CANDIDATES],
+            masked: [<M::Profile as Products>::Output::splat(0.0); CANDIDATES],
         };
         self.take_in::<M, MASKED>(mask, tiles, tiles_before, &mut results);
         if Map::<M>::TURNS {
@@ -139,7 +139,7 @@ impl Consumer {
 
     /// Takes the warpgroup's share of `tiles` into `results`.
     #[inline(always)]
-    unsafe fn take_in<M: Model, const MASKED: bool>(
+    unsafe fn take_in<M: Hopper, const MASKED: bool>(
         &self,
         mask: u32,
         tiles: &Range<u32>,
@@ -171,14 +171,14 @@ impl Consumer {
 
     /// S of the tile at `at`, which is there.
     #[inline(always)]
-    unsafe fn first_scores<M: Model, const MASKED: bool>(
+    unsafe fn first_scores<M: Hopper, const MASKED: bool>(
         &self,
         mask: u32,
         at: &Cursor,
-    ) -> <M::Profile as TileProducts>::Scores {
-        let mut scores = <M::Profile as TileProducts>::Scores::splat(0.0);
+    ) -> <M::Profile as Products>::Scores {
+        let mut scores = <M::Profile as Products>::Scores::splat(0.0);
         M::Profile::start_scores(&mut scores, Map::<M>::query_image(), Map::<M>::key_image(at.slot));
-        scores.wait::<0>();
+        M::Profile::wait_scores::<0>(&mut scores);
         let seen = if MASKED {
             // The stage has been waited for. compute-sanitizer's racecheck does not believe it
             // without a barrier of this warpgroup.
@@ -196,12 +196,12 @@ impl Consumer {
     ///
     /// False means that the weights of a tile are too large. `at` is at that one then.
     #[inline(always)]
-    unsafe fn rounds<M: Model, const MASKED: bool, const OFFSETS: bool>(
+    unsafe fn rounds<M: Hopper, const MASKED: bool, const OFFSETS: bool>(
         &self,
         mask: u32,
         at: &mut Cursor,
         end: u32,
-        scores: &mut <M::Profile as TileProducts>::Scores,
+        scores: &mut <M::Profile as Products>::Scores,
         results: &mut Results<M>,
     ) -> bool {
         let value = |slot: Slot| Map::<M>::value_image(slot, self.columns);
@@ -231,9 +231,9 @@ impl Consumer {
             seen = self.seen::<M>(at.slot.stage);
             // The products that have been started since may go on.
             if MASKED {
-                scores.wait::<1>();
+                M::Profile::wait_scores::<1>(scores);
             } else {
-                scores.wait::<3>();
+                M::Profile::wait_scores::<3>(scores);
             }
             self.hide::<MASKED>(mask, scores, at.tile * KEY_ROWS, seen);
             let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
@@ -247,7 +247,7 @@ impl Consumer {
 
     /// Which keys of the tile in a stage the thread's samples see, through each candidate mask.
     #[inline(always)]
-    unsafe fn seen<M: Model>(&self, stage: u32) -> [[u64; 2]; CANDIDATES] {
+    unsafe fn seen<M: Hopper>(&self, stage: u32) -> [[u64; 2]; CANDIDATES] {
         let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
         let [a, b, c, d] = shared::load16(Map::<M>::seen(stage, self.samples[0]));
         let [e, f, g, h] = shared::load16(Map::<M>::seen(stage, self.samples[1]));

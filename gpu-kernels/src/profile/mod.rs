@@ -30,7 +30,7 @@ use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::Descriptor;
 use crate::cuda::{shared, thread, warp};
 use crate::masks::each_candidate;
-use crate::model::{Model, valid_text};
+use crate::model::{Hopper, Model, valid_text};
 use consumer::{consume, gather_samples};
 use framestride_shapes::blocks::{
     PROFILE_COLUMNS as COLUMNS, PROFILE_CONSUMERS as CONSUMERS, PROFILE_KEY_ROWS as KEY_ROWS, SAMPLE_ROWS,
@@ -107,7 +107,7 @@ impl<M: Model> Map<M> {
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
 /// documentation says.
 #[inline(always)]
-pub unsafe fn profile<M: Model>(params: &ProfileParams) {
+pub unsafe fn profile<M: Hopper>(params: &ProfileParams) {
     let (split, group, head) = (thread::block_x(), thread::block_y(), thread::block_z());
     let thread_warp = thread::warp();
     let valid_text = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads).sum();

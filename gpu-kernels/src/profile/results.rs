@@ -2,10 +2,10 @@
 //! candidate mask.
 
 use super::{COLUMNS, SAMPLE_ROWS};
-use crate::cuda::mma::{Descriptor, Fragment, TileProducts};
+use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
 use crate::cuda::{global, math, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
-use crate::model::Model;
+use crate::model::{Hopper, Model};
 use crate::softmax::{self, Rows};
 use framestride_shapes::fragment::{self, row_of, thread_keys};
 
@@ -17,23 +17,23 @@ pub struct Results<M: Model> {
     /// Offsets and sums of weights, of the sweep's keys.
     pub rows: Rows,
     /// The output of the sweep's keys, which is not normalised.
-    pub all: <M::Profile as TileProducts>::Output,
+    pub all: <M::Profile as Products>::Output,
     /// The sums of weights under each candidate mask.
     pub sums: [[f32; 2]; CANDIDATES],
     /// The outputs of the keys that each candidate mask shows.
-    pub masked: [<M::Profile as TileProducts>::Output; CANDIDATES],
+    pub masked: [<M::Profile as Products>::Output; CANDIDATES],
 }
 
 /// The rounded weights of a tile: those of all keys, and those that each candidate mask keeps.
 pub struct Weights<M: Model> {
-    all: <M::Profile as TileProducts>::Weights,
-    masked: [<M::Profile as TileProducts>::Weights; CANDIDATES],
+    all: <M::Profile as Products>::Weights,
+    masked: [<M::Profile as Products>::Weights; CANDIDATES],
 }
 
 impl<M: Model> Results<M> {
     /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
     #[inline(always)]
-    pub unsafe fn lower<const MASKED: bool>(&mut self, scores: &mut <M::Profile as TileProducts>::Scores) {
+    pub unsafe fn lower<const MASKED: bool>(&mut self, scores: &mut <M::Profile as Products>::Scores) {
         let rescale = self.rows.lower::<M::Element>(scores);
         softmax::scale_rows(&mut self.all, rescale);
         if !MASKED {
@@ -50,7 +50,7 @@ impl<M: Model> Results<M> {
     #[inline(always)]
     pub unsafe fn weights<const MASKED: bool>(
         &mut self,
-        all: &<M::Profile as TileProducts>::Scores,
+        all: &<M::Profile as Products>::Scores,
         seen: [[u64; 2]; CANDIDATES],
         lane: u32,
     ) -> Weights<M> {
@@ -67,7 +67,9 @@ impl<M: Model> Results<M> {
         }
         weights
     }
+}
 
+impl<M: Hopper> Results<M> {
     /// Starts the products with V, a group for each output.
     #[inline(always)]
     pub unsafe fn start_outputs<const MASKED: bool>(&mut self, weights: &Weights<M>, value: Descriptor) {
@@ -170,13 +172,13 @@ impl<M: Model> Results<M> {
 /// `dense` are the weights of all keys, `all` are the same rounded, and `tile_sum` are their sums.
 #[inline(always)]
 unsafe fn keep_seen<M: Model>(
-    dense: &<M::Profile as TileProducts>::Scores,
-    all: &<M::Profile as TileProducts>::Weights,
+    dense: &<M::Profile as Products>::Scores,
+    all: &<M::Profile as Products>::Weights,
     tile_sum: [f32; 2],
     seen: [u64; 2],
     lane: u32,
     sum: &mut [f32; 2],
-) -> <M::Profile as TileProducts>::Weights {
+) -> <M::Profile as Products>::Weights {
     let is_whole = |keys: u64| keys == 0 || keys == u64::MAX;
     if warp::any(!(is_whole(seen[0]) & is_whole(seen[1]))) {
         let mut masked = *dense;

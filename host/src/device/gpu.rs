@@ -84,6 +84,51 @@ fn name(device: sys::CUdevice) -> Result<String> {
     }
 }
 
+/// The family whose kernels suit a GPU and its driver best: the first in the table that both run.
+///
+/// # Errors
+/// An [`Error::Input`] that says what is missing, where they run none.
+fn best_arch(name: &str, capability: (u32, u32), driver: i32) -> Result<Arch> {
+    let runs = |arch: &Arch| check_arch(*arch, name, capability, driver).is_ok();
+    if let Some(arch) = Arch::ALL.into_iter().find(runs) {
+        return Ok(arch);
+    }
+    // The family that the GPU could run says which driver it wants.
+    if let Some(arch) = Arch::ALL.into_iter().rfind(|arch| arch.runs_on(capability)) {
+        check_arch(arch, name, capability, driver)?;
+    }
+    let (major, minor) = capability;
+    let all = |text: fn(Arch) -> String| Arch::ALL.map(text).join(", ");
+    Err(Error::input(
+        "GPU",
+        format!("{name} of compute capability {major}.{minor}"),
+        format!("compute capability {}, for which the kernels are built", all(Arch::shown_capabilities)),
+        format!("Use a GPU of {}, or the emulator", all(|arch| arch.gpus.into())),
+    ))
+}
+
+/// Checks whether a GPU and its driver run the kernels of a family.
+fn check_arch(arch: Arch, name: &str, (major, minor): (u32, u32), driver: i32) -> Result<()> {
+    if !arch.runs_on((major, minor)) {
+        return Err(Error::input(
+            "GPU",
+            format!("{name} of compute capability {major}.{minor}"),
+            format!("compute capability {}, for which these kernels are built", arch.shown_capabilities()),
+            format!("Load kernels of another family, or use a GPU of {}", arch.gpus),
+        ));
+    }
+    if driver < arch.least_driver {
+        let (major, minor) = arch.ptx_version;
+        return Err(Error::input(
+            "GPU driver",
+            format!("one for CUDA {}, on {name}", cuda_version(driver)),
+            format!("one for CUDA {} or later, which PTX {major}.{minor} needs", cuda_version(arch.least_driver)),
+            "Update the driver, or use the emulator",
+        ));
+    }
+    Ok(())
+}
+
 /// Makes a context current until it is dropped.
 pub(super) struct Current;
 
@@ -177,31 +222,17 @@ impl Gpu {
         self.capability
     }
 
-    /// Checks whether this GPU and its driver run the kernels.
+    /// The family whose kernels suit this GPU and its driver best.
     ///
     /// # Errors
-    /// An [`Error::Input`] that says what is missing.
-    pub fn check(&self) -> Result<()> {
-        let (major, minor) = self.capability;
-        let Some(arch) = Arch::of_capability(self.capability) else {
-            let all = |text: fn(Arch) -> String| Arch::ALL.map(text).join(", ");
-            return Err(Error::input(
-                "GPU",
-                format!("{} of compute capability {major}.{minor}", self.name),
-                format!("compute capability {}, for which the kernels are built", all(Arch::shown_capabilities)),
-                format!("Use a GPU of {}, or the emulator", all(|arch| arch.gpus.into())),
-            ));
-        };
-        let (driver, (major, minor)) = (self.driver_version(), arch.ptx_version);
-        if driver < arch.least_driver {
-            return Err(Error::input(
-                "GPU driver",
-                format!("one for CUDA {}, on {}", cuda_version(driver), self.name),
-                format!("one for CUDA {} or later, which PTX {major}.{minor} needs", cuda_version(arch.least_driver)),
-                "Update the driver, or use the emulator",
-            ));
-        }
-        Ok(())
+    /// An [`Error::Input`] that says what is missing, where it runs none.
+    pub fn arch(&self) -> Result<Arch> {
+        best_arch(&self.name, self.capability, self.driver_version())
+    }
+
+    /// Checks whether this GPU and its driver run the kernels of a family.
+    fn check(&self, arch: Arch) -> Result<()> {
+        check_arch(arch, &self.name, self.capability, self.driver_version())
     }
 
     /// Version of the driver as CUDA counts it: 12080 is 12.8.
@@ -432,11 +463,12 @@ impl GpuModule {
     /// compiler's log is in the error.
     pub(super) fn load(
         gpu: &Arc<Gpu>,
+        arch: Arch,
         name: &str,
         ptx: &str,
         shared_bytes: [u32; Kernel::ALL.len()],
     ) -> Result<GpuModule> {
-        gpu.check()?;
+        gpu.check(arch)?;
         let text = |subject: &str, text: &str| {
             CString::new(text)
                 .map_err(|_| Error::input(subject, "a zero byte", "text", "The file is damaged: build it again"))
@@ -465,7 +497,6 @@ impl GpuModule {
         let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
         let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
         if status == sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION {
-            let arch = Arch::of_capability(gpu.capability).unwrap_or_default();
             let (major, minor) = arch.ptx_version;
             return Err(Error::input(
                 format!("kernels of {name}"),

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 #[cfg(feature = "emulator")]
 pub use emulator::{Emulator, available_memory};
+use framestride_shapes::arch::Arch;
 pub use gpu::{Gpu, cuda_version};
 pub use stream::{Graph, OwnedStream, Stream};
 
@@ -135,6 +136,19 @@ impl Device {
             Device::Gpu(gpu) => gpu.name().to_owned(),
             #[cfg(feature = "emulator")]
             Device::Emulator(_) => "emulator".into(),
+        }
+    }
+
+    /// The family whose kernels suit it best ([`Gpu::arch`]). The emulator runs those of any family,
+    /// and takes the default one.
+    ///
+    /// # Errors
+    /// As [`Gpu::arch`].
+    pub fn arch(&self) -> Result<Arch> {
+        match self {
+            Device::Gpu(gpu) => gpu.arch(),
+            #[cfg(feature = "emulator")]
+            Device::Emulator(_) => Ok(Arch::default()),
         }
     }
 
@@ -280,11 +294,17 @@ impl Device {
         }
     }
 
-    /// Loads PTX, which the driver compiles here. `shared_bytes` is the dynamic shared memory of
+    /// Loads PTX of a family, which the driver compiles here. `shared_bytes` is the dynamic shared memory of
     /// each kernel.
-    pub(crate) fn load(&self, name: &str, ptx: &str, shared_bytes: [u32; Kernel::ALL.len()]) -> Result<Loaded> {
+    pub(crate) fn load(
+        &self,
+        arch: Arch,
+        name: &str,
+        ptx: &str,
+        shared_bytes: [u32; Kernel::ALL.len()],
+    ) -> Result<Loaded> {
         match self {
-            Device::Gpu(gpu) => Ok(Loaded::Gpu(gpu::GpuModule::load(gpu, name, ptx, shared_bytes)?)),
+            Device::Gpu(gpu) => Ok(Loaded::Gpu(gpu::GpuModule::load(gpu, arch, name, ptx, shared_bytes)?)),
             #[cfg(feature = "emulator")]
             Device::Emulator(_) => Ok(Loaded::Emulator(emulator::parse(name, ptx)?)),
         }

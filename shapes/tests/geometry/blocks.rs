@@ -12,7 +12,7 @@ use crate::shipped;
 #[test]
 fn pack_holds_whole_rows_of_the_shipped_shapes() {
     for spec in shipped() {
-        let held = PackBlock::new(spec.heads, spec.image()).held_steps * PACK_STEP_BYTES;
+        let held = PackBlock::new(Arch::default(), spec.heads, spec.image()).held_steps * PACK_STEP_BYTES;
         assert_eq!(held, (spec.heads * spec.head_dim * 2).next_multiple_of(PACK_STEP_BYTES), "{}", spec.name);
     }
 }
@@ -22,7 +22,7 @@ fn blocks_of_pack_fit_a_multiprocessor() {
     for head_dim in [64, 128] {
         for heads in 1..=65535 {
             let PackBlock { held_steps: steps, warps, min_blocks: blocks } =
-                PackBlock::new(heads, Image { head_dim, dtype: Dtype::Bf16 });
+                PackBlock::new(Arch::default(), heads, Image { head_dim, dtype: Dtype::Bf16 });
             let shared = PackShared::new(warps, steps).bytes;
             // A lane has one bit for each step.
             assert!((1..=32).contains(&steps), "{heads} heads of {head_dim}: {steps} steps");
@@ -42,7 +42,7 @@ fn blocks_of_pack_fit_a_multiprocessor() {
 fn shared_memory_of_attention_and_profile() {
     for (head_dim, attention_bytes, profile_bytes) in [(64, 156_672, 218_112), (128, 214_016, 220_160)] {
         let image = Image { head_dim, dtype: Dtype::Bf16 };
-        let tiles = framestride_shapes::blocks::Tiles::for_head_dim(head_dim);
+        let tiles = framestride_shapes::blocks::Tiles::new(Arch::default(), head_dim);
         let (attention, profile) = (AttentionShared::new(tiles, image), ProfileShared::new(image));
         assert_eq!((attention.bytes, profile.bytes), (attention_bytes, profile_bytes));
         assert!(attention.bytes.max(profile.bytes) <= Arch::SM_90A.block_shared_bytes);

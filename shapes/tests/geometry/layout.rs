@@ -1,5 +1,6 @@
 //! The packed order and what its rows see.
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::fragment::{seen_keys, thread_keys};
 use framestride_shapes::image::ATOM_ROWS;
 use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS, ValidText, Visible};
@@ -366,7 +367,7 @@ proptest! {
 #[test]
 fn numbers_hold_the_layout() {
     for spec in super::shipped() {
-        let numbers = Numbers::of(&spec);
+        let numbers = Numbers::of(&spec, Arch::default());
         let half_widths = [spec.layout.spatial_half_width, spec.layout.temporal_half_width];
         assert_eq!(numbers.layout().with_half_widths(half_widths), spec.layout, "{}", spec.name);
         assert_eq!(numbers.partials(spec.head_dim, 3), spec.partials(3), "{}", spec.name);

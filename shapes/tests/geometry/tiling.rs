@@ -1,5 +1,6 @@
 //! Tiles visit every visible pair exactly once.
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::Tiles;
 use framestride_shapes::image::ATOM_ROWS;
 use framestride_shapes::layout::{HeadType, PAD_ROWS};
@@ -21,7 +22,7 @@ fn the_first_tile_is_for_nearly_every_row() {
         let (layout, text) = (&spec.layout, spec.layout.text_tokens());
         for head in HeadType::ALL {
             let (mut warpgroups, mut blind) = (0, 0);
-            for tile in query_tiles(layout, head, spec.tiles(), text) {
+            for tile in query_tiles(layout, head, spec.tiles(Arch::default()), text) {
                 let keys = tile.key_tiles[0].first_row..tile.key_tiles[0].first_row + tile.key_tiles[0].rows;
                 for first in (tile.first_row..tile.first_row + tile.rows).step_by(64) {
                     let sees = |row| keys.clone().any(|key| layout.visible(head, row, text).sees(key));
@@ -101,7 +102,7 @@ proptest! {
 
     #[test]
     fn counts_add_up((layout, valid) in layouts_with_text(), head in heads(), head_dim in prop::sample::select(vec![64, 128])) {
-        let tiles = Tiles::for_head_dim(head_dim);
+        let tiles = Tiles::new(Arch::default(), head_dim);
         prop_assert!(tiles.key_rows <= PAD_ROWS && tiles.query_rows <= PAD_ROWS, "a tile may end beyond the packed head");
         let counts = count_tiles(&layout, head, tiles, valid.sum());
         let dense = count_tiles(&layout, HeadType::Dense, tiles, valid.sum());

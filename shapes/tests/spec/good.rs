@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::{Divisor, HeadType, Layout};
 use framestride_shapes::models;
 use framestride_shapes::spec::{
@@ -274,7 +275,7 @@ fn shapes() {
             layout.sink_frames,
         );
         for head in HeadType::ALL {
-            let (counts, tiles) = (spec.tile_counts(head), spec.tiles());
+            let (counts, tiles) = (spec.tile_counts(Arch::default(), head), spec.tiles(Arch::default()));
             let visited_pairs = counts.visited() * u64::from(tiles.query_rows * tiles.key_rows);
             let _ = writeln!(
                 table,

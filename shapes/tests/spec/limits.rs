@@ -1,6 +1,7 @@
 //! The largest shapes: one below each limit is read and fits the kernels' arithmetic, one above is
 //! refused and names the limit.
 
+use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::{Divisor, HeadType, Layout, PAD_ROWS, ValidText};
 use framestride_shapes::spec::Spec;
 
@@ -55,10 +56,13 @@ fn bytes_of_a_packed_head_are_counted_in_32_bits() {
             ask(&spec.layout);
             // Without a walk over 10^10 tiles. Each query tile is looked at once, so that a
             // description of any spec takes some milliseconds.
-            let dense = spec.tile_counts(HeadType::Dense);
+            let dense = spec.tile_counts(Arch::default(), HeadType::Dense);
             assert!(dense.query_tiles < 175_000, "{} query tiles", dense.query_tiles);
-            assert_eq!(dense.full + dense.edge, dense.query_tiles * u64::from(most.div_ceil(spec.tiles().key_rows)));
-            assert!(spec.tile_counts(HeadType::Temporal).visited() < dense.visited());
+            assert_eq!(
+                dense.full + dense.edge,
+                dense.query_tiles * u64::from(most.div_ceil(spec.tiles(Arch::default()).key_rows))
+            );
+            assert!(spec.tile_counts(Arch::default(), HeadType::Temporal).visited() < dense.visited());
             for above in [1, 7, 8] {
                 refused(read(most - text + above, text, 1, head_dim, ""), &limit);
             }
