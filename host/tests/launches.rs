@@ -126,6 +126,27 @@ fn profiling_writes_where_it_is_told() {
     assert_eq!(device.read(&setup.memory[3], 0, 139 * 256).unwrap(), [0xff; 139 * 256], "no output is written");
 }
 
+/// An emulator sums what the kernels of its launches did.
+#[test]
+fn an_emulator_counts_what_kernels_do() {
+    let device = Device::emulator();
+    let setup = setup(&device);
+    let Device::Emulator(emulator) = &device else { unreachable!("it was just made") };
+    assert!(emulator.statistics().is_empty());
+    let counts = || {
+        // SAFETY: the addresses are memory of this device, which lives until the end.
+        unsafe {
+            setup.attention.forward(Stream::DEFAULT, &setup.layer, HeadTypes::Dense, &setup.workspace).unwrap();
+        }
+        let statistics = emulator.statistics();
+        let attention = &statistics["attention"];
+        (attention.multiply_adds, attention.shared_accesses.values().map(|found| found.accesses).sum::<u64>())
+    };
+    let (products, accesses) = counts();
+    assert!(products > 0 && accesses > 0);
+    assert_eq!(counts(), (2 * products, 2 * accesses));
+}
+
 /// Kernels use the memory of the process in place, at any multiple of 2 bytes, and nothing beside it.
 #[test]
 fn memory_of_the_process() {
