@@ -1,6 +1,7 @@
 //! The arithmetic of `wgmma`, as an NVIDIA H200 computed it (driver 580.159.04, CUDA 13.0).
 //!
-//! The example `wgmma_probe` writes such a file of results on another GPU.
+//! The example `wgmma_probe` writes such a file of results on another GPU. `mma.sync` is taken to add
+//! as `wgmma` does, which the example `mma_probe` can ask a GPU.
 
 mod common;
 #[path = "common/tensor_core.rs"]
@@ -9,7 +10,9 @@ mod tensor_core;
 use common::Random;
 use ptx_emulator::{Accumulation, Module};
 use std::sync::LazyLock;
-use tensor_core::{COLUMNS, Case, Format, Kept, LONG, Results, cases, normal, program};
+use tensor_core::{
+    COLUMNS, Case, Format, Kept, LONG, Results, cases, mma_sync_cases, mma_sync_program, normal, program,
+};
 
 /// The formats of 16 bits.
 const HALVES: [Format; 2] = [Format::Bf16, Format::F16];
@@ -178,6 +181,17 @@ fn every_bit_is_what_a_gpu_computed() {
         assert_eq!(differ, 0, "{} of {} words differ: see `wgmma_probe compare`", case.name, found.len());
     }
     println!("{}: {} cases alike", results.device, CASES.len());
+}
+
+#[test]
+fn mma_sync_adds_as_wgmma_does() {
+    let results = stored();
+    let module = common::module(&mma_sync_program(&HALVES));
+    for case in HALVES.into_iter().flat_map(mma_sync_cases) {
+        let (found, expected) = (case.emulate(&module), results.of(&case).expect("results"));
+        let differ = (0..found.len()).filter(|i| found[*i] != expected[*i]).count();
+        assert_eq!(differ, 0, "{}: {} of {} words differ", case.name, differ, found.len());
+    }
 }
 
 #[test]

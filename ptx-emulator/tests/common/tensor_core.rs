@@ -1,8 +1,8 @@
-//! Dot products that tell one arithmetic of `wgmma` from another, a program that computes them, and
-//! a file of results.
+//! Dot products that tell one arithmetic of tensor cores from another, programs that compute them by
+//! `wgmma` and by `mma.sync`, and a file of results.
 //!
-//! `examples/wgmma_probe.rs` runs the program on a GPU and writes the file. `tests/tensor_core.rs`
-//! runs it in the emulator and compares. Exact arithmetic makes the operands from seeds, so that
+//! `examples/wgmma_probe.rs` and `examples/mma_probe.rs` run the programs on a GPU and write the
+//! file. `tests/tensor_core.rs` runs them in the emulator and compares. Exact arithmetic makes the operands from seeds, so that
 //! the file has to hold results only.
 
 #![allow(dead_code)]
@@ -78,6 +78,17 @@ fn exp2(n: i32) -> f64 {
     2f64.powi(n)
 }
 
+/// How the program multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// By `wgmma`, with A in registers.
+    Registers,
+    /// By `wgmma`, with A in shared memory.
+    Shared,
+    /// By `mma.sync`, one in each of four warps.
+    MmaSync,
+}
+
 /// Which results of a case the file keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
@@ -98,8 +109,7 @@ pub struct Case {
     stored: usize,
     /// Whether the first step adds to C.
     accumulate: bool,
-    /// Whether A lies in shared memory, in place of registers.
-    shared: bool,
+    form: Form,
     pub kept: Kept,
     /// Matrix A as [tile][step][row][byte of k].
     a: Vec<u8>,
@@ -139,7 +149,7 @@ impl Case {
             steps: stored,
             stored,
             accumulate: true,
-            shared: false,
+            form: Form::Registers,
             kept: Kept::Bits,
             a,
             b,
@@ -168,7 +178,12 @@ impl Case {
 
     /// The entry of the program that runs this case.
     pub fn entry(&self) -> String {
-        format!("{}_{}", self.format.name(), if self.shared { "shared" } else { "registers" })
+        let form = match self.form {
+            Form::Registers => "registers",
+            Form::Shared => "shared",
+            Form::MmaSync => "mma_sync",
+        };
+        format!("{}_{form}", self.format.name())
     }
 
     pub fn launch(&self) -> LaunchConfig {
@@ -186,7 +201,7 @@ impl Case {
         let mut image = Vec::with_capacity(self.a.len());
         for tile in self.a.chunks(ROWS * STEP) {
             for thread in 0..128 {
-                if self.shared {
+                if self.form == Form::Shared {
                     image.extend_from_slice(&tile[thread % 64 * STEP + thread / 64 * 16..][..16]);
                     continue;
                 }
@@ -239,7 +254,7 @@ impl Case {
 
     /// A digest of everything that the results depend on.
     fn digest(&self) -> u64 {
-        let numbers = self.numbers().into_iter().chain([self.shared as u32]);
+        let numbers = self.numbers().into_iter().chain([(self.form == Form::Shared) as u32]);
         let c = self.c.iter().copied();
         digest(self.a.iter().chain(&self.b).copied().chain(numbers.chain(c).flat_map(u32::to_le_bytes)))
     }
@@ -288,7 +303,7 @@ fn digest(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x100_0000_01b3))
 }
 
-/// The program for some formats. Its entries `FORMAT_registers` and `FORMAT_shared` differ in where
+/// The program by `wgmma`. Its entries `FORMAT_registers` and `FORMAT_shared` differ in where
 /// A lies.
 pub fn program(formats: &[Format]) -> String {
     let mut text = String::from(".version 8.3\n.target sm_90a\n.address_size 64\n");
@@ -354,7 +369,59 @@ STEP:
     text
 }
 
-/// All cases of a format.
+/// The program by `mma.sync`, for formats of 16 bits. Its entries `FORMAT_mma_sync` take what those
+/// of [`program`] take. Each of four warps has 16 rows of the tile.
+pub fn mma_sync_program(formats: &[Format]) -> String {
+    let mut text = String::from(".version 7.0\n.target sm_80\n.address_size 64\n");
+    for format in formats {
+        let name = format.name();
+        text += &format!(
+            "
+.visible .entry {name}_mma_sync(
+    .param .u64 out, .param .u64 a, .param .u64 b, .param .u64 c,
+    .param .u32 steps, .param .u32 stored, .param .u32 accumulate
+) .maxntid 128 {{
+    .reg .pred %p<3>; .reg .b32 %r<8>, %a<4>, %b<2>; .reg .b64 %rd<8>; .reg .f32 %d<4>;
+    ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [a]; ld.param.u64 %rd3, [b]; ld.param.u64 %rd4, [c];
+    ld.param.u32 %r1, [steps]; ld.param.u32 %r2, [stored]; ld.param.u32 %r3, [accumulate];
+    mov.u32 %r4, %tid.x; mov.u32 %r5, %ctaid.x;
+    // C and the output have 16 bytes for each thread. A and B have all stored steps of one tile
+    // after those of the other.
+    mad.lo.u32 %r6, %r5, 128, %r4; mad.wide.u32 %rd1, %r6, 16, %rd1; mad.wide.u32 %rd4, %r6, 16, %rd4;
+    mul.lo.u32 %r6, %r5, %r2; mad.lo.u32 %r7, %r6, 128, %r4; mad.wide.u32 %rd2, %r7, 16, %rd2;
+    // A column's chunk of 8 k lies after that of the column before. So the word of each lane lies
+    // after that of the lane before.
+    mad.wide.u32 %rd3, %r6, 256, %rd3; and.b32 %r4, %r4, 31; mad.wide.u32 %rd3, %r4, 4, %rd3;
+    setp.eq.u32 %p1, %r2, 1; selp.b64 %rd5, 0, 2048, %p1; selp.b64 %rd6, 0, 256, %p1;
+    ld.global.v4.f32 {{%d0, %d1, %d2, %d3}}, [%rd4];
+    setp.ne.u32 %p1, %r3, 0; @%p1 bra BEGIN;
+    mov.f32 %d0, 0f00000000; mov.f32 %d1, 0f00000000; mov.f32 %d2, 0f00000000; mov.f32 %d3, 0f00000000;
+BEGIN:
+    mov.u32 %r6, 0;
+STEP:
+    ld.global.v4.b32 {{%a0, %a1, %a2, %a3}}, [%rd2];
+    ld.global.b32 %b0, [%rd3]; ld.global.b32 %b1, [%rd3+128];
+    mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32
+        {{%d0, %d1, %d2, %d3}}, {{%a0, %a1, %a2, %a3}}, {{%b0, %b1}}, {{%d0, %d1, %d2, %d3}};
+    add.s64 %rd2, %rd2, %rd5; add.s64 %rd3, %rd3, %rd6;
+    add.u32 %r6, %r6, 1; setp.lt.u32 %p2, %r6, %r1; @%p2 bra STEP;
+    st.global.v4.f32 [%rd1], {{%d0, %d1, %d2, %d3}};
+    ret;
+}}
+"
+        );
+    }
+    text
+}
+
+/// The cases of a format of 16 bits, by `mma.sync`. They have the names and operands of those by
+/// `wgmma` that have A in registers.
+pub fn mma_sync_cases(format: Format) -> Vec<Case> {
+    let by_wgmma = cases(format).into_iter().filter(|case| case.form == Form::Registers);
+    by_wgmma.map(|case| Case { form: Form::MmaSync, ..case }).collect()
+}
+
+/// All cases of a format, by `wgmma`.
 pub fn cases(format: Format) -> Vec<Case> {
     let mut cases = questions(format);
     cases.extend(samples(format));
@@ -818,7 +885,7 @@ fn samples(format: Format) -> Vec<Case> {
         |_| format.bits(normal(&mut s)),
         |_| (normal(&mut t) as f32).to_bits(),
     );
-    case.shared = true;
+    case.form = Form::Shared;
     cases.push(case);
     cases
 }
@@ -904,7 +971,7 @@ impl Results {
     /// The file does not have the case, or has it with other operands, or another number of
     /// results.
     pub fn of(&self, case: &Case) -> Result<&[u32], String> {
-        let wrong = |what: &str| Err(format!("{:?}: {what}: write the file anew with `wgmma_probe gpu`", case.name));
+        let wrong = |what: &str| Err(format!("{:?}: {what}: write the file anew with the probe", case.name));
         match self.cases.iter().find(|(name, ..)| *name == case.name) {
             None => wrong("no results"),
             Some((_, digest, _)) if *digest != case.digest() => wrong("the results are of other operands"),
