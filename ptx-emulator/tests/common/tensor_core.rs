@@ -7,7 +7,7 @@
 
 #![allow(dead_code)]
 
-use crate::common::{Random, place_in_a, place_in_d};
+use super::common::{Random, place_in_a, place_in_d};
 use half::{bf16, f16};
 use ptx_emulator::{LaunchConfig, Memory, Module};
 
