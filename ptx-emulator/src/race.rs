@@ -360,7 +360,7 @@ impl<const N: usize> Track<N> {
     #[inline]
     fn update(&mut self, chunk: usize, change: impl Fn(&mut Access), new: Access) {
         let last = &mut self.last[chunk];
-        if last[N - 1].mask != 0 {
+        if last[N - 1].mask != 0 && !self.more.is_empty() {
             return self.update_many(chunk, change, new);
         }
         let mut kept = 0;
@@ -375,8 +375,13 @@ impl<const N: usize> Track<N> {
                 kept += 1;
             }
         }
-        if !last[..kept].iter_mut().any(|access| access.takes(&new, self.by_lane)) {
-            last[kept] = new;
+        if last[..kept].iter_mut().any(|access| access.takes(&new, self.by_lane)) {
+            return;
+        }
+        match last.get_mut(kept) {
+            Some(place) => *place = new,
+            None if new.mask != 0 => drop(self.more.insert(chunk, vec![new])),
+            None => {}
         }
     }
 
@@ -420,7 +425,8 @@ fn chunks(offset: usize, bytes: usize) -> impl Iterator<Item = (usize, u16)> {
 /// Who read and wrote the bytes of shared memory last.
 pub(crate) struct Accesses {
     writes: Track<4>,
-    reads: Track<2>,
+    /// Up to eight warps read the same tile.
+    reads: Track<8>,
 }
 
 impl Accesses {
@@ -453,8 +459,8 @@ impl Accesses {
         for (chunk, mask) in chunks(offset, bytes) {
             // Whoever is ordered after this read is ordered after earlier reads that it knows.
             let superseded = |old: &mut Access| {
-                if old.mask & !mask == 0 && clocks.knows_access(by, old) {
-                    old.mask = 0;
+                if old.mask & mask != 0 && clocks.knows_access(by, old) {
+                    old.mask &= !mask;
                 }
             };
             access.mask = mask;

@@ -17,6 +17,7 @@ use crate::alu::*;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
 use crate::isa::*;
+use crate::tensor_core::mma_sync::MatricesA;
 use crate::tensor_core::wgmma;
 
 mod barriers;
@@ -72,6 +73,8 @@ pub(crate) struct Warp {
     local: Vec<u32>,
     /// What the warp knows of its products in flight.
     pub products: wgmma::Registers,
+    /// Matrices of `mma.sync` that are decoded already.
+    pub matrices_a: MatricesA,
     /// How many registers a thread has, when they are counted.
     pub registers: u32,
 }
@@ -130,6 +133,7 @@ impl Warp {
             apart: 0,
             local: vec![POISON; kernel.local_bytes.div_ceil(4) as usize * 32],
             products: wgmma::Registers::new(kernel),
+            matrices_a: MatricesA::new(),
             registers: 0,
         }
     }

@@ -397,6 +397,23 @@ fn copies_of_threads_are_their_stores() {
 }
 
 #[test]
+fn a_read_of_a_part_does_not_hide_that_of_the_rest() {
+    // Warp 1 reads 16 bytes, meets, and reads 4 of them again. Warp 0 writes the 4 at an offset.
+    let body = |offset: u32, barrier: &str| {
+        format!(
+            "setp.eq.u32 %p1, %r11, 1; @%p21 st.shared.v4.u32 [%r2], {{%r1, %r1, %r1, %r1}}; bar.sync 0; @%p1 bra READ;
+             {barrier} @%p21 st.shared.u32 [%r2+{offset}], %r1; bra END;
+             READ: ld.shared.v4.u32 {{%r4, %r5, %r6, %r7}}, [%r2]; bar.warp.sync -1; ld.shared.u32 %r4, [%r2+4];
+             {barrier} END:"
+        )
+    };
+    for offset in [0, 4, 12] {
+        seen(&body(offset, ""), 64, &[FaultKind::Race], &[UNORDERED]);
+        silent(&body(offset, "bar.sync 1, 64;"), 64);
+    }
+}
+
+#[test]
 fn strong_accesses_tell_what_their_threads_know() {
     let body = "@%p21 st.shared.u32 [%r2], 0; bar.sync 0; setp.eq.u32 %p1, %r11, 1; @%p1 bra CONSUME;
         @!%p20 bra END; st.shared.u32 [%r2+64], %r1; membar.cta; st.volatile.shared.u32 [%r2], 1; bra END;

@@ -8,12 +8,14 @@
 //! Ampere and Ada are known to add eight products at a time, so that last bits differ there.
 
 use super::ElementType;
-use super::sums::{columns_of_registers, multiply, rows_of_registers};
+use super::sums::{Rows, columns_of_registers, multiply, rows_of_registers};
+use crate::alu::Lanes;
 use crate::block::Block;
 use crate::decode::{Decode, Decoder, Mods};
 use crate::isa::{Op, R};
 use crate::parse::{Class, Statement};
 use crate::warp::Warp;
+use std::collections::HashMap;
 
 /// `mma.sync.aligned.m16n8k16.row.col.f32`, with its registers in a lane.
 #[derive(Clone, Debug)]
@@ -59,17 +61,38 @@ impl Decoder<'_> {
     }
 }
 
+/// The matrices A of a warp, decoded, by their registers. One is used with many matrices B, and
+/// decoding it takes as long as a product.
+pub(crate) type MatricesA = HashMap<[R; 4], MatrixA>;
+
+/// A decoded matrix A, and what its registers held.
+pub(crate) struct MatrixA {
+    registers: [Lanes<u32>; 4],
+    element: ElementType,
+    rows: Vec<Rows>,
+}
+
+impl MatrixA {
+    fn new(registers: [Lanes<u32>; 4], element: ElementType) -> MatrixA {
+        MatrixA { registers, element, rows: rows_of_registers(registers.each_ref(), element) }
+    }
+}
+
 impl Warp {
     /// Executes a product, which the whole warp has reached together.
     pub(crate) fn mma_sync(&mut self, block: &mut Block, op: &Product) {
-        let a = rows_of_registers(op.a.map(|r| &self.r32[r as usize]), op.element);
+        let registers = op.a.map(|r| self.r32[r as usize]);
+        let a = self.matrices_a.entry(op.a).or_insert_with(|| MatrixA::new(registers, op.element));
+        if a.registers != registers || a.element != op.element {
+            *a = MatrixA::new(registers, op.element);
+        }
         let b = columns_of_registers(op.b.map(|r| &self.r32[r as usize]), op.element);
         // D may have registers of the others in any order, so all are read before one is written.
         let c = op.c.map(|r| self.r32[r as usize]);
         for (d, c) in op.d.iter().zip(c) {
             self.r32[*d as usize] = c;
         }
-        multiply(&mut self.r32, &op.d, &a, &b, op.element);
+        multiply(&mut self.r32, &op.d, &a.rows, &b, op.element);
         block.counters.products += (16 * 8 * op.element.k()) as u64;
     }
 }
