@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 // The version of this interface that the header describes. It grows with every addition.
-#define FRAMESTRIDE_ABI_VERSION 1
+#define FRAMESTRIDE_ABI_VERSION 2
 
 // What a function returns. Later versions may have more values.
 typedef enum {
@@ -549,6 +549,38 @@ framestride_status framestride_profile(framestride_attention attention,
 
 // Frees an attention. By then none of its calls may still run.
 framestride_status framestride_attention_free(framestride_attention attention);
+
+// Writes a table of a study to `buffer`, as framestride_spec_toml does.
+//
+// A study is `bytes` bytes of JSON, which the command `framestride study` and framestride.study of
+// Python write. `error` is the relative error that a layer may have, above 0 and below 1, or 0 for
+// the study's own. The table has the relative error of each layer at each density, or with `by_head`
+// 1 that of each head under each mask.
+framestride_status framestride_study_table(const char *study,
+                                           size_t bytes,
+                                           double error,
+                                           uint32_t by_head,
+                                           char *buffer,
+                                           size_t capacity,
+                                           size_t *needed);
+
+// Writes the schedule of a study to `buffer`, as framestride_spec_toml does: JSON of the least
+// density of each layer and step with which the layer is within `error`.
+framestride_status framestride_study_schedule(const char *study,
+                                              size_t bytes,
+                                              double error,
+                                              char *buffer,
+                                              size_t capacity,
+                                              size_t *needed);
+
+// Draws density against error, and heads by layer, and writes the PNG file to `buffer`, as
+// framestride_plot does.
+framestride_status framestride_study_plot(const char *study,
+                                          size_t bytes,
+                                          double error,
+                                          uint8_t *buffer,
+                                          size_t capacity,
+                                          size_t *needed);
 
 #ifdef __cplusplus
 }  // extern "C"

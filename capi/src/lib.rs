@@ -4,6 +4,7 @@
 //! * `argument`, `handle`: what comes from the caller.
 //! * `status`: what every function returns, and the message behind it.
 //! * `device`, `spec`, `module`, `attention`: one kind of handle each, and its functions.
+//! * `study`: what masks would cost a model.
 //! * `call`: the structure of a call, and what it becomes for the library.
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
@@ -24,3 +25,5 @@ mod module;
 mod call;
 
 mod attention;
+
+mod study;

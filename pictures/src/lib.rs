@@ -9,6 +9,7 @@ use embedded_graphics::mono_font::MonoTextStyle;
 use embedded_graphics::mono_font::ascii::FONT_7X13;
 use embedded_graphics::pixelcolor::Rgb888;
 use embedded_graphics::prelude::*;
+use embedded_graphics::primitives::{Line, PrimitiveStyle};
 use embedded_graphics::text::{Baseline, Text};
 use image::{ImageFormat, ImageResult, Rgb, RgbImage};
 
@@ -66,6 +67,13 @@ impl Picture {
                 self.0.put_pixel(x, y, colour);
             }
         }
+    }
+
+    /// Draws a line of one pixel, as far as it lies in the picture.
+    pub fn line(&mut self, from: [i32; 2], to: [i32; 2], colour: Rgb<u8>) {
+        let [from, to] = [from, to].map(|[x, y]| Point::new(x, y));
+        let style = PrimitiveStyle::with_stroke(Rgb888::new(colour.0[0], colour.0[1], colour.0[2]), 1);
+        let Ok(()) = Line::new(from, to).into_styled(style).draw(self);
     }
 
     /// The picture as a PNG file.

@@ -297,6 +297,29 @@ static void calls(void) {
   WRONG("profiling of dense heads", framestride_profile(attention, &call, NULL));
 }
 
+static void studies(void) {
+  const char *study = "{\"framestride_study\": 1, \"models\": [{\"name\": \"one\", \"layers\": 1}], \"video\": [4, 5, 6], "
+                      "\"sampled_rows\": 64, \"densities\": [0.2, 0.5], \"error\": 0.1, \"steps\": [{\"index\": 0, "
+                      "\"count\": 1, \"noise\": null, \"layers\": [{\"size\": [1.0], \"errors\": [[[0.09, 0.04]], "
+                      "[[null, 0.0025]]]}]}]}";
+  size_t bytes = strlen(study), needed;
+  const char *later = "{\"framestride_study\": 2}";
+  WRONG("a study that is NULL", framestride_study_table(NULL, 0, 0, 0, NULL, 0, &needed));
+  WRONG("a study that ends early", framestride_study_table(study, bytes - 1, 0, 0, NULL, 0, &needed));
+  WRONG("a study of a later version", framestride_study_plot(later, strlen(later), 0, NULL, 0, &needed));
+  WRONG("a table that is none", framestride_study_table(study, bytes, 0, 2, NULL, 0, &needed));
+  WRONG("an error that is none", framestride_study_schedule(study, bytes, 1, NULL, 0, &needed));
+  RIGHT(framestride_study_plot(study, bytes, 0, NULL, 0, &needed));
+  char text[1024];
+  RIGHT(framestride_study_table(study, bytes, 0, 1, text, sizeof text, &needed));
+  if (strlen(text) + 1 != needed || !strstr(text, "temporal")) exit(1);
+  // 0.5 is within the study's own error, and nothing is within a lower one.
+  RIGHT(framestride_study_schedule(study, bytes, 0, text, sizeof text, &needed));
+  if (!strstr(text, "\"density\":[0.5]")) exit(1);
+  RIGHT(framestride_study_schedule(study, bytes, 0.01, text, sizeof text, &needed));
+  if (!strstr(text, "\"density\":[1.0]")) exit(1);
+}
+
 int main(int count, char **arguments) {
   if (count != 2 || framestride_abi_version() != FRAMESTRIDE_ABI_VERSION || !framestride_version()[0]) return 1;
   if (framestride_last_error()[0]) return 1;
@@ -311,6 +334,7 @@ int main(int count, char **arguments) {
   specs();
   loading(arguments[1]);
   calls();
+  studies();
 
   // A spec is given back as text, into a buffer that is large enough.
   size_t needed, again;

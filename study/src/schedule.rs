@@ -1,0 +1,71 @@
+//! The schedule that a study writes: a density for each layer and step.
+//!
+//! The file is JSON, which `framestride.diffusers.apply` of Python takes:
+//!
+//! ```json
+//! {
+//!   "framestride_schedule": 1,
+//!   "models": [{"name":"WanTransformer3DModel","layers":3}],
+//!   "error": 0.05,
+//!   "steps": [
+//!     {"index":0,"count":8,"noise":1.0,"density":[1.0,0.5,0.35]},
+//!     {"index":4,"count":8,"noise":0.83,"density":[0.5,0.25,null]}
+//!   ]
+//! }
+//! ```
+//!
+//! Density 1 is dense attention, and null a layer that the step did not call. A later version may
+//! say more of a step beside `density`, such as which heads compute in 8 bits.
+
+use serde::Serialize;
+
+use crate::{Model, Study, VERSION, compact, lines};
+
+/// Densities by step and layer, with which each layer is within an error.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Schedule {
+    /// The transformers, in the order of their layers.
+    pub models: Vec<Model>,
+    /// The relative error that each layer is within.
+    pub error: f64,
+    /// The steps that were studied, in the order of the denoising.
+    pub steps: Vec<ScheduledStep>,
+}
+
+/// The densities of a step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ScheduledStep {
+    /// Its number, from 0.
+    pub index: u32,
+    /// How many steps the denoising had.
+    pub count: u32,
+    /// The noise of its input, where that is known.
+    pub noise: Option<f64>,
+    /// The density of each layer, 1 for dense attention, or `None` where the step did not call it.
+    pub density: Vec<Option<f64>>,
+}
+
+impl Study {
+    /// The least densities that were tried with which each layer is within the study's error.
+    pub fn schedule(&self) -> Schedule {
+        let steps = self.steps.iter().map(|step| {
+            let density = step.layers.iter().map(|layer| {
+                layer.as_ref().map(|layer| self.least_density(layer).map_or(1.0, |density| self.densities[density]))
+            });
+            ScheduledStep { index: step.index, count: step.count, noise: step.noise, density: density.collect() }
+        });
+        Schedule { models: self.models.clone(), error: self.error, steps: steps.collect() }
+    }
+}
+
+impl Schedule {
+    /// The schedule as the text of a file, with a line for each step.
+    pub fn to_json(&self) -> String {
+        let keys = [
+            ("framestride_schedule", compact(&VERSION)),
+            ("models", compact(&self.models)),
+            ("error", compact(&self.error)),
+        ];
+        lines(&keys, self.steps.iter().map(compact))
+    }
+}
