@@ -7,8 +7,10 @@ from ._library import Error, Status
 from .attention import Norm, Profile, Text, attention, profile
 from .module import Module, load
 from .spec import QkNorm, Rope, Schedule, Spec, Width, describe, plot
+from .study import DensitySchedule, ScheduledStep, Study, study
 
 __all__ = [
+    "DensitySchedule",
     "Error",
     "Module",
     "Norm",
@@ -16,8 +18,10 @@ __all__ = [
     "QkNorm",
     "Rope",
     "Schedule",
+    "ScheduledStep",
     "Spec",
     "Status",
+    "Study",
     "Text",
     "Width",
     "attention",
@@ -25,4 +29,5 @@ __all__ = [
     "load",
     "plot",
     "profile",
+    "study",
 ]

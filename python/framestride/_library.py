@@ -13,7 +13,7 @@ from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_size
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Status(enum.IntEnum):
@@ -176,6 +176,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "spec_free": [_HANDLE],
     "describe": [_HANDLE, c_char_p, c_char_p, c_size_t, POINTER(c_size_t)],
     "plot": [_HANDLE, c_char_p, c_size_t, POINTER(c_size_t)],
+    "study_table": [c_char_p, c_size_t, c_double, c_uint32, c_char_p, c_size_t, POINTER(c_size_t)],
+    "study_schedule": [c_char_p, c_size_t, c_double, c_char_p, c_size_t, POINTER(c_size_t)],
+    "study_plot": [c_char_p, c_size_t, c_double, c_char_p, c_size_t, POINTER(c_size_t)],
     "half_width": [_HANDLE, c_uint32, c_double, POINTER(c_uint32)],
     "supported": [_HANDLE, _HANDLE],
     "load": [_HANDLE, _HANDLE, _OUT],

@@ -109,6 +109,58 @@ def position_codes(head_dim: int) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 
 
+def planted_wan(heads: list[list[str]]) -> nn.Module:
+    """A Wan whose heads have types that are known, by layer: "spatial", "temporal", or "neither"."""
+    torch.manual_seed(0)
+    model, _ = compare.wan(compare.diffusers.WanTransformer3DModel)
+    model = type(model)(**dict(model.config) | {"num_layers": len(heads), "num_attention_heads": len(heads[0])})
+    near = position_codes(128).unflatten(1, (2, 128))
+    # A query that looks at a place far away from its own in both orders.
+    far = near[torch.randperm(compare.VIDEO), 0]
+    of_query = {"spatial": near[:, 0], "temporal": near[:, 1], "neither": far}
+    of_key = of_query | {"neither": near[:, 0]}
+
+    def plant(linear: nn.Module, codes: list[torch.Tensor]):
+        rows = torch.cat(codes, dim=1)
+        linear.register_forward_hook(lambda module, inputs, out: rows.to(out.dtype).expand(out.shape))
+
+    for block, kinds in zip(model.blocks, heads, strict=True):
+        plant(block.attn1.to_q, [of_query[kind] for kind in kinds])
+        plant(block.attn1.to_k, [of_key[kind] for kind in kinds])
+    return model.to(torch.bfloat16).eval()
+
+
+class TinyWan(compare.diffusers.WanPipeline):
+    """The real pipeline of Wan, without the models that read a prompt and paint frames."""
+
+    def __call__(self, prompt: str, negative_prompt: str = "", num_inference_steps: int = 10):
+        # The densities of the first layer, of which the list has what the next step gets.
+        self.densities = []
+        noise = lambda: torch.randn(1, compare.TEXT, compare.EMBEDDING, dtype=torch.bfloat16)
+        return super().__call__(
+            prompt_embeds=noise(), negative_prompt_embeds=noise(), height=16 * compare.HEIGHT, width=16 * compare.WIDTH,
+            num_frames=4 * compare.FRAMES - 3, num_inference_steps=num_inference_steps, output_type="latent",
+            callback_on_step_end=self.keep,
+        )
+
+    def keep(self, pipe, index, time, tensors):
+        self.densities.append(getattr(pipe.transformer.blocks[0].attn1.processor, "density", None))
+        return tensors
+
+    def to(self, device):
+        return self
+
+
+def tiny_wan(transformer: nn.Module, **parts: object) -> TinyWan:
+    scheduler = compare.diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    nothing = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    pipe = TinyWan(transformer=transformer, scheduler=scheduler, **nothing, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def run(model: nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         output = model(**inputs, return_dict=False)

@@ -34,7 +34,7 @@ pub fn test_specs() -> Result<(), String> {
     step("tests of the Python package that need no PyTorch");
     let library = root().join("target/debug/libframestride.so");
     run(of_checkout(&python)
-        .args(["-m", "pytest", "--quiet", "python/tests/spec_test.py"])
+        .args(["-m", "pytest", "--quiet", "python/tests/spec_test.py", "python/tests/study_test.py"])
         .env("PYTHONPATH", "python")
         .env("FRAMESTRIDE_LIBRARY", library))
 }

@@ -12,6 +12,7 @@ else. `reach` says what it can do for a model. README.md beside this file tells 
 # mypy: allow-any-generics, no-warn-return-any
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ from framestride.diffusers import backend
 from framestride.diffusers.families import FAMILIES, Family
 from framestride.diffusers.processors import DENSE, Model
 from framestride.diffusers.schedule import Step, Warmup, Watch
+from framestride.study import DensitySchedule
 
 __all__ = ["Handle", "Step", "Warmup", "apply", "backend", "reach", "restore"]
 
@@ -33,13 +35,18 @@ Densities = Callable[[Step, int], float | None]
 
 
 def apply(
-    target: Any, density: float = 0.25, schedule: Densities | None = None, *, scheduler: Any = None
+    target: Any,
+    density: float = 0.25,
+    schedule: Densities | str | os.PathLike[str] | None = None,
+    *,
+    scheduler: Any = None,
 ) -> "Handle":
     """Makes attention over video sparse in a pipeline, or in one transformer.
 
     `density` is the part of all pairs of rows that a head sees, above 0 and at most 1. With 1 all
     heads are dense. `schedule` says which calls stay dense, a `Warmup` or a function. Without it,
-    a share of the first steps does: of Wan 0.3, of CogVideoX 0.2, of others 0.1.
+    a share of the first steps does: of Wan 0.3, of CogVideoX 0.2, of others 0.1. The schedule of a
+    `framestride.study`, or the file of one, says the density of each layer and step.
 
     Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
     `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
@@ -48,18 +55,22 @@ def apply(
     A model that is not known but calls the dispatcher of diffusers gets dense attention of
     framestride. What is out of reach stays as it was, and is said through `warnings`.
 
-    Raises `ValueError` where there is no transformer, or its weights are f32, and for a density that
-    is none.
+    Raises `ValueError` where there is no transformer, or its weights are f32, for a density that is
+    none, and for the schedule of another model.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
     models = transformers(target)
+    if isinstance(schedule, (str, os.PathLike)):
+        schedule = DensitySchedule.load(schedule)
     restore(target)
     scheduler = scheduler or getattr(target, "scheduler", None)
     handle = Handle(density)
     try:
         for model in models:
             handle.take_any(model)
+        if isinstance(schedule, DensitySchedule):
+            schedule.check(tuple(handle.models))
         shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
         handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
         if scheduler is None:
@@ -98,6 +109,8 @@ class Handle:
         self.density = density
         self.schedule: Densities = Warmup()
         self.layers: list[Any] = []
+        # The classes whose layers these are, and how many each has.
+        self.models: list[tuple[str, int]] = []
         self.undo: list[Callable[[], None]] = []
 
     def step(self, index: int, count: int, noise: float | None = None) -> None:
@@ -146,6 +159,7 @@ class Handle:
             processor = family.processor(shared, attn.processor, attn)
             self.layers.append(processor)
             self.exchange(attn, processor)
+        self.models.append((shared.name, len(names)))
 
         config = dict(model.config)
         parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]

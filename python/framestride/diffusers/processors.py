@@ -204,6 +204,8 @@ class Processor:
         self.original = original
         # The density of the masks in this layer and step, as text.
         self.density = DENSE
+        # What sees the output and all that was computed from, in a study.
+        self.look: Callable[..., None] | None = None
 
     # What diffusers sets from outside belongs to the model's own processor, which comes back.
 
@@ -343,7 +345,10 @@ class Processor:
             options[self.side] = framestride.Text(
                 q=sides[1].q, k=sides[1].k, v=sides[1].v, lengths=lengths, q_norm=q_norm, k_norm=k_norm
             )
-        return framestride.attention(video.q, video.k, video.v, rope=tables, **options).flatten(2)
+        out = framestride.attention(video.q, video.k, video.v, rope=tables, **options)
+        if self.look is not None:
+            self.look(out, video.q, video.k, video.v, rope=tables, **options)
+        return out.flatten(2)
 
     def project(self, attn: Any, x: Tensor, projections: tuple, norms: tuple) -> Rows:
         """Q, K and V of some rows, by the model's layers."""

@@ -1,0 +1,153 @@
+"""Studies and schedules as files, and which density a step has. None of it needs PyTorch."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from framestride import DensitySchedule, Error, Study
+
+STUDY = {
+    "framestride_study": 1,
+    "models": [{"name": "high", "layers": 1}, {"name": "low", "layers": 1}],
+    "video": [4, 5, 6],
+    "sampled_rows": 64,
+    "densities": [0.2, 0.5],
+    "error": 0.1,
+    "steps": [
+        # A spatial head and a temporal one. At 0.2 the relative error is the root of (0.04 + 0.01) / 2.
+        {"index": 0, "count": 8, "noise": 1.0, "layers": [
+            {"size": [1.0, 1.0], "errors": [[[0.04, 0.4], [0.3, 0.01]], [[0.004, 0.1], [0.1, 0.001]]]}, None
+        ]},
+        {"index": 4, "count": 8, "noise": 0.5, "layers": [
+            None, {"size": [1.0, 1.0], "errors": [[[0.4, 0.4], [0.3, 0.01]], [[0.04, 0.1], [0.1, 0.001]]]}
+        ]},
+    ],
+}
+SCHEDULE = {
+    "framestride_schedule": 1,
+    "models": [{"name": "high", "layers": 1}, {"name": "low", "layers": 2}],
+    "error": 0.1,
+    "steps": [
+        {"index": 0, "count": 8, "noise": 1.0, "density": [1.0, None, None]},
+        {"index": 2, "count": 8, "noise": 0.9, "density": [0.5, 0.2, None]},
+        {"index": 6, "count": 8, "noise": 0.4, "density": [0.2, 0.5, None]},
+    ],
+}
+
+
+def study(**changes) -> Study:
+    return Study(json.dumps(STUDY | changes))
+
+
+def schedule(*without: str) -> DensitySchedule:
+    steps = [step | dict.fromkeys(without) for step in SCHEDULE["steps"]]
+    return DensitySchedule.from_json(json.dumps(SCHEDULE | {"steps": steps}))
+
+
+def step(index: int, count: int, noise: float | None = None) -> SimpleNamespace:
+    return SimpleNamespace(index=index, count=count, noise=noise)
+
+
+def test_a_study_gives_a_table_a_picture_and_a_schedule(tmp_path):
+    found = study()
+    assert [step.density for step in found.schedule().steps] == [(0.5, None), (None, 1.0)]
+    assert [step.density for step in found.schedule(0.2).steps] == [(0.2, None), (None, 0.5)]
+    assert (found.schedule().error, found.schedule(0.2).error) == (0.1, 0.2)
+    lines = [line.split() for line in found.table().splitlines()]
+    assert ["0", "1.000", "0", "0.1581", "0.0500", "0.5", "1", "1", "0", "(0.0632)"] in lines
+    assert ["4", "0.500", "1", "0.4528", "0.1432", "dense", "1", "1", "0", "(0.2000)"] in lines
+    assert "0.2000" in found.table(heads=True) and "allowed error 0.3" in found.table(error=0.3)
+    assert found.plot().startswith(b"\x89PNG\r\n")
+    found.save(tmp_path / "study.json")
+    assert Study.load(tmp_path / "study.json") == found
+    assert found.numbers == STUDY
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"framestride_study": 2}, "a study of version 2"),
+    ({"densities": [0.5, 0.2]}, "each larger than the one before"),
+    ({"densities": [0.2]}, "layer 0 of step 0 with numbers of another shape"),
+    ({"models": STUDY["models"][:1]}, "2 layers in step 0"),
+    ({"other": 1}, "unknown field `other`"),
+])
+def test_a_study_that_is_none_is_refused(wrong, words):
+    with pytest.raises(Error) as error:
+        study(**wrong)
+    assert words in str(error.value) and "mend: " in str(error.value)
+
+
+@pytest.mark.parametrize("error", [0, 1, -0.1, float("nan")])
+def test_an_error_is_a_part(error):
+    for ask in (study().schedule, lambda error: study().table(error=error), lambda error: study().plot(error=error)):
+        with pytest.raises(Error, match="above 0 and below 1"):
+            ask(error)
+
+
+def test_steps_are_compared_by_noise():
+    # Layer 2 was in no step.
+    found = schedule()
+    of = lambda noise: [found(step(3, 50, noise), layer) for layer in range(3)]
+    assert of(1.0) == [1.0, 1.0, 1.0]
+    assert of(0.95) == [1.0, 1.0, 1.0]
+    assert of(0.9) == [0.5, 0.2, 1.0]
+    assert of(0.6) == [0.5, 0.5, 1.0]
+    assert of(0.4) == [0.2, 0.5, 1.0]
+    assert of(0.1) == [0.2, 0.5, 1.0]
+
+
+def test_steps_are_compared_by_their_share_where_noise_is_not_known():
+    for found, noise in ((schedule(), None), (schedule("noise"), 0.3)):
+        of = lambda index, count: [found(step(index, count, noise), layer) for layer in range(3)]
+        assert of(0, 4) == [1.0, 1.0, 1.0]
+        assert of(1, 4) == [0.5, 0.2, 1.0]
+        assert of(2, 4) == [0.5, 0.5, 1.0]
+        assert of(3, 4) == [0.2, 0.5, 1.0]
+        # No step is known.
+        assert of(0, 0) == [1.0, 0.5, 1.0]
+
+
+def test_a_schedule_comes_back_from_its_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    schedule().save(path)
+    assert DensitySchedule.load(path) == schedule()
+    text = path.read_text()
+    assert json.loads(text) == SCHEDULE
+    # One line is one step.
+    assert text.count("\n") == 10
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"framestride_schedule": 2}, "a schedule of version 2"),
+    ({"models": []}, "no steps or no layers"),
+    ({"steps": []}, "no steps or no layers"),
+    ({"models": [{"name": "high"}]}, "KeyError: 'layers'"),
+    ({"bits": 8}, "key bits"),
+    ({"steps": [SCHEDULE["steps"][0] | {"bits": 8}]}, "bits"),
+    ({"steps": [{"index": 0, "count": 8, "noise": 1.0, "density": [1.0]}]}, "1 densities in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"density": [1.0, 0.2, 0]}]}, "density 0 in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"density": ["1", 0.2, 0.1]}]}, "density '1' in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"density": None}]}, "TypeError"),
+    ({"steps": [SCHEDULE["steps"][0] | {"index": 8}]}, "step 8 of 8"),
+    ({"steps": [SCHEDULE["steps"][0] | {"noise": "high"}]}, "noise 'high'"),
+])
+def test_a_schedule_that_is_none_is_refused(wrong, words, tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps(SCHEDULE | wrong))
+    with pytest.raises(Error) as error:
+        DensitySchedule.load(path)
+    said = str(error.value)
+    assert said.startswith(f"{path}: found ") and words in said and "allowed: " in said and "mend: " in said
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[[", "3"])
+def test_another_file_is_refused(text):
+    with pytest.raises(Error, match="schedule: found no "):
+        DensitySchedule.from_json(text)
+
+
+def test_another_model_is_refused():
+    schedule().check((("high", 1), ("low", 2)))
+    for models in ((("high", 1),), (("low", 2), ("high", 1)), (("high", 1), ("low", 3)), ()):
+        with pytest.raises(Error, match=r"found a schedule of high \(1 layers\), low \(2 layers\)"):
+            schedule().check(models)
