@@ -1,4 +1,4 @@
-//! The `framestride` command: describes, builds, verifies, runs, times and draws the sparse
+//! The `framestride` command: describes, builds, verifies, runs, studies, times and draws the sparse
 //! attention of a spec.
 //!
 //! `commands` has one file for each subcommand: its arguments, what it does, and the text that it
@@ -28,6 +28,7 @@ use commands::build::Build;
 use commands::describe::Describe;
 use commands::plot::Plot;
 use commands::run::Run;
+use commands::study::Study;
 use commands::verify::Verify;
 use framestride::Error;
 use framestride::shapes::text::{MESSAGE_BYTES, plain};
@@ -54,6 +55,7 @@ enum Command {
     Build(Build),
     Verify(Verify),
     Run(Run),
+    Study(Study),
     Bench(Bench),
     Plot(Plot),
     /// Shows what was found on this machine and what is missing: device compiler, tools, GPU.
@@ -87,6 +89,7 @@ pub fn main() -> ExitCode {
         Command::Build(arguments) => return end(commands::build::build(arguments), cli.json),
         Command::Verify(arguments) => commands::verify::verify(arguments),
         Command::Run(arguments) => commands::run::run(arguments),
+        Command::Study(arguments) => commands::study::study(arguments),
         Command::Bench(arguments) => commands::bench::bench(arguments),
         Command::Plot(arguments) => commands::plot::plot(arguments),
         Command::Doctor => Ok(commands::doctor::doctor()),

@@ -7,4 +7,5 @@ pub mod describe;
 pub mod doctor;
 pub mod plot;
 pub mod run;
+pub mod study;
 pub mod verify;
