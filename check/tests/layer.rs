@@ -32,6 +32,13 @@ fn passes(name: &str, cases: &[Case]) {
             assert!(check.ok, "{name}, seed {seed}: {check:?}");
         }
     }
+    let Device::Emulator(emulator) = module.device() else { panic!("these layers run in the emulator") };
+    for (entry, stats) in emulator.statistics() {
+        // Tiles are read and written without bank conflicts. Profiling stores its sampled rows once,
+        // word by word, and these stores have some.
+        let (conflicts, report) = stats.bank_conflicts();
+        assert!(conflicts == 0 || entry == "profile", "{name}, {entry}: {conflicts} bank conflicts\n{report}");
+    }
 }
 
 macro_rules! shipped {
