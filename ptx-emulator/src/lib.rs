@@ -85,10 +85,10 @@
 //!   barrier is ordered after all arrivals of the phase before, where it might else have counted.
 //!
 //! **Lanes** of a warp meet at `bar.warp.sync`, a shuffle, vote, match or reduction, a barrier, or
-//! another aligned instruction. Some may go another way, where the instruction allows it. Until
-//! lanes meet, what one lane did is not ordered before what another does, and what one lane waited
-//! for the others do not know. Stores of several lanes by one instruction to the same bytes are no
-//! race.
+//! another aligned instruction but `mma.sync`, `ldmatrix` and `stmatrix`. Some may go another way,
+//! where the instruction allows it. Until lanes meet, what one lane did is not ordered before what
+//! another does, and what one lane waited for the others do not know. Stores of several lanes by
+//! one instruction to the same bytes are no race.
 //!
 //! **Registers** of a `wgmma` are not touched between the last `wgmma.fence` and the `wgmma`, nor
 //! from then on before its wait.

@@ -625,13 +625,13 @@ impl Warp {
             Op::MbarrierInitFence => block.fence_mbarriers(self.index),
             Op::Wgmma(instruction) => return self.wgmma(block, instruction, pc, statement, active),
             Op::MatrixMove(matrix) => {
-                if let Some(wait) = self.whole(block, active)? {
+                if let Some(wait) = self.aligned(active)? {
                     return Ok(Flow::Again(wait));
                 }
                 self.matrix_move(block, matrix, statement)?;
             }
             Op::MmaSync(product) => {
-                if let Some(wait) = self.whole(block, active)? {
+                if let Some(wait) = self.aligned(active)? {
                     return Ok(Flow::Again(wait));
                 }
                 self.mma_sync(block, product);

@@ -472,6 +472,15 @@ fn matrices() {
     let copy = "mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %rd3, %r1, 16, %rd2; xor.b32 %r4, %r3, 16;
                 cp.async.cg.shared.global [%r3], [%rd3], 16; cp.async.wait_all;";
     one_warp(&format!("{copy} ld.shared.u32 %r5, [%r4];"), Race, &["no barrier orders it"]);
+    // Lanes execute a matrix instruction together, but it does not order their stores and loads.
+    loading("xor.b32 %r3, %r3, 16;", Race, &["matrix read of 16 bytes", "no barrier orders it"]);
+    let product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r1, %r1, %r1},
+                   {%r1, %r1}, {%f1, %f2, %f3, %f4};";
+    one_warp(&format!("{fill} xor.b32 %r3, %r3, 16; {product} ld.shared.u32 %r5, [%r3];"), Race, &["read of 4 bytes"]);
+    let body = format!(
+        "mov.u32 %r2, smem; {fill} xor.b32 %r3, %r3, 16; bar.warp.sync -1; {load} {store} bar.warp.sync -1; {fill}"
+    );
+    launch(&kernel_with(BUFFER, "", &body), one_block(32, 4096), &[], 8).expect("no fault");
 }
 
 #[test]

@@ -10,8 +10,17 @@ impl Warp {
     /// An aligned instruction, which all lanes of the warp execute together. Tells lanes that reach
     /// it without the others to wait for them.
     pub(crate) fn whole(&self, block: &mut Block, active: u32) -> Step<Option<Wait>> {
-        if active == u32::MAX {
+        let wait = self.aligned(active)?;
+        if wait.is_none() {
             block.shared.clocks.meet(self.index, active);
+        }
+        Ok(wait)
+    }
+
+    /// Does what [`Warp::whole`] does, for an instruction that does not order what lanes did to
+    /// memory.
+    pub(crate) fn aligned(&self, active: u32) -> Step<Option<Wait>> {
+        if active == u32::MAX {
             return Ok(None);
         }
         if self.live != u32::MAX || self.groups.len() == 1 {
