@@ -159,7 +159,7 @@ pub fn run_layer(
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
-        let rounded = head.rounded(&spec.layout, spec.dtype, inputs.query_scale());
+        let rounded = head.rounded(&spec.layout, spec.dtype.into(), inputs.query_scale());
         let caught = if not_finite.is_empty() {
             BTreeSet::new()
         } else {
@@ -326,7 +326,7 @@ fn compare_row(
         0 => 0.0,
         _ => {
             let rounded = rounded.attend(head_type, row, scale);
-            tolerance::layer_row(dtype, &rounded, distance(&rounded.out, &expected.out))
+            tolerance::layer_row(dtype, head.compute, &rounded, distance(&rounded.out, &expected.out))
         }
     };
     Sums {

@@ -17,6 +17,7 @@
 //! * [`reference`](mod@reference): the arithmetic of a layer in f64, straight from the rules.
 //! * [`tolerance`]: how far a kernel's result may lie from it, derived from the kernel's
 //!   arithmetic.
+//! * [`compute_type`]: the types of numbers that the kernels multiply.
 //! * [`tensors`], [`rope`]: the inputs of a layer on the host. [`Inputs`](tensors::Inputs) makes
 //!   random inputs, and inputs that try the edges of the arithmetic.
 //! * [`device_tensors`]: the same tensors on a device, in any arrangement.
@@ -31,6 +32,7 @@
 #![warn(missing_docs)]
 
 pub mod checks;
+pub mod compute_type;
 pub mod device_tensors;
 mod inputs;
 pub mod layer_run;

@@ -8,10 +8,11 @@
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
 use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
-use framestride::shapes::spec::{Dtype, NormKind, Pairs, Spec};
+use framestride::shapes::spec::{NormKind, Pairs, Spec};
 use rayon::prelude::*;
 
-use crate::tensors::{Inputs, Norm, narrow, widen};
+use crate::compute_type::{ComputeType, cut_dot};
+use crate::tensors::{Inputs, Norm};
 
 /// Mean and reciprocal deviation of a QK-norm's statistic.
 #[derive(Clone, Copy)]
@@ -120,14 +121,10 @@ impl<'a> Reference<'a> {
                 .for_each(|(row, values)| values.copy_from_slice(&self.row(operand, batch, row, head)));
             rows
         };
-        Head::new(
-            &self.spec.layout,
-            self.spec.head_dim as usize,
-            self.inputs.valid(&self.spec.layout, batch),
-            gather(Operand::Query),
-            gather(Operand::Key),
-            self.inputs.v.head(batch, head),
-        )
+        let rows = [gather(Operand::Query), gather(Operand::Key), self.inputs.v.head(batch, head)];
+        let center = vec![0.0; self.spec.head_dim as usize];
+        let valid = self.inputs.valid(&self.spec.layout, batch);
+        Head::new(&self.spec.layout, self.spec.dtype.into(), valid, rows, center)
     }
 }
 
@@ -256,28 +253,62 @@ impl Mask {
     }
 }
 
+/// What is subtracted from the values of a head before they are rounded to 8 bits, and added to its
+/// output. Weights add up to 1, so in exact arithmetic it changes nothing.
+pub struct Center {
+    /// The mean of each channel over the sampled rows.
+    pub mean: Vec<f64>,
+    /// The power of two by which the rest is multiplied before it is rounded.
+    pub factor: f64,
+}
+
+impl Center {
+    /// Rows that are sampled.
+    pub const ROWS: usize = 512;
+
+    /// The center of the values of a head, `[rows, head_dim]` in the model's order. Video rows at
+    /// equal distances are sampled, and what is not finite counts as 0. The factor gives them a root
+    /// mean square from 4 to 8.
+    pub fn new(layout: &Layout, values: &[f64], head_dim: usize) -> Center {
+        let video = layout.frames.value as usize * layout.tokens_per_frame.value as usize;
+        let row = |sample: usize| layout.before as usize + sample * video / Center::ROWS;
+        let finite = |x: &f64| if x.is_finite() { *x } else { 0.0 };
+        let samples = || (0..Center::ROWS).map(|sample| &values[row(sample) * head_dim..][..head_dim]);
+        let mut mean = vec![0.0; head_dim];
+        for row in samples() {
+            mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += finite(x) / Center::ROWS as f64);
+        }
+        let square = samples().flat_map(|row| row.iter().zip(&mean)).map(|(x, mean)| (finite(x) - mean).powi(2));
+        let size = (square.sum::<f64>() / (Center::ROWS * head_dim) as f64).sqrt();
+        let exponent = size.log2().floor().clamp(-60.0, 60.0);
+        Center { mean, factor: (2.0 - exponent).exp2() }
+    }
+}
+
 /// One head of one batch item: Q and K, normalised and rotated, and V. Each is `[rows, head_dim]`
 /// in the model's order.
 pub struct Head {
+    /// What tensor cores multiply.
+    pub compute: ComputeType,
     /// Elements of a row.
     pub head_dim: usize,
     /// Q.
     pub queries: Vec<f64>,
     /// K.
     pub keys: Vec<f64>,
-    /// V.
+    /// V, less `center`.
     pub values: Vec<f64>,
+    /// What is added to every output.
+    pub center: Vec<f64>,
     /// How many text tokens are valid.
     pub valid: ValidText,
     key_norms: Vec<f64>,
     value_norms: Vec<f64>,
     /// The rule of each type, indexed by the type's value.
     masks: [Mask; HeadType::ALL.len()],
+    /// The packed order of keys of each type, where several accumulators share them.
+    key_orders: [Vec<usize>; HeadType::ALL.len()],
 }
-
-/// Scores that are no further apart may have weights that are rounded the same way. Such weights
-/// differ by at most a quarter of the distance of two neighbouring bf16 numbers.
-const ALIKE: f64 = 1.0 / 1024.0;
 
 /// One row of attention, and what bounds the error of computing it with rounded weights (see
 /// [`crate::tolerance`]).
@@ -292,9 +323,18 @@ pub struct Attended {
     /// sqrt(sum over keys of weight^2 |v|^2). It is the size of the error that independent relative
     /// errors of the weights make.
     ///
-    /// Weights that lie near each other are rounded alike. So keys whose scores lie within `ALIKE`
-    /// count as one key, with the sum of their values.
+    /// Weights that lie near each other are rounded alike. So keys whose scores lie within
+    /// [`ComputeType::alike`] count as one key, with the sum of their values. Values are those that
+    /// are multiplied, without a center.
     pub spread: f64,
+    /// The norm of the output without the center.
+    pub summed: f64,
+    /// sqrt(sum of the squared norms of the parts of the output that accumulators have), if there
+    /// are several accumulators. Else it is 0.
+    pub apart: f64,
+    /// The distance that the output moves when tensor cores cut the sums of its scores, and by how
+    /// much the log-sum-exp changes. Both are 0 for 16-bit types, for which a bound is near enough.
+    pub moved_by_scores: [f64; 2],
     /// sqrt(sum over keys of |v|^2) over the sum of weights relative to the largest. It is the size
     /// of the error that independent absolute errors of the weights make.
     pub flat_spread: f64,
@@ -333,30 +373,41 @@ pub(crate) fn least<T: Copy + PartialOrd>(errors: [T; HeadType::CANDIDATES.len()
 }
 
 impl Head {
-    /// A head from its rows. `queries`, `keys` and `values` are `[rows, head_dim]` in the model's
+    /// A head from its rows of Q, K and V less `center`, each `[rows, head_dim]` in the model's
     /// order.
     pub fn new(
         layout: &Layout,
-        head_dim: usize,
+        compute: ComputeType,
         valid: ValidText,
-        queries: Vec<f64>,
-        keys: Vec<f64>,
-        values: Vec<f64>,
+        [queries, keys, values]: [Vec<f64>; 3],
+        center: Vec<f64>,
     ) -> Head {
+        let head_dim = center.len();
         let masks = HeadType::ALL.map(|head| Mask::new(layout, head, valid));
+        let key_orders = [0, 1, 2].map(|head: usize| match compute.accumulated_keys() {
+            Some(_) => masks[head].key_order(),
+            None => Vec::new(),
+        });
         let norms = |rows: &[f64]| rows.par_chunks_exact(head_dim).map(norm).collect();
         let (key_norms, value_norms) = (norms(&keys), norms(&values));
-        Head { head_dim, queries, keys, values, valid, key_norms, value_norms, masks }
+        Head { compute, head_dim, queries, keys, values, center, valid, key_norms, value_norms, masks, key_orders }
     }
 
-    /// The head with Q and K rounded to a 16-bit type, as the kernels store them. Q is rounded
-    /// times `query_scale`.
-    pub fn rounded(&self, layout: &Layout, dtype: Dtype, query_scale: f64) -> Head {
-        let round = |rows: &[f64], scale: f64| {
-            rows.par_iter().map(|&x| widen(dtype, narrow(dtype, x * scale)) / scale).collect()
-        };
+    /// The head with its rows rounded, as the kernels store them. Q is rounded times `query_scale`.
+    /// V has a 16-bit type already, and for 8 bits it is rounded without its center.
+    pub fn rounded(&self, layout: &Layout, compute: ComputeType, query_scale: f64) -> Head {
+        let round =
+            |rows: &[f64], scale: f64| rows.par_iter().map(|&x| compute.round(x * scale) / scale).collect::<Vec<f64>>();
         let (queries, keys) = (round(&self.queries, query_scale), round(&self.keys, 1.0));
-        Head::new(layout, self.head_dim, self.valid, queries, keys, self.values.clone())
+        let (values, center) = match compute {
+            ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
+            ComputeType::E4m3 => {
+                let Center { mean, factor } = Center::new(layout, &self.values, self.head_dim);
+                let rest = self.values.par_iter().enumerate().map(|(i, x)| x - mean[i % self.head_dim]);
+                (round(&rest.collect::<Vec<f64>>(), factor), mean)
+            }
+        };
+        Head::new(layout, compute, self.valid, [queries, keys, values], center)
     }
 
     /// Rows of the sequence.
@@ -402,6 +453,9 @@ impl Head {
             lse: f64::NEG_INFINITY,
             maximum: f64::NEG_INFINITY,
             spread: 0.0,
+            summed: 0.0,
+            apart: 0.0,
+            moved_by_scores: [0.0; 2],
             flat_spread: 0.0,
             score_size: 0.0,
             keys: seen.len(),
@@ -413,7 +467,7 @@ impl Head {
         // that sees it.
         let maximum = seen.iter().map(|&key| scores[key]).fold(f64::NEG_INFINITY, f64::max);
         // Keys whose scores lie in the same step become neighbours.
-        let step = |key: usize| ((maximum - scores[key]) / ALIKE) as u32;
+        let step = |key: usize| ((maximum - scores[key]) / self.compute.alike()) as u32;
         let mut seen: Vec<(u32, u32)> = seen.iter().map(|&key| (step(key), key as u32)).collect();
         seen.sort_unstable();
         let weights: Vec<f64> = seen.iter().map(|&(_, key)| (scores[key as usize] - maximum).exp()).collect();
@@ -450,7 +504,42 @@ impl Head {
         }
         attended.spread = square.sqrt();
         attended.flat_spread = flat.sqrt() / sum;
+        attended.summed = norm(&attended.out);
+        if let Some(keys) = self.compute.accumulated_keys() {
+            let parts = self.key_orders[head as usize].chunks(keys);
+            let squares = parts.map(|part| norm(&self.weighted(part, mask, row, scores, attended.lse)).powi(2));
+            attended.apart = squares.sum::<f64>().sqrt();
+        }
+        if self.compute == ComputeType::E4m3 {
+            let cut = self.cut_scores(row, scale);
+            let maximum = seen.iter().map(|&(_, key)| cut[key as usize]).fold(f64::NEG_INFINITY, f64::max);
+            let lse = maximum + seen.iter().map(|&(_, key)| (cut[key as usize] - maximum).exp()).sum::<f64>().ln();
+            let out = self.weighted(&self.key_orders[head as usize], mask, row, &cut, lse);
+            attended.moved_by_scores = [distance(&out, &attended.out), (lse - attended.lse).abs()];
+        }
+        attended.out.iter_mut().zip(&self.center).for_each(|(out, center)| *out += center);
         attended
+    }
+
+    /// The sum of the values of some keys with their weights, without the center. Keys that `row`
+    /// does not see have none.
+    fn weighted(&self, keys: &[usize], mask: &Mask, row: usize, scores: &[f64], lse: f64) -> Vec<f64> {
+        let mut sum = vec![0.0; self.head_dim];
+        for &key in keys.iter().filter(|&&key| mask.sees(row, key)) {
+            let (weight, value) = ((scores[key] - lse).exp(), &self.values[key * self.head_dim..][..self.head_dim]);
+            sum.iter_mut().zip(value).for_each(|(sum, value)| *sum += weight * value);
+        }
+        sum
+    }
+
+    /// [`Head::scores`] as tensor cores add their products in 8 bits.
+    fn cut_scores(&self, row: usize, scale: f64) -> Vec<f64> {
+        // The kernel's query is rounded, so rounding undoes what division by the scale has changed.
+        let query_scale = scale * std::f64::consts::LOG2_E;
+        let query = &self.queries[row * self.head_dim..][..self.head_dim];
+        let query: Vec<f64> = query.iter().map(|x| self.compute.round(x * query_scale)).collect();
+        let keys = self.keys.chunks_exact(self.head_dim);
+        keys.map(|key| cut_dot(&query, key) * std::f64::consts::LN_2).collect()
     }
 
     /// What profiling finds for this head. `head_index` counts over batch x heads.

@@ -46,8 +46,8 @@
 use framestride::shapes::blocks::PROFILE_KEY_ROWS;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, NormKind, Spec};
-use ptx_emulator::Accumulation;
 
+use crate::compute_type::ComputeType;
 use crate::reference::{Attended, ProfileErrors, UnderEachMask, norm};
 
 /// How many standard deviations a sum of independent roundings may lie away from zero.
@@ -55,36 +55,15 @@ pub const DEVIATIONS: f64 = 3.0;
 
 /// Largest relative error of an f32 operation that rounds.
 const F32: f64 = 1.0 / (1 << 24) as f64;
-/// Products that the tensor cores add in one step.
-const STEP: f64 = Accumulation::HALF.k as f64;
-/// What a step may lose, relative to its largest term.
-const LARGEST_CUT: f64 = Accumulation::HALF.largest_cut();
 /// Largest relative error of an approximate f32 function.
 const APPROXIMATION: f64 = 4.0 * F32;
-
-/// Largest relative error of rounding to the type.
-pub fn unit_roundoff(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::Bf16 => 1.0 / 256.0,
-        Dtype::F16 => 1.0 / 2048.0,
-    }
-}
-
-/// Largest absolute error of rounding a number too small for full precision.
-fn smallest_error(dtype: Dtype) -> f64 {
-    match dtype {
-        // The exponents are those of f32, so nothing that small matters.
-        Dtype::Bf16 => 0.0,
-        Dtype::F16 => 1.0 / (1u64 << 25) as f64,
-    }
-}
 
 /// Largest absolute error of rounding a weight too small for full precision. f32 makes zero of what
 /// is below its normal numbers.
 fn weight_flush(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::Bf16 => f32::MIN_POSITIVE.into(),
-        Dtype::F16 => smallest_error(dtype),
+        Dtype::F16 => ComputeType::F16.smallest_error(),
     }
 }
 
@@ -94,6 +73,16 @@ fn weight_flush(dtype: Dtype) -> f64 {
 /// no more keys of a tile.
 fn smallest_weight_error(dtype: Dtype) -> f64 {
     weight_flush(dtype) * 64.0 / f64::from(dtype.tile_sums()[0])
+}
+
+/// How much of its weights a row may lose to 8 bits, beside their rounding: those below 2^-10.
+///
+/// The visible weights of a key tile have a mean of 1/32 at least, or else its largest weight is 4.
+fn lost_weights(compute: ComputeType) -> f64 {
+    match compute {
+        ComputeType::Bf16 | ComputeType::F16 => 0.0,
+        ComputeType::E4m3 => 1.0 / 32.0,
+    }
 }
 
 /// Error of the logarithm to base two of a row's sum of weights, and of the offset that is added to
@@ -110,11 +99,11 @@ pub const BLIND: f64 = 1.0;
 ///
 /// `input` is the row as it was given, or the whole token for a norm over all heads. A row of zeros
 /// is exact.
-pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
+pub fn packed_row(spec: &Spec, compute: ComputeType, input: &[f64], output: &[f64]) -> f64 {
     if norm(output) == 0.0 {
         return 0.0;
     }
-    let mut tolerance = unit_roundoff(spec.dtype) + 64.0 * F32 + APPROXIMATION;
+    let mut error = 64.0 * F32 + APPROXIMATION;
     if let Some(qk_norm) = &spec.qk_norm {
         let terms = spec.norm_length(spec.heads);
         let off_centre = match qk_norm.kind {
@@ -126,15 +115,26 @@ pub fn packed_row(spec: &Spec, input: &[f64], output: &[f64]) -> f64 {
                 1.0 + norm(input) / norm(&centred).hypot((count * qk_norm.eps).sqrt())
             }
         };
-        tolerance += f64::from(terms) / 2.0 * F32 * off_centre;
+        error += f64::from(terms) / 2.0 * F32 * off_centre;
     }
-    let steps = smallest_error(spec.dtype) * (output.len() as f64).sqrt();
-    tolerance + steps / norm(output).max(f64::MIN_POSITIVE)
+    // No element is further off than what the farthest number within the error is rounded to.
+    let error = error * norm(output);
+    let farthest = |x: &f64| {
+        let off = |error: f64| (compute.round(x + error) - x).abs();
+        off(error).max(off(-error))
+    };
+    norm(&output.iter().map(farthest).collect::<Vec<f64>>()) / norm(output)
 }
 
-/// The relative error of a weight that comes from the error of its score.
-fn score_error(head_dim: usize, row: &Attended) -> f64 {
-    (2.0 * head_dim as f64 / STEP * LARGEST_CUT + 4.0 * F32) * row.score_size + APPROXIMATION
+/// The relative error of a weight that comes from the error of its score. In 8 bits, what cutting
+/// the score's sums does is not in it: [`Attended::moved_by_scores`] tells that.
+fn score_error(compute: ComputeType, head_dim: usize, row: &Attended) -> f64 {
+    let sums = compute.accumulation();
+    let cut = match compute {
+        ComputeType::Bf16 | ComputeType::F16 => 2.0 * head_dim as f64 / sums.k as f64 * sums.largest_cut(),
+        ComputeType::E4m3 => 0.0,
+    };
+    (cut + 4.0 * F32) * row.score_size + APPROXIMATION
 }
 
 /// The error of multiplying a row's sums by an approximate 2^x wherever its offset is lowered, and
@@ -145,31 +145,56 @@ fn rescaling_error(row: &Attended) -> f64 {
     (row.keys as f64 / f64::from(PROFILE_KEY_ROWS) + 1.0).sqrt() * APPROXIMATION
 }
 
+/// The most that an accumulator of products with V loses, relative to its largest sum.
+fn largest_cut(compute: ComputeType, row: &Attended) -> f64 {
+    let keys = row.keys.min(compute.accumulated_keys().unwrap_or(usize::MAX));
+    let sums = compute.accumulation();
+    keys as f64 / sums.k as f64 * sums.largest_cut()
+}
+
 /// The error of an output row before its own rounding: the standard deviation of what averages out,
 /// and the size of what does not.
 ///
 /// `rescaled` is the row whose keys may lower the offsets. `weight_error` is the largest absolute
 /// error of a weight too small for full precision, relative to the row's largest weight.
-fn output_error(dtype: Dtype, row: &Attended, rescaled: &Attended, weight_error: f64) -> (f64, f64) {
-    let u = unit_roundoff(dtype);
-    let rounding = u / 3f64.sqrt() * row.spread;
-    let partial = row.spread.max(norm(&row.out));
+fn output_error(compute: ComputeType, row: &Attended, rescaled: &Attended, weight_error: f64) -> (f64, f64) {
+    let lost_weights = lost_weights(compute);
+    let rounding = (compute.unit_roundoff() / 3f64.sqrt()).hypot(lost_weights) * row.spread;
+    let partial = row.spread.max(row.summed);
     let rescaling = rescaling_error(rescaled) * partial;
-    let systematic = score_error(row.out.len(), row) * row.spread + row.keys as f64 / STEP * LARGEST_CUT * partial;
+    let cut = largest_cut(compute, row);
+    let scores = score_error(compute, row.out.len(), row) * row.spread + row.moved_by_scores[0];
+    let systematic = scores + cut * partial + lost_weights * row.summed;
     let steps = weight_error * row.flat_spread;
     // A weight may be rounded to zero. So it changes by no more than itself, and the row by no more
     // than all of it.
     let (steps, lost) = if DEVIATIONS * steps < partial { (steps, 0.0) } else { (0.0, partial) };
-    (rounding.hypot(steps).hypot(rescaling), systematic + lost)
+    (rounding.hypot(steps).hypot(rescaling).hypot(cut * row.apart), systematic + lost)
 }
 
-/// Tolerance of a row of **attention**, relative to the row's norm.
-pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
+/// Tolerance of a row of **attention**, relative to the row's norm. The output has the type `dtype`.
+pub fn attention_row(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
-    let (deviation, systematic) = output_error(dtype, row, row, smallest_weight_error(dtype));
-    let store =
-        (unit_roundoff(dtype) / 3f64.sqrt() * size).hypot(smallest_error(dtype) * (row.out.len() as f64).sqrt());
+    let weight_error = match compute {
+        ComputeType::Bf16 | ComputeType::F16 => smallest_weight_error(dtype),
+        ComputeType::E4m3 => 0.0,
+    };
+    let (deviation, systematic) = output_error(compute, row, row, weight_error);
+    let out = ComputeType::from(dtype);
+    let store = (out.unit_roundoff() / 3f64.sqrt() * size).hypot(out.smallest_error() * (row.out.len() as f64).sqrt());
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
+}
+
+/// The error that an output row of **attention** is expected to have, as an absolute error. It is no
+/// bound: independent roundings make it as the root mean square of many rows.
+///
+/// The mantissas of weights and outputs are taken to be log-uniform. The mean of 1 / mantissa^2 is
+/// 3 / (8 ln 2) then. Of what cuts may take at most, accumulators that begin at zero lose a quarter.
+pub fn expected_error(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 {
+    let rounding = |compute: ComputeType| compute.unit_roundoff() / (8.0 * std::f64::consts::LN_2).sqrt();
+    let (weights, store) = (rounding(compute) * row.spread, rounding(dtype.into()) * norm(&row.out));
+    let cut = largest_cut(compute, row) / 4.0 * row.summed.hypot(row.apart);
+    weights.hypot(store).hypot(cut).hypot(row.moved_by_scores[0])
 }
 
 /// Tolerance of a whole layer's output row against a reference that never rounds Q and K, as an
@@ -183,16 +208,17 @@ pub fn attention_row(dtype: Dtype, row: &Attended) -> f64 {
 /// two 16-bit numbers. That error is 64 roundings at most (e = 64 2^-24), and the boundaries are 2
 /// u apart. That is a fraction e / u of the elements. Each of them is then wrong by 2 u. This makes
 /// a root mean square of 2 sqrt(e u), beside the u / sqrt(3) of rounding itself.
-pub fn layer_row(dtype: Dtype, rounded: &Attended, moved: f64) -> f64 {
-    let u = unit_roundoff(dtype);
+pub fn layer_row(dtype: Dtype, compute: ComputeType, rounded: &Attended, moved: f64) -> f64 {
+    let u = compute.unit_roundoff();
     let other_side = 2.0 * (64.0 * F32 * u).sqrt() / (u / 3f64.sqrt());
-    attention_row(dtype, rounded) * norm(&rounded.out) + moved * (1.0 + DEVIATIONS * other_side)
+    attention_row(dtype, compute, rounded) * norm(&rounded.out) + moved * (1.0 + DEVIATIONS * other_side)
 }
 
 /// Tolerance of exp(lse), relative.
-pub fn weight_sum(head_dim: usize, row: &Attended) -> f64 {
+pub fn weight_sum(compute: ComputeType, row: &Attended) -> f64 {
     let sums = (row.keys as f64 / 4.0 + 2.0) * F32;
-    sums + score_error(head_dim, row) + DEVIATIONS * rescaling_error(row) + logarithm_error(row)
+    let scores = score_error(compute, row.out.len(), row) + row.moved_by_scores[1].exp_m1();
+    sums + scores + DEVIATIONS * rescaling_error(row) + logarithm_error(row)
 }
 
 /// Largest absolute error of a weight of **profile** too small for full precision, relative to the
@@ -213,7 +239,7 @@ fn sampled_weight_error(dtype: Dtype, row: &Attended, is_masked: bool) -> f64 {
 pub fn sampled_row(dtype: Dtype, rows: &UnderEachMask, mask: HeadType) -> f64 {
     let (row, dense) = (&rows[mask as usize], &rows[HeadType::Dense as usize]);
     let weight_error = sampled_weight_error(dtype, row, mask != HeadType::Dense);
-    let (deviation, systematic) = output_error(dtype, row, dense, weight_error);
+    let (deviation, systematic) = output_error(dtype.into(), row, dense, weight_error);
     (DEVIATIONS * deviation + systematic) / norm(&row.out).max(f64::MIN_POSITIVE)
 }
 
@@ -238,7 +264,7 @@ pub fn profile_error(dtype: Dtype, profile: &ProfileErrors, candidate: HeadType)
         for mask in [HeadType::Dense, candidate] {
             let row = &rows[mask as usize];
             let weight_error = sampled_weight_error(dtype, row, mask != HeadType::Dense);
-            let (deviation, fixed) = output_error(dtype, row, dense, weight_error);
+            let (deviation, fixed) = output_error(dtype.into(), row, dense, weight_error);
             let merged = fixed + logarithm_error(row) * norm(&row.out);
             variance += deviation * deviation;
             systematic += merged * merged;

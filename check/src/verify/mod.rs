@@ -251,7 +251,7 @@ fn run_case(
             let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
             drop(image);
             let values = inputs.v.head(at.item, at.head);
-            let head = Head::new(layout, head_dim, valid, queries, keys, values);
+            let head = Head::new(layout, spec.dtype.into(), valid, [queries, keys, values], vec![0.0; head_dim]);
             let scale = inputs.scale();
             let rows = draw_rows(layout, valid, rows_of_head, &mut generator);
             let (worst_out, worst_sum) = rows
@@ -259,8 +259,10 @@ fn run_case(
                 .map(|&row| {
                     let expected = head.attend(head_type, row, scale);
                     let (mut worst_out, mut worst_sum) = (Worst::new(), Worst::new());
-                    let tolerance =
-                        if expected.keys == 0 { 0.0 } else { tolerance::attention_row(spec.dtype, &expected) };
+                    let tolerance = match expected.keys {
+                        0 => 0.0,
+                        _ => tolerance::attention_row(spec.dtype, head.compute, &expected),
+                    };
                     let found = out.row(at.item, row, at.head);
                     worst_out.add(row_error(&found, &expected.out), tolerance, || at.row(row));
                     let found = f64::from(lse[(index * sequence) + row]);
@@ -271,7 +273,7 @@ fn run_case(
                         worst_sum.add(error, 0.0, || at.row(row));
                     } else {
                         let error = (found - expected.lse).exp_m1().abs();
-                        worst_sum.add(error, tolerance::weight_sum(head.head_dim, &expected), || at.row(row));
+                        worst_sum.add(error, tolerance::weight_sum(head.compute, &expected), || at.row(row));
                     }
                     (worst_out, worst_sum)
                 })

@@ -125,7 +125,7 @@ impl PackedHead<'_> {
                 // Other tolerances do not depend on the elements.
                 Some(NormKind::Rms) | None => Vec::new(),
             };
-            tolerance::packed_row(spec, &input, &expected)
+            tolerance::packed_row(spec, spec.dtype.into(), &input, &expected)
         };
         worst.add(row_error(found, &expected), tolerance, || index.row(row));
     }

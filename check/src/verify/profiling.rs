@@ -92,7 +92,7 @@ impl Sampled {
                 let (out, lse) = partials.merge(sample, mask);
                 let location = || format!("batch {}, head {}, sample {sample}, {}", index.item, index.head, name(mask));
                 self.outputs.add(row_error(&out, &row.out), tolerance::sampled_row(dtype, rows, mask), location);
-                self.sums.add((lse - row.lse).exp_m1().abs(), tolerance::weight_sum(row.out.len(), row), location);
+                self.sums.add((lse - row.lse).exp_m1().abs(), tolerance::weight_sum(dtype.into(), row), location);
                 if mask == HeadType::Dense {
                     dense.clone_from(&out);
                 }
