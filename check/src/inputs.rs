@@ -357,6 +357,43 @@ impl Inputs {
         })
     }
 
+    /// Random Q, and K and V that are not centered, as those of trained models.
+    ///
+    /// In K, the first eighth of the channels have a mean of 4, and one channel is 20 times as large
+    /// as the others. Rows of K have the norm sqrt(head_dim). Elements of V have a mean of 1 in even
+    /// heads and of 4 in odd heads.
+    pub fn off_centre(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let outlier = spec.head_dim as usize / 2;
+        Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
+            normals.own(head, video + drawn as usize * spec.layout.video_tokens() as usize, values);
+            match drawn {
+                K => {
+                    let few = values.len() / 8;
+                    values[..few].iter_mut().for_each(|value| *value += 4.0);
+                    values[outlier] *= 20.0;
+                    resize(values, (values.len() as f64).sqrt());
+                }
+                V => values.iter_mut().for_each(|value| *value += if head.is_multiple_of(2) { 1.0 } else { 4.0 }),
+                _ => resize(values, (values.len() as f64).sqrt()),
+            }
+            true
+        })
+    }
+
+    /// Random Q and K, and V whose mean changes along the video: it is 6 in the first half of the
+    /// frames, and 0 in the others.
+    ///
+    /// So no constant center takes the mean away, and a sum over many keys grows large on the way.
+    pub fn drifting(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let half = spec.layout.video_tokens() as usize / 2;
+        Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
+            normals.own(head, video, values);
+            let mean = if video < half { 6.0 } else { 0.0 };
+            values.iter_mut().for_each(|value| *value += mean);
+            drawn == V
+        })
+    }
+
     /// Random text, and video rows that hold what `values` writes; those of Q and K hold it after
     /// norm and RoPE.
     ///

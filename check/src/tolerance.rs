@@ -3,10 +3,10 @@
 //! The reference gets the very numbers that the kernel reads, so only the kernel's own roundings
 //! count:
 //!
-//! * **Rounding to the 16-bit type**, whose precision p is 8 bits for bf16 and 11 for f16. The
+//! * **Rounding**, to a type whose precision p is 8 bits for bf16, 11 for f16 and 4 for e4m3. The
 //!   relative error is at most u = 2^-p. Over many numbers its mean is zero, and its root mean
-//!   square is at most u / sqrt(3). The smallest step of f16 is 2^-24, so half of that is an
-//!   absolute error on top.
+//!   square is at most u / sqrt(3). The smallest step of f16 is 2^-24 and that of e4m3 is 2^-9, so
+//!   half of that is an absolute error on top.
 //! * **f32 arithmetic**. The relative error is at most 2^-24 for an operation that rounds, and
 //!   2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
 //! * **Tensor-core sums**. A step adds 16 products to the accumulator. Terms are cut, towards zero,
@@ -14,16 +14,17 @@
 //!   [`Accumulation::largest_cut`] of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
 //!   out. For attention over 119056 keys this allows an error of 4.4e-3. A GPU loses 7.9e-4 there
 //!   in f16 if all values are near 1. Random bits cost half of the largest cuts, and partial sums
-//!   are smaller than the last.
+//!   are smaller than the last. In 8 bits, a step adds 32 products and keeps 13 bits, so it loses at
+//!   most 33 2^-13.
 //!
 //! Worst cases of sums of thousands of rounded terms are so wide that a wrong kernel would pass. So
 //! independent roundings are added as variances, as in the probabilistic analysis of Higham and
 //! Mary (2019). A result may lie [`DEVIATIONS`] standard deviations away. Errors that do not
 //! average out (cuts, scores) are added in full.
 //!
-//! * **pack** rounds each element once, so a row has a relative error of u. The statistic of n
-//!   terms in f32 adds at most n / 2 roundings. It is half of n, since the root halves a relative
-//!   error. It is scaled by how far the row's mean lies off centre, in deviations of which eps is a
+//! * **pack** rounds each element once, of a row that is known up to f32 arithmetic. So an element
+//!   is one of the numbers that such a row may be rounded to. The statistic of n terms in f32 adds
+//!   at most n / 2 roundings. It is half of n, since the root halves a relative error. It is scaled by how far the row's mean lies off centre, in deviations of which eps is a
 //!   part. Norm, weights, rotation and scale add at most 16 roundings of values no larger than 4
 //!   times the row.
 //! * **attention** rounds the weights w of the softmax before the product with V. The variance of a
@@ -34,6 +35,13 @@
 //!   |out|^2`. The sum over the keys adds a step for each 16 keys, of partial sums about as large
 //!   as spread or out. Where scores rise along the keys, the sums so far are multiplied by an
 //!   approximate 2^x for each key tile.
+//! * **attention in 8 bits** sums the keys of each tile on their own, so its cuts are those of a
+//!   tile's steps. They are added in full for all tiles together, and as variances for what one
+//!   tile has more than another ([`Attended::apart`]). Weights below 2^-10 are lost, of which those
+//!   in range leave the others at least 31 of 32 parts of a tile. How far cut scores move a row is
+//!   computed from the scores. V is summed without its center, which is added exactly.
+//! * **the output as a whole** is compared with the root mean square that roundings are expected to
+//!   make over many rows ([`expected_error`]).
 //! * **log-sum-exp** is compared as the relative error of the sum of weights. A thread adds a
 //!   quarter of the keys in sequence.
 //! * **select** gives mean squared errors between two such outputs of profile, in f32. By the
@@ -90,6 +98,9 @@ fn lost_weights(compute: ComputeType) -> f64 {
 fn logarithm_error(row: &Attended) -> f64 {
     APPROXIMATION * (1.0 + row.lse.abs() + row.score_size)
 }
+
+/// How far above [`expected_error`] the error of many rows may lie.
+pub const OF_EXPECTED: f64 = 1.15;
 
 /// A tolerance that is too wide to tell anything: a row of zeros is within it. What has such a
 /// tolerance is not comparable.

@@ -189,15 +189,12 @@ const CONTENTS: [(&str, Content); 9] = [
     ),
 ];
 
-/// How far above what is expected the error of all rows may lie.
-const MOST_OF_EXPECTED: f64 = 1.15;
-
 #[test]
 fn a_right_program_is_within_its_tolerances() {
     for (name, content) in &CONTENTS {
         let found = compare(content, Mistake::None);
         assert!(found.worst < 1.0 && found.worst_sum < 1.0, "{name}: {} {}", found.worst, found.worst_sum);
-        assert!(found.of_expected < MOST_OF_EXPECTED, "{name}: {}", found.of_expected);
+        assert!(found.of_expected < tolerance::OF_EXPECTED, "{name}: {}", found.of_expected);
         assert!(found.tolerance < 0.5 * tolerance::BLIND, "{name}: {}", found.tolerance);
     }
 }
@@ -220,7 +217,7 @@ fn mistakes_are_seen() {
         (KeysAreSwapped, "keys with means and an outlier"),
     ] {
         let found = compare(of(name), mistake);
-        let seen = found.worst > 1.0 || found.worst_sum > 1.0 || found.of_expected > MOST_OF_EXPECTED;
+        let seen = found.worst > 1.0 || found.worst_sum > 1.0 || found.of_expected > tolerance::OF_EXPECTED;
         assert!(seen, "{mistake:?}, {name}: {} {} {}", found.worst, found.worst_sum, found.of_expected);
     }
 }

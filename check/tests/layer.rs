@@ -81,6 +81,7 @@ fn a_sample() {
                 "packed k",
                 "packed v",
                 "output",
+                "output as a whole",
                 "log-sum-exp",
                 "sampled outputs",
                 "sampled log-sum-exps",

@@ -71,6 +71,10 @@ pub enum CaseContent {
     Constant,
     /// [`Inputs::edges`].
     Edges,
+    /// [`Inputs::off_centre`].
+    OffCentre,
+    /// [`Inputs::drifting`].
+    Drifting,
 }
 
 impl CaseContent {
@@ -85,6 +89,8 @@ impl CaseContent {
             CaseContent::Hidden => Inputs::hidden,
             CaseContent::Constant => Inputs::constant,
             CaseContent::Edges => Inputs::edges,
+            CaseContent::OffCentre => Inputs::off_centre,
+            CaseContent::Drifting => Inputs::drifting,
         };
         make(spec, batch, heads, seed)
     }
@@ -143,10 +149,10 @@ impl Case {
     /// has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
     /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
-    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 12] {
+    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 14] {
         use Arrangement::{HeadsFirst, PackedQkv, TokensFirst};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
-        use CaseContent::{Constant, Edges, Hidden, Lone, Planted, Random, Rising, Sudden};
+        use CaseContent::{Constant, Drifting, Edges, Hidden, Lone, OffCentre, Planted, Random, Rising, Sudden};
         use CaseText::{Beyond, Empty, Full, FullGiven, Partial};
         use CaseTypes::{All, Dense, Mixed, Profiled};
         let cases = [
@@ -187,6 +193,8 @@ impl Case {
             Case { text: [Empty; 2], ..Case::new(Profiled, Sudden) },
             Case { text: [Full, FullGiven], ..Case::new(Profiled, Constant) },
             Case { text: [Empty; 2], ..Case::new(Profiled, Hidden) },
+            Case { text: [Partial; 2], ..Case::new(Mixed, OffCentre) },
+            Case::new(Dense, Drifting),
         ];
         // A side without text has neither lengths nor tensors.
         cases.map(|mut case| {
@@ -231,6 +239,8 @@ impl Case {
             CaseContent::Hidden => ", a hidden key above all",
             CaseContent::Constant => ", equal scores and constant values",
             CaseContent::Edges => ", keys at the edges above all",
+            CaseContent::OffCentre => ", keys and values that are not centered",
+            CaseContent::Drifting => ", values whose mean changes",
         };
         let text_of = |text| match text {
             CaseText::Full => "",

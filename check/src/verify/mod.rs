@@ -32,6 +32,7 @@ use std::sync::Arc;
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
 use framestride::shapes::layout::{HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
+use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
 use packed_heads::{HeadIndex, PackedHead, packed_rows};
 use profiling::{Choice, Partials, Sampled, check_choices};
@@ -39,11 +40,12 @@ use rand::{Rng, RngExt};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::checks::{Checks, Worst, row_error};
+use crate::checks::{Check, Checks, Worst, row_error};
+use crate::compute_type::ComputeType;
 use crate::device_tensors::{DeviceLayer, POISON};
 use crate::memory_fit::{self, Free};
 use crate::random::row_generator;
-use crate::reference::{Head, Mask, Reference};
+use crate::reference::{Attended, Head, Mask, Reference, distance, norm};
 use crate::tensors::Inputs;
 use crate::{repeatability, tolerance};
 
@@ -219,6 +221,7 @@ fn run_case(
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
+    let mut squares = Squares::default();
     let mut sampled = Sampled::new(&spec.profile, all_heads);
     let mut choices = Vec::new();
     for (index, (profile, &head_type)) in profiles.iter().zip(&types).enumerate() {
@@ -254,7 +257,7 @@ fn run_case(
             let head = Head::new(layout, spec.dtype.into(), valid, [queries, keys, values], vec![0.0; head_dim]);
             let scale = inputs.scale();
             let rows = draw_rows(layout, valid, rows_of_head, &mut generator);
-            let (worst_out, worst_sum) = rows
+            let (worst_out, worst_sum, of_head) = rows
                 .par_iter()
                 .map(|&row| {
                     let expected = head.attend(head_type, row, scale);
@@ -265,6 +268,7 @@ fn run_case(
                     };
                     let found = out.row(at.item, row, at.head);
                     worst_out.add(row_error(&found, &expected.out), tolerance, || at.row(row));
+                    let squares = Squares::of(&found, &expected, spec.dtype, head.compute);
                     let found = f64::from(lse[(index * sequence) + row]);
                     if !case.lse {
                         // All that can be seen is that nothing is written, below.
@@ -275,9 +279,13 @@ fn run_case(
                         let error = (found - expected.lse).exp_m1().abs();
                         worst_sum.add(error, tolerance::weight_sum(head.compute, &expected), || at.row(row));
                     }
-                    (worst_out, worst_sum)
+                    (worst_out, worst_sum, squares)
                 })
-                .reduce(|| (Worst::new(), Worst::new()), |a, b| (a.0.merge(b.0), a.1.merge(b.1)));
+                .reduce(
+                    || (Worst::new(), Worst::new(), Squares::default()),
+                    |a, b| (a.0.merge(b.0), a.1.merge(b.1), a.2.add(b.2)),
+                );
+            squares = squares.add(of_head);
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
             if case.types == CaseTypes::Profiled {
@@ -300,6 +308,9 @@ fn run_case(
         checks.push(types.check("select", &name, "head types", heads));
     }
     checks.push(outputs.check("attention", &name, "output", rows(sequence)));
+    if case.content == CaseContent::Random {
+        checks.push(squares.check(&name, (all_heads * sequence) as u64));
+    }
     if case.lse {
         checks.push(sums.check("attention", &name, "log-sum-exp", rows(sequence)));
     }
@@ -329,6 +340,51 @@ fn run_case(
     }
     checks.push(left.check("attention", &name, "counts left in the schedule", (SCHEDULE_BYTES / 4, "counts")));
     Ok(checks)
+}
+
+/// Sums over rows of outputs.
+///
+/// A bound of the worst row has to allow for much more than most rows have. What all rows have
+/// together shows a rounding too many.
+#[derive(Clone, Copy, Default)]
+struct Squares {
+    rows: u64,
+    /// Of squared errors.
+    error: f64,
+    /// Of what these are expected to be.
+    expected: f64,
+    /// Of the squares of that, twice: the variance of the sum, where one key has most of a row's
+    /// weight, so that its elements have their errors in common.
+    variance: f64,
+    /// Of squared norms.
+    size: f64,
+}
+
+impl Squares {
+    fn of(found: &[f64], row: &Attended, dtype: Dtype, compute: ComputeType) -> Squares {
+        let expected = tolerance::expected_error(dtype, compute, row).powi(2);
+        let (error, size) = (distance(found, &row.out).powi(2), norm(&row.out).powi(2));
+        Squares { rows: 1, error, expected, variance: 2.0 * expected * expected, size }
+    }
+
+    fn add(self, other: Squares) -> Squares {
+        Squares {
+            rows: self.rows + other.rows,
+            error: self.error + other.error,
+            expected: self.expected + other.expected,
+            variance: self.variance + other.variance,
+            size: self.size + other.size,
+        }
+    }
+
+    fn check(self, case: &str, of: u64) -> Check {
+        let relative = |square: f64| (square / self.size.max(f64::MIN_POSITIVE)).sqrt();
+        let most = tolerance::OF_EXPECTED.powi(2) * self.expected + tolerance::DEVIATIONS * self.variance.sqrt();
+        let mut worst = Worst::new();
+        worst.keep_worse(relative(self.error), relative(most), || "all compared rows together".into());
+        worst.compared = self.rows;
+        worst.check("attention", case, "output as a whole", (of, "rows"))
+    }
 }
 
 /// Draws `count` heads, or a few more: the last head, one of each type, and others at random.
