@@ -325,8 +325,8 @@ fn compare_row(
     let tolerance = match expected.keys {
         0 => 0.0,
         _ => {
-            let rounded = rounded.attend(head_type, row, scale);
-            tolerance::layer_row(dtype, head.compute, &rounded, distance(&rounded.out, &expected.out))
+            let attended = rounded.attend(head_type, row, scale);
+            tolerance::layer_row(dtype, rounded.compute, &attended, distance(&attended.out, &expected.out))
         }
     };
     Sums {
