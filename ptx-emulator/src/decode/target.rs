@@ -38,8 +38,8 @@ enum Need {
     AtLeast(u32),
     /// It is `sm_90a` and no other.
     Hopper,
-    /// It has a suffix, and its capability is at least this one.
-    Suffixed(u32),
+    /// It is `sm_90a` or a later one with a suffix.
+    HopperOrLater,
 }
 
 impl Target {
@@ -71,10 +71,7 @@ impl Target {
         let (has, needed) = match need {
             Need::AtLeast(least) => (self.capability >= least, format!("sm_{least} or later")),
             Need::Hopper => (self.capability == 90 && self.suffix == "a", "sm_90a".into()),
-            Need::Suffixed(least) => (
-                self.capability >= least && !self.suffix.is_empty(),
-                format!("sm_{least}a or a later one with a suffix"),
-            ),
+            Need::HopperOrLater => (!self.suffix.is_empty(), "sm_90a or a later one with a suffix".into()),
         };
         if has {
             return Ok(());
@@ -93,9 +90,9 @@ fn need(s: &Statement) -> Option<Need> {
     let cluster = |operand: &Operand| matches!(operand, Operand::Name(name, _) if name.starts_with("%cluster"));
     let hopper = match root {
         "wgmma" => return Some(Need::Hopper),
-        "setmaxnreg" => return Some(Need::Suffixed(90)),
+        "setmaxnreg" => return Some(Need::HopperOrLater),
         "elect" | "griddepcontrol" | "mapa" | "stmatrix" => true,
-        // An arrival may count more than one, but not complete the phase, before Hopper.
+        // Before Hopper, an arrival that may complete its phase has no count.
         "mbarrier" => {
             any(&["try_wait", "expect_tx", "complete_tx"])
                 || any(&["arrive", "arrive_drop"]) && !matches!(s.operands.last(), Some(Operand::Address(..)))
