@@ -221,6 +221,7 @@ fn unknown_things_are_named_with_their_line() {
             "wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%r1}, %rd1, %rd1, 1, 1, 1, 0, 0;",
             ["test:5", "multiple of 8"],
         ),
+        ("cp.async.mbarrier.arrive.noinc.shared.b64 [%r1];", ["test:5", "only waits for groups"]),
         ("setmaxnreg.inc.sync.aligned.u32 100;", ["test:5", "multiple of 8"]),
         ("ld.global.v2.u32 %r1, [%rd1];", ["test:5", "1 registers for 2 elements"]),
         (".weird 3;", ["test:5", "unknown directive `.weird`"]),

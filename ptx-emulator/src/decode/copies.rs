@@ -27,6 +27,9 @@ impl Decoder<'_> {
             self.push(Op::AsyncWait { pending });
             return Ok(());
         }
+        if m.take("mbarrier") {
+            return Err("arrivals of `cp.async` at an mbarrier are unknown: only waits for groups are known".into());
+        }
         let (ca, cg) = (m.take("ca"), m.take("cg"));
         if ca == cg {
             return Err("the copy needs one of `.ca` and `.cg`".into());
