@@ -16,7 +16,6 @@ import os
 import pathlib
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import tomllib
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from timing import Sampled
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,8 +39,6 @@ DEFAULT_SHAPES = [
 ]
 PEERS = ["cudnn", "flash2", "flex", "flash4", "torch", "compile"]
 OURS, COMPILED = "framestride", "framestride, compiled for the spec"
-SAMPLE_MILLISECONDS = 20.0
-MOST_RUNS = 500
 FLEX_BLOCK = 128
 ERROR_ROWS = 64
 DEVICE = "cuda"
@@ -254,30 +252,14 @@ class Inputs:
         return scores.softmax(-1) @ self.v.double().transpose(1, 2)
 
 
-class Contender:
+class Contender(Sampled):
     """Something of the peers to time. `call` returns its output, for attention [B, H, S, D]."""
 
     def __init__(self, what, who, call, mask=None, flop=None, size=None, density=None):
-        self.what, self.who, self.call, self.mask = what, who, call, mask
+        super().__init__(call)
+        self.what, self.who, self.mask = what, who, mask
         self.flop, self.size, self.density = flop, size, density
-        self.runs, self.samples, self.why, self.rel_error = 0, [], None, None
-
-    def time(self, runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(runs):
-            self.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / runs
-
-    def sample(self):
-        if self.runs == 0:
-            self.call()
-            torch.cuda.synchronize()
-            self.runs = min(MOST_RUNS, max(1, math.ceil(SAMPLE_MILLISECONDS / self.time(1))))
-        self.time(self.runs)
-        self.samples.append(self.time(self.runs))
+        self.why, self.rel_error = None, None
 
     def attempt(self, do):
         """Does something that may fail, and keeps the reason."""
@@ -291,7 +273,7 @@ class Contender:
     def row(self, shape, ceilings):
         row = dict.fromkeys(["ms", "low", "high", "tflops", "gbps", "of_ceiling"])
         if self.samples:
-            ms = statistics.median(self.samples)
+            ms = self.median()
             row |= {"ms": ms, "low": min(self.samples), "high": max(self.samples)}
             row["tflops"] = self.flop and self.flop / ms / 1e9
             row["gbps"] = self.size and self.size / ms / 1e6

@@ -10,16 +10,12 @@ found as `import framestride` finds it: PYTHONPATH=python, and FRAMESTRIDE_LIBRA
 
 import argparse
 import json
-import math
 import random
-import statistics
 
 import torch
+from timing import Sampled
 
 import framestride
-
-SAMPLE_MILLISECONDS = 20.0
-MOST_RUNS = 500
 
 
 def arguments():
@@ -70,26 +66,10 @@ class Layer:
         return framestride.attention(*self.joined(), self.spec, head_types=head_types, **self.options)
 
 
-class Contender:
+class Contender(Sampled):
     def __init__(self, what, head_types, call):
-        self.what, self.head_types, self.call = what, head_types, call
-        self.runs, self.samples = 0, []
-
-    def time(self, runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(runs):
-            self.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / runs
-
-    def sample(self):
-        if not self.runs:
-            self.time(1)
-            self.runs = min(MOST_RUNS, max(1, math.ceil(SAMPLE_MILLISECONDS / self.time(1))))
-        self.time(self.runs)
-        self.samples.append(self.time(self.runs))
+        super().__init__(call)
+        self.what, self.head_types = what, head_types
 
     def memory(self):
         """The most bytes that a run allocates, its output included."""
@@ -121,7 +101,7 @@ def main():
         {
             "what": contender.what,
             "head_types": contender.head_types,
-            "ms": statistics.median(contender.samples),
+            "ms": contender.median(),
             "samples": contender.samples,
             "bytes": contender.memory(),
         }

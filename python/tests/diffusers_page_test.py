@@ -19,7 +19,7 @@ def test_the_programs_run(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda name, torch_dtype: pipe)
     original = pipe.transformer.blocks[0].attn1.processor
     programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(programs) == 9
+    assert len(programs) == 10
     names = {}
     for number, program in enumerate(programs):
         exec(compile(program, f"program {number} of {PAGE}", "exec"), names)
@@ -37,5 +37,8 @@ def test_the_programs_run(monkeypatch, tmp_path):
             last = names["found"].steps[-1].density[0]
             # 0.2 of 10 steps are dense. After the last step the densities are those of the last one.
             assert pipe.densities[0] == "dense" and float(pipe.densities[-1].replace("dense", "1")) == last
+        if "def share" in program:
+            # One process cannot run it: diffusers_parallel_test.py does the same in two and in three.
+            assert callable(names["share"])
         if "restore(pipe)" in program:
             assert pipe.transformer.blocks[0].attn1.processor is original

@@ -1,5 +1,6 @@
-"""Context parallelism: two processes of this machine, each with half of the rows, exchange heads."""
+"""Context parallelism: processes of this machine, each with a part of the rows, exchange heads."""
 
+import copy
 import os
 import sys
 import warnings
@@ -9,98 +10,157 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers_models import build, position_codes, run
+from diffusers_models import build, compare, position_codes, run
 
-from framestride.diffusers import apply
+from framestride.diffusers import apply, cp_plan
+from framestride.diffusers.exchange import Gpus, gpus_of
 
-RANKS = 2
 pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="processes share no GPU here")
 
 
-def plant(handle: object, model: torch.nn.Module, rank: int = 0, ranks: int = 1):
-    """Makes the first head spatial and the second temporal, so that rounding decides about no type."""
-    attention = [module for module in model.modules() if getattr(module, "processor", None) in handle.layers]
+def model_of(name: str, heads: int) -> tuple[torch.nn.Module, dict]:
+    compare.HEADS = heads
+    model, inputs = build(name)
+    if name.startswith("Kandinsky"):
+        # A plan needs a first block and a last one.
+        model.visual_transformer_blocks.append(copy.deepcopy(model.visual_transformer_blocks[0]))
+    return model, inputs
+
+
+def plant(handle: object, model: torch.nn.Module, gpus: Gpus):
+    """Makes heads spatial and temporal in turn, so that rounding decides about no type."""
 
     def hook(module, inputs, output):
-        codes = position_codes(output.shape[-1] // 2).to(output.dtype)
-        rows = torch.arange(output.shape[1]) + output.shape[1] * rank
+        rows = output.shape[1]
+        if rows == compare.TEXT:
+            return output
+        codes = position_codes(output.shape[-1] // compare.HEADS).to(output.dtype).chunk(2, dim=-1)
+        codes = torch.cat([codes[head % 2] for head in range(compare.HEADS)], dim=-1)
+        total = len(codes) if gpus.uneven else rows * gpus.count
         # The video comes last.
-        places = rows - (output.shape[1] * ranks - len(codes))
+        first = sum(gpus.shares(total)[: gpus.rank]) - (total - len(codes))
+        places = torch.arange(first, first + rows)
         planted = output.clone()
         planted[:, places >= 0] = codes[places[places >= 0]]
         return planted
 
-    for module in attention:
-        module.to_q.register_forward_hook(hook)
-        module.to_k.register_forward_hook(hook)
+    for module in model.modules():
+        if (processor := getattr(module, "processor", None)) in handle.layers:
+            for projection in processor.projections[:2]:
+                getattr(module, projection).register_forward_hook(hook)
 
 
-def one_rank(rank: int, name: str, first: str, folder: str):
-    """What one process does. It leaves its output and what was warned of in a file."""
+def one_rank(rank: int, ranks: int, names: list[str], first: str, heads: int, uneven: bool, folder: str):
+    """What one process does. It leaves its outputs and what was warned of in a file."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     # diffusers counts GPUs here, of which there may be none.
-    torch._C._get_accelerator, torch.accelerator.device_count = lambda: torch.device("cpu"), lambda: RANKS
-    model, inputs = build(name)
-    config = diffusers.ContextParallelConfig(ulysses_degree=RANKS)
+    torch._C._get_accelerator, torch.accelerator.device_count = lambda: torch.device("cpu"), lambda: ranks
+    outputs = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        if first == "parallelism":
-            model.enable_parallelism(config=config)
-        handle = apply(model, density=0.5)
-        if first == "apply":
-            model.enable_parallelism(config=config)
-        plant(handle, model, rank, RANKS)
-        output = run(model, inputs)
+        for name in names:
+            model, inputs = model_of(name, heads)
+            config = diffusers.ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven)
+            if first == "parallelism":
+                model.enable_parallelism(config=config, cp_plan=cp_plan(model))
+            handle = apply(model, density=0.5)
+            if first == "apply":
+                model.enable_parallelism(config=config, cp_plan=cp_plan(model))
+            plant(handle, model, Gpus(ranks, uneven, rank))
+            outputs.append(run(model, inputs))
+    check_rows(gpus_of(model._parallel_config))
     said = [str(warning.message) for warning in said if "framestride" in str(warning.message)]
-    torch.save((output, said), Path(folder) / f"{rank}.pt")
+    torch.save((outputs, said), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def two_ranks(folder: Path, name: str, first: str) -> tuple[torch.Tensor, list[str]]:
-    torch.multiprocessing.spawn(one_rank, (name, first, str(folder)), nprocs=RANKS)
-    outputs = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-    assert torch.equal(outputs[0][0], outputs[1][0])
-    return outputs[0]
+def check_rows(gpus: Gpus):
+    """Rows in unlike shares, which diffusers gathers through NCCL alone, between rows that all GPUs have."""
+    torch.manual_seed(0)
+    rows, before, after = 10, 2, 1
+    q, k, v = torch.randn(3, 2, before + rows + after, 4, 8)
+    attend = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2)
+
+    def joined(*own: torch.Tensor) -> torch.Tensor:
+        sides = ((gpus.heads(x[:, :before]), gpus.heads(x[:, before + rows :])) for x in (q, k, v))
+        return attend(*(torch.cat([first, x, last], dim=1) for x, (first, last) in zip(own, sides, strict=True)))
+
+    own = [x[:, before : before + rows].split(gpus.shares(rows), dim=1)[gpus.rank] for x in (q, k, v)]
+    first, video, last = attend(q, k, v).split([before, rows, after], dim=1)
+    expected = torch.cat([first, video.split(gpus.shares(rows), dim=1)[gpus.rank], last], dim=1)
+    torch.testing.assert_close(gpus.attend(*own, rows, joined, before, after), expected)
 
 
-@pytest.mark.parametrize("name, first", [("Wan", "apply"), ("MiniMax-H3", "parallelism")])
-def test_heads_are_exchanged(name, first, tmp_path):
-    output, said = two_ranks(tmp_path, name, first)
+WITH_TEXT = ["HunyuanVideo", "HunyuanVideo-1.5", "CogVideoX-1.5", "Mochi"]
+
+
+@pytest.mark.parametrize("ranks, names, first, heads, uneven", [
+    (2, ["Wan", "Wan-VACE", *WITH_TEXT], "apply", 2, False),
+    (2, ["MiniMax-H3", "Kandinsky 5 Pro", *WITH_TEXT], "parallelism", 2, False),
+    (3, ["HunyuanVideo", "CogVideoX", "Wan"], "apply", 4, True),
+], ids=["apply first", "parallelism first", "four heads on three"])
+def test_heads_are_exchanged(ranks, names, first, heads, uneven, tmp_path, monkeypatch):
+    arguments = (ranks, names, first, heads, uneven, str(tmp_path))
+    torch.multiprocessing.spawn(one_rank, arguments, nprocs=ranks)
+    outputs, said = torch.load(tmp_path / "0.pt")
     assert said == []
-    model, inputs = build(name)
-    handle = apply(model, density=0.5)
-    plant(handle, model)
-    alone = run(model, inputs)
-    assert (output - alone).norm() / alone.norm() < 0.005
-@pytest.mark.parametrize("name, options", [
-    ("Wan", {"ring_degree": RANKS}),
-    ("Wan", {"ulysses_degree": RANKS, "ulysses_anything": True}),
-    ("HunyuanVideo", {"ulysses_degree": RANKS}),
-], ids=["ring", "uneven", "text"])
-def test_what_is_not_known_is_left_to_the_models_own_processor(name, options, recwarn):
+    monkeypatch.setattr(compare, "HEADS", heads)
+    for other in range(1, ranks):
+        assert all(map(torch.equal, outputs, torch.load(tmp_path / f"{other}.pt")[0]))
+    for name, output in zip(names, outputs, strict=True):
+        model, inputs = model_of(name, heads)
+        plant(apply(model, density=0.5), model, Gpus())
+        alone = run(model, inputs)
+        assert (output - alone).norm() / alone.norm() < 0.005, name
+
+
+def shared(model: torch.nn.Module, **options):
+    """Sets the config of parallelism that `enable_parallelism` would, without other processes."""
+    config = diffusers.ContextParallelConfig(**options, _ulysses_local_rank=0)
+    model._parallel_config = diffusers.ParallelConfig(context_parallel_config=config)
+
+
+@pytest.mark.parametrize("name, options, reason", [
+    ("Wan", {"ring_degree": 2}, "Ulysses"),
+    ("Wan", {"ulysses_degree": 2}, "150 rows on one of 2 GPUs"),
+    ("MiniMax-H3", {"ulysses_degree": 4}, "2 heads for 4 GPUs"),
+    ("MiniMax-H3", {"ulysses_degree": 2, "ulysses_anything": True}, "rows on one of 2 GPUs"),
+], ids=["ring", "rows", "few heads", "uneven rows"])
+def test_what_is_not_known_is_left_to_the_models_own_processor(name, options, reason, recwarn):
     model, inputs = build(name)
     handle = apply(model, density=0.5)
     called = []
     for processor in handle.layers:
-        original = processor.original
-        config = diffusers.ContextParallelConfig(**options)
-        processor._parallel_config = diffusers.ParallelConfig(context_parallel_config=config)
-        processor.original = Alone(original, called)
+        processor.original = lambda attn, rows, **arguments: called.append(processor) or rows
+    shared(model, **options)
     run(model, inputs)
     assert len(called) == len(handle.layers)
     (message,) = [str(warning.message) for warning in recwarn if "framestride" in str(warning.message)]
-    assert "context parallelism" in message
+    assert reason in message
 
 
-class Alone:
-    """A model's own processor, which attends to the rows of its own process alone."""
+@pytest.mark.parametrize("options, reason", [
+    ({"ring_degree": 2}, "Ulysses"), ({"ulysses_degree": 4}, "on one of 4 GPUs"),
+], ids=["ring", "rows"])
+def test_text_is_never_left_to_the_models_own_processor(options, reason):
+    model, inputs = build("HunyuanVideo")
+    apply(model, density=0.5)
+    shared(model, **options)
+    with pytest.raises(ValueError, match=f"HunyuanVideo.*{reason}"):
+        run(model, inputs)
 
-    def __init__(self, processor: object, called: list):
-        self._parallel_config, self.processor, self.called = processor._parallel_config, processor, called
 
-    def __call__(self, *arguments, **named):
-        self.called.append(self.processor._parallel_config)
-        self.processor._parallel_config = None
-        return self.processor(*arguments, **named)
+def test_models_without_a_plan_are_refused():
+    model, _ = build("HunyuanVideo")
+    model.register_to_config(image_condition_type="token_replace")
+    with pytest.raises(ValueError, match="first frame"):
+        cp_plan(model)
+    with pytest.raises(ValueError, match="no plan.*Allegro"):
+        cp_plan(diffusers.AllegroTransformer3DModel(
+            num_attention_heads=1, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=1,
+            cross_attention_dim=24, caption_channels=8,
+        ))

@@ -24,11 +24,11 @@ from torch import nn
 
 from framestride.diffusers import backend
 from framestride.diffusers.families import FAMILIES, Family
-from framestride.diffusers.processors import DENSE, Model
+from framestride.diffusers.processors import DENSE, Joint, Model
 from framestride.diffusers.schedule import Step, Warmup, Watch
 from framestride.study import DensitySchedule
 
-__all__ = ["Handle", "Step", "Warmup", "apply", "backend", "reach", "restore"]
+__all__ = ["Handle", "Step", "Warmup", "apply", "backend", "cp_plan", "reach", "restore"]
 
 # Densities by step and layer.
 Densities = Callable[[Step, int], float | None]
@@ -102,6 +102,27 @@ def reach(model: Any) -> str:
     return "dense" if dispatching(model) else "none"
 
 
+def cp_plan(model: Any) -> dict:
+    """How diffusers shares the rows of a transformer among GPUs, for `enable_parallelism(cp_plan=...)`.
+
+    Where diffusers has a plan of its own, it is that. Other models need one of framestride's, which holds
+    while the model has its processors: between `apply` and `restore`.
+
+    Raises `ValueError` where there is none.
+    """
+    model = plain(model)
+    family = FAMILIES.get(type(model).__name__)
+    if model._cp_plan is not None:
+        return model._cp_plan
+    if family is None or family.plan is None:
+        raise ValueError(f"there is no plan to share the rows of {type(model).__name__} among GPUs")
+    if model.config.get("image_condition_type") == "token_replace":
+        raise ValueError(
+            f"the first frame of this {type(model).__name__} is modulated apart, so its rows cannot be shared among GPUs"
+        )
+    return family.plan(model)
+
+
 class Handle:
     """Framestride in some transformers, until `restore`."""
 
@@ -147,7 +168,7 @@ class Handle:
 
     def take(self, model: Any, family: Family):
         """Takes the attention over video of a model that is known."""
-        shared = Model(type(model).__name__, family.sinks)
+        shared = Model(type(model).__name__, family.sinks, alone=issubclass(family.processor, Joint))
         names = [name for path in family.attention for name, _ in model.named_modules() if fnmatchcase(name, path)]
         for attn in map(model.get_submodule, names):
             weight = next(attn.parameters())
@@ -161,11 +182,20 @@ class Handle:
             self.exchange(attn, processor)
         self.models.append((shared.name, len(names)))
 
+        # A plan of framestride's leaves text whole on every GPU, and so is attention to it.
+        whole = []
+        if family.plan is not None:
+            others = (getattr(module, "processor", None) for module in model.modules())
+            whole = [other for other in others if hasattr(other, "_parallel_config") and other not in self.layers]
         config = dict(model.config)
         parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
 
         def begin(module: nn.Module, positional: tuple, named: dict):
-            shared.begin(family.video(config, dict(zip(parameters, positional)) | named))
+            arguments = dict(zip(parameters, positional)) | named
+            for processor in whole:
+                if processor._parallel_config is not None:
+                    processor._parallel_config = None
+            shared.begin(family.video(config, arguments), model._parallel_config)
 
         def end(module: nn.Module, positional: tuple, output: object):
             shared.begin(None)

@@ -8,6 +8,7 @@ framestride computes, and else torch does: from one sequence to another, with a 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: allow-any-generics, no-warn-return-any
 
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -17,7 +18,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 import framestride
-from framestride.diffusers.processors import DTYPES, HEAD_DIMS, exchange_heads, make_spec, ulysses_ranks
+from framestride.diffusers.exchange import gpus_of
+from framestride.diffusers.processors import DTYPES, HEAD_DIMS, make_spec
 
 NAME = "framestride"
 
@@ -44,20 +46,21 @@ def attention(
     _parallel_config: Any = None,
 ) -> Tensor:
     """Attention of [B, S, H, D], as diffusers calls it."""
-    ranks = ulysses_ranks(_parallel_config)
+    gpus = gpus_of(_parallel_config)
     _, rows, heads, head_dim = map(index, query.shape)
-    known = query.dtype in DTYPES and head_dim in HEAD_DIMS
-    if ranks is None or not known or key.shape != query.shape or attn_mask is not None or dropout_p > 0 or is_causal:
+    known = query.dtype in DTYPES and head_dim in HEAD_DIMS and key.shape == query.shape
+    if gpus is None or gpus.uneven or not known or attn_mask is not None or dropout_p > 0 or is_causal:
         return attention_dispatch._native_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
         )
-    spec = dense_spec((1, 1, rows * ranks), heads, head_dim, query.dtype)
+    spec = dense_spec((1, 1, rows * gpus.count), heads, head_dim, query.dtype)
     options: dict[str, Any] = {"spec": spec, "head_types": "dense"}
     if scale is not None:
         options["scale"] = scale
-    if ranks > 1:
-        return exchange_heads(query, key, value, _parallel_config, options)
-    return framestride.attention(query, key, value, **options)
+    attend = partial(framestride.attention, **options)
+    if gpus.count > 1:
+        return gpus.attend(query, key, value, rows * gpus.count, attend)
+    return attend(query, key, value)
 
 
 def name() -> AttentionBackendName:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import index
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -30,6 +31,8 @@ class Family:
     # The size of the video, from the model's config and the arguments of its forward by name. None
     # where these do not say it.
     video: Callable[[dict, dict], Video | None]
+    # How rows are shared among GPUs. None where diffusers knows it, or nobody.
+    plan: Callable[[nn.Module], dict] | None = None
     # How many leading frames are seen by every row.
     sinks: int = 0
     # Which share of the steps stays dense, from the first.
@@ -93,29 +96,64 @@ def trailing_frames(places: Tensor) -> Video | None:
     return count, height, width
 
 
+# Plans of diffusers. Rows of the video are shared from the first block to the last projection, and tables
+# of RoPE with them.
+ROWS = ContextParallelInput(split_dim=1, expected_dims=3)
+ALL_ROWS = ContextParallelOutput(gather_dim=1, expected_dims=3)
+JOINT_PLAN = {"transformer_blocks.0": {"hidden_states": ROWS}, "proj_out": ALL_ROWS}
+
+
+def of_rope(dims: int, split_dim: int = 0) -> dict:
+    """Tables with so many dimensions that the module "rope" makes."""
+    return {"rope": dict.fromkeys((0, 1), ContextParallelInput(split_dim, expected_dims=dims, split_output=True))}
+
+
+def kandinsky_plan(model: nn.Module) -> dict:
+    blocks = "visual_transformer_blocks"
+    return {
+        f"{blocks}.*": {"rope": ContextParallelInput(split_dim=1, expected_dims=6)},
+        f"{blocks}.0": {"visual_embed": ROWS},
+        f"{blocks}.{len(model.get_submodule(blocks)) - 1}": ALL_ROWS,
+    }
+
+
 HUNYUAN_LATENTS = latents("BCFHW", "patch_size_t", "patch_size", "patch_size")
 WAN_LATENTS = latents("BCFHW", "patch_size")
 
 FAMILIES: dict[str, Family] = {
     "HunyuanVideoTransformer3DModel": Family(
-        processors.HunyuanVideo, ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), HUNYUAN_LATENTS
+        processors.HunyuanVideo, ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), HUNYUAN_LATENTS,
+        lambda model: JOINT_PLAN | of_rope(dims=2),
     ),
-    "HunyuanVideo15Transformer3DModel": Family(processors.Joint, ("transformer_blocks.*.attn",), HUNYUAN_LATENTS),
+    "HunyuanVideo15Transformer3DModel": Family(
+        processors.Joint, ("transformer_blocks.*.attn",), HUNYUAN_LATENTS,
+        lambda model: JOINT_PLAN | of_rope(dims=2),
+    ),
     "WanTransformer3DModel": Family(processors.Wan, ("blocks.*.attn1",), WAN_LATENTS, sinks=1, dense_steps=0.3),
     "WanVACETransformer3DModel": Family(
-        processors.Wan, ("blocks.*.attn1", "vace_blocks.*.attn1"), WAN_LATENTS, sinks=1, dense_steps=0.3
+        processors.Wan, ("blocks.*.attn1", "vace_blocks.*.attn1"), WAN_LATENTS,
+        lambda model: of_rope(dims=4, split_dim=1) | {
+            "blocks.0": {"hidden_states": ROWS},
+            "vace_blocks.0": {"hidden_states": ROWS, "control_hidden_states": ROWS},
+            "proj_out": ALL_ROWS,
+        },
+        sinks=1, dense_steps=0.3,
     ),
     "CogVideoXTransformer3DModel": Family(
         processors.CogVideoX, ("transformer_blocks.*.attn1",),
-        latents("BFCHW", "patch_size_t", "patch_size", "patch_size"), sinks=1, dense_steps=0.2,
+        latents("BFCHW", "patch_size_t", "patch_size", "patch_size"),
+        lambda model: JOINT_PLAN | {"": {"image_rotary_emb": 2 * [ContextParallelInput(0, expected_dims=2)]}},
+        sinks=1, dense_steps=0.2,
     ),
     "LTXVideoTransformer3DModel": Family(processors.LTXVideo, ("transformer_blocks.*.attn1",), named),
     "LTX2VideoTransformer3DModel": Family(processors.LTX2, ("transformer_blocks.*.attn1",), named),
     "MochiTransformer3DModel": Family(
-        processors.Mochi, ("transformer_blocks.*.attn1",), latents("BCFHW", "patch_size_t", "patch_size", "patch_size")
+        processors.Mochi, ("transformer_blocks.*.attn1",), latents("BCFHW", "patch_size_t", "patch_size", "patch_size"),
+        lambda model: JOINT_PLAN | of_rope(dims=3),
     ),
     "Kandinsky5Transformer3DModel": Family(
-        processors.Kandinsky5, ("visual_transformer_blocks.*.self_attention",), latents("BFHWC", "patch_size")
+        processors.Kandinsky5, ("visual_transformer_blocks.*.self_attention",), latents("BFHWC", "patch_size"),
+        kandinsky_plan,
     ),
     "MiniMaxH3Transformer3DModel": Family(processors.MiniMaxH3, ("transformer_blocks.*.attn",), placed),
 }

@@ -22,15 +22,16 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any, Literal
 
 import torch
 from diffusers.models import normalization
-from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 from torch import Tensor, nn
 
 import framestride
+from framestride.diffusers.exchange import ALONE, Gpus, gpus_of
 
 # Stands for the density of a dense head.
 DENSE = "dense"
@@ -59,19 +60,24 @@ class Plan:
 class Model:
     """A transformer with attention of framestride: what its layers share."""
 
-    def __init__(self, name: str, sinks: int):
+    def __init__(self, name: str, sinks: int, alone: bool):
         self.name = name
         self.sinks = sinks
+        # Whether only framestride can share attention among GPUs, and not the model's own processors.
+        self.alone = alone
         # Latent frames, and height and width of a frame in patches. None outside a forward, and in one
         # whose arguments do not say it.
         self.video: tuple[int, int, int] | None = None
+        # None where GPUs share a layer in a way that is not known.
+        self.gpus: Gpus | None = ALONE
         self.made: list[tuple[Tensor, Any]] = []
         self.plans: dict[tuple, Plan | None] = {}
         self.said: set[str] = set()
 
-    def begin(self, video: tuple[int, int, int] | None):
-        """A forward begins, or it ends, without a video."""
+    def begin(self, video: tuple[int, int, int] | None, parallel: Any = None):
+        """A forward begins, with diffusers' config of parallelism, or it ends, without a video."""
         self.video = video
+        self.gpus = gpus_of(parallel)
         self.made = []
 
     def once(self, source: Tensor, make: Callable[[], Any]) -> Any:
@@ -79,7 +85,8 @@ class Model:
         if torch.compiler.is_compiling():
             return make()
         for known, made in self.made:
-            if known is source:
+            # Where GPUs share rows, each layer may get another view of the same numbers.
+            if known is source or (known.data_ptr(), known.shape) == (source.data_ptr(), source.shape):
                 return made
         made = make()
         self.made.append((source, made))
@@ -87,7 +94,13 @@ class Model:
 
     @torch.compiler.assume_constant_result
     def refuse(self, reason: str) -> None:
-        """Says once why attention stays as it was."""
+        """Says once why attention stays as it was.
+
+        Raises `ValueError` where it cannot stay so, since the model's own processors would attend to
+        wrong rows.
+        """
+        if self.alone and self.gpus is not ALONE:
+            raise ValueError(f"framestride cannot share attention of {self.name} among GPUs: {reason}")
         if reason not in self.said:
             self.said.add(reason)
             warnings.warn(f"framestride leaves attention of {self.name} as it was: {reason}", stacklevel=2)
@@ -283,16 +296,20 @@ class Processor:
 
     def attention(self, attn: Any, hidden_states: Tensor, rope, text: Tensor | None, mask: Tensor | None):
         """Attention up to the output projection, [B, S, H x D]. None where it is left as it was."""
-        model, parallel = self.model, getattr(self, "_parallel_config", None)
-        ranks = ulysses_ranks(parallel)
-        if ranks is None or (ranks > 1 and text is not None):
-            return model.refuse("of context parallelism, Ulysses with even shares is known, and without text")
+        model, gpus = self.model, self.model.gpus
+        if gpus is None:
+            return model.refuse("of the ways in which GPUs share a layer, framestride knows Ulysses alone")
         if model.video is None:
             return model.refuse("the arguments do not say how many frames the video has, and their height and width")
-        rows = index(hidden_states.shape[1]) * ranks
+        rows = index(hidden_states.shape[1])
+        found = f"{rows} rows" + (f" on one of {gpus.count} GPUs" if gpus.count > 1 else "")
+        if not gpus.uneven:
+            rows *= gpus.count
+        elif rows == gpus.shares(math.prod(model.video))[gpus.rank]:
+            rows = math.prod(model.video)
         leading = rows - math.prod(model.video)
-        if leading < 0 or (leading > 0 and not self.leading_rows):
-            return model.refuse(f"there are {rows} rows, and not {' x '.join(map(str, model.video))}")
+        if leading < 0 or (leading > 0 and not self.leading_rows) or (gpus.uneven and leading != 0):
+            return model.refuse(f"there are {found}, and not {' x '.join(map(str, model.video))}")
 
         heads = getattr(attn, self.heads)
         video = self.project(attn, hidden_states, self.projections, self.norms)
@@ -301,6 +318,8 @@ class Processor:
             shares = getattr(attn, self.text_projections[0], None) is None
             names = (self.projections, self.norms) if shares else (self.text_projections, self.text_norms)
             sides.append(self.project(attn, text, *names))
+        if gpus.count > heads or (heads % gpus.count > 0 and not gpus.uneven):
+            return model.refuse(f"there are {heads} heads for {gpus.count} GPUs, which ulysses_anything may allow")
         batch, _, _, head_dim = video.q.shape
         if video.q.dtype not in DTYPES or head_dim not in HEAD_DIMS:
             found = f"heads have {head_dim} channels of {video.q.dtype}"
@@ -308,7 +327,7 @@ class Processor:
 
         # The kernels have one kind of norm for all rows. Where heads are exchanged, it comes before.
         kinds = [norm_of_kernels(norm, heads, head_dim) for side in sides for norm in side.norms]
-        kind = kinds[0] if ranks == 1 and all(kind == kinds[0] for kind in kinds) else None
+        kind = kinds[0] if gpus.count == 1 and all(kind == kinds[0] for kind in kinds) else None
         if kind is None:
             for side in sides:
                 side.q, side.k = (
@@ -320,7 +339,7 @@ class Processor:
             first = rope if isinstance(rope, Tensor) else rope[0]
             tables = model.once(first, lambda: tuple(x.float().contiguous() for x in self.tables(rope, heads)))
             form = (self.pairs, 2 * index(tables[0].shape[-1]), tables[0].ndim > 2, self.leading_rows)
-        if ranks > 1:
+        if gpus.count > 1:
             form = None
 
         tokens = index(text.shape[1]) if text is not None else 0
@@ -331,10 +350,6 @@ class Processor:
             return None
         options: dict[str, Any] = {"spec": plan.spec}
         options |= {"head_types": "dense"} if plan.half_widths is None else {"half_widths": plan.half_widths}
-        if ranks > 1:
-            if tables is not None:
-                video.q, video.k = (rotated(x, tables[0], tables[1], self.pairs) for x in (video.q, video.k))
-            return exchange_heads(video.q, video.k, video.v, parallel, options).flatten(2)
         if kind is not None:
             options |= zip(("q_norm", "k_norm"), map(norm_weights, video.norms), strict=True)
         if text is not None:
@@ -342,13 +357,18 @@ class Processor:
             if mask is not None:
                 lengths = model.once(mask, lambda: self.valid_text(mask, tokens).sum(dim=1, dtype=torch.int32))
             q_norm, k_norm = map(norm_weights, sides[1].norms) if kind is not None else (None, None)
-            options[self.side] = framestride.Text(
-                q=sides[1].q, k=sides[1].k, v=sides[1].v, lengths=lengths, q_norm=q_norm, k_norm=k_norm
-            )
-        out = framestride.attention(video.q, video.k, video.v, rope=tables, **options)
-        if self.look is not None:
-            self.look(out, video.q, video.k, video.v, rope=tables, **options)
-        return out.flatten(2)
+            q, k, v = map(gpus.heads, (sides[1].q, sides[1].k, sides[1].v))
+            options[self.side] = framestride.Text(q=q, k=k, v=v, lengths=lengths, q_norm=q_norm, k_norm=k_norm)
+        if gpus.count == 1:
+            out = framestride.attention(video.q, video.k, video.v, rope=tables, **options)
+            if self.look is not None:
+                self.look(out, video.q, video.k, video.v, rope=tables, **options)
+            return out.flatten(2)
+        if tables is not None:
+            video.q, video.k = (rotated(x, tables[0], tables[1], self.pairs) for x in (video.q, video.k))
+        attend = partial(framestride.attention, **options)
+        first, last = (tokens, 0) if self.side == "before" else (0, tokens)
+        return gpus.attend(video.q, video.k, video.v, rows, attend, first, last).flatten(2)
 
     def project(self, attn: Any, x: Tensor, projections: tuple, norms: tuple) -> Rows:
         """Q, K and V of some rows, by the model's layers."""
@@ -358,25 +378,6 @@ class Processor:
             qkv = [getattr(attn, name)(x) for name in projections]
         q, k, v = (projected.unflatten(2, (getattr(attn, self.heads), -1)) for projected in qkv)
         return Rows(q, k, v, tuple(getattr(attn, name, None) for name in norms))
-
-
-def ulysses_ranks(parallel: Any) -> int | None:
-    """Over how many GPUs heads are exchanged. None where parallelism is of another kind."""
-    if parallel is None:
-        return 1
-    config = parallel.context_parallel_config
-    return None if config.ring_degree > 1 or config.ulysses_anything else config.ulysses_degree
-
-
-def exchange_heads(q: Tensor, k: Tensor, v: Tensor, parallel: Any, options: dict[str, Any]) -> Tensor:
-    """Attention over several GPUs. Each has some rows of all heads, and attends with all rows of some heads."""
-
-    def forward(context, q, k, v, *arguments, **named):
-        return framestride.attention(q, k, v, **options)
-
-    return _templated_context_parallel_attention(
-        q, k, v, forward_op=forward, backward_op=None, _parallel_config=parallel
-    )
 
 
 # One class for each way in which models call their processors. Every argument has its name here, since

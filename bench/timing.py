@@ -1,0 +1,40 @@
+"""Times of calls on a GPU, for the benchmarks of this folder."""
+
+import math
+import statistics
+
+import torch
+
+SAMPLE_MILLISECONDS = 20.0
+MOST_RUNS = 500
+
+
+def milliseconds(call, runs=1):
+    """The mean time of some runs back to back, between two events on the stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(runs):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / runs
+
+
+class Sampled:
+    """A call that is timed once a round."""
+
+    def __init__(self, call):
+        self.call = call
+        self.runs, self.samples = 0, []
+
+    def sample(self):
+        """Adds a sample, after as many untimed runs: a GPU clocks by what ran just before."""
+        if self.runs == 0:
+            self.call()
+            torch.cuda.synchronize()
+            self.runs = min(MOST_RUNS, max(1, math.ceil(SAMPLE_MILLISECONDS / milliseconds(self.call))))
+        milliseconds(self.call, self.runs)
+        self.samples.append(milliseconds(self.call, self.runs))
+
+    def median(self):
+        return statistics.median(self.samples)
