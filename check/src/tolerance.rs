@@ -106,14 +106,11 @@ pub const OF_EXPECTED: f64 = 1.15;
 /// tolerance is not comparable.
 pub const BLIND: f64 = 1.0;
 
-/// Tolerance of a normalised, rotated and rounded row of Q or K, relative to the norm of `output`.
+/// Tolerance of a normalised, rotated and rounded row of Q or K, relative to the norm of the row
+/// when `output` is rounded.
 ///
-/// `input` is the row as it was given, or the whole token for a norm over all heads. A row of zeros
-/// is exact.
+/// `input` is the row as it was given, or the whole token for a norm over all heads.
 pub fn packed_row(spec: &Spec, compute: ComputeType, input: &[f64], output: &[f64]) -> f64 {
-    if norm(output) == 0.0 {
-        return 0.0;
-    }
     let mut error = 64.0 * F32 + APPROXIMATION;
     if let Some(qk_norm) = &spec.qk_norm {
         let terms = spec.norm_length(spec.heads);
@@ -128,13 +125,15 @@ pub fn packed_row(spec: &Spec, compute: ComputeType, input: &[f64], output: &[f6
         };
         error += f64::from(terms) / 2.0 * F32 * off_centre;
     }
-    // No element is further off than what the farthest number within the error is rounded to.
+    // An element is off where a number within the error is rounded to another one.
     let error = error * norm(output);
-    let farthest = |x: &f64| {
-        let off = |error: f64| (compute.round(x + error) - x).abs();
-        off(error).max(off(-error))
+    let rounded: Vec<f64> = output.iter().map(|&x| compute.round(x)).collect();
+    let off = |(x, rounded): (&f64, &f64)| {
+        let [low, high] = [x - error, x + error].map(|x| (compute.round(x) - rounded).abs());
+        low.max(high)
     };
-    norm(&output.iter().map(farthest).collect::<Vec<f64>>()) / norm(output)
+    let off = norm(&output.iter().zip(&rounded).map(off).collect::<Vec<f64>>());
+    if off == 0.0 { 0.0 } else { off / norm(&rounded) }
 }
 
 /// The relative error of a weight that comes from the error of its score. In 8 bits, what cutting

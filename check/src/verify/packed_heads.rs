@@ -10,6 +10,7 @@ use rand::{Rng, RngExt};
 use rayon::prelude::*;
 
 use crate::checks::{Worst, row_error};
+use crate::compute_type::ComputeType;
 use crate::reference::{Operand, Reference};
 use crate::tensors::{Inputs, widen};
 use crate::tolerance;
@@ -114,6 +115,7 @@ impl PackedHead<'_> {
             1 => (&self.inputs.k, self.reference.row(Operand::Key, index.item, row, index.head)),
             _ => (&self.inputs.v, self.inputs.v.row(index.item, row, index.head)),
         };
+        let rounded: Vec<f64> = expected.iter().map(|&x| ComputeType::from(spec.dtype).round(x)).collect();
         // V is copied, and so is K in a model without norm and RoPE.
         let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
             0.0
@@ -127,7 +129,7 @@ impl PackedHead<'_> {
             };
             tolerance::packed_row(spec, spec.dtype.into(), &input, &expected)
         };
-        worst.add(row_error(found, &expected), tolerance, || index.row(row));
+        worst.add(row_error(found, &rounded), tolerance, || index.row(row));
     }
 
     /// The whole image of Q (`operand` 0), without its scale, or K (1) as numbers,
