@@ -446,6 +446,12 @@ framestride_status framestride_spec_parse(const char *toml, size_t bytes, frames
 // Makes a spec that the library ships, such as "hunyuan_video_720p". shapes/models has them all.
 framestride_status framestride_spec_shipped(const char *name, framestride_spec *spec);
 
+// Writes the names of all specs that the library ships to `buffer`, one a line, as framestride_spec_toml
+// does.
+framestride_status framestride_spec_names(char *buffer,
+                                          size_t capacity,
+                                          size_t *needed);
+
 // Fills `details`, whose size is set.
 framestride_status framestride_spec_info(framestride_spec spec, framestride_spec_details *details);
 

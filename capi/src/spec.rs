@@ -4,6 +4,7 @@ use std::ffi::c_char;
 use std::sync::Arc;
 
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::models;
 use framestride::shapes::spec::{
     Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, Width,
 };
@@ -250,6 +251,21 @@ pub unsafe extern "C" fn framestride_spec_shipped(
         let name = unsafe { argument::text("name", name)? };
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { write_spec(spec, || Ok(Spec::shipped(name).map_err(Error::from)?)) }
+    })
+}
+
+/// Writes the names of all specs that the library ships to `buffer`, one a line, as framestride_spec_toml
+/// does.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn framestride_spec_names(
+    buffer: *mut c_char,
+    capacity: usize,
+    needed: *mut usize,
+) -> framestride_status {
+    guard(|| {
+        let names: Vec<&str> = models().iter().map(|(name, _)| *name).collect();
+        // SAFETY: the buffer has room for `capacity` bytes, and `needed` is null or that of a variable.
+        unsafe { argument::write_text(&names.join("\n"), buffer, capacity, needed) }
     })
 }
 

@@ -172,6 +172,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "device_emulator": [_OUT],
     "spec_parse": [c_char_p, c_size_t, _OUT],
     "spec_shipped": [c_char_p, _OUT],
+    "spec_names": [c_char_p, c_size_t, POINTER(c_size_t)],
     "spec_info": [_HANDLE, POINTER(SpecDetails)],
     "spec_free": [_HANDLE],
     "describe": [_HANDLE, c_char_p, c_char_p, c_size_t, POINTER(c_size_t)],

@@ -141,6 +141,11 @@ class Spec:
         return _spec("spec_shipped", name)
 
     @staticmethod
+    def shipped_names() -> tuple[str, ...]:
+        """The names of the specs that the library ships."""
+        return tuple(_library.contents("spec_names").removesuffix(b"\0").decode().split())
+
+    @staticmethod
     def from_toml(text: str) -> Spec:
         """Reads TOML text."""
         return _spec("spec_parse", text)

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import reference
 import torch
-from diffusers_models import TinyWan, build, compare, planted_wan, tiny_wan
+from diffusers_models import BUILDERS, TinyWan, build, compare, planted_wan, run, tiny_wan
 
 import framestride
 from framestride import DensitySchedule, Error, Study
@@ -197,6 +197,44 @@ def test_it_keeps_no_tensors_and_launches_a_profile_for_each_density(pipe, monke
     framestride.study(pipe, "a fox", num_inference_steps=5, steps=[1], densities=[0.5, 0.35])
     assert dense == ["dense"] * 4 * LAYERS
     assert len(profiled) == 2 * 2 * LAYERS and len(set(profiled)) == 2
+
+
+class Loop:
+    """A pipeline of any model: a call of it in each step."""
+
+    def __init__(self, model: torch.nn.Module, inputs: dict):
+        self.components, self.inputs = {"transformer": model}, inputs
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        self._progress_bar_config = {"disable": True}
+
+    def __call__(self, num_inference_steps: int):
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.zeros(1, 4, 1, 2, 2)
+        for time in self.scheduler.timesteps:
+            run(self.components["transformer"], self.inputs)
+            self.scheduler.step(sample, time, sample)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_models_of_all_families(name, monkeypatch):
+    model, inputs = build(name)
+    outputs, attention = [], framestride.attention
+
+    def kept(*tensors, spec, **options):
+        out = attention(*tensors, spec=spec, **options)
+        outputs.append(out[:, spec.before : spec.before + spec.video_tokens].float())
+        return out
+
+    monkeypatch.setattr(framestride, "attention", kept)
+    study = framestride.study(Loop(model, inputs), 2, steps=[0], densities=[0.7, 1.0], error=0.5)
+    assert len(outputs) == study.numbers["models"][0]["layers"]
+    # The layers of Wan-VACE that control others are called before those, and stand behind them.
+    layers = sorted((layer for _, _, layer in layers_of(study)), key=lambda layer: layer["size"][0])
+    outputs.sort(key=lambda out: out[:, :, 0].square().mean().item())
+    for layer, out in zip(layers, outputs, strict=True):
+        assert layer["size"] == pytest.approx(out.square().mean((0, 1, 3)).tolist(), rel=1e-3)
+        assert all(0 < error < size for errors, size in zip(layer["errors"][0], layer["size"]) for error in errors)
+        assert all(error < 1e-4 * size for errors, size in zip(layer["errors"][1], layer["size"]) for error in errors)
 
 
 def test_every_step_is_studied_unless_some_are_named(pipe):

@@ -24,6 +24,10 @@ def test_shipped_specs_are_read_and_written(path):
     assert f"sequence   {spec.sequence} = {spec.frames} frames x {spec.tokens_per_frame} tokens" in description
 
 
+def test_shipped_specs_have_names():
+    assert sorted(Spec.shipped_names()) == [path.stem for path in MODELS]
+
+
 @pytest.mark.parametrize("name", ["tiny_heads_sinks", "minimax_h3_14s_768x1344"])
 def test_masks_are_drawn(name):
     png = framestride.plot(Spec.shipped(name))
@@ -119,6 +123,24 @@ except framestride.Error as error:
     print(error, error.status.name)
 """)
     assert "torch: found no PyTorch" in said and "pip install torch" in said and "UNSUPPORTED" in said
+
+
+@pytest.mark.parametrize("missing", ["torch", "diffusers"])
+def test_without_diffusers_importing_its_part_says_so(missing):
+    said = run(f"""
+import sys
+sys.modules["{missing}"] = None
+import framestride
+for use in (lambda: __import__("framestride.diffusers"), lambda: framestride.study(None)):
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+""")
+    wanted = "torch" if missing == "torch" else "pip install torch diffusers"
+    lines = said.splitlines()
+    assert len(lines) == 2 and all("framestride.diffusers needs PyTorch and diffusers (" in line for line in lines)
+    assert all(wanted in line and line.endswith("pip install torch diffusers") for line in lines)
 
 
 def test_without_the_library_the_call_says_so():

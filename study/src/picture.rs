@@ -44,14 +44,14 @@ pub fn picture(study: &Study) -> Picture {
     let heads = study.steps.iter().flat_map(|step| step.layers.iter().flatten()).map(|layer| layer.size.len());
     let heads = heads.max().unwrap_or(1);
     let cell = (PANEL / layers.max(heads) as u32).clamp(CELL[0], CELL[1]);
-    let panel = [(layers as u32 * cell).max(26 * LETTER) + LABELS[0], heads as u32 * cell + 3 * LINE + LABELS[1]];
+    let panel = [(layers as u32 * cell).max(26 * LETTER) + LABELS[0], heads as u32 * cell + 3 * LINE];
     let chart_width = LABELS[0] + CHART[0] + 30 * LETTER;
     let columns = (chart_width.max(1100) / (panel[0] + MARGIN)).clamp(1, study.densities.len() as u32);
     let rows = (study.densities.len() as u32).div_ceil(columns);
     let panels_top = MARGIN + 3 * LINE + CHART[1] + LABELS[1] + MARGIN;
     let mut picture = Picture::new(
         2 * MARGIN + chart_width.max(columns * (panel[0] + MARGIN)),
-        panels_top + 3 * LINE + rows * (panel[1] + MARGIN) + MARGIN,
+        panels_top + 3 * LINE + rows * (panel[1] + MARGIN),
     );
     let names: Vec<&str> = study.models.iter().map(|model| model.name.as_str()).collect();
     let steps: Vec<String> = study.steps.iter().map(|step| step.index.to_string()).collect();
@@ -174,7 +174,7 @@ fn draw_heads(picture: &mut Picture, study: &Study, density: usize, [left, top]:
         let y = top + (heads as u32 - 1) * cell;
         picture.text(left - 8 - LETTER * last.len() as u32, y.max(top + LINE), &last);
     }
-    let below = top + heads as u32 * cell + 14;
+    let below = top + heads as u32 * cell + 6;
     picture.text(left, below, &format!("layer 0 to {}", layers - 1));
     picture.text(left - LABELS[0], top, "head");
 }

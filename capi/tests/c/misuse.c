@@ -344,6 +344,9 @@ int main(int count, char **arguments) {
   RIGHT(framestride_spec_toml(spec, text, needed - 1, &again));
   if (again != needed || text[0] != 7) return 1;
   RIGHT(framestride_spec_toml(spec, text, needed, &again));
+  char names[4096];
+  RIGHT(framestride_spec_names(names, sizeof names, &needed));
+  if (strlen(names) + 1 != needed || !strstr(names, "hunyuan_video_720p\n")) return 1;
   RIGHT(framestride_describe(spec, "h100", NULL, 0, &needed));
   char *description = malloc(needed);
   RIGHT(framestride_describe(spec, "h100", description, needed, &again));

@@ -19,8 +19,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+try:
+    import diffusers  # noqa: F401
+    import torch
+    from torch import nn
+except ImportError as error:
+    raise ImportError(
+        f"framestride.diffusers needs PyTorch and diffusers ({error}): pip install torch diffusers", name=error.name
+    ) from error
 
 from framestride.diffusers import backend
 from framestride.diffusers.families import FAMILIES, Family
