@@ -24,6 +24,7 @@ def model_of(name: str, heads: int) -> tuple[torch.nn.Module, dict]:
     if name.startswith("Kandinsky"):
         # A plan needs a first block and a last one.
         model.visual_transformer_blocks.append(copy.deepcopy(model.visual_transformer_blocks[0]))
+        model.register_to_config(num_visual_blocks=2)
     return model, inputs
 
 

@@ -28,8 +28,9 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   install-c PREFIX [--debug]
                 build the C library, and put it into PREFIX/lib, its header into PREFIX/include, and what
                 pkg-config reads into PREFIX/lib/pkgconfig
-  engines       lint and test what programs with candle and cust use: engines/candle on the emulator, engines/cust
-                without linking it (4 minutes the first time)
+  engines       lint and test what engines use: engines/candle on the emulator, engines/cust without linking it, and
+                engines/xfuser, engines/vllm_omni and engines/sglang on the emulator, in the environment of `python`
+                (4 minutes the first time, and those of `python`)
   wheel         make the wheel of the Python package in dist/, and try it where there is no PyTorch
   python [ARGS] make the wheel, and run the tests of the Python package, with ARGS for pytest, in an environment with
                 PyTorch and diffusers of its own (6 GB in target/python)
@@ -110,8 +111,8 @@ fn diffusers(families: &[String]) -> Result<(), String> {
     run(Command::new(python).args(script).args(families).current_dir(root()))
 }
 
-/// Lints and tests the crates for engines in Rust. They are no members of the workspace, since what
-/// they depend on takes minutes to compile.
+/// Lints and tests the crates for engines in Rust, and tests what engines in Python use. The crates are
+/// no members of the workspace, since what they depend on takes minutes to compile.
 fn engines() -> Result<(), String> {
     let cargo = |command: &str, engine: &str| {
         let mut cargo = cargo();
@@ -126,7 +127,8 @@ fn engines() -> Result<(), String> {
     run(cargo("test", "candle").args(all).env("RUST_BACKTRACE", "0"))?;
     step("cust, which is compiled but not linked");
     // With this variable, cust's build does not look for CUDA.
-    run(cargo("clippy", "cust").args(["--", "-Dwarnings"]).env("DOCS_RS", "1"))
+    run(cargo("clippy", "cust").args(["--", "-Dwarnings"]).env("DOCS_RS", "1"))?;
+    python::test_engines()
 }
 
 /// Prints one line about what is done next.

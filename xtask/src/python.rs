@@ -1,4 +1,5 @@
-//! `cargo xtask wheel` and `cargo xtask python`: the Python package, and its tests.
+//! `cargo xtask wheel`, `cargo xtask python`, and a part of `cargo xtask engines`: the Python package,
+//! and its tests.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,12 +20,31 @@ pub fn wheel() -> Result<(), String> {
 
 /// Makes the wheel, and runs all tests of the package, in an environment with PyTorch and diffusers.
 pub fn test(arguments: &[String]) -> Result<(), String> {
-    wheel()?;
-    let python = setup::python("python", "python/tests/requirements.txt")?;
-    install_wheel(&python)?;
+    let python = with_torch()?;
     step("tests of the Python package, on the emulator");
     run(of_checkout(&python).args(["-m", "pytest", "python/tests", "engines/comfyui/tests"]).args(arguments))?;
     run(of_checkout(&python).args(["-m", "mypy", "--strict", "python/framestride"]))
+}
+
+/// Runs the tests of what engines in Python use, in the same environment. The engines' packages are
+/// installed there without what they need, which is gigabytes.
+pub fn test_engines() -> Result<(), String> {
+    let python = with_torch()?;
+    let packages = ["--no-deps", "--no-compile", "--requirement", "engines/requirements.txt"];
+    run(pip(&python).args(["install", "--quiet"]).args(packages))?;
+    ["xfuser", "vllm_omni", "sglang"].iter().try_for_each(|engine| {
+        step(&format!("{engine}, on the emulator"));
+        let tests = format!("engines/{engine}/tests");
+        run(of_checkout(&python).args(["-W", "ignore", "-m", "pytest", "--quiet", &tests]))
+    })
+}
+
+/// Makes the wheel, and installs it where PyTorch and diffusers are.
+fn with_torch() -> Result<PathBuf, String> {
+    wheel()?;
+    let python = setup::python("python", "python/tests/requirements.txt")?;
+    install_wheel(&python)?;
+    Ok(python)
 }
 
 /// Runs the tests that need no PyTorch, with the library of this build. `cargo xtask test` does it too.

@@ -189,7 +189,7 @@ class Handle:
         self.models.append((shared.name, len(names)))
 
         # A plan of framestride's leaves text whole on every GPU, and so is attention to it.
-        whole = []
+        whole: list[Any] = []
         if family.plan is not None:
             others = (getattr(module, "processor", None) for module in model.modules())
             whole = [other for other in others if hasattr(other, "_parallel_config") and other not in self.layers]

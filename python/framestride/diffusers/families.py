@@ -7,10 +7,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index
+from typing import Any
 
 import torch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from framestride.diffusers import processors
@@ -32,7 +33,7 @@ class Family:
     # where these do not say it.
     video: Callable[[dict, dict], Video | None]
     # How rows are shared among GPUs. None where diffusers knows it, or nobody.
-    plan: Callable[[nn.Module], dict] | None = None
+    plan: Callable[[Any], dict] | None = None
     # How many leading frames are seen by every row.
     sinks: int = 0
     # Which share of the steps stays dense, from the first.
@@ -108,12 +109,12 @@ def of_rope(dims: int, split_dim: int = 0) -> dict:
     return {"rope": dict.fromkeys((0, 1), ContextParallelInput(split_dim, expected_dims=dims, split_output=True))}
 
 
-def kandinsky_plan(model: nn.Module) -> dict:
+def kandinsky_plan(model: Any) -> dict:
     blocks = "visual_transformer_blocks"
     return {
         f"{blocks}.*": {"rope": ContextParallelInput(split_dim=1, expected_dims=6)},
         f"{blocks}.0": {"visual_embed": ROWS},
-        f"{blocks}.{len(model.get_submodule(blocks)) - 1}": ALL_ROWS,
+        f"{blocks}.{model.config.num_visual_blocks - 1}": ALL_ROWS,
     }
 
 

@@ -1,0 +1,144 @@
+"""Attention over video in SGLang's diffusion engine, by framestride.
+
+SGLang calls a backend with Q, K and V after norm and RoPE, and tells it the size of the latents, the step
+and a sparsity. What is not known to be attention over video goes to the backend that SGLang would choose.
+"""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+import torch
+from sglang.multimodal_gen.runtime.layers.attention.backends.attention_backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum, current_platform
+
+import framestride
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+HEAD_DIMS = [64, 128]
+
+
+class FramestrideBackend(AttentionBackend):
+    """Stands in for RAIN_FUSION_ATTN, which is for NPUs, on GPUs of NVIDIA. SGLang tells it what it tells that."""
+
+    accept_output_buffer = True
+
+    @staticmethod
+    def get_supported_head_sizes() -> list[int]:
+        return HEAD_DIMS
+
+    @staticmethod
+    def get_enum() -> AttentionBackendEnum:
+        return AttentionBackendEnum.RAIN_FUSION_ATTN
+
+    @staticmethod
+    def get_impl_cls() -> type["FramestrideImpl"]:
+        return FramestrideImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type["FramestrideMetadata"]:
+        return FramestrideMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type["FramestrideMetadataBuilder"]:
+        return FramestrideMetadataBuilder
+
+
+@dataclass
+class FramestrideMetadata(AttentionMetadata):
+    # The density of this step, and frames, height and width of the video in patches.
+    density: float
+    grid: tuple[int, int, int]
+
+
+class FramestrideMetadataBuilder(AttentionMetadataBuilder):
+    def build(
+        self, current_timestep: int, skip_first_steps: int, sparsity: float, raw_latent_shape, patch_size, **options,
+    ) -> FramestrideMetadata:
+        """`current_timestep` is the number of the step. The first ones stay dense."""
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity is {sparsity}. It is the part of all pairs that no head sees: from 0, below 1")
+        grid = tuple(size // patch for size, patch in zip(raw_latent_shape[-3:], patch_size, strict=True))
+        density = 1.0 if current_timestep < skip_first_steps else 1.0 - sparsity
+        return FramestrideMetadata(current_timestep, density, grid)
+
+
+class FramestrideImpl(AttentionImpl):
+    def __init__(
+        self, num_heads: int, head_size: int, softmax_scale: float, causal: bool = False,
+        num_kv_heads: int | None = None, prefix: str = "", **options,
+    ) -> None:
+        self.scale, self.causal = softmax_scale, causal
+        # No selection: what SGLang chooses by itself.
+        chosen = resolve_name(current_platform.get_attn_backend_cls_str(None, head_size, torch.bfloat16))
+        self.other = chosen.get_impl_cls()(
+            num_heads=num_heads, head_size=head_size, softmax_scale=softmax_scale, causal=causal,
+            num_kv_heads=num_kv_heads, prefix=prefix, **options,
+        )
+
+    @torch.compiler.disable
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: FramestrideMetadata
+    ) -> torch.Tensor:
+        """Attention of [B, S, H, D]."""
+        known = query.dtype in DTYPES and query.shape[-1] in HEAD_DIMS and query.shape == key.shape == value.shape
+        ours = isinstance(attn_metadata, FramestrideMetadata) and known and not self.causal
+        if not ours or query.shape[1] != math.prod(attn_metadata.grid):
+            # SGLang made the metadata for this backend, and no other one reads them.
+            return self.other.forward(query, key, value, None)
+        _, _, heads, head_dim = query.shape
+        spec, options = plan(attn_metadata.grid, heads, head_dim, DTYPES[query.dtype], attn_metadata.density)
+        return framestride.attention(query, key, value, spec, scale=self.scale, **options)
+
+
+def plan(grid: tuple, heads: int, head_dim: int, dtype: str, density: float):
+    """A spec, and the arguments that give its heads a density."""
+    spec = make_spec(grid, heads, head_dim, dtype)
+    if density < 1:
+        try:
+            return spec, {"half_widths": spec.half_widths(density)}
+        except framestride.Error as error:
+            warn_once(str(error))
+    return spec, {"head_types": "dense"}
+
+
+@functools.lru_cache(maxsize=64)
+def make_spec(grid: tuple, heads: int, head_dim: int, dtype: str) -> framestride.Spec:
+    frames, height, width = grid
+    widest = framestride.Width(half_width=math.prod(grid))
+    return framestride.Spec(
+        name="sglang", frames=frames, tokens_per_frame=height * width, grid=(height, width), heads=heads,
+        head_dim=head_dim, dtype=dtype, spatial=widest, temporal=widest,
+        # All rows of Wan see the first frame.
+        sink_frames=1 if frames > 1 else 0,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def warn_once(reason: str) -> None:
+    """Says why heads stay dense, such as a density that is less than what the first frame alone takes."""
+    logging.getLogger("framestride").warning("attention stays dense: %s", reason)
+
+
+class Resolver:
+    """How SGLang's table of backends finds this one."""
+
+    backend = AttentionBackendEnum.RAIN_FUSION_ATTN
+
+    @classmethod
+    def resolve(cls, platform) -> str:
+        return f"{FramestrideBackend.__module__}.{FramestrideBackend.__qualname__}"
+
+
+def register() -> None:
+    """The entry point: from now on rain_fusion_attn is framestride, on GPUs of NVIDIA."""
+    from sglang.multimodal_gen.runtime.platforms import cuda
+
+    cuda._CUDA_ATTENTION_BACKEND_RESOLVERS[Resolver.backend] = Resolver
