@@ -221,6 +221,8 @@ fn what_is_wrong_is_said_before_the_work() {
         (&[right], "--steps: found none, and a file of step 4"),
         (&[right, "--steps", "4"], "--steps: found 4, and a file of step 4"),
         (&["layer_1.safetensors", "--layers", "1"], "--layers: found 1, and a file of layer 1"),
+        (&["layer_1.safetensors", "--layers", "5000000000"], "layers: found 5000000000"),
+        (&["layer_4000000000.safetensors"], "layers: found 4000000001"),
         (&["layer_1.safetensors", "--noise", "1,0.5"], "--noise: found [1.0, 0.5]"),
         (&["layer_1.safetensors", "--noise", "1.5"], "--noise: found [1.5]"),
         (&["layer_1.safetensors", "--densities", "0.5,0"], "--densities: found 0"),

@@ -146,6 +146,10 @@ impl Study {
                     let found = format!("layer {number} of step {} with numbers of another shape", step.index);
                     return Err((found, "one size a head, and two errors for each density and head"));
                 }
+                let mut squares = layer.size.iter().chain(errors.iter().flatten().flatten()).flatten();
+                if let Some(square) = squares.find(|&&square| square < 0.0) {
+                    return Err((format!("{square} in layer {number} of step {}", step.index), "means of squares"));
+                }
             }
         }
         Ok(())

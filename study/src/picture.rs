@@ -27,6 +27,8 @@ const UNKNOWN: Rgb<u8> = Rgb([210, 210, 210]);
 
 /// Smaller errors are drawn as this one. Rounding to 16 bits is larger than it.
 const LEAST: f64 = 1e-4;
+/// Larger errors are drawn as this one.
+const MOST: f64 = 10.0;
 
 /// From the first layer to the last one.
 const LAYERS: [Rgb<u8>; 3] = [Rgb([68, 1, 84]), Rgb([33, 145, 140]), Rgb([230, 190, 30])];
@@ -88,7 +90,7 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
         .collect();
     // Powers of ten enclose all errors.
     let least = lines.iter().flatten().flatten().copied().fold(study.error, f64::min).max(LEAST);
-    let most = lines.iter().flatten().flatten().copied().fold(study.error, f64::max);
+    let most = lines.iter().flatten().flatten().copied().fold(study.error, f64::max).min(MOST);
     let (low, high) = (least.log10().floor(), most.log10().ceil().max(least.log10().floor() + 1.0));
     let widest = study.densities.last().copied().unwrap_or(1.0) * 1.05;
     let [width, height] = CHART;

@@ -125,6 +125,7 @@ fn a_file_that_is_none_is_refused() {
         ("\"layers\":1}", "\"layers\":2}", "3 layers in step 0"),
         ("\"index\":4", "\"index\":10", "step 10 of 10"),
         ("\"size\":[1.0,4.0,1.0]", "\"size\":[1.0,4.0]", "layer 0 of step 0"),
+        ("\"size\":[1.0,4.0,1.0]", "\"size\":[1.0,-4.0,1.0]", "-4 in layer 0 of step 0"),
     ] {
         let wrong = right.replacen(from, to, 1);
         assert_ne!(wrong, right, "{from}");
@@ -134,6 +135,17 @@ fn a_file_that_is_none_is_refused() {
     }
     for error in [0.0, 1.0, -0.1, f64::NAN] {
         assert!(study().allowing(error).unwrap_err().to_string().starts_with("error: found"));
+    }
+}
+
+/// Whatever the numbers are, a picture can be drawn.
+#[test]
+fn pictures_of_extremes() {
+    for (factor, error) in [(1e200, 0.9), (1e-200, 1e-200), (0.0, 0.5), (f64::MAX, 1e-9)] {
+        let mut study = study().allowing(error).unwrap();
+        *layer_of(&mut study) = layer(factor);
+        assert!(!picture(&study).png().unwrap().is_empty());
+        assert!(by_layer(&study).lines().count() > 5 && by_head(&study).lines().count() > 5);
     }
 }
 

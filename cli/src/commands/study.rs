@@ -21,6 +21,9 @@ use crate::progress::Bar;
 use crate::spec_argument::read_spec;
 use crate::tensor_files::load_inputs;
 
+/// A model has no more layers.
+const MOST_LAYERS: usize = 1000;
+
 /// Finds what masks would cost each layer and head of a model, on captured Q, K and V: the relative
 /// error of each mask at several densities, and a schedule of densities for an error of your choice.
 ///
@@ -144,6 +147,15 @@ pub fn study(arguments: Study) -> Result<Outcome> {
 /// A study without numbers, whose options were checked.
 fn empty(arguments: &Study, spec: &Spec, places: &BTreeMap<(u32, usize), &Path>) -> Result<framestride_study::Study> {
     let layers = places.keys().map(|&(_, layer)| layer + 1).max().unwrap_or(0);
+    let most = arguments.layers.unwrap_or(0).max(layers);
+    if most > MOST_LAYERS {
+        return Err(Error::input(
+            "layers",
+            most,
+            format!("{MOST_LAYERS} at most"),
+            "Look at the numbers behind `layer` in the files' names, and at --layers",
+        ));
+    }
     if let Some(given) = arguments.layers.filter(|&given| given < layers) {
         return Err(Error::input(
             "--layers",
