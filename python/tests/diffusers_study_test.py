@@ -79,15 +79,12 @@ def test_the_errors_are_those_of_the_layers_outputs(pipe):
     for _, number, layer in layers_of(study):
         errors, sizes = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
         for (q, k, v), options in calls[number::LAYERS]:
-            spec = options.pop("spec")
-            of = lambda kind: reference.attention(q, k, v, spec, **options | {
-                "head_types": torch.full((1, 3), kind, dtype=torch.int32), "density": 0.5
-            })[0]
-            dense = of(0)
+            options |= {"q": q, "k": k, "v": v, "density": 0.5}
+            kinds = [torch.full((1, 3), kind, dtype=torch.int32) for kind in range(3)]
+            dense, *masked = (reference.attention(**options | {"head_types": kind})[0] for kind in kinds)
             sizes += dense.square().mean((0, 1, 3)) / 2
-            for mask in (0, 1):
-                errors[:, mask] += (of(mask + 1) - dense).square().mean((0, 1, 3)) / 2
-            options["spec"] = spec
+            for mask, out in enumerate(masked):
+                errors[:, mask] += (out - dense).square().mean((0, 1, 3)) / 2
         assert torch.tensor(layer["size"]).double() == pytest.approx(sizes, rel=0.02)
         assert torch.tensor(layer["errors"][0]).double().flatten() == pytest.approx(errors.flatten(), rel=0.5)
 
@@ -300,14 +297,16 @@ def test_arguments_that_are_none(pipe, wrong, found):
 def test_what_is_no_pipeline_is_refused(pipe, recwarn):
     with pytest.raises(Error, match="a pipeline of diffusers, with a scheduler"):
         framestride.study(pipe.transformer, "a fox")
-    flux = SimpleNamespace
-    dense = type("Pipe", (flux,), {"__call__": lambda self: None})(components={}, scheduler=pipe.scheduler)
+    # A pipeline that calls nothing.
+    Idle = type("Idle", (SimpleNamespace,), {"__call__": lambda self: None})
     with pytest.raises(ValueError, match="has no transformer"):
-        framestride.study(dense)
+        framestride.study(Idle(components={}, scheduler=pipe.scheduler))
     with pytest.raises(Error, match="no call of a layer whose attention framestride computes"):
-        # Its rows are no video.
-        quiet = type("Pipe", (flux,), {"__call__": lambda self: None})
-        framestride.study(quiet(components={"transformer": pipe.transformer}, scheduler=pipe.scheduler))
+        framestride.study(Idle(components={"transformer": pipe.transformer}, scheduler=pipe.scheduler))
+    config = {"num_attention_heads": 1, "attention_head_dim": 24, "num_layers": 1, "cross_attention_dim": 24}
+    allegro = diffusers.AllegroTransformer3DModel(in_channels=4, out_channels=4, caption_channels=8, **config)
+    with pytest.raises(Error, match="of whose transformers none becomes sparse"):
+        framestride.study(Idle(components={"transformer": allegro}, scheduler=pipe.scheduler))
 
 
 def test_the_video_and_its_rows_are_said(studied):
