@@ -53,6 +53,7 @@ def arguments():
     parser.add_argument("--seconds", type=float, default=450, help="no new shape after this long, and the last one is cut short")
     parser.add_argument("--binary", default=os.environ.get("FRAMESTRIDE", str(ROOT / "target/release/framestride")))
     parser.add_argument("--compiled", type=pathlib.Path, help="folder where `framestride build` put kernels: timed beside the templates")
+    parser.add_argument("--family", help="a family of kernels, such as sm_80, that is timed beside the one that suits the GPU best")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench/results", help="folder for the results")
     parser.add_argument("--name", help="name of the results file; the GPU's when not given")
     parser.add_argument("--error-mib", type=float, default=256, help="errors are measured where Q is at most so large")
@@ -474,7 +475,8 @@ def measure(shape, args, ceilings, end):
         print(f"    {who}: {reason(error)}", flush=True)
 
     # Before anything is allocated here: they measure by how much free memory falls.
-    for who, options in [(OURS, ()), (COMPILED, shape.compiled)]:
+    family = (f"{OURS}, {args.family}", args.family and ["--family", args.family])
+    for who, options in [(OURS, ()), (COMPILED, shape.compiled), family]:
         if options is not None:
             try:
                 ours.append(Ours(who, shape, args, ceilings["matmul"], deadline - started + 120, options))

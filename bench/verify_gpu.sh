@@ -2,10 +2,12 @@
 # Whether the kernels are right on this machine's GPU: `framestride verify` of every shipped spec at full size (1 to 2 minutes each for
 # the large ones), then compute-sanitizer's three tools on the small ones (half a minute each), where it is installed.
 #
-#     bench/verify_gpu.sh [SPEC ...]        # $FRAMESTRIDE: the command; $DEVICE: gpu, or emulator for a rehearsal with small specs
+#     bench/verify_gpu.sh [SPEC ...]        # $FRAMESTRIDE: the command; $DEVICE: gpu, or emulator for a rehearsal with small specs;
+#                                           # $FAMILY: of the kernels, such as sm_80
 set -u
 framestride=${FRAMESTRIDE:-target/release/framestride}
 device=${DEVICE:-gpu}
+family=${FAMILY:+--family $FAMILY}
 small="tiny_plain tiny_text_last tiny_layer_half tiny_text_rope tiny_heads_sinks"
 if [ $# -eq 0 ]; then
     large=$(cd "$(dirname "$0")/../shapes/models" && ls ./*.toml | sed 's|^\./||; s|\.toml$||' | grep -v '^tiny_')
@@ -26,13 +28,13 @@ check() {
 }
 
 for spec in "$@"; do
-    check "verify $spec" "$framestride" verify "$spec" --device "$device"
+    check "verify $spec" "$framestride" verify "$spec" --device "$device" $family
 done
 if [ "$device" = gpu ] && command -v compute-sanitizer >/dev/null; then
     for spec in "$@"; do
         case " $small " in *" $spec "*) ;; *) continue ;; esac
         for tool in memcheck racecheck synccheck; do
-            check "$tool, verify $spec" compute-sanitizer --error-exitcode 1 --tool $tool "$framestride" verify "$spec" --device gpu
+            check "$tool, verify $spec" compute-sanitizer --error-exitcode 1 --tool $tool "$framestride" verify "$spec" --device gpu $family
         done
     done
 fi

@@ -1,4 +1,4 @@
-// framestride: sparse attention for video diffusion transformers on NVIDIA Hopper GPUs.
+// framestride: sparse attention for video diffusion transformers on NVIDIA GPUs.
 //
 // A spec is the shape of a model's attention. A module has its kernels, loaded on a device. An
 // attention is a module planned for a batch and a number of heads, and framestride_forward is one

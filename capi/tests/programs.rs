@@ -77,8 +77,8 @@ fn a_launch_does_nothing_else_and_refuses_other_contexts() {
         ("FAKE_PAGEABLE", "1"),
         ("FAKE_INIT", "803"),
         ("FAKE_COUNT", "0"),
-        ("FAKE_CC0", "100"),
-        ("FAKE_DRIVER", "12020"),
+        ("FAKE_CC0", "75"),
+        ("FAKE_DRIVER", "11080"),
     ] {
         let mut command = run(&program);
         command.env("LD_LIBRARY_PATH", &driver).envs((!variable.is_empty()).then_some((variable, value)));

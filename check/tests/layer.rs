@@ -4,18 +4,24 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use framestride::shapes::arch::Arch as Family;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{Dtype, Width};
-use framestride::{Device, HeadTypes, Layer, Module, SparseAttention, Spec, Stream, Workspace};
+use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Spec, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON, Placement};
 use framestride_check::layer_run::run_layer;
 use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Tokens, narrow, widen};
 use framestride_check::verify::{Case, CaseContent, CaseExtent, CaseText, CaseTypes, Effort, verify_case};
 
+fn module_of(arch: Family, name: &str) -> Arc<Module> {
+    let kernels = Kernels::for_spec(&Spec::shipped(name).unwrap(), arch).unwrap();
+    Module::load_kernels(&Device::emulator(), &kernels).unwrap()
+}
+
 fn module(name: &str) -> Arc<Module> {
-    Module::load(&Device::emulator(), &Spec::shipped(name).unwrap()).unwrap()
+    module_of(Family::default(), name)
 }
 
 /// A seed that differs each time. It is printed, so that a failure can be had again.
@@ -26,9 +32,13 @@ fn fresh_seed() -> u64 {
 }
 
 fn passes(name: &str, cases: &[Case]) {
-    let (module, seed) = (module(name), fresh_seed());
+    pass(&module(name), cases);
+}
+
+fn pass(module: &Arc<Module>, cases: &[Case]) {
+    let (name, seed) = (&module.spec().name, fresh_seed());
     for case in cases {
-        for check in verify_case(&module, case, seed, Effort::default()).unwrap() {
+        for check in verify_case(module, case, seed, Effort::default()).unwrap() {
             assert!(check.ok, "{name}, seed {seed}: {check:?}");
         }
     }
@@ -42,16 +52,22 @@ fn passes(name: &str, cases: &[Case]) {
 }
 
 macro_rules! shipped {
-    ($($name:ident)*) => {$(
+    ($arch:expr; $($name:ident)*) => {$(
         #[test]
         fn $name() {
-            let spec = module(stringify!($name));
-            passes(stringify!($name), &Case::all(&spec.spec().layout, true));
+            let module = crate::module_of($arch, stringify!($name));
+            crate::pass(&module, &crate::Case::all(&module.spec().layout, true));
         }
     )*};
 }
 
-shipped!(tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
+mod sm_90a {
+    shipped!(crate::Family::SM_90A; tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
+}
+
+mod sm_80 {
+    shipped!(crate::Family::SM_80; tiny_heads_sinks tiny_layer_half tiny_plain tiny_text_last tiny_text_rope);
+}
 
 /// Every arrangement of the inputs is tried with every arrangement of the output.
 #[test]

@@ -1,10 +1,13 @@
 //! The options that say where a command runs its kernels, and which kernels these are.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use framestride::device::Gpu;
+use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::Spec;
 use framestride::{Device, Error, Kernels, Module, Result, workspace_layout};
@@ -12,23 +15,54 @@ use framestride::{Device, Error, Kernels, Module, Result, workspace_layout};
 use crate::progress::Bar;
 
 /// Where kernels run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// A GPU that can run the kernels if there is one, else the emulator.
+    /// The first GPU that can run the kernels if there is one, else the emulator.
     #[default]
     Auto,
-    /// A GPU, or an error.
+    /// The first GPU that can run the kernels, or an error.
     Gpu,
+    /// The GPU of this number, or an error.
+    Numbered(i32),
     /// The emulator.
     Emulator,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<DeviceChoice, String> {
+        Ok(match (text, text.strip_prefix("gpu:").map(str::parse::<u16>)) {
+            ("auto", _) => DeviceChoice::Auto,
+            ("gpu", _) => DeviceChoice::Gpu,
+            ("emulator", _) => DeviceChoice::Emulator,
+            (_, Some(Ok(number))) => DeviceChoice::Numbered(number.into()),
+            _ => return Err("write auto, gpu, gpu:NUMBER such as gpu:1, or emulator".into()),
+        })
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Gpu => f.write_str("gpu"),
+            DeviceChoice::Numbered(number) => write!(f, "gpu:{number}"),
+            DeviceChoice::Emulator => f.write_str("emulator"),
+        }
+    }
 }
 
 /// Options of every command that runs kernels.
 #[derive(Args)]
 pub struct DeviceOptions {
-    /// Where the kernels run.
-    #[arg(long, value_enum, default_value_t)]
+    /// Where the kernels run: auto (the first GPU that can, else the emulator), gpu, gpu:1, emulator.
+    #[arg(long, default_value_t)]
     device: DeviceChoice,
+    /// The family of the kernels, such as sm_80. Without it, that is the one that suits the device
+    /// best.
+    #[arg(long, value_name = "NAME", conflicts_with = "ptx")]
+    family: Option<Arch>,
     /// Kernels built before: NAME.ptx with NAME.json beside it.
     #[arg(long, value_name = "FILE")]
     ptx: Option<PathBuf>,
@@ -41,18 +75,16 @@ impl DeviceOptions {
         self.ptx.clone().into_iter().chain(manifest)
     }
 
-    /// The chosen device. `Auto` takes GPU 0 when it runs the kernels. Else it takes the emulator,
-    /// and gives the reason.
+    /// The chosen device. `Auto` takes the first GPU that runs the kernels. Where there is none, it takes
+    /// the emulator, and gives the reason.
     pub fn choose(&self) -> Result<(Device, Option<Error>)> {
-        let gpu = || -> Result<Device> {
-            let gpu = Gpu::primary(0)?;
-            gpu.arch()?;
-            Ok(gpu.into())
-        };
         match self.device {
             DeviceChoice::Emulator => Ok((Device::emulator(), None)),
-            DeviceChoice::Gpu => Ok((gpu().map_err(without_gpu)?, None)),
-            DeviceChoice::Auto => Ok(gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None))),
+            DeviceChoice::Gpu => Ok((first_gpu().map_err(without_gpu)?, None)),
+            DeviceChoice::Numbered(number) => Ok((gpu(number).map_err(without_gpu)?, None)),
+            DeviceChoice::Auto => {
+                Ok(first_gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None)))
+            }
         }
     }
 
@@ -70,7 +102,12 @@ impl DeviceOptions {
     /// The kernels of a spec on a device.
     pub fn load(&self, spec: &Spec, device: &Device, bar: &Bar) -> Result<Arc<Module>> {
         bar.say("loading kernels", None);
-        let Some(ptx) = &self.ptx else { return Module::load(device, spec) };
+        let Some(ptx) = &self.ptx else {
+            return match self.family {
+                Some(arch) => Module::load_kernels(device, &Kernels::for_spec(spec, arch)?),
+                None => Module::load(device, spec),
+            };
+        };
         let kernels = Kernels::from_file(ptx)?;
         if kernels.spec() != spec {
             return Err(Error::input(
@@ -84,13 +121,29 @@ impl DeviceOptions {
     }
 }
 
+/// GPU `number`, which runs the kernels of some family.
+fn gpu(number: i32) -> Result<Device> {
+    let gpu = Gpu::primary(number)?;
+    gpu.arch()?;
+    Ok(gpu.into())
+}
+
+/// The first GPU that runs the kernels of some family. Without one, the error is that of GPU 0.
+fn first_gpu() -> Result<Device> {
+    let first = gpu(0);
+    match first {
+        Ok(_) => first,
+        Err(_) => (1..Gpu::count().unwrap_or(0)).find_map(|number| gpu(number).ok()).map_or(first, Ok),
+    }
+}
+
 /// What to do where `--device gpu` finds none. Other errors say it themselves.
 fn without_gpu(error: Error) -> Error {
     match error {
         Error::NoGpu(_) => Error::input(
             "--device gpu",
             error,
-            "a machine with a Hopper GPU and its driver",
+            "a machine with an NVIDIA GPU since Ampere and its driver",
             "Try --device emulator; `framestride doctor` shows what was found",
         ),
         error => error,
@@ -128,6 +181,6 @@ fn check_emulation(spec: &Spec, no_gpu: &Error) -> Result<()> {
             flops / 1e12
         ),
         "what the emulator does in 10 minutes",
-        "Take a machine with a Hopper GPU, try a smaller spec such as demo, or insist with --device emulator",
+        "Take a machine with an NVIDIA GPU since Ampere, try a smaller spec such as demo, or insist with --device emulator",
     ))
 }

@@ -298,7 +298,7 @@ fn bad_input_is_two() {
 fn doctor_looks_at_everything() {
     let (found, code) = json(&["doctor"]);
     assert_eq!(code, 0);
-    assert!(found["can_build"].is_boolean() && found["gpu"].is_object());
+    assert!(found["can_build"].is_boolean() && found["gpus"].is_array());
     let shipped = found["shipped"].as_array().unwrap();
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
@@ -346,18 +346,49 @@ fn drivers() {
     let gpu = |driver: &str, capability: &str| -> Value {
         let (code, found, _) = run(driver, capability, &["doctor", "--json"]);
         assert_eq!(code, 0);
-        serde_json::from_str::<Value>(&found).unwrap()["gpu"].clone()
+        serde_json::from_str::<Value>(&found).unwrap()["gpus"][0].clone()
     };
-    for driver in ["12030", "12080", "13000"] {
-        assert_eq!(
-            (gpu(driver, "90")["runs_kernels"].as_bool(), &gpu(driver, "90")["missing"]),
-            (Some(true), &Value::Null)
-        );
+    for (driver, capability, family) in [
+        ("12030", "90", "sm_90a"),
+        ("12080", "90", "sm_90a"),
+        ("13000", "90", "sm_90a"),
+        ("12020", "90", "sm_80"),
+        ("12080", "89", "sm_80"),
+        ("12080", "120", "sm_80"),
+    ] {
+        let gpu = gpu(driver, capability);
+        assert_eq!((gpu["family"].as_str(), &gpu["missing"]), (Some(family), &Value::Null));
     }
+    // Of several GPUs the first that can is taken, or the one that is named.
+    let several = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
+        command.env("LD_LIBRARY_PATH", folder.path()).env("FAKE_COUNT", "3").args(arguments);
+        command.envs([
+            ("FAKE_CC0", "75"),
+            ("FAKE_NAME0", "an RTX 2080"),
+            ("FAKE_CC1", "86"),
+            ("FAKE_NAME1", "an RTX 3090"),
+        ]);
+        let output = command.output().unwrap();
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    let listed = several(&["doctor"]);
+    for gpu in ["GPU 0      an RTX 2080", "GPU 1      an RTX 3090", "GPU 2      NVIDIA H100"] {
+        assert!(listed.contains(gpu), "{listed}");
+    }
+    assert!(listed.contains("runs the kernels of sm_80") && listed.contains("runs the kernels of sm_90a"), "{listed}");
+    // The pretended memory is full, which is found out behind the choice.
+    assert!(several(&["run", "tiny_plain", "--device", "gpu"]).contains("device memory"));
+    assert!(several(&["run", "tiny_plain", "--device", "gpu:2"]).contains("device memory"));
+    assert!(several(&["run", "tiny_plain", "--device", "gpu:0"]).contains("an RTX 2080 of compute capability 7.5"));
+    assert!(several(&["run", "tiny_plain", "--device", "gpu:3"]).contains("GPU 3"));
+    assert!(several(&["run", "tiny_plain", "--device", "gpu:x"]).contains("gpu:NUMBER such as gpu:1"));
+    let wrong = several(&["run", "tiny_plain", "--device", "gpu:1", "--family", "sm_90a"]);
+    assert!(wrong.contains("Load kernels of another family"), "{wrong}");
     for (driver, capability, least) in
-        [("12020", "90", "CUDA 12.3"), ("11080", "90", "CUDA 12.3"), ("12080", "100", "9.0")]
+        [("11080", "90", "CUDA 12.0"), ("11080", "80", "CUDA 12.0"), ("12080", "75", "8.0 or later")]
     {
-        assert_eq!(gpu(driver, capability)["runs_kernels"], false);
+        assert!(gpu(driver, capability)["family"].is_null());
         let (code, found, _) = run(driver, capability, &["doctor"]);
         assert!(code == 0 && found.contains("does not run the kernels") && found.contains(least), "{found}");
         let (code, found, error) = run(driver, capability, &["verify", "tiny_plain", "--seed", "1"]);

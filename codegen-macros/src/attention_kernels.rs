@@ -8,13 +8,15 @@
 
 use framestride_shapes::arch::Products;
 use framestride_shapes::blocks::{
-    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS, Tiles,
+    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PROFILE_WARPS, PackBlock, SELECT_THREADS, Tiles, WARP_BLOCKS,
 };
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::image::Image;
-use framestride_shapes::layout::Divisor;
+use framestride_shapes::layout::{Divisor, HeadType};
 use framestride_shapes::numbers::{Number, Numbers, PREFIX};
-use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, SelectShared};
+use framestride_shapes::shared::{
+    AttentionShared, PackShared, ProfileShared, SelectShared, WarpAttentionShared, WarpProfileShared,
+};
 use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::quote;
@@ -270,6 +272,24 @@ fn at_tokens(error: SpecError, spans: &[Span], whole: Span) -> Error {
     all
 }
 
+/// What kernels of a family are made of.
+struct Family {
+    /// Modules of the bodies of **attention** and **profile**.
+    attention: TokenStream,
+    profile: TokenStream,
+    /// The macro of products.
+    products: TokenStream,
+    /// Blocks of 16 rows that multiply together in **attention**. Warpgroups have none.
+    attention_blocks: Vec<u32>,
+    /// Those in **profile**.
+    profile_blocks: Vec<u32>,
+    /// Columns of V that a warp of **profile** has.
+    columns: u32,
+    profile_threads: u32,
+    attention_shared: u32,
+    profile_shared: u32,
+}
+
 /// Writes the model and the entries. `krate` is the path of `framestride_kernels`.
 fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     let (arch, image) = (crate::arch(), target.image());
@@ -282,16 +302,41 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     let (names, values): (Vec<_>, Vec<_>) = target.numbers(krate).into_iter().unzip();
     // Bodies are named for the first family that they were written for.
     let family = match arch.products {
-        Products::Wgmma => quote!(sm90),
+        Products::Wgmma => Family {
+            attention: quote!(attention::sm90),
+            profile: quote!(profile),
+            products: quote!(tile_products),
+            attention_blocks: vec![],
+            profile_blocks: vec![],
+            columns: PROFILE_COLUMNS,
+            profile_threads: PROFILE_THREADS,
+            attention_shared: AttentionShared::new(tiles, image).bytes,
+            profile_shared: ProfileShared::new(image).bytes,
+        },
+        Products::MmaSync => Family {
+            attention: quote!(attention::sm80),
+            profile: quote!(profile::sm80),
+            products: quote!(warp_products),
+            attention_blocks: vec![WARP_BLOCKS as u32],
+            // One for the scores, and for the outputs one for each mask.
+            profile_blocks: vec![1, HeadType::ALL.len() as u32],
+            columns: head_dim / 2,
+            profile_threads: 32 * PROFILE_WARPS,
+            attention_shared: WarpAttentionShared::new(tiles, image).bytes,
+            profile_shared: WarpProfileShared::new(image).bytes,
+        },
     };
+    let Family { attention, profile, products, attention_blocks, profile_blocks, columns, .. } = &family;
+    let Family { profile_threads, attention_shared, profile_shared, .. } = family;
     let pack = match target {
         Target::Spec(spec) => PackBlock::new(arch, spec.heads, image),
         Target::Template(_) => PackBlock::LARGEST,
     };
-    let (pack_threads, pack_blocks, pack_shared) =
-        (pack.threads(), pack.min_blocks, PackShared::new(pack.warps, pack.held_steps).bytes);
-    let (profile_shared, select_shared) = (ProfileShared::new(image).bytes, SelectShared::new(SELECT_THREADS).bytes);
-    let (attention_threads, attention_shared) = (tiles.threads(), AttentionShared::new(tiles, image).bytes);
+    let (pack_threads, pack_blocks) = (pack.threads(), pack.min_blocks);
+    // The largest block of a template may be more than any spec of the family has.
+    let pack_shared = PackShared::new(pack.warps, pack.held_steps).bytes.min(arch.block_shared_bytes);
+    let select_shared = SelectShared::new(SELECT_THREADS).bytes;
+    let (attention_threads, attention_min_blocks) = (tiles.threads(arch), Tiles::min_blocks(arch));
     let doc = match target {
         Target::Spec(spec) => format!("The model that `{}` declares.", spec.name),
         Target::Template(_) => "Any model, whose numbers are literals that are filled in later.".to_string(),
@@ -300,12 +345,14 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         #[doc = #doc]
         pub struct SpecModel;
 
-        #krate::tile_products! {
-            pub struct AttentionProducts; element = #element, key_rows = #key_rows, head_dim = #head_dim
+        #krate::#products! {
+            pub struct AttentionProducts;
+            element = #element, key_rows = #key_rows, head_dim = #head_dim, blocks = [#(#attention_blocks),*]
         }
-        #krate::tile_products! {
+        #krate::#products! {
             pub struct ProfileProducts;
-            element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #PROFILE_COLUMNS
+            element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #columns,
+            blocks = [#(#profile_blocks),*]
         }
 
         impl #krate::model::Model for SpecModel {
@@ -329,9 +376,9 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         }
 
         /// Attention of sampled rows under every mask.
-        #[#krate::kernel(threads = #PROFILE_THREADS, shared_bytes = #profile_shared)]
+        #[#krate::kernel(threads = #profile_threads, shared_bytes = #profile_shared)]
         pub unsafe fn profile(params: #krate::shapes::params::ProfileParams) {
-            unsafe { #krate::profile::profile::<SpecModel>(&params) }
+            unsafe { #krate::#profile::profile::<SpecModel>(&params) }
         }
 
         /// The choice of each head's mask.
@@ -341,9 +388,9 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         }
 
         /// Sparse attention.
-        #[#krate::kernel(threads = #attention_threads, shared_bytes = #attention_shared)]
+        #[#krate::kernel(threads = #attention_threads, min_blocks = #attention_min_blocks, shared_bytes = #attention_shared)]
         pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
-            unsafe { #krate::attention::#family::attention::<SpecModel>(&params) }
+            unsafe { #krate::#attention::attention::<SpecModel>(&params) }
         }
     }
 }

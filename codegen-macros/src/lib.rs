@@ -4,10 +4,11 @@
 //! | --- | --- |
 //! | [`kernel`] | an entry point, and its row of the launch table |
 //! | [`tile_products!`] | register fragments, with one named field for each register, and the groups of wgmma on them |
+//! | [`warp_products!`] | the same with the products of one warp, `mma.sync` |
 //! | [`attention_kernels!`] | a spec as constants, and the entries of its kernels |
 //!
 //! `framestride_kernels` hands them on. It puts its own path and a `;` before the input of the last
-//! two. So the code that they write finds the crate under any name.
+//! three. So the code that they write finds the crate under any name.
 //!
 //! Each macro has a module of its own, which parses, checks and expands. None has arithmetic of the
 //! kernels, which is in `gpu-kernels`, or geometry, which is in `shapes`.
@@ -15,6 +16,7 @@
 mod attention_kernels;
 mod kernel;
 mod tile_products;
+mod warp_products;
 
 use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
 use proc_macro::TokenStream;
@@ -66,6 +68,22 @@ pub fn kernel(arguments: TokenStream, item: TokenStream) -> TokenStream {
 #[proc_macro]
 pub fn tile_products(input: TokenStream) -> TokenStream {
     tile_products::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
+}
+
+/// Makes a type with the products of a flash-attention step of one warp (`mma.sync`), and its
+/// register fragments.
+///
+/// ```ignore
+/// warp_products! { pub struct Products; element = Bf16, key_rows = 64, head_dim = 128, blocks = [2] }
+/// ```
+///
+/// `Products` implements `framestride_kernels::cuda::mma::WarpProducts<B>` for each B of `blocks`:
+/// that many blocks of 16 rows multiply with each factor that is loaded. The other keys are those of
+/// [`tile_products!`], and `columns` may be 32 too. (`framestride_kernels::warp_products!` gives its
+/// own path first.)
+#[proc_macro]
+pub fn warp_products(input: TokenStream) -> TokenStream {
+    warp_products::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
 /// Writes the kernels of a spec: `pack`, `profile`, `select` and `attention`, compiled for its
@@ -132,6 +150,16 @@ mod tests {
     fn tile_products() {
         let input = quote! { ::framestride_kernels; pub struct Products; element = Bf16, key_rows = 32, head_dim = 64 };
         insta::assert_snapshot!(pretty(crate::tile_products::expand(input)));
+    }
+
+    /// This is the smallest tile, of one block and of two.
+    #[test]
+    fn warp_products() {
+        let input = quote! {
+            ::framestride_kernels; pub struct Products; element = F16, key_rows = 16, head_dim = 64, columns = 32,
+            blocks = [1, 2]
+        };
+        insta::assert_snapshot!(pretty(crate::warp_products::expand(input)));
     }
 
     #[test]

@@ -10,19 +10,23 @@ use framestride_shapes::image::Image;
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::{format_ident, quote};
 use syn::parse::{Parse, ParseStream};
-use syn::{Error, LitInt, Result, Token, Visibility};
+use syn::{Error, LitInt, Result, Token, Visibility, bracketed};
 
-struct Input {
+/// What both macros of products are given.
+pub struct Input {
     /// Path of `framestride_kernels`.
-    kernels: TokenStream,
-    visibility: Visibility,
-    name: Ident,
+    pub kernels: TokenStream,
+    pub visibility: Visibility,
+    pub name: Ident,
     /// Type of the elements, and its Rust name.
-    element: (Dtype, Ident),
-    key_rows: u32,
-    head_dim: u32,
+    pub element: (Dtype, Ident),
+    pub key_rows: u32,
+    pub head_dim: u32,
     /// Columns of V that the second product takes.
-    columns: u32,
+    pub columns: u32,
+    /// Numbers of blocks of 16 rows that multiply with each factor that a warp loads. Products of a
+    /// warpgroup have none.
+    pub blocks: Vec<u32>,
 }
 
 impl Parse for Input {
@@ -32,7 +36,7 @@ impl Parse for Input {
         input.parse::<Token![struct]>()?;
         let name: Ident = input.parse()?;
         input.parse::<Token![;]>()?;
-        let (mut element, mut key_rows, mut head_dim, mut columns) = (None, None, None, None);
+        let (mut element, mut key_rows, mut head_dim, mut columns, mut blocks) = (None, None, None, None, Vec::new());
         while !input.is_empty() {
             let key: Ident = input.parse()?;
             input.parse::<Token![=]>()?;
@@ -51,8 +55,23 @@ impl Parse for Input {
                     })?)
                 }
                 "head_dim" => head_dim = Some(number(input, "head_dim must be 64 or 128", |n| n == 64 || n == 128)?),
-                "columns" => columns = Some(number(input, "columns must be 64 or 128", |n| n == 64 || n == 128)?),
-                _ => return Err(Error::new(key.span(), "unknown key; allowed: element, key_rows, head_dim, columns")),
+                "columns" => {
+                    columns = Some(number(input, "columns must be 32, 64 or 128", |n| [32, 64, 128].contains(&n))?)
+                }
+                "blocks" => {
+                    let list;
+                    bracketed!(list in input);
+                    while !list.is_empty() {
+                        blocks.push(number(&list, "blocks must be 1 to 4", |n| (1..=4).contains(&n))?);
+                        list.parse::<Option<Token![,]>>()?;
+                    }
+                }
+                _ => {
+                    return Err(Error::new(
+                        key.span(),
+                        "unknown key; allowed: element, key_rows, head_dim, columns, blocks",
+                    ));
+                }
             }
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
@@ -70,6 +89,7 @@ impl Parse for Input {
             key_rows: key_rows.ok_or_else(|| missing("key_rows"))?,
             head_dim,
             columns,
+            blocks,
             visibility,
             name,
         })
@@ -83,7 +103,7 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns } =
+    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns, .. } =
         syn::parse2(input)?;
     let [scores, weights, output] = types(&name);
     let products = products(&kernels, &visibility, &name, &element, key_rows, columns);

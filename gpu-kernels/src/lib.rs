@@ -8,6 +8,7 @@
 //! * [`softmax`] and the generated [`cuda::mma::TileProducts`]: what `profile` and `attention`
 //!   share.
 //! * [`masks`]: what a head sees.
+//! * [`ring`]: how tiles come to shared memory where there is no copy engine.
 //!
 //! All of it is there only when it is compiled for `nvptx64-nvidia-cuda`. Elsewhere the crate has
 //! only `SOURCES`, which tells the builder where the sources lie.
@@ -31,6 +32,8 @@ pub mod model;
 pub mod pack;
 #[cfg(target_arch = "nvptx64")]
 pub mod profile;
+#[cfg(target_arch = "nvptx64")]
+pub mod ring;
 #[cfg(target_arch = "nvptx64")]
 pub mod select;
 #[cfg(target_arch = "nvptx64")]
@@ -71,6 +74,12 @@ macro_rules! literal {
 #[macro_export]
 macro_rules! tile_products {
     ($($tile:tt)*) => { $crate::macros::tile_products! { $crate; $($tile)* } };
+}
+
+/// [`macros::warp_products!`], likewise.
+#[macro_export]
+macro_rules! warp_products {
+    ($($tile:tt)*) => { $crate::macros::warp_products! { $crate; $($tile)* } };
 }
 
 /// Folders of the packages that kernels are compiled from: this one, the macros and the shapes.

@@ -6,9 +6,10 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::{Products, TileProducts};
+use crate::cuda::mma::{Products, TileProducts, WarpProducts};
 use crate::element::Element;
-use framestride_shapes::blocks::{SELECT_THREADS, Tiles};
+use crate::masks::CANDIDATES;
+use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
 use framestride_shapes::image::{ATOM_ROWS, Image};
 use framestride_shapes::layout::{Layout, ValidText};
 use framestride_shapes::numbers::Numbers;
@@ -67,6 +68,17 @@ pub trait Model {
 pub trait Hopper: Model<Attention: TileProducts, Profile: TileProducts> {}
 
 impl<M: Model<Attention: TileProducts, Profile: TileProducts>> Hopper for M {}
+
+/// A model whose products are those of single warps, which all GPUs since Ampere have.
+pub trait Ampere:
+    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>
+{
+}
+
+impl<M: Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>> Ampere
+    for M
+{
+}
 
 /// Valid text tokens of a batch item, given the addresses of those before the video and of those
 /// after it. They are at most the text there is, whatever memory says.

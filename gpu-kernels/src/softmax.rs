@@ -56,14 +56,11 @@ impl Rows {
     /// The whole warpgroup comes here. `warpgroup` is its number in the block.
     #[inline(always)]
     pub unsafe fn start_plain<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let [least, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
-        // What is not a number does not fit.
-        let fits = |sum: f32| (sum >= least) & (sum <= most);
-        if thread::any_of_warpgroup(!(fits(sum[0]) & fits(sum[1])), warpgroup) {
+        if thread::any_of_warpgroup(!may_start_plain::<E>(sum), warpgroup) {
             return false;
         }
-        *self = Rows { offset: [0.0; 2], sum, tile_sum: sum };
+        *self = Rows::plain(sum);
         true
     }
 
@@ -88,15 +85,25 @@ impl Rows {
     /// As for [`Rows::start_plain`].
     #[inline(always)]
     pub unsafe fn absorb<E: Element>(&mut self, scores: &mut impl Fragment, warpgroup: u32) -> bool {
-        let [_, most] = E::DTYPE.tile_sums();
         let sum = weigh(scores);
-        // What is not a number is too large as well.
-        if thread::any_of_warpgroup(!(sum[0] <= most) | !(sum[1] <= most), warpgroup) {
+        if thread::any_of_warpgroup(!fits::<E>(sum), warpgroup) {
             return false;
         }
+        self.take(sum);
+        true
+    }
+
+    /// Plain rows that have seen one tile, whose weights have these sums.
+    #[inline(always)]
+    pub fn plain(sum: [f32; 2]) -> Rows {
+        Rows { offset: [0.0; 2], sum, tile_sum: sum }
+    }
+
+    /// Takes in a tile of weights, which have these sums.
+    #[inline(always)]
+    pub fn take(&mut self, sum: [f32; 2]) {
         self.tile_sum = sum;
         self.sum = [0, 1].map(|row| self.sum[row] + sum[row]);
-        true
     }
 
     /// Lowers the offsets of rows in which this tile has weights of more than
@@ -141,9 +148,26 @@ impl Rows {
     }
 }
 
+/// Whether rows may be plain if the weights of their first tile have these sums.
+#[inline(always)]
+pub fn may_start_plain<E: Element>(sum: [f32; 2]) -> bool {
+    let [least, most] = E::DTYPE.tile_sums();
+    // What is not a number does not fit.
+    let fits = |sum: f32| (sum >= least) & (sum <= most);
+    fits(sum[0]) & fits(sum[1])
+}
+
+/// Whether the weights of a tile, which have these sums, are not too large.
+#[inline(always)]
+pub fn fits<E: Element>(sum: [f32; 2]) -> bool {
+    let [_, most] = E::DTYPE.tile_sums();
+    // What is not a number is too large as well.
+    (sum[0] <= most) & (sum[1] <= most)
+}
+
 /// Turns exponents of two into weights. Returns the sums of both rows.
 #[inline(always)]
-fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
+pub fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
     let mut sum = [0.0; 2];
     exponents.for_each(
         #[inline(always)]

@@ -203,8 +203,9 @@ impl<'a> Call<'a> {
         });
         let items =
             u64::from(self.shape.rows.div_ceil(spec.tiles(module.arch()).query_rows)) * u64::from(batch * heads);
-        let min_blocks = module.resources(Kernel::Attention).min_blocks;
-        let blocks = u64::from(module.device().multiprocessors()) * u64::from(min_blocks);
+        let resources = module.resources(Kernel::Attention);
+        let resident = module.device().resident_blocks(module.arch(), resources.shared_bytes, resources.min_blocks);
+        let blocks = u64::from(module.device().multiprocessors()) * u64::from(resident);
         self.launch(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
     }
 

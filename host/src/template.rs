@@ -1,6 +1,6 @@
 //! Templates of kernels, whose numbers are filled in when a spec is loaded.
 //!
-//! There is one for each element type and head dim. Where kernels know a number of the spec, the
+//! There is one for each family of GPUs, element type and head dim. Where kernels know a number of the spec, the
 //! PTX of a template has a name ([`framestride_shapes::numbers`]).
 
 use std::collections::HashMap;
@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::launch::Kernel;
 use crate::module::sha256;
 
-/// The name, the compressed PTX and the manifest of each template, in the order of [`Image::ALL`].
-const TEMPLATES: [(&str, &[u8], &str); Image::ALL.len()] = {
+/// The name, the compressed PTX and the manifest of each template.
+const TEMPLATES: [(&str, &[u8], &str); Arch::ALL.len() * Image::ALL.len()] = {
     macro_rules! templates {
         ($($name:literal),*) => {
             [$((
@@ -30,12 +30,25 @@ const TEMPLATES: [(&str, &[u8], &str); Image::ALL.len()] = {
             )),*]
         };
     }
-    templates!["sm_90a_bf16_64", "sm_90a_f16_64", "sm_90a_bf16_128", "sm_90a_f16_128"]
+    templates![
+        "sm_90a_bf16_64",
+        "sm_90a_f16_64",
+        "sm_90a_bf16_128",
+        "sm_90a_f16_128",
+        "sm_80_bf16_64",
+        "sm_80_f16_64",
+        "sm_80_bf16_128",
+        "sm_80_f16_128"
+    ]
 };
 
 /// The PTX of the spec's template with the numbers of the spec, and its manifest.
 pub(crate) fn fill(spec: &Spec, arch: Arch) -> Result<(String, Manifest)> {
-    let (name, compressed, manifest) = TEMPLATES[spec.image().index()];
+    let wanted = format!("{}_{}", arch.name, spec.image().name());
+    let Some((name, compressed, manifest)) = TEMPLATES.into_iter().find(|(name, ..)| *name == wanted) else {
+        let names = TEMPLATES.map(|(name, ..)| name).join(", ");
+        return Err(Error::input("template", wanted, names, "Build kernels of this spec with `framestride build`"));
+    };
     let damaged = |found: String| {
         Error::input(
             format!("template {name}"),
@@ -97,14 +110,16 @@ mod tests {
     }
 
     #[test]
-    fn templates_are_in_order_and_whole() {
-        for (image, (name, compressed, manifest)) in Image::ALL.into_iter().zip(TEMPLATES) {
+    fn templates_are_whole() {
+        for (name, compressed, manifest) in TEMPLATES {
             let mut ptx = String::new();
             GzDecoder::new(compressed).read_to_string(&mut ptx).unwrap();
             let manifest = Manifest::parse(name, manifest).unwrap();
-            assert!(name.ends_with(&image.name()), "{name} stands at the place of {}", image.name());
             assert_eq!((manifest.name.as_str(), &manifest.ptx_sha256), (name, &sha256(&ptx)));
             assert_eq!(manifest.mismatch(&ptx), None);
         }
+        let images = Image::ALL.map(Image::name);
+        let all = Arch::ALL.iter().flat_map(|arch| images.iter().map(move |image| format!("{}_{image}", arch.name)));
+        assert!(all.eq(TEMPLATES.iter().map(|(name, ..)| *name)), "one for each family and image");
     }
 }

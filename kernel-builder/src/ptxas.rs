@@ -7,22 +7,22 @@ use std::process::Command;
 
 use framestride_shapes::manifest::Ptxas;
 
+use crate::BuildError;
 use crate::error::{at, said};
-use crate::{Arch, BuildError};
 
-/// Assembles `ptx` to `cubin`, and reads what `ptxas -v` reports of each entry.
+/// Assembles `ptx` to `cubin` for a GPU such as `sm_90a`, and reads what `ptxas -v` reports of each entry.
 ///
 /// # Errors
 /// [`BuildError::Tool`] with the message of ptxas if it refuses the PTX.
 pub fn assemble(
     name: &str,
     ptxas: &Path,
-    arch: Arch,
+    target: &str,
     ptx: &Path,
     cubin: &Path,
 ) -> Result<BTreeMap<String, Ptxas>, BuildError> {
     let answer = Command::new(ptxas)
-        .arg(format!("-arch={}", arch.name))
+        .arg(format!("-arch={target}"))
         // ptxas works on the entries of a module in parallel.
         .args(["-v", "--split-compile=0"])
         .arg(ptx)

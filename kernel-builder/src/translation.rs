@@ -76,7 +76,7 @@ impl Translation {
             (Some(_), version, Some((known, report))) if version.as_ref() == Some(&known) => Some((known, report)),
             (Some(tool), version, _) => {
                 let (ptx, cubin) = (device.work.join("kernels.ptx"), device.work.join("kernels.cubin"));
-                let report = ptxas::assemble(&device.name, &tool, arch, &ptx, &cubin)?;
+                let report = ptxas::assemble(&device.name, &tool, arch.name, &ptx, &cubin)?;
                 Some((version.unwrap_or_default(), report))
             }
         };

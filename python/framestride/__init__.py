@@ -1,4 +1,4 @@
-"""Sparse attention for video diffusion transformers on NVIDIA Hopper GPUs.
+"""Sparse attention for video diffusion transformers on NVIDIA GPUs.
 
 `attention` computes one layer on tensors of PyTorch, for the shape that a `Spec` describes.
 """

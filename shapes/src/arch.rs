@@ -47,6 +47,9 @@ pub enum Products {
     /// `wgmma`: a warpgroup multiplies 64 rows by a swizzled image in shared memory, which the copy
     /// engine has brought (`cp.async.bulk`).
     Wgmma,
+    /// `mma.sync`: a warp multiplies what it has loaded from shared memory (`ldmatrix`), where threads
+    /// have copied it (`cp.async`).
+    MmaSync,
 }
 
 impl Arch {
@@ -66,8 +69,25 @@ impl Arch {
         registers: 64 * 1024,
     };
 
-    /// All families.
-    pub const ALL: [Arch; 1] = [Arch::SM_90A];
+    /// Every GPU since Ampere. Limits are those of its least: a GPU of compute capability 8.0 or 9.0 has
+    /// more shared memory.
+    pub const SM_80: Arch = Arch {
+        name: "sm_80",
+        gpus: "Ampere or later (A100, RTX 3060 to 5090, B200)",
+        capabilities: [(8, 0), (u32::MAX, u32::MAX)],
+        ptx_version: (8, 0),
+        least_driver: 12000,
+        products: Products::MmaSync,
+        block_threads: 1024,
+        blocks: 16,
+        block_shared_bytes: 99 * 1024,
+        shared_bytes: 100 * 1024,
+        reserved_shared_bytes: 1024,
+        registers: 64 * 1024,
+    };
+
+    /// All families. A GPU that runs the kernels of several takes the first.
+    pub const ALL: [Arch; 2] = [Arch::SM_90A, Arch::SM_80];
 
     /// Names of all families, for messages: `sm_90a`.
     #[cfg(feature = "std")]
@@ -84,7 +104,11 @@ impl Arch {
     #[cfg(feature = "std")]
     pub fn shown_capabilities(self) -> String {
         let [(major, minor), greatest] = self.capabilities;
-        let end = if greatest == (major, minor) { String::new() } else { format!(" to {}.{}", greatest.0, greatest.1) };
+        let end = match greatest {
+            (u32::MAX, _) => " or later".into(),
+            greatest if greatest == (major, minor) => String::new(),
+            (major, minor) => format!(" to {major}.{minor}"),
+        };
         format!("{major}.{minor}{end} ({})", self.name)
     }
 

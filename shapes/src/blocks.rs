@@ -11,39 +11,60 @@ pub const WARPGROUP: u32 = 128;
 /// Rows that a warpgroup multiplies at once (m64).
 pub const WARPGROUP_ROWS: u32 = 64;
 
+/// Blocks of 16 rows of a query tile that a warp multiplies with every factor that it loads. Warps of
+/// Hopper multiply as warpgroups instead.
+pub const WARP_BLOCKS: usize = 2;
+
+/// Rows of a query tile that a warp has.
+pub const WARP_ROWS: u32 = 16 * WARP_BLOCKS as u32;
+
 /// Tile sizes of **attention**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Rows of a query tile. Each consumer warpgroup has 64 of them.
+    /// Rows of a query tile. On Hopper each consumer warpgroup has 64 of them, elsewhere each warp has
+    /// [`WARP_ROWS`].
     pub query_rows: u32,
     /// Rows of a key tile, a multiple of 16 up to [`PAD_ROWS`](crate::layout::PAD_ROWS).
     pub key_rows: u32,
-    /// Key and value tiles in flight.
+    /// Tiles in flight: of keys and as many of values on Hopper, of keys and values in turn elsewhere.
     pub stages: u32,
 }
 
 impl Tiles {
-    /// | head dim | query | key | stages | why |
-    /// | --- | --- | --- | --- | --- |
-    /// | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
-    /// | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
+    /// | family | head dim | query | key | stages | why |
+    /// | --- | --- | --- | --- | --- | --- |
+    /// | sm_90a | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
+    /// | sm_90a | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
+    /// | sm_80 | 128 | 128 | 48 | 3 | 70 KiB: a block has room on every GPU, and two have it where a multiprocessor has 164 KiB; 64 keys spill |
+    /// | sm_80 | 64 | 128 | 64 | 3 | 42 KiB: two blocks have room on every GPU |
     pub const fn new(arch: Arch, head_dim: u32) -> Tiles {
-        let Products::Wgmma = arch.products;
-        if head_dim == 64 {
-            Tiles { query_rows: 192, key_rows: 128, stages: 4 }
-        } else {
-            Tiles { query_rows: 128, key_rows: 176, stages: 2 }
+        match (arch.products, head_dim) {
+            (Products::Wgmma, 64) => Tiles { query_rows: 192, key_rows: 128, stages: 4 },
+            (Products::Wgmma, _) => Tiles { query_rows: 128, key_rows: 176, stages: 2 },
+            (Products::MmaSync, 64) => Tiles { query_rows: 128, key_rows: 64, stages: 3 },
+            (Products::MmaSync, _) => Tiles { query_rows: 128, key_rows: 48, stages: 3 },
         }
     }
 
-    /// Consumer warpgroups.
+    /// Consumer warpgroups on Hopper.
     pub const fn consumers(&self) -> u32 {
         self.query_rows / WARPGROUP_ROWS
     }
 
-    /// Threads of a block: the consumers and one producer warpgroup.
-    pub const fn threads(&self) -> u32 {
-        (self.consumers() + 1) * WARPGROUP
+    /// Threads of a block. On Hopper they are the consumers and one producer warpgroup.
+    pub const fn threads(&self, arch: Arch) -> u32 {
+        match arch.products {
+            Products::Wgmma => (self.consumers() + 1) * WARPGROUP,
+            Products::MmaSync => self.query_rows / WARP_ROWS * 32,
+        }
+    }
+
+    /// Blocks of a family that a multiprocessor holds by its registers.
+    pub const fn min_blocks(arch: Arch) -> u32 {
+        match arch.products {
+            Products::Wgmma => 1,
+            Products::MmaSync => 2,
+        }
     }
 }
 
@@ -54,8 +75,13 @@ pub const PACK_STEP_BYTES: u32 = 32 * CHUNK_BYTES;
 /// 56 heads of 128, and a multiprocessor then has room for two blocks.
 const MOST_HELD_STEPS: u32 = 28;
 
-/// Registers of a thread of **pack**.
-const PACK_REGISTERS: u32 = 64;
+/// Registers of a thread of **pack**. With 64, ptxas spills some of them for sm_100.
+const fn pack_registers(arch: Arch) -> u32 {
+    match arch.products {
+        Products::Wgmma => 64,
+        Products::MmaSync => 80,
+    }
+}
 
 /// A block of **pack**, whose warps take one row each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +112,7 @@ impl PackBlock {
     const fn of_warps(arch: Arch, warps: u32, held_steps: u32) -> PackBlock {
         let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = arch;
         let room = shared_bytes / (reserved_shared_bytes + PackShared::new(warps, held_steps).bytes);
-        let most = registers / PACK_REGISTERS / (32 * warps);
+        let most = registers / pack_registers(arch) / (32 * warps);
         PackBlock { held_steps, warps, min_blocks: if room < most { room } else { most } }
     }
 
@@ -107,6 +133,10 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
+
+/// Warps of a block of **profile** whose warps multiply on their own. Each has 16 samples, and half of
+/// the columns of V.
+pub const PROFILE_WARPS: u32 = 2 * SAMPLE_ROWS / 16;
 
 /// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of
 /// that width.

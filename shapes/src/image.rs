@@ -59,11 +59,6 @@ impl Image {
         Image { head_dim: 128, dtype: Dtype::F16 },
     ];
 
-    /// Its place in [`Image::ALL`].
-    pub const fn index(self) -> usize {
-        2 * (self.head_dim == 128) as usize + (matches!(self.dtype, Dtype::F16)) as usize
-    }
-
     /// The name of the template whose packed rows are these, such as `bf16_128`.
     #[cfg(feature = "std")]
     pub fn name(self) -> String {

@@ -4,7 +4,7 @@
 //! from the map, and its launch table takes the size, so the two cannot disagree. Bytes are counted
 //! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
-use crate::blocks::{PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARPGROUP_ROWS, profile_stages};
+use crate::blocks::{PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS, profile_stages};
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image};
 use crate::layout::HeadType;
 
@@ -136,6 +136,36 @@ impl AttentionShared {
     }
 }
 
+/// The map of **attention** of warps that multiply on their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WarpAttentionShared {
+    /// There are two u32: the numbers of this query tile and of the next.
+    pub work: Parts,
+    /// Each row of the query tile has three u32: what it sees.
+    pub seen: Parts,
+    /// Each warp has three u32: what all of its rows see.
+    pub warp_seen: Parts,
+    /// The query tile.
+    pub query: Parts,
+    /// The slots of a ring, of which each has a key tile or a value tile.
+    pub ring: Parts,
+    /// The size of all, in bytes.
+    pub bytes: u32,
+}
+
+impl WarpAttentionShared {
+    /// Makes the map for these tiles.
+    pub const fn new(tiles: Tiles, image: Image) -> WarpAttentionShared {
+        let Tiles { query_rows, key_rows, stages } = tiles;
+        let mut memory = Allocator::new();
+        let query = memory.tiles(1, image.bytes(query_rows));
+        let ring = memory.tiles(stages, image.bytes(key_rows));
+        let seen = memory.parts(query_rows, 16, 16);
+        let (warp_seen, work) = (memory.parts(query_rows / WARP_ROWS, 16, 16), memory.parts(2, 4, 4));
+        WarpAttentionShared { work, seen, warp_seen, query, ring, bytes: memory.bytes }
+    }
+}
+
 /// The map of **pack**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackShared {
@@ -212,6 +242,39 @@ impl ProfileShared {
             seen: memory.parts(stages, SAMPLE_ROWS * candidates * PROFILE_KEY_ROWS / 8, 16),
             bytes: memory.bytes,
         }
+    }
+}
+
+/// The map of **profile** of warps that multiply on their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WarpProfileShared {
+    /// The tile of sampled rows.
+    pub query: Parts,
+    /// The slots of a ring, of which each has a key tile or a value tile.
+    pub ring: Parts,
+    /// Two tiles have, for each sample, a u64 for each candidate mask. It says which keys of the tile
+    /// the sample sees through it.
+    pub seen: Parts,
+    /// Half of the tiles, each candidate mask and sample have a u32: whether the sample sees any of
+    /// their keys.
+    pub sees_any: Parts,
+    /// The size of all, in bytes.
+    pub bytes: u32,
+}
+
+impl WarpProfileShared {
+    /// Slots of the ring.
+    pub const STAGES: u32 = 4;
+
+    /// Makes the map for rows of an image.
+    pub const fn new(image: Image) -> WarpProfileShared {
+        let candidates = HeadType::CANDIDATES.len() as u32;
+        let mut memory = Allocator::new();
+        let query = memory.tiles(1, image.bytes(SAMPLE_ROWS));
+        let ring = memory.tiles(WarpProfileShared::STAGES, image.bytes(PROFILE_KEY_ROWS));
+        let seen = memory.parts(2, SAMPLE_ROWS * candidates * PROFILE_KEY_ROWS / 8, 16);
+        let sees_any = memory.parts(2 * candidates * SAMPLE_ROWS, 4, 4);
+        WarpProfileShared { query, ring, seen, sees_any, bytes: memory.bytes }
     }
 }
 

@@ -5,6 +5,8 @@
 //! * `machine_code`: what no kernel may have (stack, spills, calls, serialised products), and the
 //!   softmax under the products, which [`sass`] reads. Random specs are looked at too, and main
 //!   loops are compared with those of kernels that know their spec.
+//! * `warp_machine_code`: the same of the family of single warps, on every kind of GPU that it
+//!   serves.
 //! * `documents`: links between the pages of the repository.
 //! * `shipped`: `host/kernels` holds the templates that the builder makes today.
 //! * `engine`: the crates that an engine links, which are few.
@@ -35,6 +37,7 @@ mod own_crate;
 mod sass;
 mod shipped;
 mod snapshots;
+mod warp_machine_code;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +62,8 @@ impl Model {
     /// The shipped kernels of a spec, assembled.
     fn of(spec: &Spec) -> Result<Model, String> {
         let kernels = Kernels::for_spec(spec, Arch::SM_90A).map_err(|error| error.to_string())?;
-        let (machine_code, resources) = Listing::from_ptx(&spec.name, kernels.ptx(), Arch::SM_90A, &CudaTools::find())?;
+        let (machine_code, resources) =
+            Listing::from_ptx(&spec.name, kernels.ptx(), Arch::SM_90A.name, &CudaTools::find())?;
         Ok(Model { kernels, resources, machine_code })
     }
 }
@@ -83,7 +87,9 @@ fn model(name: &str) -> &'static Model {
 /// The templates, built by the first test that asks.
 fn templates() -> &'static [Built] {
     static TEMPLATES: OnceLock<Result<Vec<Built>, String>> = OnceLock::new();
-    match TEMPLATES.get_or_init(|| framestride_builder::Kernels::templates().build_all().map_err(|e| e.to_string())) {
+    let build = |arch| framestride_builder::Kernels::templates().arch(arch).build_all().map_err(|e| e.to_string());
+    let all = || Arch::ALL.into_iter().map(build).collect::<Result<Vec<_>, _>>().map(|families| families.concat());
+    match TEMPLATES.get_or_init(all) {
         Ok(templates) => templates,
         Err(message) => panic!("{message}"),
     }

@@ -93,7 +93,7 @@ fn main_loops_are_as_short_as_with_constants() {
     let files = SPECS.map(|name| checkout(&format!("shapes/models/{name}.toml")));
     let built = framestride_builder::Kernels::from_specs(files).build_all().unwrap_or_else(|error| panic!("{error}"));
     for built in built {
-        let (own, _) = Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A, &CudaTools::find())
+        let (own, _) = Listing::from_ptx(&built.name, &built.ptx, Arch::SM_90A.name, &CudaTools::find())
             .unwrap_or_else(|error| panic!("{error}"));
         let filled = &model(&built.name).machine_code;
         let function = |listing: &'_ Listing, entry: &str| {

@@ -12,8 +12,8 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
+use framestride_builder::ptxas;
 use framestride_builder::toolchain::CudaTools;
-use framestride_builder::{Arch, ptxas};
 use framestride_shapes::manifest::Ptxas;
 
 /// The machine code of a module.
@@ -58,12 +58,12 @@ pub struct Overlap {
 }
 
 impl Listing {
-    /// Assembles PTX and disassembles the result. Gives ptxas's report of each kernel too. Fails if a
+    /// Assembles PTX for a GPU such as `sm_89`, and disassembles the result. Gives ptxas's report of each kernel too. Fails if a
     /// tool is missing, or with what the tool says.
     pub fn from_ptx(
         name: &str,
         ptx: &str,
-        arch: Arch,
+        target: &str,
         tools: &CudaTools,
     ) -> Result<(Listing, BTreeMap<String, Ptxas>), String> {
         let (Some(assembler), Some(disassembler)) = (&tools.ptxas, &tools.nvdisasm) else {
@@ -74,7 +74,7 @@ impl Listing {
         let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
         let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
         fs::write(&source, ptx).map_err(|error| format!("cannot write {}: {error}", source.display()))?;
-        let report = ptxas::assemble(name, assembler, arch, &source, &cubin).map_err(|error| error.to_string())?;
+        let report = ptxas::assemble(name, assembler, target, &source, &cubin).map_err(|error| error.to_string())?;
         let answer = Command::new(disassembler).arg("-c").arg(&cubin).output();
         let answer = answer.map_err(|error| format!("{} does not start: {error}", disassembler.display()))?;
         if !answer.status.success() {

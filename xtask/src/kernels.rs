@@ -19,16 +19,15 @@ pub fn make() -> Result<(), String> {
     let bar = ProgressBar::new_spinner();
     bar.enable_steady_tick(Duration::from_millis(200));
     let shown = bar.clone();
-    let built = Kernels::templates()
-        .arch(Arch::SM_90A)
-        .on_progress(move |progress| match progress {
-            Progress::Compiling(name) => shown.set_message(format!("compiling {name}")),
-            Progress::Translating(name) => shown.set_message(format!("translating {name}")),
-            _ => {}
-        })
-        .build_all();
+    let show = move |progress| match progress {
+        Progress::Compiling(name) => shown.set_message(format!("compiling {name}")),
+        Progress::Translating(name) => shown.set_message(format!("translating {name}")),
+        _ => {}
+    };
+    let build = |arch| Kernels::templates().arch(arch).on_progress(show.clone()).build_all();
+    let built: Result<Vec<_>, _> = Arch::ALL.into_iter().map(build).collect();
     bar.finish_and_clear();
-    let built = built.map_err(|error| error.to_string())?;
+    let built = built.map_err(|error| error.to_string())?.concat();
     let mut kept = vec!["README.md".to_string()];
     let mut bytes = 0;
     for template in &built {

@@ -95,7 +95,7 @@ pub fn bench(arguments: Bench) -> Result<Outcome> {
         return Err(Error::input(
             "--device",
             format!("the emulator, whose times say nothing about a GPU's{why}"),
-            "a Hopper GPU (H100, H200)",
+            "a GPU",
             "Run it on a machine with one; `framestride doctor` shows what is found here",
         ));
     }

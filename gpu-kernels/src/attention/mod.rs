@@ -1,10 +1,11 @@
 //! **attention**: O = softmax(scale Q K^T) V over the visible pairs of each head.
 //!
-//! A block has the structure of FlashAttention-3 (section 3). One producer warpgroup copies tiles
-//! into shared memory, and `query_rows / 64` consumer warpgroups have 64 rows of the query tile
-//! each. Blocks are persistent: each takes the next query tile when it is done with one
-//! ([`order`] says which). What a query tile is, and what it sees, stands in [`work`] and
-//! [`masks`](crate::masks). For each a consumer does:
+//! Blocks are persistent: each takes the next query tile when it is done with one ([`order`] says
+//! which). What a query tile is, and what it sees, stands in [`work`] and [`masks`](crate::masks).
+//!
+//! On Hopper ([`sm90`]) a block has the structure of FlashAttention-3 (section 3). One producer
+//! warpgroup copies tiles into shared memory, and `query_rows / 64` consumer warpgroups have 64 rows
+//! of the query tile each. For each a consumer does:
 //!
 //! ```text
 //! from the first tile j, and again from a tile whose weights are too large for the rows' offsets:
@@ -17,9 +18,14 @@
 //! O += P V of the last tile;  O / sum -> the model's order
 //! ```
 //!
-//! The last line is [`store`]'s, the others are written for a family of GPUs: [`sm90`].
+//! On other GPUs ([`sm80`]) a block has the structure of FlashAttention-2 (section 3). Every warp
+//! copies and has rows of its own, and does the same with products that are done when they return.
+//! What other warps of its multiprocessor do fills the time that it waits.
+//!
+//! The last line is [`store`]'s.
 
 mod order;
+pub mod sm80;
 pub mod sm90;
 mod store;
 mod work;

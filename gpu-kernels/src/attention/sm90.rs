@@ -175,7 +175,7 @@ unsafe fn consume<M: Hopper>(params: &AttentionParams, consumer_warp: u32) {
         let mut rows = Rows::new();
         let mut output = <M::Attention as Products>::Output::splat(0.0);
         if mask.tiles() > 0 {
-            let (warp_sees, thread_sees) = (mask.warp(warp_row), mask.thread(thread_rows));
+            let (warp_sees, thread_sees) = (mask.warp(warp_row, 16), mask.thread(thread_rows));
             let hide = |scores: &mut <M::Attention as Products>::Scores, tile: u32| {
                 let first = mask.first_key(tile);
                 if !Band::<M>::sees_all(&warp_sees, first) {

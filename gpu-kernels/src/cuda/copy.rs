@@ -27,6 +27,26 @@ pub unsafe fn start16(to: u32, from: u64) {
     asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack));
 }
 
+/// Makes a group of all that this thread has started with [`start16`] since its last group. It may be
+/// empty.
+///
+/// # Safety
+/// This is always sound. It is `unsafe` because the waits for groups count on it.
+#[inline(always)]
+pub unsafe fn commit_group() {
+    asm!("cp.async.commit_group;", options(nostack));
+}
+
+/// Waits until at most `PENDING` of this thread's groups are in flight. This thread may read what
+/// the others have brought, and behind a barrier all may.
+///
+/// # Safety
+/// As for [`wait_started`].
+#[inline(always)]
+pub unsafe fn wait_groups<const PENDING: u32>() {
+    asm!("cp.async.wait_group {};", const PENDING, options(nostack));
+}
+
 /// Waits until everything is there that this thread has started with [`start16`]. This thread may
 /// read it then.
 ///

@@ -4,7 +4,10 @@
 //! [`fragment`](framestride_shapes::fragment). Those of a warpgroup (9.7.15, wgmma) take descriptors
 //! of operands. A warpgroup is four warps, and the number of the first is divisible by four.
 
-use framestride_shapes::image::ATOM_BYTES;
+use core::arch::asm;
+
+use super::math;
+use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, Image};
 
 /// A tile of an [image](framestride_shapes::image) in shared memory, as an operand of products.
 #[derive(Clone, Copy)]
@@ -91,4 +94,78 @@ pub trait TileProducts: Products {
     /// # Safety
     /// The whole warpgroup comes here.
     unsafe fn wait_output(output: &mut Self::Output, weights: &mut Self::Weights);
+}
+
+/// A tile of an [image](framestride_shapes::image) in shared memory, as a warp loads 8 x 8 matrices
+/// of it (9.7.14.5.15, ldmatrix): the address of the row that this lane names, of the first four.
+#[derive(Clone, Copy)]
+pub struct Matrices(u32);
+
+impl Matrices {
+    /// Q, or V transposed, whose tile lies at `address`, from chunk `first` of its rows on. Of four
+    /// matrices the second lies below the first, and the other two beside these.
+    #[inline(always)]
+    pub fn by_rows(address: u32, image: Image, first: u32, lane: u32) -> Matrices {
+        Matrices(address + image.chunk(lane % 16, first + lane / 16))
+    }
+
+    /// K, whose tile lies at `address`. Of four matrices the second lies beside the first, and the
+    /// other two below these.
+    #[inline(always)]
+    pub fn by_columns(address: u32, image: Image, lane: u32) -> Matrices {
+        Matrices(address + image.chunk(lane / 16 * ATOM_ROWS + lane % ATOM_ROWS, lane / 8 % 2))
+    }
+
+    /// The same, but the compiler does not compute addresses from it before a loop ([`math::opaque`]).
+    #[inline(always)]
+    pub fn opaque(self) -> Matrices {
+        Matrices(math::opaque(self.0))
+    }
+
+    /// Loads four matrices: those that lie `ATOM` bytes behind the first, with bits `CHUNK` of the
+    /// address turned. Each lane gets two neighbours of a row of each.
+    ///
+    /// # Safety
+    /// All 32 lanes come here. The tile is there.
+    #[inline(always)]
+    pub unsafe fn load<const ATOM: u32, const CHUNK: u32>(self) -> [u32; 4] {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{} + {}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0 ^ CHUNK, const ATOM,
+            options(nostack)
+        );
+        [a, b, c, d]
+    }
+
+    /// The same of transposed matrices: each lane gets two neighbours of a column.
+    ///
+    /// # Safety
+    /// As for [`Matrices::load`].
+    #[inline(always)]
+    pub unsafe fn load_transposed<const ATOM: u32, const CHUNK: u32>(self) -> [u32; 4] {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{}, {}, {}, {}}}, [{} + {}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0 ^ CHUNK, const ATOM,
+            options(nostack)
+        );
+        [a, b, c, d]
+    }
+}
+
+/// The products of a warp (9.7.14.5, mma.sync), which has 16 query rows in each of its blocks.
+/// `warp_products!` makes them.
+pub trait WarpProducts<const BLOCKS: usize>: Products {
+    /// S += Q K^T. `q` begins at the warp's first row.
+    ///
+    /// # Safety
+    /// All 32 lanes come here. The tiles are there.
+    unsafe fn add_scores(scores: &mut [Self::Scores; BLOCKS], q: Matrices, k: Matrices);
+
+    /// O += P V. `v` begins at the first of the columns.
+    ///
+    /// # Safety
+    /// As for [`WarpProducts::add_scores`].
+    unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
 }

@@ -48,6 +48,20 @@ pub unsafe fn sync_block() {
     asm!("bar.sync 0;", options(nostack));
 }
 
+/// Whether `condition` holds in any thread of the block (9.7.13.1, bar.red).
+///
+/// # Safety
+/// Every thread of the block comes here.
+#[inline(always)]
+pub unsafe fn any_of_block(condition: bool) -> bool {
+    let out: u32;
+    asm!(
+        "{{ .reg .pred %any; setp.ne.u32 %any, {1}, 0; bar.red.or.pred %any, 0, %any; vote.sync.any.pred %any, %any, -1; selp.u32 {0}, 1, 0, %any; }}",
+        out(reg32) out, in(reg32) condition as u32, options(nostack)
+    );
+    out != 0
+}
+
 /// Waits until both of two consumer warpgroups are here. Barrier 7 is theirs.
 ///
 /// # Safety

@@ -63,8 +63,8 @@ impl<M: Model> Mask for Band<M> {
     }
 
     #[inline(always)]
-    fn warp(&self, first_row: u32) -> RangeVisible {
-        self.layout().range_visible(self.head_type, first_row, 16, self.valid_text)
+    fn warp(&self, first_row: u32, rows: u32) -> RangeVisible {
+        self.layout().range_visible(self.head_type, first_row, rows, self.valid_text)
     }
 
     #[inline(always)]

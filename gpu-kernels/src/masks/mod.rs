@@ -52,8 +52,8 @@ pub trait Mask: Copy {
     /// First packed row of the key tile that is read after `index` others.
     fn first_key(&self, index: u32) -> u32;
 
-    /// What the 16 rows of a warp see, of which `first_row` is the first packed row.
-    fn warp(&self, first_row: u32) -> Self::Warp;
+    /// What the `rows` rows of a warp see, of which `first_row` is the first packed row.
+    fn warp(&self, first_row: u32, rows: u32) -> Self::Warp;
 
     /// What the two rows of a thread see, which are packed rows `rows`.
     fn thread(&self, rows: [u32; 2]) -> Self::Thread;

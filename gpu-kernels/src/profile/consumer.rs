@@ -4,36 +4,15 @@
 use core::ops::Range;
 
 use super::results::{Results, Store};
-use super::{CONSUMERS, DENSE, KEY_ROWS, MASKS, Map, SAMPLE_ROWS, lost_masks, next_sweep, number, sampled_row};
+use super::samples;
+use super::{COLUMNS, CONSUMERS, DENSE, KEY_ROWS, MASKS, Map, lost_masks, next_sweep, number};
 use crate::cuda::barrier::{Barrier, Slot};
 use crate::cuda::mma::{Fragment, Products, TileProducts};
-use crate::cuda::{global, shared, thread, warp};
+use crate::cuda::{shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
 use crate::model::Hopper;
-use crate::softmax::{self, Rows};
-use framestride_shapes::blocks::{PROFILE_THREADS, WARPGROUP};
-use framestride_shapes::fragment::{self, thread_keys};
-use framestride_shapes::layout::Visible;
+use framestride_shapes::fragment;
 use framestride_shapes::params::ProfileParams;
-
-/// Copies the sampled rows of packed Q into the image of a query tile. All consumers take part.
-#[inline(always)]
-pub unsafe fn gather_samples<M: Hopper>(params: &ProfileParams, head: u32, group: u32, valid_text: u32) {
-    let packed_q = params.packed_q + M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
-    const THREADS: u32 = CONSUMERS * WARPGROUP;
-    let mut chunk = thread::index() - (PROFILE_THREADS - THREADS);
-    let chunks = M::IMAGE.row_chunks();
-    while chunk < SAMPLE_ROWS * chunks {
-        let (sample, column) = (chunk / chunks, chunk % chunks);
-        let row = valid_text + sampled_row::<M>(params, head, group, sample);
-        let from = packed_q + M::IMAGE.chunk(row, column) as u64;
-        shared::store16(
-            shared::address(M::PROFILE_SHARED.query, 0) + M::IMAGE.chunk(sample, column),
-            global::load16(from),
-        );
-        chunk += THREADS;
-    }
-}
 
 /// A consumer warpgroup has all samples of the block, and its own columns or its own tiles.
 /// `consumer_warp` counts over the warps of both.
@@ -74,7 +53,7 @@ pub unsafe fn consume<M: Hopper>(
         }
         Barrier::at(M::PROFILE_SHARED.swept, 0).arrive();
         // Meanwhile the producers judge the sums.
-        let store = Store { samples, offset: rows.offset, lane, columns };
+        let store = Store { samples, offset: rows.offset, lane, first_column: columns * COLUMNS };
         store.mask::<M>(place(DENSE), rows.total(), all);
         each_candidate(
             #[inline(always)]
@@ -90,7 +69,7 @@ pub unsafe fn consume<M: Hopper>(
         let mut results = consumer.sweep::<M, true>(mask, &tiles, tiles_before);
         if has_results {
             Barrier::at(M::PROFILE_SHARED.swept, 0).arrive();
-            let store = Store { samples, offset: results.rows.offset, lane, columns };
+            let store = Store { samples, offset: results.rows.offset, lane, first_column: columns * COLUMNS };
             store.mask::<M>(place(mask), results.rows.total(), &mut results.all);
         }
         mask = next_sweep(mask, lost);
@@ -124,12 +103,7 @@ impl Consumer {
         tiles: &Range<u32>,
         tiles_before: u32,
     ) -> Results<M> {
-        let mut results = Results::<M> {
-            rows: Rows::new(),
-            all: <M::Profile as Products>::Output::splat(0.0),
-            sums: [[0.0; 2]; CANDIDATES],
-            masked: [<M::Profile as Products>::Output::splat(0.0); CANDIDATES],
-        };
+        let mut results = Results::<M>::new();
         self.take_in::<M, MASKED>(mask, tiles, tiles_before, &mut results);
         if Map::<M>::TURNS {
             results.merge_turns::<MASKED>(self.warpgroup);
@@ -187,7 +161,7 @@ impl Consumer {
         } else {
             [[0; 2]; CANDIDATES]
         };
-        self.hide::<MASKED>(mask, &mut scores, at.tile * KEY_ROWS, seen);
+        samples::hide::<MASKED>(mask, &mut scores, at.tile * KEY_ROWS, seen, self.end, self.lane);
         scores
     }
 
@@ -235,7 +209,7 @@ impl Consumer {
             } else {
                 M::Profile::wait_scores::<3>(scores);
             }
-            self.hide::<MASKED>(mask, scores, at.tile * KEY_ROWS, seen);
+            samples::hide::<MASKED>(mask, scores, at.tile * KEY_ROWS, seen, self.end, self.lane);
             let fits = results.rows.absorb::<M::Element>(scores, self.warpgroup);
             results.wait_outputs::<MASKED>(&mut weights);
             Barrier::at(M::PROFILE_SHARED.free, last.stage).release(self.lane);
@@ -248,38 +222,9 @@ impl Consumer {
     /// Which keys of the tile in a stage the thread's samples see, through each candidate mask.
     #[inline(always)]
     unsafe fn seen<M: Hopper>(&self, stage: u32) -> [[u64; 2]; CANDIDATES] {
-        let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
-        let [a, b, c, d] = shared::load16(Map::<M>::seen(stage, self.samples[0]));
-        let [e, f, g, h] = shared::load16(Map::<M>::seen(stage, self.samples[1]));
-        [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
-    }
-
-    /// Sets the scores of keys that the sweep leaves out to -inf. These are the keys behind the
-    /// video, which nobody sees, or those that `mask` hides. `seen` is what [`Consumer::seen`] says
-    /// of the tile.
-    #[inline(always)]
-    fn hide<const MASKED: bool>(
-        &self,
-        mask: u32,
-        scores: &mut impl Fragment,
-        first: u32,
-        seen: [[u64; 2]; CANDIDATES],
-    ) {
-        let end = self.end;
-        if MASKED {
-            let mut keys = seen[0];
-            each_candidate(
-                #[inline(always)]
-                |candidate| {
-                    if mask == number(candidate) {
-                        keys = seen[candidate];
-                    }
-                },
-            );
-            softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, self.lane)), f32::NEG_INFINITY);
-        } else if first + KEY_ROWS > end {
-            let rows = [Visible { prefix: end, start: end, end }; 2];
-            softmax::replace_unseen(scores, softmax::seen_keys(first, KEY_ROWS, self.lane, rows), f32::NEG_INFINITY);
-        }
+        samples::seen(self.samples.map(
+            #[inline(always)]
+            |sample| Map::<M>::seen(stage, sample),
+        ))
     }
 }

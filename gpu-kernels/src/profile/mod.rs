@@ -25,16 +25,20 @@
 mod consumer;
 mod producer;
 mod results;
+mod samples;
+pub mod sm80;
+
+use core::ops::Range;
 
 use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::Descriptor;
 use crate::cuda::{shared, thread, warp};
-use crate::masks::each_candidate;
+use crate::masks::{CANDIDATES, each_candidate};
 use crate::model::{Hopper, Model, valid_text};
-use consumer::{consume, gather_samples};
+use consumer::consume;
 use framestride_shapes::blocks::{
-    PROFILE_COLUMNS as COLUMNS, PROFILE_CONSUMERS as CONSUMERS, PROFILE_KEY_ROWS as KEY_ROWS, SAMPLE_ROWS,
-    profile_stages,
+    PROFILE_COLUMNS as COLUMNS, PROFILE_CONSUMERS as CONSUMERS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_THREADS,
+    SAMPLE_ROWS, WARPGROUP, profile_stages,
 };
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::ProfileParams;
@@ -112,11 +116,7 @@ pub unsafe fn profile<M: Hopper>(params: &ProfileParams) {
     let thread_warp = thread::warp();
     let valid_text = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads).sum();
     let end = valid_text + M::layout().video_tokens();
-    let tiles = end.div_ceil(KEY_ROWS);
-    // Splits differ by one tile at most.
-    let (share, rest) = (tiles / params.splits, tiles % params.splits);
-    let first_tile = split * share + split.min(rest);
-    let tiles = first_tile..first_tile + share + (split < rest) as u32;
+    let tiles = block_tiles(params, split, end);
 
     if thread::index() == 0 {
         let mut stage = 0;
@@ -138,11 +138,24 @@ pub unsafe fn profile<M: Hopper>(params: &ProfileParams) {
     } else {
         thread::take_registers::<CONSUMER_REGISTERS>();
         // Meanwhile the first tiles are on their way.
-        gather_samples::<M>(params, head, group, valid_text);
+        const THREADS: u32 = CONSUMERS * WARPGROUP;
+        let thread = thread::index() - (PROFILE_THREADS - THREADS);
+        let query = shared::address(M::PROFILE_SHARED.query, 0);
+        samples::gather::<M>(params, [group, head], valid_text, query, [thread, THREADS]);
         shared::publish_to_async();
         thread::sync_two_warpgroups();
         consume::<M>(params, thread_warp - 4, [split, group, head], valid_text, tiles);
     }
+}
+
+/// The key tiles of a split, of keys that end at packed row `end`.
+#[inline(always)]
+fn block_tiles(params: &ProfileParams, split: u32, end: u32) -> Range<u32> {
+    let tiles = end.div_ceil(KEY_ROWS);
+    // Splits differ by one tile at most.
+    let (share, rest) = (tiles / params.splits, tiles % params.splits);
+    let first_tile = split * share + split.min(rest);
+    first_tile..first_tile + share + (split < rest) as u32
 }
 
 /// Which masks have lost something, a bit each, for all threads of the block.

@@ -2,10 +2,10 @@
 //! candidate mask.
 
 use super::{COLUMNS, SAMPLE_ROWS};
-use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
+use crate::cuda::mma::{Descriptor, Fragment, Matrices, Products, TileProducts, WarpProducts};
 use crate::cuda::{global, math, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
-use crate::model::{Hopper, Model};
+use crate::model::{Ampere, Hopper, Model};
 use crate::softmax::{self, Rows};
 use framestride_shapes::fragment::{self, row_of, thread_keys};
 
@@ -31,6 +31,17 @@ pub struct Weights<M: Model> {
 }
 
 impl<M: Model> Results<M> {
+    /// Those of no keys.
+    #[inline(always)]
+    pub fn new() -> Results<M> {
+        Results {
+            rows: Rows::new(),
+            all: <M::Profile as Products>::Output::splat(0.0),
+            sums: [[0.0; 2]; CANDIDATES],
+            masked: [<M::Profile as Products>::Output::splat(0.0); CANDIDATES],
+        }
+    }
+
     /// Lowers the offsets for a tile of scores, and turns these into weights ([`Rows::lower`]).
     #[inline(always)]
     pub unsafe fn lower<const MASKED: bool>(&mut self, scores: &mut <M::Profile as Products>::Scores) {
@@ -66,6 +77,23 @@ impl<M: Model> Results<M> {
             );
         }
         weights
+    }
+}
+
+impl<M: Ampere> Results<M> {
+    /// Adds the products with V, which is loaded once for all outputs.
+    #[inline(always)]
+    pub unsafe fn add_outputs<const MASKED: bool>(&mut self, weights: &Weights<M>, values: Matrices) {
+        if MASKED {
+            let mut outputs = [self.all];
+            M::Profile::add_output(&mut outputs, &[weights.all], values);
+            [self.all] = outputs;
+        } else {
+            let [first, second] = self.masked;
+            let mut outputs = [self.all, first, second];
+            M::Profile::add_output(&mut outputs, &[weights.all, weights.masked[0], weights.masked[1]], values);
+            [self.all, self.masked[0], self.masked[1]] = outputs;
+        }
     }
 }
 
@@ -196,13 +224,13 @@ unsafe fn keep_seen<M: Model>(
     }
 }
 
-/// Where a thread's results belong: its two samples, their offsets, and the columns from 64 x
-/// `columns` on.
+/// Where a thread's results belong: its two samples, their offsets, and the columns from
+/// `first_column` on.
 pub struct Store {
     pub samples: [u32; 2],
     pub offset: [f32; 2],
     pub lane: u32,
-    pub columns: u32,
+    pub first_column: u32,
 }
 
 impl Store {
@@ -210,8 +238,8 @@ impl Store {
     /// begin.
     #[inline(always)]
     pub unsafe fn mask<M: Model>(&self, place: u64, sums: [f32; 2], output: &mut impl Fragment) {
-        let Store { samples, offset, lane, columns } = *self;
-        if lane % 4 == 0 && columns == 0 {
+        let Store { samples, offset, lane, first_column } = *self;
+        if lane % 4 == 0 && first_column == 0 {
             let mut row = 0;
             while row < 2 {
                 global::store_f32(place + samples[row] as u64 * 4, -offset[row]);
@@ -219,7 +247,7 @@ impl Store {
                 row += 1;
             }
         }
-        let column = columns * COLUMNS + fragment::first_column(lane);
+        let column = first_column + fragment::first_column(lane);
         output.for_each_group(
             #[inline(always)]
             |group, [a, b, c, d]| {

@@ -27,6 +27,8 @@ pub struct Gpu {
     name: String,
     capability: (u32, u32),
     multiprocessors: u32,
+    /// Shared memory of a multiprocessor, in bytes.
+    shared_bytes: u32,
     /// Whether kernels can use any memory of the process, also what the driver knows nothing of.
     uses_pageable: bool,
 }
@@ -175,6 +177,18 @@ impl Gpu {
         name(device(ordinal)?)
     }
 
+    /// Number of GPUs that the driver shows.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] without a driver.
+    pub fn count() -> Result<i32> {
+        driver()?;
+        let mut count = 0;
+        // SAFETY: the pointer is to a live local.
+        check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&mut count) })?;
+        Ok(count)
+    }
+
     /// Borrows a context of the caller. It is never destroyed, and a thread's current context is
     /// the same after each call.
     ///
@@ -192,7 +206,16 @@ impl Gpu {
 
     fn describe(context: sys::CUcontext, device: sys::CUdevice, retained: bool) -> Result<Gpu> {
         let (name, capability) = (String::new(), (0, 0));
-        let mut gpu = Gpu { context, device, retained, name, capability, multiprocessors: 0, uses_pageable: false };
+        let mut gpu = Gpu {
+            context,
+            device,
+            retained,
+            name,
+            capability,
+            multiprocessors: 0,
+            shared_bytes: 0,
+            uses_pageable: false,
+        };
         let attribute = |attribute| -> Result<i32> {
             let mut value = 0;
             // SAFETY: `value` is a live local and `device` came from the driver.
@@ -205,6 +228,7 @@ impl Gpu {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
         );
         gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        gpu.shared_bytes = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32;
         gpu.uses_pageable = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
         gpu.name = self::name(device)?;
         Ok(gpu)
@@ -261,6 +285,10 @@ impl Gpu {
 
     pub(super) fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    pub(super) fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
     }
 
     pub(super) fn allocate(&self, bytes: u64) -> Result<u64> {
@@ -539,5 +567,52 @@ impl Drop for GpuModule {
             // after this.
             let _ = unsafe { sys::cuModuleUnload(self.module) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Which family GPUs take: a name, a compute capability, a driver, and the family or what is missing.
+    #[test]
+    fn gpus_take_the_family_that_suits_them() {
+        let table = [
+            ("NVIDIA H100 80GB HBM3", (9, 0), 12080, Ok("sm_90a")),
+            ("NVIDIA H200", (9, 0), 12030, Ok("sm_90a")),
+            // The driver is too old for what only Hopper has.
+            ("NVIDIA GH200 480GB", (9, 0), 12020, Ok("sm_80")),
+            ("NVIDIA A100-SXM4-80GB", (8, 0), 12000, Ok("sm_80")),
+            ("NVIDIA GeForce RTX 3090", (8, 6), 12040, Ok("sm_80")),
+            ("Orin", (8, 7), 12060, Ok("sm_80")),
+            ("NVIDIA GeForce RTX 4090", (8, 9), 12080, Ok("sm_80")),
+            ("NVIDIA B200", (10, 0), 12080, Ok("sm_80")),
+            ("NVIDIA B300", (10, 3), 13000, Ok("sm_80")),
+            ("NVIDIA Thor", (11, 0), 13000, Ok("sm_80")),
+            ("NVIDIA GeForce RTX 5090", (12, 0), 12080, Ok("sm_80")),
+            ("NVIDIA GB10", (12, 1), 13000, Ok("sm_80")),
+            ("a later GPU", (13, 0), 14000, Ok("sm_80")),
+            ("NVIDIA GeForce RTX 2080 Ti", (7, 5), 12080, Err("compute capability 7.5")),
+            ("Tesla V100-SXM2-16GB", (7, 0), 12080, Err("8.0 or later (sm_80)")),
+            ("NVIDIA H100 PCIe", (9, 0), 11080, Err("CUDA 12.0 or later, which PTX 8.0 needs")),
+            ("NVIDIA A100-SXM4-40GB", (8, 0), 11080, Err("CUDA 12.0 or later")),
+        ];
+        for (name, capability, driver, expected) in table {
+            match (best_arch(name, capability, driver), expected) {
+                (Ok(arch), Ok(family)) => assert_eq!(arch.name, family, "{name}"),
+                (Err(error), Err(part)) => {
+                    assert!(error.to_string().contains(part) && error.to_string().contains(name), "{error}")
+                }
+                (found, _) => panic!("{name}: {found:?}"),
+            }
+        }
+    }
+
+    /// Kernels of a family are refused where they do not run.
+    #[test]
+    fn kernels_of_another_family_are_refused() {
+        assert!(check_arch(Arch::SM_80, "NVIDIA H100", (9, 0), 12080).is_ok());
+        let error = check_arch(Arch::SM_90A, "NVIDIA GeForce RTX 4090", (8, 9), 12080).unwrap_err().to_string();
+        assert!(error.contains("9.0 (sm_90a)") && error.contains("of another family"), "{error}");
     }
 }

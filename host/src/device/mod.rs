@@ -162,6 +162,17 @@ impl Device {
         }
     }
 
+    /// How many blocks a multiprocessor holds that ask for `shared_bytes` bytes of shared memory, at
+    /// most `most`.
+    pub(crate) fn resident_blocks(&self, arch: Arch, shared_bytes: u32, most: u32) -> u32 {
+        let all = match self {
+            Device::Gpu(gpu) => gpu.shared_bytes(),
+            #[cfg(feature = "emulator")]
+            Device::Emulator(_) => arch.shared_bytes,
+        };
+        (all / (shared_bytes + arch.reserved_shared_bytes)).clamp(1, most)
+    }
+
     /// Allocates uninitialised memory at a multiple of 256 bytes.
     ///
     /// # Errors

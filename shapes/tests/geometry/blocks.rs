@@ -2,37 +2,38 @@
 //! family's.
 
 use framestride_shapes::arch::Arch;
-use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock};
+use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock, Tiles, WARP_ROWS};
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::image::Image;
-use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared};
+use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, WarpAttentionShared, WarpProfileShared};
 
 use crate::shipped;
 
 #[test]
 fn pack_holds_whole_rows_of_the_shipped_shapes() {
-    for spec in shipped() {
-        let held = PackBlock::new(Arch::default(), spec.heads, spec.image()).held_steps * PACK_STEP_BYTES;
+    for (arch, spec) in Arch::ALL.into_iter().flat_map(|arch| shipped().map(move |spec| (arch, spec))) {
+        let held = PackBlock::new(arch, spec.heads, spec.image()).held_steps * PACK_STEP_BYTES;
         assert_eq!(held, (spec.heads * spec.head_dim * 2).next_multiple_of(PACK_STEP_BYTES), "{}", spec.name);
     }
 }
 
 #[test]
 fn blocks_of_pack_fit_a_multiprocessor() {
-    for head_dim in [64, 128] {
-        for heads in 1..=65535 {
+    // A multiprocessor of Hopper has room for more rows.
+    for (arch, least) in [(Arch::SM_90A, 16), (Arch::SM_80, 4)] {
+        for (head_dim, heads) in
+            [64, 128].into_iter().flat_map(|head_dim| (1..=65535).map(move |heads| (head_dim, heads)))
+        {
             let PackBlock { held_steps: steps, warps, min_blocks: blocks } =
-                PackBlock::new(Arch::default(), heads, Image { head_dim, dtype: Dtype::Bf16 });
+                PackBlock::new(arch, heads, Image { head_dim, dtype: Dtype::Bf16 });
             let shared = PackShared::new(warps, steps).bytes;
+            let named = format!("{}, {heads} heads of {head_dim}: {blocks} blocks of {warps} warps", arch.name);
             // A lane has one bit for each step.
-            assert!((1..=32).contains(&steps), "{heads} heads of {head_dim}: {steps} steps");
+            assert!((1..=32).contains(&steps), "{named}: {steps} steps");
             assert_eq!(shared, warps * steps * PACK_STEP_BYTES);
-            assert!(
-                (16..=32).contains(&(warps * blocks)),
-                "{heads} heads of {head_dim}: {blocks} blocks of {warps} warps"
-            );
-            let kib = (blocks * (shared + 1024)).div_ceil(1024);
-            assert!(kib <= 228, "{heads} heads of {head_dim}: {blocks} blocks take {kib} KiB");
+            assert!((least..=32).contains(&(warps * blocks)), "{named}");
+            assert!(blocks >= 1 && shared <= arch.block_shared_bytes, "{named}");
+            assert!(blocks * (shared + arch.reserved_shared_bytes) <= arch.shared_bytes, "{named}");
         }
     }
 }
@@ -42,7 +43,7 @@ fn blocks_of_pack_fit_a_multiprocessor() {
 fn shared_memory_of_attention_and_profile() {
     for (head_dim, attention_bytes, profile_bytes) in [(64, 156_672, 218_112), (128, 214_016, 220_160)] {
         let image = Image { head_dim, dtype: Dtype::Bf16 };
-        let tiles = framestride_shapes::blocks::Tiles::new(Arch::default(), head_dim);
+        let tiles = Tiles::new(Arch::SM_90A, head_dim);
         let (attention, profile) = (AttentionShared::new(tiles, image), ProfileShared::new(image));
         assert_eq!((attention.bytes, profile.bytes), (attention_bytes, profile_bytes));
         assert!(attention.bytes.max(profile.bytes) <= Arch::SM_90A.block_shared_bytes);
@@ -56,5 +57,28 @@ fn shared_memory_of_attention_and_profile() {
         assert_eq!(profile.key.at(1), profile.value.at(0) + 64 * rows);
         assert!(profile.judged.at(1) <= profile.verdict.at(0) && profile.verdict.at(4) <= profile.masked_sum.at(0));
         assert!(profile.masked_sum.at(2 * 64) <= profile.query.at(0));
+    }
+}
+
+/// A block fits every GPU since Ampere. So do two, with head dim 64; with 128 they fit the GPUs whose
+/// multiprocessors have 164 KiB.
+#[test]
+fn shared_memory_of_warps() {
+    let arch = Arch::SM_80;
+    for (head_dim, two_fit) in [(64, arch.shared_bytes), (128, 164 * 1024)] {
+        let image = Image { head_dim, dtype: Dtype::Bf16 };
+        let tiles = Tiles::new(arch, head_dim);
+        let (attention, profile) = (WarpAttentionShared::new(tiles, image), WarpProfileShared::new(image));
+        assert!(attention.bytes.max(profile.bytes) <= arch.block_shared_bytes);
+        assert!(2 * (attention.bytes + arch.reserved_shared_bytes) <= two_fit, "{} bytes", attention.bytes);
+        assert_eq!(attention.query.at(1), attention.ring.at(0));
+        assert_eq!(attention.ring.at(tiles.stages), attention.seen.at(0));
+        assert_eq!(attention.seen.at(tiles.query_rows), attention.warp_seen.at(0));
+        assert_eq!(attention.warp_seen.at(tiles.query_rows / WARP_ROWS), attention.work.at(0));
+        assert_eq!(attention.work.at(2), attention.bytes);
+        assert_eq!(profile.query.at(1), profile.ring.at(0));
+        assert_eq!(profile.ring.at(WarpProfileShared::STAGES), profile.seen.at(0));
+        assert_eq!(profile.seen.at(2), profile.sees_any.at(0));
+        assert_eq!(profile.sees_any.at(2 * 2 * 64), profile.bytes);
     }
 }

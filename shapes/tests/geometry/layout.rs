@@ -366,8 +366,8 @@ proptest! {
 /// Kernels get the geometry of a spec as numbers, and half widths at launch.
 #[test]
 fn numbers_hold_the_layout() {
-    for spec in super::shipped() {
-        let numbers = Numbers::of(&spec, Arch::default());
+    for (arch, spec) in Arch::ALL.into_iter().flat_map(|arch| super::shipped().map(move |spec| (arch, spec))) {
+        let numbers = Numbers::of(&spec, arch);
         let half_widths = [spec.layout.spatial_half_width, spec.layout.temporal_half_width];
         assert_eq!(numbers.layout().with_half_widths(half_widths), spec.layout, "{}", spec.name);
         assert_eq!(numbers.partials(spec.head_dim, 3), spec.partials(3), "{}", spec.name);

@@ -101,8 +101,13 @@ proptest! {
     }
 
     #[test]
-    fn counts_add_up((layout, valid) in layouts_with_text(), head in heads(), head_dim in prop::sample::select(vec![64, 128])) {
-        let tiles = Tiles::new(Arch::default(), head_dim);
+    fn counts_add_up(
+        (layout, valid) in layouts_with_text(),
+        head in heads(),
+        arch in prop::sample::select(Arch::ALL.to_vec()),
+        head_dim in prop::sample::select(vec![64, 128]),
+    ) {
+        let tiles = Tiles::new(arch, head_dim);
         prop_assert!(tiles.key_rows <= PAD_ROWS && tiles.query_rows <= PAD_ROWS, "a tile may end beyond the packed head");
         let counts = count_tiles(&layout, head, tiles, valid.sum());
         let dense = count_tiles(&layout, HeadType::Dense, tiles, valid.sum());

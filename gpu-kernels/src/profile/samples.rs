@@ -1,0 +1,72 @@
+//! The sampled rows of a block, and what they see of a tile of keys.
+
+use super::{CANDIDATES, KEY_ROWS, SAMPLE_ROWS, number, sampled_row};
+use crate::cuda::mma::Fragment;
+use crate::cuda::{global, shared};
+use crate::masks::each_candidate;
+use crate::model::Model;
+use crate::softmax;
+use framestride_shapes::fragment::thread_keys;
+use framestride_shapes::layout::Visible;
+use framestride_shapes::params::ProfileParams;
+
+/// Copies the sampled rows of packed Q into the image of a query tile, which lies at `query`. This is
+/// thread `thread` of `threads` that take part.
+#[inline(always)]
+pub unsafe fn gather<M: Model>(
+    params: &ProfileParams,
+    [group, head]: [u32; 2],
+    valid_text: u32,
+    query: u32,
+    [thread, threads]: [u32; 2],
+) {
+    let packed_q = params.packed_q + M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
+    let mut chunk = thread;
+    let chunks = M::IMAGE.row_chunks();
+    while chunk < SAMPLE_ROWS * chunks {
+        let (sample, column) = (chunk / chunks, chunk % chunks);
+        let row = valid_text + sampled_row::<M>(params, head, group, sample);
+        let from = packed_q + M::IMAGE.chunk(row, column) as u64;
+        shared::store16(query + M::IMAGE.chunk(sample, column), global::load16(from));
+        chunk += threads;
+    }
+}
+
+/// Which keys of a tile two samples see, through each candidate mask. It stands at `places`, with a u64
+/// for each candidate.
+#[inline(always)]
+pub unsafe fn seen(places: [u32; 2]) -> [[u64; 2]; CANDIDATES] {
+    let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
+    let [a, b, c, d] = shared::load16(places[0]);
+    let [e, f, g, h] = shared::load16(places[1]);
+    [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
+}
+
+/// Sets the scores of keys that a sweep leaves out to -inf, of the tile from packed row `first` on.
+/// These are the keys from `end` on, which nobody sees, or (`MASKED`) those that `mask` hides. `seen`
+/// is what [`seen`] says of the tile.
+#[inline(always)]
+pub fn hide<const MASKED: bool>(
+    mask: u32,
+    scores: &mut impl Fragment,
+    first: u32,
+    seen: [[u64; 2]; CANDIDATES],
+    end: u32,
+    lane: u32,
+) {
+    if MASKED {
+        let mut keys = seen[0];
+        each_candidate(
+            #[inline(always)]
+            |candidate| {
+                if mask == number(candidate) {
+                    keys = seen[candidate];
+                }
+            },
+        );
+        softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, lane)), f32::NEG_INFINITY);
+    } else if first + KEY_ROWS > end {
+        let rows = [Visible { prefix: end, start: end, end }; 2];
+        softmax::replace_unseen(scores, softmax::seen_keys(first, KEY_ROWS, lane, rows), f32::NEG_INFINITY);
+    }
+}
