@@ -6,7 +6,7 @@ use std::sync::Arc;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::models;
 use framestride::shapes::spec::{
-    Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, Width,
+    Dtype, NormKind, NormOver, Pairs, Problem, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError, Width,
 };
 use framestride::{Description, Device, Error};
 use framestride_pictures::masks;
@@ -14,7 +14,7 @@ use framestride_pictures::masks;
 use crate::argument::{self, Structure};
 use crate::device::{self, framestride_device};
 use crate::handle;
-use crate::status::framestride_status::FRAMESTRIDE_INTERNAL;
+use crate::status::framestride_status::{FRAMESTRIDE_INTERNAL, FRAMESTRIDE_INVALID_SPEC};
 use crate::status::{Failure, Result, framestride_status, guard};
 
 /// A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -362,8 +362,13 @@ pub unsafe extern "C" fn framestride_half_width(
                 FRAMESTRIDE_HEAD_TEMPORAL => (builder.temporal(density), HeadType::Temporal),
                 other => return Err(unknown("head_type", other, "1 (spatial) or 2 (temporal)")),
             };
-            let spec = parse("framestride_half_width", &builder.to_toml())?;
-            Ok(spec.layout.half_width(head_type))
+            // Nobody wrote a text, so no line of it is shown.
+            let said = |p: &Problem| format!("density {}\n = allowed: {}\n = mend: {}", p.found, p.allowed, p.mend);
+            let refused = |error: SpecError| {
+                let problems: Vec<String> = error.problems.iter().map(said).collect();
+                Failure::new(FRAMESTRIDE_INVALID_SPEC, problems.join("\n"))
+            };
+            Ok(builder.build().map_err(refused)?.layout.half_width(head_type))
         };
         // SAFETY: the pointer is null, or that of a variable.
         unsafe { argument::write("half_width", half_width, solve) }

@@ -14,6 +14,7 @@ from .spec import details_of, half_widths_of
 try:
     import torch
     from torch import Tensor
+    from torch.autograd import forward_ad
 except ImportError as error:
     raise refuse(
         "torch", f"no PyTorch ({error})", "PyTorch 2.4 or later", "pip install torch", Status.UNSUPPORTED
@@ -97,13 +98,6 @@ class Inputs:
 
     def __init__(self, inputs: Sequence[Any], head_types: Tensor | None = None) -> None:
         q, k, v, spec, q_norm, k_norm, rope, *sides, density, half_widths, scale, seed = inputs
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(inputs)):
-            raise refuse(
-                "gradients",
-                "an input that requires them",
-                "inference: framestride computes no gradients",
-                "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
-            )
         self.spec: str = spec.replace(_LINE_END, "\n")
         self.details = details_of(self.spec)
         self.rows: list[Tensor] = [q, k, v]
@@ -341,6 +335,37 @@ def _side(side: Side) -> TextSide:
     if side.rows:
         text.q, text.k, text.v = map(_tensor, side.rows)
     return text
+
+
+def _refusing_gradients(name: str) -> None:
+    """Gives an operator what comes before it where gradients could be wanted, torch.func's too.
+
+    Without it they would be zeros.
+    """
+    operator = getattr(ops, name)
+
+    def check(*arguments: Any) -> Any:
+        tensors = _tensors(arguments)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+            raise refuse(
+                "gradients",
+                "an input that requires them",
+                "inference: framestride computes no gradients",
+                "Call it under torch.no_grad() or torch.inference_mode(), or detach the inputs",
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    torch.library.impl(f"framestride::{name}", "Autograd")(check)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+_refusing_gradients("attention")
+_refusing_gradients("profile")
 
 
 def _fake_attention(*arguments: Any) -> Outputs:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from . import _library
-from ._library import SpecDetails
+from ._library import SpecDetails, Status, refuse
 
 _KINDS: tuple[Literal["rms"], Literal["layer"]] = ("rms", "layer")
 _OVERS: tuple[Literal["head"], Literal["heads"]] = ("head", "heads")
@@ -74,7 +74,7 @@ class Schedule:
         return step < self.dense_steps or layer < self.dense_layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spec:
     """The shape of one model's attention.
 
@@ -82,7 +82,8 @@ class Spec:
     tokens_per_frame. What can differ from call to call is not in it: batch, valid lengths of text,
     strides, heads, and other densities.
 
-    A mistake raises an `Error` that names every key, what is allowed, and how to mend it.
+    Two specs are equal that say the same, in whichever way. A mistake raises an `Error` that names every
+    key, what is allowed, and how to mend it.
     """
 
     frames: int
@@ -118,22 +119,31 @@ class Spec:
     schedule: Schedule | None = None
     name: str = "unnamed"
     """What messages call it: 1 to 64 characters of a-z, 0-9 and _."""
-    toml: str = field(init=False, repr=False, compare=False)
+    toml: str = field(init=False, repr=False)
     """The spec as TOML text, as the library and the `framestride` command read it."""
-    video_tokens: int = field(init=False, repr=False, compare=False)
+    video_tokens: int = field(init=False, repr=False)
     """N = frames x tokens_per_frame."""
-    sequence: int = field(init=False, repr=False, compare=False)
+    sequence: int = field(init=False, repr=False)
     """S = before + N + after."""
-    rope_shape: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
+    rope_shape: tuple[int, ...] | None = field(init=False, repr=False)
     """The shape of the cosines, and of the sines: [rows, channels / 2], or [rows, H, channels / 2] where each
     head has its own tables. None without RoPE. Rows are those of the video and of text that is rotated too."""
 
     def __post_init__(self) -> None:
+        _check_kind("qk_norm", self.qk_norm, QkNorm)
+        _check_kind("rope", self.rope, Rope)
+        _check_kind("schedule", self.schedule, Schedule)
         object.__setattr__(self, "toml", _write(self))
         # The library checks the text here.
         object.__setattr__(self, "rope_shape", _rope_shape(self.toml))
         object.__setattr__(self, "video_tokens", self.frames * self.tokens_per_frame)
         object.__setattr__(self, "sequence", self.before + self.video_tokens + self.after)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and _said(self.toml) == _said(other.toml)
+
+    def __hash__(self) -> int:
+        return hash(_said(self.toml))
 
     @staticmethod
     def shipped(name: str) -> Spec:
@@ -231,6 +241,13 @@ def _values(function: str, text: str) -> tuple[Any, ...]:
 
 
 @_constant
+@functools.lru_cache(maxsize=1024)
+def _said(toml: str) -> tuple[Any, ...]:
+    """What the text of a spec says."""
+    return _values("spec_parse", toml)
+
+
+@_constant
 def _rope_shape(toml: str) -> tuple[int, ...] | None:
     details = details_of(toml)
     if not details.rope_channels:
@@ -281,6 +298,12 @@ def _width(width: _library.Width) -> tuple[float | None, ...]:
     return tuple(value if width.unit == unit else None for unit in range(3))
 
 
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        allowed = f"a framestride.{kind.__name__}, or None"
+        raise refuse(name, repr(value), allowed, f"Pass {kind.__name__}(...)", Status.INVALID_SPEC)
+
+
 def _write(spec: Spec) -> str:
     """The TOML text of a spec."""
     rope, norm, schedule = spec.rope, spec.qk_norm, spec.schedule
@@ -312,8 +335,19 @@ def _write(spec: Spec) -> str:
     return text
 
 
+def _number(key: str, value: Any) -> str:
+    """A number of another type, such as those of NumPy."""
+    for convert in (operator.index, float):
+        try:
+            return str(convert(value))
+        except (TypeError, ValueError):
+            pass
+    raise refuse(key, repr(value), "a number or a text", "See help(framestride.Spec)", Status.INVALID_SPEC)
+
+
 def _line(key: str, value: object) -> str:
-    """One line of TOML. A value that is None has none, and one of another type is the library's to refuse."""
+    """One line of TOML. A value that is None has none, and a wrong one is the library's to refuse, if it is
+    a number, a text or some of them."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -326,6 +360,8 @@ def _line(key: str, value: object) -> str:
         shown = '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     elif isinstance(value, (tuple, list)):
         shown = "[" + ", ".join([str(part) for part in value]) + "]"
-    else:
+    elif isinstance(value, float):
         shown = str(value)
+    else:
+        shown = _number(key, value)
     return key + " = " + shown + "\n"

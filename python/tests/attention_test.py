@@ -295,6 +295,16 @@ def test_misuse_is_refused(subject, change):
     assert isinstance(error.value, ValueError) and isinstance(error.value.status, Status)
 
 
+@pytest.mark.parametrize("transform", [
+    lambda f: torch.func.grad(f)(Q), lambda f: torch.func.vjp(f, Q),
+    lambda f: torch.func.jvp(f, (Q,), (Q,)),
+], ids=["grad", "vjp", "jvp"])
+@pytest.mark.parametrize("call", [framestride.attention, framestride.profile])
+def test_transforms_get_no_gradients(transform, call):
+    with pytest.raises(Error, match="gradients: found"):
+        transform(lambda q: call(q, Q, Q, SPEC, **ROPE))
+
+
 def test_gradients_are_no_matter_where_autograd_is_off():
     q = Q.clone().requires_grad_()
     with torch.no_grad():

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,18 @@ def test_every_key_is_written():
         ({"rope": Rope("half", 20)}, "rope.channels"),
         ({"before": -1}, "before.tokens"),
         ({"qk_norm": QkNorm("rms", "all")}, "qk_norm.over"),
+        ({"qk_norm": "rms"}, "qk_norm: found 'rms'"),
+        ({"rope": "half"}, "rope: found 'half'"),
+        ({"schedule": 0.3}, "schedule: found 0.3"),
+        ({"spatial": None}, "masks.spatial"),
+        ({"spatial": "0.5"}, "masks.spatial.density"),
+        ({"spatial": (0.5, 0.5)}, "masks.spatial.density"),
+        ({"frames": None}, "video.frames"),
+        ({"frames": [5]}, "video.frames"),
+        ({"frames": {5: 1}}, "frames: found {5: 1}"),
+        ({"heads": object}, "heads: found <class 'object'>"),
+        ({"grid": 60}, "video.grid"),
+        ({"name": 5}, "name"),
     ],
     ids=str,
 )
@@ -93,13 +107,33 @@ def test_mistakes_are_named(change, key):
     assert key in str(error.value) and "allowed" in str(error.value) and "mend" in str(error.value)
 
 
+def test_numbers_may_have_other_types():
+    spec = Spec(frames=5, tokens_per_frame=12, heads=2, head_dim=64, spatial=0.5, temporal=0.5)
+    assert replace(spec, spatial=Fraction(1, 2), temporal=Decimal("0.5")) == spec
+
+
+def test_specs_are_equal_that_say_the_same():
+    spec = Spec(
+        frames=5, tokens_per_frame=12, heads=2, head_dim=64, spatial=0.5, temporal=0.5, rope=Rope("half"),
+        qk_norm=QkNorm("rms"),
+    )
+    read = Spec.from_toml(spec.toml)
+    assert read == spec and hash(read) == hash(spec) and read.spatial == Width(density=0.5)
+    assert replace(spec, profile_rows=60, rope=Rope("half", 64), temporal=Width(density=0.5)) == spec
+    for change in ({"heads": 3}, {"spatial": 0.6}, {"rope": Rope("half", 32)}, {"name": "other"}, {"profile_seed": 1}):
+        assert replace(spec, **change) != spec
+    assert spec != spec.toml
+
+
 def test_densities_become_half_widths():
     spec = Spec(frames=8, tokens_per_frame=100, heads=2, head_dim=64, spatial=0.5, temporal=0.25)
     assert spec.half_widths() == spec.half_widths((0.5, 0.25))
     assert spec.half_widths(1.0) == (800, 800)
     for density in (0, 1.1, 1e-5, float("nan")):
-        with pytest.raises(Error, match="density"):
+        with pytest.raises(Error, match="^density ") as error:
             spec.half_widths(density)
+        # No line of a text that nobody wrote.
+        assert "-->" not in str(error.value) and error.value.status == Status.INVALID_SPEC
 
 
 def run(program, **environment):
