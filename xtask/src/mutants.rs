@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use framestride_builder::Spec;
+use framestride_builder::{Arch, Spec};
 use serde::Deserialize;
 
 use crate::{cargo, root, run, setup, step};
@@ -43,9 +43,28 @@ struct Mutant {
     find: String,
     replace: String,
     spec: String,
+    #[serde(default = "default_family")]
+    family: String,
     #[serde(default)]
     in_ci: bool,
     equivalent: Option<String>,
+}
+
+fn default_family() -> String {
+    Arch::default().name.into()
+}
+
+/// Kernels that are judged: a spec, and a family of GPUs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Judged<'a> {
+    spec: &'a str,
+    family: &'a str,
+}
+
+impl Mutant {
+    fn judged(&self) -> Judged<'_> {
+        Judged { spec: &self.spec, family: &self.family }
+    }
 }
 
 /// Which changes are planted.
@@ -77,13 +96,15 @@ pub fn plant(choice: Choice) -> Result<(), String> {
     if !matches!(choice, Choice::Ci) {
         run(cargo().args(["build", "--package", "framestride-cli"]))?;
     }
-    let specs: BTreeSet<&str> = chosen.iter().map(|mutant| mutant.spec.as_str()).collect();
+    let specs: BTreeSet<Judged> = chosen.iter().map(|mutant| mutant.judged()).collect();
     step(&format!("{} mutants, after the unchanged kernels of {} specs", chosen.len(), specs.len()));
     let wrong = in_copies(specs.len() + chosen.len(), |copy, index| {
-        let jobs =
-            specs.iter().map(|spec| (*spec, None)).chain(chosen.iter().map(|mutant| (&*mutant.spec, Some(*mutant))));
-        let (spec, mutant) = jobs.clone().nth(index).ok_or("no such job")?;
-        try_one(copy, spec, mutant)
+        let jobs = specs
+            .iter()
+            .map(|judged| (*judged, None))
+            .chain(chosen.iter().map(|mutant| (mutant.judged(), Some(*mutant))));
+        let (judged, mutant) = jobs.clone().nth(index).ok_or("no such job")?;
+        try_one(copy, judged, mutant)
     })?;
     if wrong.is_empty() {
         step(&format!("every mutant was seen ({:.0} s)", start.elapsed().as_secs_f64()));
@@ -134,13 +155,15 @@ fn in_copies(
 }
 
 /// Plants a change in the copy, or none, and judges the kernels of a spec. Returns what is wrong.
-fn try_one(copy: &Path, spec: &str, mutant: Option<&Mutant>) -> Result<Option<String>, String> {
+fn try_one(copy: &Path, judged: Judged, mutant: Option<&Mutant>) -> Result<Option<String>, String> {
     let start = Instant::now();
     let Some(mutant) = mutant else {
-        let verdict = judge(copy, spec)?;
+        let verdict = judge(copy, judged)?;
         return Ok(match verdict {
             Verdict::Passed => None,
-            Verdict::Seen(how) | Verdict::Broken(how) => Some(format!("{spec}, unchanged: {how}")),
+            Verdict::Seen(how) | Verdict::Broken(how) => {
+                Some(format!("{} for {}, unchanged: {how}", judged.spec, judged.family))
+            }
         });
     };
     let file = copy.join(&mutant.file);
@@ -150,7 +173,7 @@ fn try_one(copy: &Path, spec: &str, mutant: Option<&Mutant>) -> Result<Option<St
         return Ok(Some(format!("{}: its text stands {times} times in {}, not once", mutant.name, mutant.file)));
     }
     write(&file, &original.replacen(&mutant.find, &mutant.replace, 1))?;
-    let verdict = judge(copy, spec);
+    let verdict = judge(copy, judged);
     write(&file, &original)?;
     let seconds = start.elapsed().as_secs_f64();
     let (word, wrong) = match (verdict?, &mutant.equivalent) {
@@ -177,7 +200,7 @@ enum Verdict {
 }
 
 /// Builds a spec's kernels from a copy of the sources, and lets the unchanged command verify them.
-fn judge(copy: &Path, spec: &str) -> Result<Verdict, String> {
+fn judge(copy: &Path, Judged { spec, family }: Judged) -> Result<Verdict, String> {
     let spec = root().join("tests/mutants").join(format!("{spec}.toml"));
     let name = Spec::from_file(&spec).map_err(|error| error.to_string())?.name;
     let kernels = copy.join("kernels");
@@ -187,7 +210,7 @@ fn judge(copy: &Path, spec: &str) -> Result<Verdict, String> {
         command.arg(arguments[0]).arg(&spec).args(&arguments[1..]).env("FRAMESTRIDE_SOURCE", copy);
         command.output().map_err(|error| format!("framestride does not start: {error}"))
     };
-    let built = framestride(&["build", "--out", &kernels.display().to_string()])?;
+    let built = framestride(&["build", "--arch", family, "--out", &kernels.display().to_string()])?;
     if !built.status.success() {
         return Ok(Verdict::Broken(format!("does not build: {}", first_lines(&built.stderr))));
     }
