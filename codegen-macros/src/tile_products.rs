@@ -103,8 +103,11 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns, .. } =
+    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns, blocks } =
         syn::parse2(input)?;
+    if !blocks.is_empty() {
+        return Err(Error::new(name.span(), "a warpgroup has no blocks: leave them out, or write `warp_products!`"));
+    }
     let [scores, weights, output] = types(&name);
     let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
     let image = Image { head_dim, dtype };

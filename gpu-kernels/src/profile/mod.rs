@@ -7,13 +7,14 @@
 //! weights of a tile once, relative to an offset common to all masks. It multiplies them with V
 //! once for dense attention and once for each mask, whose hidden keys get a weight of zero. Keys
 //! lie in the spatial layout. There a row sees nearly every tile whole or not at all through the
-//! spatial mask. Through the temporal one it sees a run of each frame. The producers say which keys
-//! ([`producer`]).
+//! spatial mask. Through the temporal one it sees a run of each frame. Grid: x = splits of the key
+//! tiles, y = groups of 64 samples, z = batch x heads.
 //!
-//! A consumer warpgroup ([`consumer`]) has registers for three outputs of 64 columns. With head dim
-//! 128 both work on every tile, each on half of V's columns. With head dim 64 they take turns on
-//! the tiles, and the first merges in what the second has. Grid: x = splits of the key tiles, y =
-//! groups of 64 samples, z = batch x heads.
+//! On Hopper the producers say which keys a sample sees ([`producer`]). A consumer warpgroup
+//! ([`consumer`]) has registers for three outputs of 64 columns. With head dim 128 both work on every
+//! tile, each on half of V's columns. With head dim 64 they take turns on the tiles, and the first
+//! merges in what the second has. Other GPUs have a body of their own ([`sm80`]), with the same
+//! samples and results.
 //!
 //! A mask may hide keys whose scores lie so far above the visible ones that weights relative to all
 //! keys lose the visible ones. Where
