@@ -9,6 +9,8 @@ framestride=${FRAMESTRIDE:-target/release/framestride}
 device=${DEVICE:-gpu}
 family=${FAMILY:+--family $FAMILY}
 small="tiny_plain tiny_text_last tiny_layer_half tiny_text_rope tiny_heads_sinks"
+# 8 bits are for Hopper alone.
+[ -n "${FAMILY:-}" ] || small="tiny_e4m3 $small"
 if [ $# -eq 0 ]; then
     large=$(cd "$(dirname "$0")/../shapes/models" && ls ./*.toml | sed 's|^\./||; s|\.toml$||' | grep -v '^tiny_')
     set -- $small $large

@@ -1,7 +1,7 @@
 //! The types of numbers that tensor cores multiply, as far as the reference and tolerances depend
 //! on them.
 
-use framestride::shapes::spec::Dtype;
+use framestride::shapes::spec::{Compute, Dtype, Spec};
 use ptx_emulator::Accumulation;
 
 use crate::tensors::{narrow, widen};
@@ -27,6 +27,22 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ComputeType {
+    /// What attention of a spec multiplies.
+    pub fn of(spec: &Spec) -> ComputeType {
+        match spec.compute {
+            Compute::Dtype => spec.dtype.into(),
+            Compute::E4m3 => ComputeType::E4m3,
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            ComputeType::Bf16 | ComputeType::F16 => 2,
+            ComputeType::E4m3 => 1,
+        }
+    }
+
     /// The nearest value of the type. Of two equally near, it is the one whose last bit is 0. Beyond
     /// its range, e4m3 has its largest value.
     pub fn round(self, value: f64) -> f64 {
@@ -88,6 +104,17 @@ impl ComputeType {
     }
 }
 
+/// The value of an e4m3 byte: a sign, 4 bits of the exponent with bias 7, and 3 of the fraction.
+pub(crate) fn e4m3(byte: u8) -> f64 {
+    let (exponent, fraction) = (i32::from(byte >> 3 & 15), f64::from(byte & 7) / 8.0);
+    let magnitude = match (exponent, byte & 7) {
+        (15, 7) => f64::NAN,
+        (0, _) => fraction * power(SMALLEST_EXPONENT),
+        _ => (1.0 + fraction) * power(exponent - 7),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
 /// The exponent of the smallest normal e4m3, which subnormal ones have too.
 const SMALLEST_EXPONENT: i32 = -6;
 
@@ -131,18 +158,13 @@ mod tests {
 
     #[test]
     fn e4m3_has_the_values_of_its_bytes() {
-        let mut values = vec![0.0];
-        for exponent in -6..=8 {
-            let fractions = if exponent == 8 { 0..7 } else { 0..8 };
-            values.extend(fractions.map(|fraction| (8 + fraction) as f64 * power(exponent - 3)));
-        }
-        values.extend((1..8).map(|fraction| fraction as f64 / 512.0));
-        values.sort_by(f64::total_cmp);
-        assert_eq!(values.len(), 127);
+        // The values of positive numbers ascend with their bytes.
+        let values: Vec<f64> = (0..0x7f).map(e4m3).collect();
+        assert!(values.is_sorted() && values[1] == 1.0 / 512.0 && values[0x38] == 1.0 && values[0x7e] == 448.0);
+        assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan() && e4m3(0xb8) == -1.0);
         for (index, pair) in values.windows(2).enumerate() {
             let [low, high] = [pair[0], pair[1]];
             let middle = (low + high) / 2.0;
-            // The bytes of positive numbers count up with them, so even ones have an even byte.
             let even = if index % 2 == 0 { low } else { high };
             for sign in [1.0, -1.0] {
                 let round = |value: f64| sign * ComputeType::E4m3.round(sign * value);

@@ -14,6 +14,7 @@ use rand::RngExt;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::compute_type::ComputeType;
 use crate::device_tensors::{Arrangement, DeviceLayer, Placement};
 use crate::random::row_generator;
 use crate::reference::{Head, Reference, distance, norm};
@@ -159,7 +160,7 @@ pub fn run_layer(
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
-        let rounded = head.rounded(&spec.layout, spec.dtype.into(), inputs.query_scale());
+        let rounded = head.rounded(&spec.layout, ComputeType::of(spec), inputs.query_scale());
         let caught = if not_finite.is_empty() {
             BTreeSet::new()
         } else {

@@ -255,6 +255,8 @@ impl Mask {
 
 /// What is subtracted from the values of a head before they are rounded to 8 bits, and added to its
 /// output. Weights add up to 1, so in exact arithmetic it changes nothing.
+///
+/// What rounding takes from the values is added too, in the mean over all keys that somebody sees.
 pub struct Center {
     /// The mean of each channel over the sampled rows.
     pub mean: Vec<f64>,
@@ -402,9 +404,18 @@ impl Head {
         let (values, center) = match compute {
             ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
             ComputeType::E4m3 => {
-                let Center { mean, factor } = Center::new(layout, &self.values, self.head_dim);
+                let Center { mut mean, factor } = Center::new(layout, &self.values, self.head_dim);
                 let rest = self.values.par_iter().enumerate().map(|(i, x)| x - mean[i % self.head_dim]);
-                (round(&rest.collect::<Vec<f64>>(), factor), mean)
+                let rest: Vec<f64> = rest.collect();
+                let values = round(&rest, factor);
+                let live = (self.valid.sum() + layout.video_tokens()) as usize;
+                for &key in &self.mask(HeadType::Dense).key_order()[..live] {
+                    for (channel, mean) in mean.iter_mut().enumerate() {
+                        let element = key * self.head_dim + channel;
+                        *mean += (rest[element] - values[element]) / live as f64;
+                    }
+                }
+                (values, mean)
             }
         };
         Head::new(layout, compute, self.valid, [queries, keys, values], center)

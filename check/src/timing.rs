@@ -312,7 +312,7 @@ impl Bench {
             }
             let address = self.types.address() + (head as usize * batch * heads * 4) as u64;
             let given = launches(HeadTypes::Given(address))?;
-            let (pack, attention) = (&[given.pack], &[given.attention]);
+            let (pack, attention) = (given.packing.as_slice(), &[given.attention]);
             let mask = (head != HeadType::Dense).then_some(head);
             // Dense heads lie in the spatial layout, so packing them is the same work as packing
             // spatial ones.
@@ -325,14 +325,20 @@ impl Bench {
         }
         if timed.contains(&Timed::Profiled) {
             let all = launches(HeadTypes::Profiled)?;
-            let pack = all.pack;
-            if let Some(Profiling { profile, select, repack, .. }) = all.profiling {
+            if let Some(Profiling { pack, profile, select, .. }) = all.profiling {
                 let partials = &self.attention.workspace_layout().partials;
                 let partial_bytes = partials.end - partials.start;
                 items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
                 items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));
                 // What the second pack moves depends on how many heads come out temporal.
-                items.push(item("repack", None, &[pack, profile, select], &[repack], tables, VisiblePairs::Profiled));
+                items.push(item(
+                    "repack",
+                    None,
+                    &[pack, profile, select],
+                    all.packing.as_slice(),
+                    tables,
+                    VisiblePairs::Profiled,
+                ));
             }
             let layer = item("layer", None, &[], &[], 4 * tensor + tables, VisiblePairs::Profiled);
             items.push(Item { work: Work::Layer, ..layer });

@@ -56,7 +56,7 @@ use framestride::shapes::layout::HeadType;
 use framestride::shapes::spec::{Dtype, NormKind, Spec};
 
 use crate::compute_type::ComputeType;
-use crate::reference::{Attended, ProfileErrors, UnderEachMask, norm};
+use crate::reference::{Attended, Center, ProfileErrors, UnderEachMask, norm};
 
 /// How many standard deviations a sum of independent roundings may lie away from zero.
 pub const DEVIATIONS: f64 = 3.0;
@@ -134,6 +134,12 @@ pub fn packed_row(spec: &Spec, compute: ComputeType, input: &[f64], output: &[f6
     };
     let off = norm(&output.iter().zip(&rounded).map(off).collect::<Vec<f64>>());
     if off == 0.0 { 0.0 } else { off / norm(&rounded) }
+}
+
+/// Tolerance of the mean of V over sampled rows, relative to the size of its rows. It is a sum of
+/// [`Center::ROWS`] terms in f32, and each addition may round.
+pub fn center() -> f64 {
+    Center::ROWS as f64 * F32
 }
 
 /// The relative error of a weight that comes from the error of its score. In 8 bits, what cutting

@@ -37,8 +37,14 @@ fn cut(value: f64) -> f64 {
 }
 
 /// A row of attention: its output, rounded to bf16, and its log-sum-exp. `values` are the rounded
-/// values of `head`, times the factor of `center`.
-fn attend(head: &Head, values: &[f64], center: &Center, row: usize, scale: f64, mistake: Mistake) -> (Vec<f64>, f64) {
+/// values of `head`, times their factor.
+fn attend(
+    head: &Head,
+    (values, factor_of_values): (&[f64], f64),
+    row: usize,
+    scale: f64,
+    mistake: Mistake,
+) -> (Vec<f64>, f64) {
     let query_scale = scale * std::f64::consts::LOG2_E;
     let query: Vec<f64> = head.queries[row * DIM..][..DIM].iter().map(|x| E4M3.round(x * query_scale)).collect();
     let scores: Vec<f64> = head.keys.chunks(DIM).map(|key| cut_dot(&query, key)).collect();
@@ -72,8 +78,8 @@ fn attend(head: &Head, values: &[f64], center: &Center, row: usize, scale: f64, 
             let tiles = weights.chunks(128).zip(column.chunks(128)).zip(&factors);
             tiles.map(|((weights, values), factor)| factor * cut_dot(weights, values)).sum::<f64>()
         };
-        let mean = if mistake == MeanIsForgotten { 0.0 } else { center.mean[channel] };
-        ComputeType::Bf16.round(total / sum / center.factor + mean)
+        let mean = if mistake == MeanIsForgotten { 0.0 } else { head.center[channel] };
+        ComputeType::Bf16.round(total / sum / factor_of_values + mean)
     });
     (out.collect(), (sum.log2() + largest - 2.0) * std::f64::consts::LN_2)
 }
@@ -137,16 +143,16 @@ fn compare(content: &Content, mistake: Mistake) -> Found {
     let rows = [rows(&query), rows(&key), rows(&|token, channel, x| value(token, channel, x, keys))];
     let valid = ValidText { before: 0, after: 0 };
     let scale = 1.0 / (DIM as f64).sqrt();
-    let center = Center::new(&spec.layout, &rows[2], DIM);
+    let factor = Center::new(&spec.layout, &rows[2], DIM).factor;
     let plain = Head::new(&spec.layout, Dtype::Bf16.into(), valid, rows, vec![0.0; DIM]);
     let head = plain.rounded(&spec.layout, E4M3, scale * std::f64::consts::LOG2_E);
-    let values: Vec<f64> = head.values.iter().map(|x| x * center.factor).collect();
+    let values: Vec<f64> = head.values.iter().map(|x| x * factor).collect();
     let mut found =
         Found { worst: 0.0, worst_sum: 0.0, error: 0.0, tolerance: 0.0, of_expected: 0.0, outputs: Vec::new() };
     let (mut size, mut expected_error) = (0.0, 0.0);
     for row in (0..8).map(|i| i * (keys / 8) + i) {
         let expected: Attended = head.attend(HeadType::Dense, row, scale);
-        let (out, lse) = attend(&head, &values, &center, row, scale, mistake);
+        let (out, lse) = attend(&head, (&values, factor), row, scale, mistake);
         let tolerance = tolerance::attention_row(Dtype::Bf16, E4M3, &expected);
         let error = distance(&out, &expected.out);
         found.worst = found.worst.max(error / norm(&expected.out) / tolerance);

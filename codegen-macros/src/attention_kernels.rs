@@ -8,14 +8,15 @@
 
 use framestride_shapes::arch::Products;
 use framestride_shapes::blocks::{
-    PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PROFILE_WARPS, PackBlock, SELECT_THREADS, Tiles, WARP_BLOCKS,
+    CENTER_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PROFILE_WARPS, PackBlock, SELECT_THREADS,
+    Tiles, VALUES_THREADS, WARP_BLOCKS,
 };
-use framestride_shapes::dtype::Dtype;
-use framestride_shapes::image::Image;
+use framestride_shapes::dtype::{Compute, Dtype};
+use framestride_shapes::image::{Image, e4m3};
 use framestride_shapes::layout::{Divisor, HeadType};
-use framestride_shapes::numbers::{Number, Numbers, PREFIX};
+use framestride_shapes::numbers::{Number, Numbers, PREFIX, Template};
 use framestride_shapes::shared::{
-    AttentionShared, PackShared, ProfileShared, SelectShared, WarpAttentionShared, WarpProfileShared,
+    AttentionShared, CenterShared, PackShared, ProfileShared, SelectShared, WarpAttentionShared, WarpProfileShared,
 };
 use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
@@ -64,15 +65,15 @@ fn of_spec(krate: &TokenStream, Shape { spec, text, file }: Shape) -> TokenStrea
 enum Target {
     /// One spec.
     Spec(Box<Spec>),
-    /// Every spec whose packed rows are like this.
-    Template(Image),
+    /// Every spec that has this template.
+    Template(Template),
 }
 
 impl Target {
-    fn image(&self) -> Image {
+    fn template(&self) -> Template {
         match self {
-            Target::Spec(spec) => spec.image(),
-            Target::Template(image) => *image,
+            Target::Spec(spec) => spec.template(),
+            Target::Template(template) => *template,
         }
     }
 
@@ -105,22 +106,31 @@ impl Target {
     }
 }
 
-/// `template = { head_dim = 128, dtype = bf16 }`.
-fn template(input: ParseStream) -> Result<Image> {
+/// `template = { head_dim = 128, dtype = bf16, compute = dtype }`.
+fn template(input: ParseStream) -> Result<Template> {
     let entry: Entry = input.parse()?;
-    let (mut head_dim, mut dtype) = (None, None);
+    let (mut head_dim, mut dtype, mut compute) = (None, None, None);
     for part in &entry.inner {
         let (name, value) = (part.name.to_string(), part.toml());
         match name.as_str() {
             "head_dim" => head_dim = [64, 128].into_iter().find(|head_dim| value == head_dim.to_string()),
             "dtype" => dtype = Dtype::ALL.into_iter().find(|dtype| value == format!("{:?}", dtype.as_str())),
-            _ => return Err(Error::new(part.name.span(), "unknown key; allowed: head_dim, dtype")),
+            "compute" => {
+                compute = Compute::ALL.into_iter().find(|compute| value == format!("{:?}", compute.as_str()));
+            }
+            _ => return Err(Error::new(part.name.span(), "unknown key; allowed: head_dim, dtype, compute")),
         }
     }
     input.parse::<Option<Token![,]>>()?;
-    match (head_dim, dtype) {
-        (Some(head_dim), Some(dtype)) if input.is_empty() => Ok(Image { head_dim, dtype }),
-        _ => Err(Error::new(entry.span(), "write `template = { head_dim = 64 or 128, dtype = bf16 or f16 }`")),
+    let template = head_dim.zip(dtype).zip(compute);
+    let template = template.map(|((head_dim, dtype), compute)| Template { image: Image { head_dim, dtype }, compute });
+    match template.filter(|template| input.is_empty() && Template::ALL.contains(template)) {
+        Some(template) => Ok(template),
+        None => {
+            let rule = "write `template = { head_dim = 64 or 128, dtype = bf16 or f16, compute = dtype or e4m3 }`, \
+                        e4m3 with head_dim = 128";
+            Err(Error::new(entry.span(), rule))
+        }
     }
 }
 
@@ -236,12 +246,12 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
         let (table, key) = match name.as_str() {
             "name" => ("", "name"),
             "frames" | "tokens_per_frame" | "grid" => ("video", name.as_str()),
-            "heads" | "head_dim" | "dtype" | "batch" => ("attention", name.as_str()),
+            "heads" | "head_dim" | "dtype" | "batch" | "compute" => ("attention", name.as_str()),
             "sink_frames" => ("sink", "frames"),
             _ => {
                 let message = format!(
                     "unknown key `{name}`; allowed: spec, name, frames, tokens_per_frame, grid, text, before, after, heads, \
-                     head_dim, dtype, batch, qk_norm, rope, mask, sink_frames, profile, schedule"
+                     head_dim, dtype, batch, compute, qk_norm, rope, mask, sink_frames, profile, schedule"
                 );
                 return Err(Error::new(entry.name.span(), message));
             }
@@ -292,14 +302,18 @@ struct Family {
 
 /// Writes the model and the entries. `krate` is the path of `framestride_kernels`.
 fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
-    let (arch, image) = (crate::arch(), target.image());
-    let (head_dim, tiles) = (image.head_dim, Tiles::new(arch, image.head_dim));
-    let (query_rows, key_rows, stages) = (tiles.query_rows, tiles.key_rows, tiles.stages);
+    let (arch, Template { image, compute }) = (crate::arch(), target.template());
+    let (head_dim, tiles) = (image.head_dim, Tiles::new(arch, image.head_dim, compute));
+    let Tiles { query_rows, key_rows, stages, key_step } = tiles;
     let element = match image.dtype {
         Dtype::Bf16 => quote!(Bf16),
         Dtype::F16 => quote!(F16),
     };
     let (names, values): (Vec<_>, Vec<_>) = target.numbers(krate).into_iter().unzip();
+    let row_bytes = match compute {
+        Compute::Dtype => image.bytes(1),
+        Compute::E4m3 => e4m3::ROW_BYTES,
+    };
     // Bodies are named for the first family that they were written for.
     let family = match arch.products {
         Products::Wgmma => Family {
@@ -310,7 +324,7 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
             profile_blocks: vec![],
             columns: PROFILE_COLUMNS,
             profile_threads: PROFILE_THREADS,
-            attention_shared: AttentionShared::new(tiles, image).bytes,
+            attention_shared: AttentionShared::new(tiles, row_bytes).bytes,
             profile_shared: ProfileShared::new(image).bytes,
         },
         Products::MmaSync => Family {
@@ -337,6 +351,33 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     let pack_shared = PackShared::new(pack.warps, pack.held_steps).bytes.min(arch.block_shared_bytes);
     let select_shared = SelectShared::new(SELECT_THREADS).bytes;
     let (attention_threads, attention_min_blocks) = (tiles.threads(arch), Tiles::min_blocks(arch));
+    let (multiplied, attend) = match compute {
+        Compute::Dtype => (element.clone(), quote!(#attention::attention)),
+        Compute::E4m3 => (quote!(E4m3), quote!(#attention::attention_e4m3)),
+    };
+    let center_shared = CenterShared::new().bytes;
+    let packs_e4m3 = match compute {
+        Compute::Dtype => TokenStream::new(),
+        Compute::E4m3 => quote! {
+            /// Centers of V for attention in 8 bits.
+            #[#krate::kernel(threads = #CENTER_THREADS, shared_bytes = #center_shared)]
+            pub unsafe fn center(params: #krate::shapes::params::PackParams) {
+                unsafe { #krate::pack::e4m3::center::<SpecModel>(&params) }
+            }
+
+            /// Norm, RoPE and reordering of Q and K into packed images of 8 bits.
+            #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
+            pub unsafe fn pack_e4m3(params: #krate::shapes::params::PackParams) {
+                unsafe { #krate::pack::pack::<SpecModel, true>(&params) }
+            }
+
+            /// Reordering of V into transposed images of 8 bits.
+            #[#krate::kernel(threads = #VALUES_THREADS)]
+            pub unsafe fn pack_values(params: #krate::shapes::params::PackParams) {
+                unsafe { #krate::pack::e4m3::pack_values::<SpecModel>(&params) }
+            }
+        },
+    };
     let doc = match target {
         Target::Spec(spec) => format!("The model that `{}` declares.", spec.name),
         Target::Template(_) => "Any model, whose numbers are literals that are filled in later.".to_string(),
@@ -347,7 +388,7 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
 
         #krate::#products! {
             pub struct AttentionProducts;
-            element = #element, key_rows = #key_rows, head_dim = #head_dim, blocks = [#(#attention_blocks),*]
+            element = #multiplied, key_rows = #key_rows, head_dim = #head_dim, blocks = [#(#attention_blocks),*]
         }
         #krate::#products! {
             pub struct ProfileProducts;
@@ -363,7 +404,10 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
 
             const HEAD_DIM: u32 = #head_dim;
             const TILES: #krate::shapes::blocks::Tiles =
-                #krate::shapes::blocks::Tiles { query_rows: #query_rows, key_rows: #key_rows, stages: #stages };
+                #krate::shapes::blocks::Tiles {
+                    query_rows: #query_rows, key_rows: #key_rows, stages: #stages, key_step: #key_step,
+                };
+            const ROW_BYTES: u32 = #row_bytes;
             type Element = #krate::element::#element;
             type Attention = AttentionProducts;
             type Profile = ProfileProducts;
@@ -372,7 +416,7 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         /// Norm, RoPE and reordering into packed images.
         #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
         pub unsafe fn pack(params: #krate::shapes::params::PackParams) {
-            unsafe { #krate::pack::pack::<SpecModel>(&params) }
+            unsafe { #krate::pack::pack::<SpecModel, false>(&params) }
         }
 
         /// Attention of sampled rows under every mask.
@@ -390,7 +434,9 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         /// Sparse attention.
         #[#krate::kernel(threads = #attention_threads, min_blocks = #attention_min_blocks, shared_bytes = #attention_shared)]
         pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
-            unsafe { #krate::#attention::attention::<SpecModel>(&params) }
+            unsafe { #krate::#attend::<SpecModel>(&params) }
         }
+
+        #packs_e4m3
     }
 }

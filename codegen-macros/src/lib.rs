@@ -93,7 +93,7 @@ pub fn warp_products(input: TokenStream) -> TokenStream {
 /// attention_kernels!(spec = "shapes/my.toml");
 /// ```
 ///
-/// With `template = { head_dim = 128, dtype = bf16 }` it writes the kernels of every spec with that
+/// With `template = { head_dim = 128, dtype = bf16, compute = dtype }` it writes the kernels of every spec with that
 /// head dim and type. Their numbers are literals with names, which loading fills in
 /// (`framestride_shapes::numbers`).
 ///
@@ -152,6 +152,14 @@ mod tests {
         insta::assert_snapshot!(pretty(crate::tile_products::expand(input)));
     }
 
+    /// The same in 8 bits, where only one head dim exists.
+    #[test]
+    fn tile_products_e4m3() {
+        let input =
+            quote! { ::framestride_kernels; pub struct Products; element = E4m3, key_rows = 32, head_dim = 128 };
+        insta::assert_snapshot!(pretty(crate::tile_products::expand(input)));
+    }
+
     /// This is the smallest tile, of one block and of two.
     #[test]
     fn warp_products() {
@@ -176,7 +184,7 @@ mod tests {
     /// Numbers of the spec are literals with names.
     #[test]
     fn template() {
-        let input = quote! { ::framestride_kernels; template = { head_dim = 64, dtype = f16 } };
+        let input = quote! { ::framestride_kernels; template = { head_dim = 64, dtype = f16, compute = dtype } };
         insta::assert_snapshot!(pretty(crate::attention_kernels::expand(input)));
     }
 }

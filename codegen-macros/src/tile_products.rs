@@ -6,7 +6,7 @@
 
 use framestride_shapes::dtype::Dtype;
 use framestride_shapes::fragment::row_of;
-use framestride_shapes::image::Image;
+use framestride_shapes::image::{Image, e4m3};
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::{format_ident, quote};
 use syn::parse::{Parse, ParseStream};
@@ -18,8 +18,7 @@ pub struct Input {
     pub kernels: TokenStream,
     pub visibility: Visibility,
     pub name: Ident,
-    /// Type of the elements, and its Rust name.
-    pub element: (Dtype, Ident),
+    pub element: Element,
     pub key_rows: u32,
     pub head_dim: u32,
     /// Columns of V that the second product takes.
@@ -27,6 +26,14 @@ pub struct Input {
     /// Numbers of blocks of 16 rows that multiply with each factor that a warp loads. Products of a
     /// warpgroup have none.
     pub blocks: Vec<u32>,
+}
+
+/// What is multiplied.
+pub enum Element {
+    /// 16-bit elements, and their Rust name.
+    Dtype(Dtype, Ident),
+    /// Elements of 8 bits.
+    E4m3,
 }
 
 impl Parse for Input {
@@ -44,9 +51,10 @@ impl Parse for Input {
                 "element" => {
                     let value: Ident = input.parse()?;
                     element = Some(match value.to_string().as_str() {
-                        "Bf16" => (Dtype::Bf16, value),
-                        "F16" => (Dtype::F16, value),
-                        _ => return Err(Error::new(value.span(), "element must be Bf16 or F16")),
+                        "Bf16" => Element::Dtype(Dtype::Bf16, value),
+                        "F16" => Element::Dtype(Dtype::F16, value),
+                        "E4m3" => Element::E4m3,
+                        _ => return Err(Error::new(value.span(), "element must be Bf16, F16 or E4m3")),
                     });
                 }
                 "key_rows" => {
@@ -80,6 +88,12 @@ impl Parse for Input {
         let missing = |key: &str| Error::new(name.span(), format!("`{key}` is missing"));
         let head_dim = head_dim.ok_or_else(|| missing("head_dim"))?;
         let columns = columns.unwrap_or(head_dim);
+        if matches!(element, Some(Element::E4m3))
+            && (head_dim != 128 || columns != 128 || key_rows.is_some_and(|rows| rows % 32 != 0))
+        {
+            let rule = "E4m3 needs head_dim = 128 with all columns, and key_rows a multiple of 32";
+            return Err(Error::new(name.span(), rule));
+        }
         if columns > head_dim {
             return Err(Error::new(name.span(), format!("columns = {columns} is more than head_dim = {head_dim}")));
         }
@@ -103,19 +117,32 @@ fn number(input: ParseStream, rule: &str, allowed: impl Fn(u32) -> bool) -> Resu
 }
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns, blocks } =
-        syn::parse2(input)?;
+    let Input { kernels, visibility, name, element, key_rows, head_dim, columns, blocks } = syn::parse2(input)?;
     if !blocks.is_empty() {
         return Err(Error::new(name.span(), "a warpgroup has no blocks: leave them out, or write `warp_products!`"));
     }
     let [scores, weights, output] = types(&name);
-    let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
-    let image = Image { head_dim, dtype };
-    let start_scores = start_scores(image, key_rows);
-    let start_output = start_output(image, key_rows, columns);
+    let (products, weight_count, start_scores, start_output) = match &element {
+        Element::Dtype(dtype, element) => {
+            let image = Image { head_dim, dtype: *dtype };
+            let offset = |step: u32| image.chunk(0, step * 16 / image.chunk_elements()) / 16;
+            (
+                products(&kernels, &visibility, &name, element, key_rows, columns),
+                key_rows / 4,
+                start_scores(dtype.as_str(), 16, head_dim, key_rows, offset),
+                start_output(image, key_rows, columns),
+            )
+        }
+        Element::E4m3 => (
+            products_e4m3(&kernels, &visibility, &name, key_rows),
+            key_rows / 8,
+            start_scores("e4m3", 32, head_dim, key_rows, |step| e4m3::chunk(0, 2 * step) / 16),
+            start_output_e4m3(key_rows),
+        ),
+    };
     let wait_scores = wait(quote!(PENDING), &[("scores", fields("r", key_rows / 2))]);
     let none = quote!(0);
-    let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", fields("a", key_rows / 4))]);
+    let wait_output = wait(none, &[("output", fields("r", columns / 2)), ("weights", fields("a", weight_count))]);
     Ok(quote! {
         #products
 
@@ -147,7 +174,7 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
     })
 }
 
-/// The type of the products, the registers that they work on, and its `Products`.
+/// The type of the products of 16-bit elements, the registers that they work on, and its `Products`.
 pub fn products(
     kernels: &TokenStream,
     visibility: &Visibility,
@@ -156,40 +183,88 @@ pub fn products(
     key_rows: u32,
     columns: u32,
 ) -> TokenStream {
+    // A register holds two values of one row.
+    let values = fields("r", key_rows / 2);
+    let weights = values.chunks(2).map(|pair| {
+        let (low, high) = (&pair[0], &pair[1]);
+        quote!(<#kernels::element::#element as #kernels::element::Element>::pack(scores.#low, scores.#high))
+    });
+    let rows = (0..key_rows / 4).map(|index| row_of(2 * index));
+    registers(kernels, visibility, name, [key_rows, columns], weights.zip(rows).collect())
+}
+
+/// The same for 8-bit elements and head dim 128, and its `ByteWeights`.
+fn products_e4m3(kernels: &TokenStream, visibility: &Visibility, name: &Ident, key_rows: u32) -> TokenStream {
+    // A register holds four values of one row: two of one group of 8 columns, and two of the next.
+    // The image of V has its keys in the same order.
+    let values = |index: u32| {
+        let first = index / 2 * 8 + index % 2 * 2;
+        [first, first + 1, first + 4, first + 5]
+    };
+    let register = |value: u32| format_ident!("r{value}");
+    let count = key_rows / 8;
+    let rounded = (0..count).map(|index| {
+        let values = values(index).map(register);
+        (quote!(#kernels::element::pack_e4m3([#(scores.#values),*])), row_of(2 * index))
+    });
+    let products = registers(kernels, visibility, name, [key_rows, 128], rounded.collect());
+    let [scores, weights, _] = types(name);
+    let fields = fields("a", count);
+    let weighed = (0..count).map(|index| {
+        let (indices, values) = (values(index), values(index).map(register));
+        quote!(#kernels::element::pack_e4m3([#(weight(#indices, scores.#values)),*]))
+    });
+    quote! {
+        #products
+
+        impl #kernels::cuda::mma::ByteWeights for #name {
+            #[inline(always)]
+            fn weigh(scores: &#scores, mut weight: impl FnMut(u32, f32) -> f32) -> #weights {
+                #weights { #(#fields: #weighed,)* }
+            }
+        }
+    }
+}
+
+/// The type of products on tiles of so many keys and columns, the registers that they work on, and
+/// its `Products`. `rounded` has each register of the A operand: how it is made of scores, and which of
+/// the thread's two rows it holds.
+fn registers(
+    kernels: &TokenStream,
+    visibility: &Visibility,
+    name: &Ident,
+    [key_rows, columns]: [u32; 2],
+    rounded: Vec<(TokenStream, usize)>,
+) -> TokenStream {
     let [scores, weights, output] = types(name);
     let scores_fragment = fragment(kernels, visibility, &scores, key_rows / 2);
     let output_fragment = fragment(kernels, visibility, &output, columns / 2);
-    let weight_fields = fields("a", key_rows / 4);
-    let (even, odd): (Vec<Ident>, Vec<Ident>) =
-        fields("r", key_rows / 2).chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).unzip();
-    // A register of the A operand holds two values of one row.
-    let row = (0..key_rows / 4).map(|index| row_of(2 * index));
+    let fields = fields("a", rounded.len() as u32);
+    let (rounded, rows): (Vec<TokenStream>, Vec<usize>) = rounded.into_iter().unzip();
     quote! {
         #scores_fragment
         #output_fragment
 
-        /// Weights of one thread, packed in pairs: the A operand of the second product.
+        /// Weights of one thread, several in a register: the A operand of the second product.
         #[derive(Clone, Copy)]
-        #visibility struct #weights { #(#weight_fields: u32,)* }
+        #visibility struct #weights { #(#fields: u32,)* }
 
         /// Products on one key tile.
         #visibility struct #name;
 
         impl #kernels::cuda::mma::Products for #name {
-            type Element = #kernels::element::#element;
             type Scores = #scores;
             type Weights = #weights;
             type Output = #output;
 
             #[inline(always)]
             fn weights(scores: &#scores) -> #weights {
-                use #kernels::element::Element as _;
-                #weights { #(#weight_fields: #kernels::element::#element::pack(scores.#even, scores.#odd),)* }
+                #weights { #(#fields: #rounded,)* }
             }
 
             #[inline(always)]
             fn and_rows(weights: &#weights, rows: [u32; 2]) -> #weights {
-                #weights { #(#weight_fields: weights.#weight_fields & rows[#row],)* }
+                #weights { #(#fields: weights.#fields & rows[#rows],)* }
             }
         }
     }
@@ -208,7 +283,7 @@ pub fn fields(prefix: &str, count: u32) -> Vec<Ident> {
 /// A struct with an f32 field for each register, and unrolled visits of them.
 fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count: u32) -> TokenStream {
     let registers = fields("r", count);
-    let index = 0..count;
+    let (index, same_index) = (0..count, 0..count);
     let group = 0..count / 4;
     let grouped = registers.chunks(4).map(|group| quote! { [#(&mut self.#group),*] });
     quote! {
@@ -225,6 +300,11 @@ fn fragment(kernels: &TokenStream, visibility: &Visibility, name: &Ident, count:
             #[inline(always)]
             fn for_each(&mut self, mut f: impl FnMut(u32, &mut f32)) {
                 #(f(#index, &mut self.#registers);)*
+            }
+
+            #[inline(always)]
+            fn for_each_with(&mut self, other: &Self, mut f: impl FnMut(u32, &mut f32, f32)) {
+                #(f(#same_index, &mut self.#registers, other.#registers);)*
             }
 
             #[inline(always)]
@@ -254,9 +334,9 @@ fn operand_list(first: u32, count: u32) -> String {
     format!("{{{{{}}}}}", list.join(", "))
 }
 
-/// S += Q K^T, in head_dim / 16 k-steps. Both operands are K-major images.
-fn start_scores(image: Image, key_rows: u32) -> TokenStream {
-    let (ptx, head_dim) = (image.dtype.as_str(), image.head_dim);
+/// S += Q K^T, in k-steps of `depth` channels. Both operands are K-major images, in which a step
+/// begins at `offset` (in 16 bytes).
+fn start_scores(ptx: &str, depth: u32, head_dim: u32, key_rows: u32, offset: impl Fn(u32) -> u32) -> TokenStream {
     let count = key_rows / 2;
     let (q, k) = (format!("{{{count}}}"), format!("{{{}}}", count + 1));
     let mut lines = vec![
@@ -266,12 +346,14 @@ fn start_scores(image: Image, key_rows: u32) -> TokenStream {
         "setp.eq.b32 %add, 0, 0;".to_string(),
         "wgmma.fence.sync.aligned;".to_string(),
     ];
-    for step in 0..head_dim / 16 {
-        let offset = image.chunk(0, step * 16 / image.chunk_elements()) / 16;
+    // Only 16-bit products can transpose an operand.
+    let transposed = if depth == 16 { ", 0, 0" } else { "" };
+    for step in 0..head_dim / depth {
+        let offset = offset(step);
         lines.push(format!("add.s64 %q, {q}, {offset};"));
         lines.push(format!("add.s64 %k, {k}, {offset};"));
         lines.push(format!(
-            "wgmma.mma_async.sync.aligned.m64n{key_rows}k16.f32.{ptx}.{ptx} {}, %q, %k, %add, 1, 1, 0, 0;",
+            "wgmma.mma_async.sync.aligned.m64n{key_rows}k{depth}.f32.{ptx}.{ptx} {}, %q, %k, %add, 1, 1{transposed};",
             operand_list(0, count)
         ));
     }
@@ -287,31 +369,65 @@ fn start_scores(image: Image, key_rows: u32) -> TokenStream {
 /// MN-major (transposed), `columns` wide.
 fn start_output(image: Image, key_rows: u32, columns: u32) -> TokenStream {
     let ptx = image.dtype.as_str();
-    let (count, weights) = (columns / 2, key_rows / 4);
+    let product = format!("m64n{columns}k16.f32.{ptx}.{ptx}");
+    let steps = Steps { product: &product, transposed: ", 1", first_adds: true };
+    output_steps(steps, columns, key_rows / 16, key_rows / 4, |step| image.chunk(16 * step, 0) / 16)
+}
+
+/// O = P V in 8 bits, in key_rows / 32 k-steps of two units of V, whose image is K-major.
+fn start_output_e4m3(key_rows: u32) -> TokenStream {
+    let product = "m64n128k32.f32.e4m3.e4m3";
+    let steps = Steps { product, transposed: "", first_adds: false };
+    output_steps(steps, 128, key_rows / 32, key_rows / 8, |step| 2 * step * e4m3::UNIT_BYTES / 16)
+}
+
+/// How the k-steps of P V are written.
+struct Steps<'a> {
+    product: &'a str,
+    /// The operand that says whether V is transposed.
+    transposed: &'a str,
+    /// Whether the first step adds to what the accumulator holds.
+    first_adds: bool,
+}
+
+/// The k-steps of P V. Each takes four registers of weights, and its part of V begins at `offset`
+/// (in 16 bytes).
+fn output_steps(
+    Steps { product, transposed, first_adds }: Steps,
+    columns: u32,
+    steps: u32,
+    weights: u32,
+    offset: impl Fn(u32) -> u32,
+) -> TokenStream {
+    let count = columns / 2;
     let v = format!("{{{}}}", count + weights);
     let mut lines = vec![
         "{{".to_string(),
         ".reg .pred %add;".to_string(),
         ".reg .b64 %v;".to_string(),
-        "setp.eq.b32 %add, 0, 0;".to_string(),
+        format!("setp.{}.b32 %add, 0, 0;", if first_adds { "eq" } else { "ne" }),
         "wgmma.fence.sync.aligned;".to_string(),
     ];
-    for step in 0..key_rows / 16 {
-        let offset = image.chunk(16 * step, 0) / 16;
+    for step in 0..steps {
+        let offset = offset(step);
         lines.push(format!("add.s64 %v, {v}, {offset};"));
         lines.push(format!(
-            "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{ptx}.{ptx} {}, {}, %v, %add, 1, 1, 1;",
+            "wgmma.mma_async.sync.aligned.{product} {}, {}, %v, %add, 1, 1{transposed};",
             operand_list(0, count),
             operand_list(count + 4 * step, 4)
         ));
+        if step == 0 && !first_adds {
+            lines.push("setp.eq.b32 %add, 0, 0;".to_string());
+        }
     }
     lines.push("wgmma.commit_group.sync.aligned;".to_string());
     lines.push("}}".to_string());
     let (registers, weights) = (fields("r", count), fields("a", weights));
+    let direction = if first_adds { quote!(inout) } else { quote!(out) };
     quote! {
         ::core::arch::asm!(
             #(#lines,)*
-            #(inout(reg32) output.#registers,)*
+            #(#direction(reg32) output.#registers,)*
             #(in(reg32) weights.#weights,)*
             in(reg64) v.0,
             options(nostack)

@@ -7,9 +7,9 @@
 use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, CHUNK_BYTES, Image};
 use proc_macro2::{Ident, TokenStream};
 use quote::quote;
-use syn::Result;
+use syn::{Error, Result};
 
-use crate::tile_products::{Input, fields, products, types};
+use crate::tile_products::{Element, Input, fields, products, types};
 
 /// Columns of a matrix, rows of a matrix, and k of a product in those.
 const MATRIX: u32 = 8;
@@ -17,8 +17,13 @@ const MATRIX: u32 = 8;
 const PAIR: u32 = 2 * MATRIX;
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
-    let Input { kernels, visibility, name, element: (dtype, element), key_rows, head_dim, columns, blocks } =
-        syn::parse2(input)?;
+    let Input { kernels, visibility, name, element, key_rows, head_dim, columns, blocks } = syn::parse2(input)?;
+    let Element::Dtype(dtype, element) = element else {
+        return Err(Error::new(
+            name.span(),
+            "products of single warps exist in 16 bits alone: element must be Bf16 or F16",
+        ));
+    };
     let [scores, weights, output] = types(&name);
     let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
     let image = Image { head_dim, dtype };

@@ -69,6 +69,35 @@ impl Element for F16 {
     }
 }
 
+/// Rounds four f32 to e4m3, the first into the lowest byte. What is too large becomes 448.
+#[inline(always)]
+pub fn pack_e4m3([a, b, c, d]: [f32; 4]) -> u32 {
+    let four: u32;
+    // SAFETY: this is arithmetic on registers.
+    unsafe {
+        asm!(
+            "{{ .reg .b16 %l, %h; cvt.rn.satfinite.e4m3x2.f32 %l, {2}, {1}; cvt.rn.satfinite.e4m3x2.f32 %h, {4}, {3}; mov.b32 {0}, {{%l, %h}}; }}",
+            out(reg32) four, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(pure, nomem, nostack)
+        )
+    };
+    four
+}
+
+/// Widens four e4m3, the lowest byte first. This is exact.
+#[inline(always)]
+pub fn unpack_e4m3(four: u32) -> [f32; 4] {
+    let (a, b): (u32, u32);
+    // SAFETY: this is arithmetic on registers.
+    unsafe {
+        asm!(
+            "{{ .reg .b16 %l, %h; mov.b32 {{%l, %h}}, {2}; cvt.rn.f16x2.e4m3x2 {0}, %l; cvt.rn.f16x2.e4m3x2 {1}, %h; }}",
+            out(reg32) a, out(reg32) b, in(reg32) four, options(pure, nomem, nostack)
+        )
+    };
+    let ([a, b], [c, d]) = (F16::unpack(a), F16::unpack(b));
+    [a, b, c, d]
+}
+
 /// Widens the eight elements of 16 bytes.
 #[inline(always)]
 pub fn widen<E: Element>(chunk: [u32; 4]) -> [f32; 8] {

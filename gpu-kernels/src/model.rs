@@ -6,7 +6,7 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::{Products, TileProducts, WarpProducts};
+use crate::cuda::mma::{ByteWeights, Products, TileProducts, WarpProducts};
 use crate::element::Element;
 use crate::masks::CANDIDATES;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
@@ -25,13 +25,15 @@ pub trait Model {
     const HEAD_DIM: u32;
     /// Tiles of the attention kernel.
     const TILES: Tiles;
+    /// Bytes of a row of the images that **attention** reads.
+    const ROW_BYTES: u32;
     /// bf16 or f16.
     type Element: Element;
     /// Products of the attention kernel, on key tiles of `TILES.key_rows`.
-    type Attention: Products<Element = Self::Element>;
+    type Attention: Products;
     /// Products of the profile kernel, on key tiles of
     /// [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS).
-    type Profile: Products<Element = Self::Element>;
+    type Profile: Products;
 
     /// The rows of packed Q, K and V.
     const IMAGE: Image = Image { head_dim: Self::HEAD_DIM, dtype: Self::Element::DTYPE };
@@ -42,12 +44,20 @@ pub trait Model {
     /// The shared memory of **select**.
     const SELECT_SHARED: SelectShared = SelectShared::new(SELECT_THREADS);
     /// The shared memory of **attention**.
-    const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::IMAGE);
+    const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::ROW_BYTES);
 
     /// Frames, text, sinks, half widths.
     #[inline(always)]
     fn layout() -> Layout {
         Self::numbers().layout()
+    }
+
+    /// Rows of the image of a head that **attention** reads.
+    #[inline(always)]
+    fn image_rows() -> u32 {
+        let rows = Self::layout().packed_rows();
+        // Packed rows are a multiple of an atom's, which the compiler does not see.
+        if Self::TILES.key_step == ATOM_ROWS { rows } else { rows.next_multiple_of(Self::TILES.key_step) }
     }
 
     /// The shared memory of **pack**.
@@ -68,6 +78,11 @@ pub trait Model {
 pub trait Hopper: Model<Attention: TileProducts, Profile: TileProducts> {}
 
 impl<M: Model<Attention: TileProducts, Profile: TileProducts>> Hopper for M {}
+
+/// A model of Hopper whose attention multiplies 8 bits.
+pub trait HopperE4m3: Hopper<Attention: ByteWeights> {}
+
+impl<M: Hopper<Attention: ByteWeights>> HopperE4m3 for M {}
 
 /// A model whose products are those of single warps, which all GPUs since Ampere have.
 pub trait Ampere:

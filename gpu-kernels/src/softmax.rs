@@ -18,6 +18,8 @@
 //! A thread of a warpgroup holds two query rows of a [`fragment`],
 //! which the four lanes of a quad share.
 
+pub mod e4m3;
+
 use crate::cuda::mma::Fragment;
 use crate::cuda::{math, thread, warp};
 use crate::element::Element;
@@ -117,15 +119,7 @@ impl Rows {
     /// All lanes of the warp come here.
     #[inline(always)]
     pub unsafe fn lower<E: Element>(&mut self, scores: &mut impl Fragment) -> [f32; 2] {
-        let mut max = [f32::NEG_INFINITY; 2];
-        scores.for_each(
-            #[inline(always)]
-            |i, score| {
-                let row = &mut max[row_of(i)];
-                *row = row.max(*score);
-            },
-        );
-        let max = [warp::max::<4>(max[0]), warp::max::<4>(max[1])];
+        let max = max_of_rows(scores);
         let offset = [0, 1].map(|row| self.offset[row].min(E::HEADROOM - max[row]));
         let rescale = [0, 1].map(|row| math::exp2(offset[row] - self.offset[row]));
         self.offset = offset;
@@ -163,6 +157,23 @@ pub fn fits<E: Element>(sum: [f32; 2]) -> bool {
     let [_, most] = E::DTYPE.tile_sums();
     // What is not a number is too large as well.
     (sum[0] <= most) & (sum[1] <= most)
+}
+
+/// The largest scores of both rows.
+///
+/// # Safety
+/// All lanes of the warp come here.
+#[inline(always)]
+unsafe fn max_of_rows(scores: &mut impl Fragment) -> [f32; 2] {
+    let mut max = [f32::NEG_INFINITY; 2];
+    scores.for_each(
+        #[inline(always)]
+        |i, score| {
+            let row = &mut max[row_of(i)];
+            *row = row.max(*score);
+        },
+    );
+    [warp::max::<4>(max[0]), warp::max::<4>(max[1])]
 }
 
 /// Turns exponents of two into weights. Returns the sums of both rows.

@@ -1,9 +1,11 @@
 //! Launches as data: [`SparseAttention::launches`](crate::SparseAttention::launches) writes them
 //! before anything runs.
 
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::params::{AttentionParams, PackParams, ProfileParams, SelectParams};
 
-/// The kernels of every module.
+/// The kernels of a module. Those behind [`Kernel::Attention`] are there for attention in 8 bits
+/// alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[repr(usize)]
@@ -16,11 +18,30 @@ pub enum Kernel {
     Select = 2,
     /// Computes sparse attention.
     Attention = 3,
+    /// Measures V for attention in 8 bits.
+    Center = 4,
+    /// Normalises, rotates and reorders Q and K into packed images of 8 bits.
+    PackE4m3 = 5,
+    /// Reorders V into packed images of 8 bits.
+    PackValues = 6,
 }
 
 impl Kernel {
     /// All kernels, indexed by their value.
-    pub(crate) const ALL: [Kernel; 4] = [Kernel::Pack, Kernel::Profile, Kernel::Select, Kernel::Attention];
+    pub(crate) const ALL: [Kernel; 7] = [
+        Kernel::Pack,
+        Kernel::Profile,
+        Kernel::Select,
+        Kernel::Attention,
+        Kernel::Center,
+        Kernel::PackE4m3,
+        Kernel::PackValues,
+    ];
+
+    /// Whether a module that multiplies so in attention has it.
+    pub(crate) fn is_of(self, compute: Compute) -> bool {
+        compute == Compute::E4m3 || self as usize <= Kernel::Attention as usize
+    }
 
     /// Name of the entry in the PTX.
     #[must_use]
@@ -30,13 +51,16 @@ impl Kernel {
             Kernel::Profile => "profile",
             Kernel::Select => "select",
             Kernel::Attention => "attention",
+            Kernel::Center => "center",
+            Kernel::PackE4m3 => "pack_e4m3",
+            Kernel::PackValues => "pack_values",
         }
     }
 
     /// Bytes of the parameter block that the host writes.
     pub(crate) const fn params_bytes(self) -> usize {
         match self {
-            Kernel::Pack => size_of::<PackParams>(),
+            Kernel::Pack | Kernel::Center | Kernel::PackE4m3 | Kernel::PackValues => size_of::<PackParams>(),
             Kernel::Profile => size_of::<ProfileParams>(),
             Kernel::Select => size_of::<SelectParams>(),
             Kernel::Attention => size_of::<AttentionParams>(),
@@ -96,33 +120,52 @@ impl Launch {
 #[must_use]
 #[non_exhaustive]
 pub struct Launches {
-    /// Packs Q, K and V of all heads. Where types are profiled, all heads are packed in the spatial
-    /// layout.
-    pub pack: Launch,
     /// What finds the types of the heads, where they are profiled.
     pub profiling: Option<Profiling>,
+    /// Packs the heads for attention.
+    pub packing: Packing,
     /// Attention of all heads.
     pub attention: Launch,
 }
 
-/// What profiling adds to a layer.
+/// What finds the types of the heads.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Profiling {
+    /// Packs Q, K and V of all heads in the spatial layout.
+    pub pack: Launch,
     /// Computes the sampled rows under all masks.
     pub profile: Launch,
     /// Computes the errors of the masks, and chooses the types.
     pub select: Launch,
-    /// Packs the heads again that turned out to be temporal.
-    pub repack: Launch,
+}
+
+/// What packs heads for attention.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a box would allocate at each launch")]
+pub enum Packing {
+    /// Packs all heads. After profiling it packs those again that turned out to be temporal.
+    Dtype(Launch),
+    /// Packs all heads for attention in 8 bits: **center**, **pack_e4m3** and **pack_values**.
+    E4m3([Launch; 3]),
+}
+
+impl Packing {
+    /// The launches in the order in which they must run.
+    pub fn as_slice(&self) -> &[Launch] {
+        match self {
+            Packing::Dtype(launch) => std::slice::from_ref(launch),
+            Packing::E4m3(launches) => launches,
+        }
+    }
 }
 
 impl Launches {
     /// The launches in the order in which they must run.
     pub fn in_order(&self) -> impl Iterator<Item = &Launch> {
         let profiling = self.profiling.iter();
-        let profiling = profiling.flat_map(|Profiling { profile, select, repack }| [profile, select, repack]);
-        std::iter::once(&self.pack).chain(profiling).chain([&self.attention])
+        let profiling = profiling.flat_map(|Profiling { pack, profile, select }| [pack, profile, select]);
+        profiling.chain(self.packing.as_slice()).chain([&self.attention])
     }
 }
 
@@ -135,9 +178,9 @@ mod tests {
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
-        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 10 * 8 + 6 * 4);
+        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 11 * 8 + 6 * 4);
         assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 6 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
-        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 5 * 8 + 6 * 4);
+        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 6 * 8 + 6 * 4);
     }
 }

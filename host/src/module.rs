@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use framestride_shapes::arch::{Arch, UnknownArch};
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::manifest::{KernelResources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
@@ -20,8 +21,8 @@ pub struct Kernels {
     manifest: Manifest,
     spec: Spec,
     arch: Arch,
-    /// What each kernel needs to be launched, indexed by [`Kernel`].
-    resources: [KernelResources; Kernel::ALL.len()],
+    /// What each kernel needs to be launched.
+    resources: Resources,
 }
 
 impl Kernels {
@@ -35,7 +36,7 @@ impl Kernels {
         // What follows counts on a spec that was checked, as its text is when it is read.
         spec.check_unchanged()?;
         let (ptx, manifest) = crate::template::fill(spec, arch)?;
-        let (_, resources) = resources(&manifest.name, &manifest)?;
+        let (_, resources) = resources(&manifest.name, &manifest, spec.compute)?;
         Ok(Kernels { ptx, manifest, spec: spec.clone(), arch, resources })
     }
 
@@ -55,13 +56,13 @@ impl Kernels {
     pub fn parse(file: &str, ptx: &str, manifest: &str) -> Result<Kernels> {
         let manifest = Manifest::parse(file, manifest)?;
         check(file, ptx, &manifest)?;
-        let (arch, resources) = resources(file, &manifest)?;
         if manifest.spec.is_none() {
             let (found, allowed) = ("none: these kernels are a template", "kernels with the numbers of a spec");
             let mend = "Write them with `framestride build SPEC --template`";
             return Err(Error::input(format!("{file}, spec"), found, allowed, mend));
         }
         let spec = manifest.spec()?;
+        let (arch, resources) = resources(file, &manifest, spec.compute)?;
         Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, arch, resources })
     }
 
@@ -116,26 +117,30 @@ fn check(file: &str, ptx: &str, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
+/// What each kernel needs to be launched, indexed by [`Kernel`]. There is none for a kernel that the
+/// module does not have.
+type Resources = [Option<KernelResources>; Kernel::ALL.len()];
+
 /// The family that kernels were made for, and what each needs to be launched. Checks that this
 /// library can launch it.
-fn resources(file: &str, manifest: &Manifest) -> Result<(Arch, [KernelResources; Kernel::ALL.len()])> {
+fn resources(file: &str, manifest: &Manifest, compute: Compute) -> Result<(Arch, Resources)> {
     let arch = manifest
         .arch
         .parse()
         .map_err(|error: UnknownArch| Error::input(format!("{file}, arch"), &error.found, Arch::names(), AGAIN))?;
-    let resources = Kernel::ALL.map(|kernel| {
+    let mut resources = Resources::default();
+    for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_of(compute)) {
         let subject = format!("{file}, kernel {}", kernel.entry());
         let Some(found) = manifest.kernel(kernel.entry()) else {
-            return Err(Error::input(subject, "nothing", "the four kernels of a layer", AGAIN));
+            return Err(Error::input(subject, "nothing", "all kernels of a layer", AGAIN));
         };
         if found.params_bytes as usize != kernel.params_bytes() {
             let allowed = format!("the {} that this host writes", kernel.params_bytes());
             return Err(Error::input(subject, format!("{} parameter bytes", found.params_bytes), allowed, AGAIN));
         }
-        Ok(found.clone())
-    });
-    let [pack, profile, select, attention] = resources;
-    Ok((arch, [pack?, profile?, select?, attention?]))
+        resources[kernel as usize] = Some(found.clone());
+    }
+    Ok((arch, resources))
 }
 
 /// The kernels of one spec on one device.
@@ -146,7 +151,7 @@ pub struct Module {
     manifest: Manifest,
     loaded: Loaded,
     loading: Loading,
-    resources: [KernelResources; Kernel::ALL.len()],
+    resources: Resources,
 }
 
 /// How long a module took to load.
@@ -197,7 +202,7 @@ impl Module {
 
     fn on_device(device: &Device, kernels: &Kernels) -> Result<Module> {
         let Kernels { ptx, manifest, spec, arch, resources } = kernels;
-        let shared_bytes = resources.each_ref().map(|kernel| kernel.shared_bytes);
+        let shared_bytes = resources.each_ref().map(|kernel| kernel.as_ref().map(|kernel| kernel.shared_bytes));
         let start = Instant::now();
         let loaded = device.load(*arch, &manifest.name, ptx, shared_bytes)?;
         let compile = f64::from(loaded.compile_ms()) / 1e3;
@@ -247,7 +252,8 @@ impl Module {
         &self.loaded
     }
 
+    /// What a kernel of the module needs to be launched.
     pub(crate) fn resources(&self, kernel: Kernel) -> &KernelResources {
-        &self.resources[kernel as usize]
+        self.resources[kernel as usize].as_ref().expect("a call plans kernels of its module alone")
     }
 }

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock};
+use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock, VALUES_THREADS, VALUES_UNITS};
+use framestride_shapes::dtype::Compute;
+use framestride_shapes::image::e4m3::UNIT_KEYS;
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams, Tensor};
 use framestride_shapes::spec::Spec;
@@ -10,7 +12,7 @@ use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, given_tensors, is_aligned};
 use crate::error::Result;
-use crate::launch::{Kernel, Launch, Launches, Params, Profiling};
+use crate::launch::{Kernel, Launch, Launches, Packing, Params, Profiling};
 use crate::layer::{HeadTypes, Layer, SparseAttention, Text};
 use crate::workspace::Workspace;
 
@@ -27,13 +29,23 @@ impl SparseAttention {
             HeadTypes::Given(address) => address,
         };
         let profiles = types == HeadTypes::Profiled;
+        let packing = match self.module.spec().compute {
+            Compute::Dtype => {
+                let pass = if profiles { PackPass::Temporal } else { PackPass::All };
+                Packing::Dtype(call.pack(Kernel::Pack, pass, head_types))
+            }
+            Compute::E4m3 => {
+                let kernels = [Kernel::Center, Kernel::PackE4m3, Kernel::PackValues];
+                Packing::E4m3(kernels.map(|kernel| call.pack(kernel, PackPass::All, head_types)))
+            }
+        };
         Ok(Launches {
-            pack: call.pack(PackPass::All, if profiles { 0 } else { head_types }),
             profiling: profiles.then(|| Profiling {
+                pack: call.pack(Kernel::Pack, PackPass::All, 0),
                 profile: call.profile(),
                 select: call.select(),
-                repack: call.pack(PackPass::Temporal, head_types),
             }),
+            packing,
             attention: call.attention(head_types),
         })
     }
@@ -42,7 +54,7 @@ impl SparseAttention {
     /// run.
     pub(crate) fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<[Launch; 3]> {
         let call = Call::check(self, layer, Purpose::Profile, workspace)?;
-        Ok([call.pack(PackPass::All, 0), call.profile(), call.select()])
+        Ok([call.pack(Kernel::Pack, PackPass::All, 0), call.profile(), call.select()])
     }
 }
 
@@ -96,7 +108,8 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn pack(&self, pass: PackPass, head_types: u64) -> Launch {
+    /// A launch of pack, or of another kernel with its parameters.
+    fn pack(&self, kernel: Kernel, pass: PackPass, head_types: u64) -> Launch {
         let (spec, layer) = (self.plan.module.spec(), self.layer);
         let [packed_q, packed_k, packed_v] = self.packed();
         let [[q, q_before, q_after], [k, k_before, k_after], [v, v_before, v_after]] =
@@ -128,6 +141,7 @@ impl<'a> Call<'a> {
             packed_k,
             packed_v,
             schedule: self.part(&self.plan.workspace.schedule),
+            centers: self.part(&self.plan.workspace.centers),
             batch: self.plan.batch,
             heads: self.plan.heads,
             scale_log2: self.scale * std::f32::consts::LOG2_E,
@@ -135,8 +149,16 @@ impl<'a> Call<'a> {
             aligned: aligned.into(),
             reserved: 0,
         });
-        let warps = PackBlock::new(self.plan.module.arch(), spec.heads, spec.image()).warps;
-        self.launch(Kernel::Pack, [spec.layout.packed_rows() / warps, 3, self.plan.batch], params)
+        let (rows, batch, heads) = (spec.layout.packed_rows(), self.plan.batch, self.plan.heads);
+        let row_blocks = rows / PackBlock::new(self.plan.module.arch(), spec.heads, spec.image()).warps;
+        let unit_blocks = rows.div_ceil(UNIT_KEYS).div_ceil(VALUES_THREADS / 32 * VALUES_UNITS);
+        let grid = match kernel {
+            Kernel::Center => [batch * heads, 1, 1],
+            Kernel::PackE4m3 => [row_blocks, 2, batch],
+            Kernel::PackValues => [unit_blocks * heads, batch, 1],
+            _ => [row_blocks, 3, batch],
+        };
+        self.launch(kernel, grid, params)
     }
 
     fn profile(&self) -> Launch {
@@ -194,6 +216,7 @@ impl<'a> Call<'a> {
             before_lengths: self.layer.before.lengths,
             after_lengths: self.layer.after.lengths,
             schedule: self.part(&self.plan.workspace.schedule),
+            centers: self.part(&self.plan.workspace.centers),
             batch,
             heads,
             aligned: is_aligned(&self.layer.out, self.shape).into(),

@@ -1,6 +1,7 @@
 //! Templates of kernels, whose numbers are filled in when a spec is loaded.
 //!
-//! There is one for each family of GPUs, element type and head dim. Where kernels know a number of the spec, the
+//! There is one for each family of GPUs, element type, head dim and type of products
+//! ([`Template`](framestride_shapes::numbers::Template)). Where kernels know a number of the spec, the
 //! PTX of a template has a name ([`framestride_shapes::numbers`]).
 
 use std::collections::HashMap;
@@ -9,7 +10,6 @@ use std::io::Read;
 use flate2::read::GzDecoder;
 use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::PackBlock;
-use framestride_shapes::image::Image;
 use framestride_shapes::manifest::{Densities, Manifest};
 use framestride_shapes::numbers::{Numbers, PREFIX};
 use framestride_shapes::shared::PackShared;
@@ -20,7 +20,7 @@ use crate::launch::Kernel;
 use crate::module::sha256;
 
 /// The name, the compressed PTX and the manifest of each template.
-const TEMPLATES: [(&str, &[u8], &str); Arch::ALL.len() * Image::ALL.len()] = {
+const TEMPLATES: [(&str, &[u8], &str); 10] = {
     macro_rules! templates {
         ($($name:literal),*) => {
             [$((
@@ -35,6 +35,8 @@ const TEMPLATES: [(&str, &[u8], &str); Arch::ALL.len() * Image::ALL.len()] = {
         "sm_90a_f16_64",
         "sm_90a_bf16_128",
         "sm_90a_f16_128",
+        "sm_90a_bf16_128_e4m3",
+        "sm_90a_f16_128_e4m3",
         "sm_80_bf16_64",
         "sm_80_f16_64",
         "sm_80_bf16_128",
@@ -44,7 +46,13 @@ const TEMPLATES: [(&str, &[u8], &str); Arch::ALL.len() * Image::ALL.len()] = {
 
 /// The PTX of the spec's template with the numbers of the spec, and its manifest.
 pub(crate) fn fill(spec: &Spec, arch: Arch) -> Result<(String, Manifest)> {
-    let wanted = format!("{}_{}", arch.name, spec.image().name());
+    let template = spec.template();
+    if !template.is_of(arch) {
+        let found = format!("{:?} on a GPU of the family {}", template.compute.as_str(), arch.name);
+        let mend = "Write compute = \"dtype\" in the spec, or take a Hopper";
+        return Err(Error::input("attention.compute", found, "\"e4m3\" on sm_90a, \"dtype\" on every family", mend));
+    }
+    let wanted = format!("{}_{}", arch.name, template.name());
     let Some((name, compressed, manifest)) = TEMPLATES.into_iter().find(|(name, ..)| *name == wanted) else {
         let names = TEMPLATES.map(|(name, ..)| name).join(", ");
         return Err(Error::input("template", wanted, names, "Build kernels of this spec with `framestride build`"));
@@ -66,7 +74,7 @@ pub(crate) fn fill(spec: &Spec, arch: Arch) -> Result<(String, Manifest)> {
         .map_err(|unknown| damaged(format!("{PREFIX}{unknown}, which is no number of a spec")))?;
     let pack = PackBlock::new(arch, spec.heads, spec.image());
     for kernel in &mut manifest.kernels {
-        if kernel.entry == Kernel::Pack.entry() {
+        if [Kernel::Pack, Kernel::PackE4m3].map(Kernel::entry).contains(&kernel.entry.as_str()) {
             kernel.threads = pack.threads();
             kernel.min_blocks = pack.min_blocks;
             kernel.shared_bytes = PackShared::new(pack.warps, pack.held_steps).bytes;
@@ -98,6 +106,8 @@ fn with_numbers<'a>(template: &'a str, numbers: &Numbers) -> Result<String, &'a 
 
 #[cfg(test)]
 mod tests {
+    use framestride_shapes::numbers::Template;
+
     use super::*;
 
     #[test]
@@ -118,8 +128,11 @@ mod tests {
             assert_eq!((manifest.name.as_str(), &manifest.ptx_sha256), (name, &sha256(&ptx)));
             assert_eq!(manifest.mismatch(&ptx), None);
         }
-        let images = Image::ALL.map(Image::name);
-        let all = Arch::ALL.iter().flat_map(|arch| images.iter().map(move |image| format!("{}_{image}", arch.name)));
-        assert!(all.eq(TEMPLATES.iter().map(|(name, ..)| *name)), "one for each family and image");
+        let of = |arch: Arch| {
+            Template::ALL.into_iter().filter(move |template| template.is_of(arch)).map(move |template| (arch, template))
+        };
+        let all =
+            Arch::ALL.into_iter().flat_map(of).map(|(arch, template)| format!("{}_{}", arch.name, template.name()));
+        assert!(all.eq(TEMPLATES.iter().map(|(name, ..)| *name)), "one for each template of each family");
     }
 }

@@ -22,6 +22,7 @@ use std::time::SystemTime;
 
 use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
 use framestride_shapes::image::Image;
+use framestride_shapes::numbers::Template;
 use sha2::{Digest, Sha256};
 
 use crate::BuildError;
@@ -55,7 +56,7 @@ pub(crate) enum Generated<'a> {
     /// The text of a spec.
     Spec(&'a str),
     /// Every spec whose packed rows are like this.
-    Template(Image),
+    Template(Template),
 }
 
 /// What the compiler has made of a crate.
@@ -94,8 +95,9 @@ impl DeviceCrate {
                 write_if_new(&file, text.as_bytes())?;
                 (format!("spec = \"{}\"", file.display().to_string().escape_default()), digest([text]))
             }
-            Generated::Template(Image { head_dim, dtype }) => {
-                (format!("template = {{ head_dim = {head_dim}, dtype = {} }}", dtype.as_str()), "any".into())
+            Generated::Template(Template { image: Image { head_dim, dtype }, compute }) => {
+                let (dtype, compute) = (dtype.as_str(), compute.as_str());
+                (format!("template = {{ head_dim = {head_dim}, dtype = {dtype}, compute = {compute} }}"), "any".into())
             }
         };
         let library = GENERATED_LIBRARY.replace("INPUT", &input).replace("SPEC", &made_for);

@@ -34,9 +34,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 pub use framestride_shapes::arch::{ARCH_VARIABLE, Arch};
-use framestride_shapes::image::Image;
 pub use framestride_shapes::manifest::Manifest;
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT};
+use framestride_shapes::numbers::Template;
 pub use framestride_shapes::spec::Spec;
 
 mod cache;
@@ -68,7 +68,7 @@ enum Source {
     /// A spec that is already read and checked.
     Parsed(Box<Spec>),
     /// Any spec whose packed rows are like this.
-    Template(Image),
+    Template(Template),
     /// A user's own device crate.
     Crate(PathBuf),
 }
@@ -151,13 +151,14 @@ impl Kernels {
         Kernels::of(vec![Source::Parsed(Box::new(spec.clone()))])
     }
 
-    /// The templates of kernels, one for each of [`Image::ALL`].
+    /// The templates of kernels of a family, those of [`Template::ALL`] that it has.
     ///
     /// The numbers of a spec are literals in them that have names, and loading fills them in
     /// ([`framestride_shapes::numbers`]). The manifest of a template has no spec, and the bounds of
     /// `pack` in it are the largest.
-    pub fn templates() -> Kernels {
-        Kernels::of(Image::ALL.map(Source::Template).to_vec())
+    pub fn templates(arch: Arch) -> Kernels {
+        let templates = Template::ALL.into_iter().filter(|template| template.is_of(arch));
+        Kernels::of(templates.map(Source::Template).collect()).arch(arch)
     }
 
     /// The kernels of a device crate of your own. `path` is its folder or its Cargo.toml.
@@ -337,7 +338,7 @@ impl Kernels {
 /// A source that has passed its checks.
 enum Job {
     Spec(Box<Spec>),
-    Template(Image),
+    Template(Template),
     Crate(PathBuf),
 }
 

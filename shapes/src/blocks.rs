@@ -2,7 +2,8 @@
 //! lies in their shared memory is said in [`shared`](crate::shared).
 
 use crate::arch::{Arch, Products};
-use crate::image::{CHUNK_BYTES, Image};
+use crate::dtype::Compute;
+use crate::image::{ATOM_ROWS, CHUNK_BYTES, Image, e4m3};
 use crate::shared::PackShared;
 
 /// Threads of a warpgroup, the four warps that multiply together.
@@ -28,21 +29,29 @@ pub struct Tiles {
     pub key_rows: u32,
     /// Tiles in flight: of keys and as many of values on Hopper, of keys and values in turn elsewhere.
     pub stages: u32,
+    /// Key tiles begin at multiples of so many rows.
+    pub key_step: u32,
 }
 
 impl Tiles {
     /// | family | head dim | query | key | stages | why |
     /// | --- | --- | --- | --- | --- | --- |
     /// | sm_90a | 128 | 128 | 176 | 2 | 5 to 10% faster than 128 keys; 192, where two stages still fit, are 1% faster but spill with text and sinks |
+    /// | sm_90a, e4m3 | 128 | 128 | 128 | 4 | a second accumulator of 64 registers leaves room for no more keys |
     /// | sm_90a | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
     /// | sm_80 | 128 | 128 | 48 | 3 | 70 KiB: a block has room on every GPU, and two have it where a multiprocessor has 164 KiB; 64 keys spill |
     /// | sm_80 | 64 | 128 | 64 | 3 | 42 KiB: two blocks have room on every GPU |
-    pub const fn new(arch: Arch, head_dim: u32) -> Tiles {
-        match (arch.products, head_dim) {
-            (Products::Wgmma, 64) => Tiles { query_rows: 192, key_rows: 128, stages: 4 },
-            (Products::Wgmma, _) => Tiles { query_rows: 128, key_rows: 176, stages: 2 },
-            (Products::MmaSync, 64) => Tiles { query_rows: 128, key_rows: 64, stages: 3 },
-            (Products::MmaSync, _) => Tiles { query_rows: 128, key_rows: 48, stages: 3 },
+    pub const fn new(arch: Arch, head_dim: u32, compute: Compute) -> Tiles {
+        let key_step = match compute {
+            Compute::Dtype => ATOM_ROWS,
+            Compute::E4m3 => e4m3::UNIT_KEYS,
+        };
+        match (arch.products, compute, head_dim) {
+            (Products::Wgmma, Compute::E4m3, _) => Tiles { query_rows: 128, key_rows: 128, stages: 4, key_step },
+            (Products::Wgmma, _, 64) => Tiles { query_rows: 192, key_rows: 128, stages: 4, key_step },
+            (Products::Wgmma, ..) => Tiles { query_rows: 128, key_rows: 176, stages: 2, key_step },
+            (Products::MmaSync, _, 64) => Tiles { query_rows: 128, key_rows: 64, stages: 3, key_step },
+            (Products::MmaSync, ..) => Tiles { query_rows: 128, key_rows: 48, stages: 3, key_step },
         }
     }
 
@@ -121,6 +130,18 @@ impl PackBlock {
         32 * self.warps
     }
 }
+
+/// Threads of a block of **center**.
+pub const CENTER_THREADS: u32 = 256;
+
+/// Rows of V that **center** looks at.
+pub const CENTER_ROWS: u32 = 512;
+
+/// Threads of a block of **pack_values**.
+pub const VALUES_THREADS: u32 = 128;
+
+/// Units of keys that a warp of **pack_values** takes.
+pub const VALUES_UNITS: u32 = 4;
 
 /// Sampled rows of one block of **profile**, which a warpgroup multiplies at once.
 pub const SAMPLE_ROWS: u32 = WARPGROUP_ROWS;

@@ -67,6 +67,29 @@ impl Dtype {
     }
 }
 
+/// The type of what tensor cores multiply in **attention**.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// The type of the tensors.
+    #[default]
+    Dtype,
+    /// e4m3: eight bits with four of the exponent and three of the mantissa.
+    E4m3,
+}
+
+impl Compute {
+    /// All of them.
+    pub const ALL: [Compute; 2] = [Compute::Dtype, Compute::E4m3];
+
+    /// As a spec writes it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Compute::Dtype => "dtype",
+            Compute::E4m3 => "e4m3",
+        }
+    }
+}
+
 /// 2^exponent.
 const fn power(exponent: i32) -> f32 {
     f32::from_bits(((127 + exponent) as u32) << 23)

@@ -51,20 +51,6 @@ pub struct Image {
 }
 
 impl Image {
-    /// All that kernels exist for.
-    pub const ALL: [Image; 4] = [
-        Image { head_dim: 64, dtype: Dtype::Bf16 },
-        Image { head_dim: 64, dtype: Dtype::F16 },
-        Image { head_dim: 128, dtype: Dtype::Bf16 },
-        Image { head_dim: 128, dtype: Dtype::F16 },
-    ];
-
-    /// The name of the template whose packed rows are these, such as `bf16_128`.
-    #[cfg(feature = "std")]
-    pub fn name(self) -> String {
-        format!("{}_{}", self.dtype.as_str(), self.head_dim)
-    }
-
     /// Bytes of so many rows.
     #[inline(always)]
     pub const fn bytes(self, rows: u32) -> u32 {
@@ -89,5 +75,66 @@ impl Image {
         let (atom_row, row) = (row / ATOM_ROWS, row % ATOM_ROWS);
         let atom = atom_row * (self.row_chunks() / ATOM_CHUNKS) + chunk / ATOM_CHUNKS;
         atom * ATOM_BYTES + row * ATOM_ROW_BYTES + ((chunk % ATOM_CHUNKS) ^ row) * CHUNK_BYTES
+    }
+}
+
+/// The images of attention in 8 bits. Rows have 128 elements of one byte.
+///
+/// Q and K are images as above, one atom wide. The image of V is transposed, since a product of
+/// 8-bit elements reads both operands along the keys. It consists of **units** of 16 keys. A unit
+/// has 16 bytes for each channel, one for each key:
+///
+/// ```text
+/// byte            0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15
+/// key of the unit 0  1  8  9   2  3 10 11   4  5 12 13   6  7 14 15
+/// ```
+///
+/// In this order, the four bytes of a lane as an operand are keys whose scores the same lane holds
+/// ([`fragment`](crate::fragment)).
+pub mod e4m3 {
+    use super::{ATOM_BYTES, ATOM_ROW_BYTES, ATOM_ROWS, CHUNK_BYTES};
+
+    /// Bytes of a row of Q or K, and of all channels of a key of V.
+    pub const ROW_BYTES: u32 = ATOM_ROW_BYTES;
+
+    /// Keys of a unit. Tiles begin at multiples of it.
+    pub const UNIT_KEYS: u32 = 16;
+
+    /// Bytes of a unit.
+    pub const UNIT_BYTES: u32 = UNIT_KEYS * ROW_BYTES;
+
+    /// Words of the **center** of a head. The first 128 are f32, the mean of each channel of V.
+    pub const CENTER_FLOATS: u32 = 260;
+
+    /// Index in a center of the factor, f32, by which V was multiplied after its mean had been
+    /// subtracted. One over it follows.
+    pub const CENTER_FACTOR: u32 = 128;
+
+    /// Index in a center of 128 signed integers. Each is what rounding took from a channel of all
+    /// keys together, multiplied by the factor and by [`LOST_SCALE`].
+    pub const CENTER_LOST: u32 = 132;
+
+    /// The integers count in units of one over this. Values of a usual size lose less than 1/2, so
+    /// 2^24 keys do not overflow.
+    pub const LOST_SCALE: f32 = 64.0;
+
+    /// Bytes of so many rows, which are whole units in V.
+    #[inline(always)]
+    pub const fn bytes(rows: u32) -> u32 {
+        rows.next_multiple_of(UNIT_KEYS) * ROW_BYTES
+    }
+
+    /// Byte of an image of Q or K at which chunk `chunk` of row `row` begins.
+    #[inline(always)]
+    pub const fn chunk(row: u32, chunk: u32) -> u32 {
+        let (atom, row) = (row / ATOM_ROWS, row % ATOM_ROWS);
+        atom * ATOM_BYTES + row * ATOM_ROW_BYTES + (chunk ^ row) * CHUNK_BYTES
+    }
+
+    /// Byte of an image of V that has channel `channel` of key `key`.
+    #[inline(always)]
+    pub const fn value(key: u32, channel: u32) -> u32 {
+        let (unit, key) = (key / UNIT_KEYS, key % UNIT_KEYS);
+        unit * UNIT_BYTES + channel * UNIT_KEYS + (key % 8 / 2 * 4 + key / 8 * 2 + key % 2)
     }
 }

@@ -241,8 +241,7 @@ impl RangeVisible {
 pub struct KeyTiles {
     /// Tiles over text and sink frames. They begin at row 0.
     pub prefix_tiles: u32,
-    /// First row of the first body tile. It is a multiple of [`ATOM_ROWS`], at or below the first
-    /// visible body row.
+    /// First row of the first body tile, at or below the first visible body row.
     pub body_start: u32,
     /// Number of all tiles.
     pub tiles: u32,
@@ -457,15 +456,15 @@ impl Layout {
         }
     }
 
-    /// The tiles of `key_rows` keys that query rows read which see `range`. Each visible pair lies
-    /// in exactly one of them.
+    /// The tiles of `key_rows` keys that query rows read which see `range`. They begin at multiples of
+    /// `key_step` rows. Each visible pair lies in exactly one of them.
     #[inline(always)]
-    pub const fn key_tiles(&self, range: RangeVisible, key_rows: u32) -> KeyTiles {
+    pub const fn key_tiles(&self, range: RangeVisible, key_rows: u32, key_step: u32) -> KeyTiles {
         if !range.live {
             return KeyTiles { prefix_tiles: 0, body_start: 0, tiles: 0 };
         }
         let prefix_tiles = range.prefix.div_ceil(key_rows);
-        let body_start = range.any_start / ATOM_ROWS * ATOM_ROWS;
+        let body_start = range.any_start / key_step * key_step;
         if range.any_start >= range.any_end {
             return KeyTiles { prefix_tiles, body_start: 0, tiles: prefix_tiles };
         }

@@ -83,6 +83,7 @@ pub const fn models() -> &'static [(&'static str, &'static str)] {
         "minimax_h3_5s_768x1344",
         "mochi_1_480x848",
         "motif_video_2b_736x1280",
+        "tiny_e4m3",
         "tiny_heads_sinks",
         "tiny_layer_half",
         "tiny_plain",

@@ -8,14 +8,55 @@
 //! The table below is the only place that lists them. What the host fills in and what
 //! `attention_kernels!` writes both come from it.
 
-#[cfg(feature = "std")]
-use crate::arch::Arch;
+use crate::arch::{Arch, Products};
 #[cfg(feature = "std")]
 use crate::blocks::{PackBlock, Tiles};
+use crate::dtype::{Compute, Dtype};
+use crate::image::Image;
 use crate::layout::{Divisor, Layout};
 use crate::params::PartialsLayout;
 #[cfg(feature = "std")]
 use crate::spec::{NormKind, NormOver, Pairs, Spec};
+
+/// What a template is compiled for. All else that it knows are [`Numbers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Template {
+    /// The rows of packed Q, K and V.
+    pub image: Image,
+    /// What tensor cores multiply in **attention**.
+    pub compute: Compute,
+}
+
+impl Template {
+    /// All that exist.
+    pub const ALL: [Template; 6] = [
+        Template::new(64, Dtype::Bf16, Compute::Dtype),
+        Template::new(64, Dtype::F16, Compute::Dtype),
+        Template::new(128, Dtype::Bf16, Compute::Dtype),
+        Template::new(128, Dtype::F16, Compute::Dtype),
+        Template::new(128, Dtype::Bf16, Compute::E4m3),
+        Template::new(128, Dtype::F16, Compute::E4m3),
+    ];
+
+    const fn new(head_dim: u32, dtype: Dtype, compute: Compute) -> Template {
+        Template { image: Image { head_dim, dtype }, compute }
+    }
+
+    /// Its name, such as `bf16_128` or `bf16_128_e4m3`.
+    #[cfg(feature = "std")]
+    pub fn name(self) -> String {
+        let Template { image: Image { head_dim, dtype }, compute } = self;
+        match compute {
+            Compute::Dtype => format!("{}_{head_dim}", dtype.as_str()),
+            Compute::E4m3 => format!("{}_{head_dim}_e4m3", dtype.as_str()),
+        }
+    }
+
+    /// Whether a family of GPUs has it. Products of 8 bits are for Hopper alone.
+    pub const fn is_of(self, arch: Arch) -> bool {
+        matches!((self.compute, arch.products), (Compute::Dtype, _) | (Compute::E4m3, Products::Wgmma))
+    }
+}
 
 /// How the name of every literal begins.
 pub const PREFIX: &str = "FS_";

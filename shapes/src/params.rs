@@ -107,6 +107,9 @@ pub struct PackParams {
     /// Memory that pack sets to zero for the **attention** that follows:
     /// [`AttentionParams::schedule`].
     pub schedule: u64,
+    /// The centers of V, for attention in 8 bits ([`e4m3`](crate::image::e4m3)): f32 \[batch, heads,
+    /// [`CENTER_FLOATS`](crate::image::e4m3::CENTER_FLOATS)\]. It is 0 where there are none.
+    pub centers: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads of this launch, which may be others than the spec's.
@@ -214,6 +217,8 @@ pub struct AttentionParams {
     /// Two u32 that are 0 before and after. They count the query tiles that blocks have taken
     /// beyond their first, and the blocks that are done.
     pub schedule: u64,
+    /// The centers of V ([`PackParams::centers`]).
+    pub centers: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.

@@ -4,7 +4,9 @@
 //! from the map, and its launch table takes the size, so the two cannot disagree. Bytes are counted
 //! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
-use crate::blocks::{PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS, profile_stages};
+use crate::blocks::{
+    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS, profile_stages,
+};
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image};
 use crate::layout::HeadType;
 
@@ -107,8 +109,8 @@ pub struct AttentionShared {
 }
 
 impl AttentionShared {
-    /// Makes the map for these tiles.
-    pub const fn new(tiles: Tiles, image: Image) -> AttentionShared {
+    /// Makes the map for these tiles, of rows of `row_bytes` bytes.
+    pub const fn new(tiles: Tiles, row_bytes: u32) -> AttentionShared {
         let Tiles { key_rows, stages, .. } = tiles;
         let consumers = tiles.consumers();
         let mut memory = Allocator::new();
@@ -116,10 +118,10 @@ impl AttentionShared {
         let (key_full, key_free) = (memory.barriers(stages), memory.barriers(stages));
         let (value_full, value_free) = (memory.barriers(stages), memory.barriers(stages));
         let work = memory.parts(consumers, 4, 4);
-        let query = memory.tiles(consumers, image.bytes(WARPGROUP_ROWS));
+        let query = memory.tiles(consumers, WARPGROUP_ROWS * row_bytes);
         // All key tiles come first, then all value tiles.
-        let key = memory.tiles(2 * stages, image.bytes(key_rows));
-        let value = key.behind(stages * image.bytes(key_rows));
+        let key = memory.tiles(2 * stages, key_rows * row_bytes);
+        let value = key.behind(stages * key_rows * row_bytes);
         AttentionShared {
             query_full,
             query_free,
@@ -156,7 +158,7 @@ pub struct WarpAttentionShared {
 impl WarpAttentionShared {
     /// Makes the map for these tiles.
     pub const fn new(tiles: Tiles, image: Image) -> WarpAttentionShared {
-        let Tiles { query_rows, key_rows, stages } = tiles;
+        let Tiles { query_rows, key_rows, stages, .. } = tiles;
         let mut memory = Allocator::new();
         let query = memory.tiles(1, image.bytes(query_rows));
         let ring = memory.tiles(stages, image.bytes(key_rows));
@@ -180,6 +182,28 @@ impl PackShared {
     pub const fn new(warps: u32, held_steps: u32) -> PackShared {
         let mut memory = Allocator::new();
         PackShared { held: memory.parts(warps, held_steps * PACK_STEP_BYTES, CHUNK_BYTES), bytes: memory.bytes }
+    }
+}
+
+/// The map of **center**.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CenterShared {
+    /// Each 16 threads have the sums that they took of 128 channels.
+    pub sums: Parts,
+    /// Each warp has an f32: the sum of its squares.
+    pub squares: Parts,
+    /// The size of all, in bytes.
+    pub bytes: u32,
+}
+
+impl CenterShared {
+    /// Makes the map.
+    #[expect(clippy::new_without_default, reason = "a default is not const")]
+    pub const fn new() -> CenterShared {
+        let mut memory = Allocator::new();
+        let sums = memory.parts(CENTER_THREADS / 16, 128 * 4, CHUNK_BYTES);
+        let squares = memory.parts(CENTER_THREADS / 32, 4, 4);
+        CenterShared { sums, squares, bytes: memory.bytes }
     }
 }
 

@@ -29,6 +29,7 @@
 //!     head_dim = 128               # 64 or 128
 //!     dtype = "bf16"               # "bf16" or "f16"; default "bf16"
 //!     batch = 1                    # default 1
+//!     compute = "dtype"            # "dtype", or "e4m3" for 8 bits; default "dtype"
 //!
 //!     [qk_norm]                    # optional: norm of Q and K; its weights are given at run time
 //!     kind = "rms"                 # "rms" or "layer"
@@ -88,6 +89,9 @@
 //!   position `"first"` it is `before`, with `"last"` it is `after`.
 //! * **`attention.batch`** is what plans and reports assume. It is 2 with classifier-free guidance.
 //!   A launch may have another batch, and any number of heads.
+//! * **`attention.compute`** is what tensor cores multiply in **attention**. `"e4m3"` rounds Q, K, V
+//!   and the weights to 8 bits, for head dim 128. It is faster and less exact. Profiling stays in the
+//!   type of the tensors.
 //! * **`qk_norm.over`** is the extent of one statistic. `"head"` takes the `head_dim` channels of
 //!   each head, `"heads"` takes all heads x head_dim channels of a token. Models have the latter
 //!   that normalise before they split the heads (Wan, LTX-Video). A launch of such a model needs
@@ -162,7 +166,7 @@ mod schema;
 use std::ops::Range;
 use std::path::Path;
 
-pub use crate::dtype::Dtype;
+pub use crate::dtype::{Compute, Dtype};
 pub use crate::norm_rope::{NormKind, NormOver, Pairs, QkNorm, Rope};
 pub use builder::SpecBuilder;
 pub use error::{Problem, SpecError};
@@ -176,6 +180,7 @@ use crate::blocks::Tiles;
 use crate::density;
 use crate::image::Image;
 use crate::layout::{HeadType, Layout};
+use crate::numbers::Template;
 use crate::params::PartialsLayout;
 use crate::text::nearest;
 use crate::tiling::{TileCounts, count_tiles};
@@ -203,6 +208,8 @@ pub struct Spec {
     pub batch: u32,
     /// `attention.dtype`.
     pub dtype: Dtype,
+    /// `attention.compute`.
+    pub compute: Compute,
     /// `video.grid`: height and width of a frame in patches.
     pub grid: Option<[u32; 2]>,
     /// `[qk_norm]`.
@@ -240,6 +247,7 @@ impl PartialEq for Spec {
             heads,
             batch,
             dtype,
+            compute,
             grid,
             qk_norm,
             rope,
@@ -255,6 +263,7 @@ impl PartialEq for Spec {
             && *heads == other.heads
             && *batch == other.batch
             && *dtype == other.dtype
+            && *compute == other.compute
             && *grid == other.grid
             && *qk_norm == other.qk_norm
             && *rope == other.rope
@@ -389,7 +398,7 @@ impl Spec {
 
     /// Tile sizes of the attention kernel of a family.
     pub const fn tiles(&self, arch: Arch) -> Tiles {
-        Tiles::new(arch, self.head_dim)
+        Tiles::new(arch, self.head_dim, self.compute)
     }
 
     /// Visible pairs of one head of one batch item. All text is valid.
@@ -479,6 +488,11 @@ impl Spec {
         Image { head_dim: self.head_dim, dtype: self.dtype }
     }
 
+    /// The template that the spec's kernels come from.
+    pub const fn template(&self) -> Template {
+        Template { image: self.image(), compute: self.compute }
+    }
+
     /// Where the partial results of profiling lie, with the keys in `splits` parts.
     pub const fn partials(&self, splits: u32) -> PartialsLayout {
         PartialsLayout::new(self.profile.rows, self.head_dim, splits)
@@ -487,6 +501,6 @@ impl Spec {
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts
     /// of the keys.
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
-        WorkspaceLayout::new(&self.layout, self.image(), batch, heads, self.partials(splits))
+        WorkspaceLayout::new(&self.layout, self.template(), batch, heads, self.partials(splits))
     }
 }

@@ -61,7 +61,7 @@ pub fn query_tiles(
     let layout = *layout;
     (0..layout.sequence()).step_by(tiles.query_rows as usize).map(move |first_row| {
         let range = layout.range_visible(head, first_row, tiles.query_rows, valid_text);
-        let keys = layout.key_tiles(range, tiles.key_rows);
+        let keys = layout.key_tiles(range, tiles.key_rows, tiles.key_step);
         let key_tile = |index| {
             let first_row = keys.first_row(index, tiles.key_rows);
             KeyTile { first_row, rows: tiles.key_rows, full: range.sees_all(first_row, tiles.key_rows) }
@@ -82,7 +82,7 @@ pub fn key_tile(
 ) -> Option<KeyTile> {
     let rows = tiles.key_rows;
     let range = layout.range_visible(head, query / tiles.query_rows * tiles.query_rows, tiles.query_rows, valid_text);
-    let keys = layout.key_tiles(range, rows);
+    let keys = layout.key_tiles(range, rows, tiles.key_step);
     let (start, count) = if key < keys.prefix_tiles * rows {
         (0, keys.prefix_tiles)
     } else {
@@ -100,7 +100,7 @@ pub fn count_tiles(layout: &Layout, head: HeadType, tiles: Tiles, valid_text: u3
     let mut counts = TileCounts::default();
     for first_row in (0..layout.sequence()).step_by(tiles.query_rows as usize) {
         let range = layout.range_visible(head, first_row, tiles.query_rows, valid_text);
-        let keys = layout.key_tiles(range, tiles.key_rows);
+        let keys = layout.key_tiles(range, tiles.key_rows, tiles.key_step);
         let (visited, body_tiles) = (u64::from(keys.tiles), keys.tiles - keys.prefix_tiles);
         let full = full_tiles(range, 0, keys.prefix_tiles, tiles.key_rows)
             + full_tiles(range, keys.body_start, body_tiles, tiles.key_rows);

@@ -2,8 +2,10 @@
 
 use core::ops::Range;
 
-use crate::image::Image;
+use crate::dtype::Compute;
+use crate::image::e4m3;
 use crate::layout::{HeadType, Layout};
+use crate::numbers::Template;
 use crate::params::{PartialsLayout, SCHEDULE_BYTES};
 
 /// Every part starts at a multiple of this many bytes if the allocation does, as `cudaMalloc`
@@ -12,6 +14,8 @@ pub const ALIGNMENT: u64 = 256;
 
 /// Byte ranges of the parts of a workspace, relative to its start, and its size.
 /// [`crate::spec::Spec::workspace`] makes it.
+///
+/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then.
 ///
 /// Nothing in a workspace outlives a layer, except `errors` and `head_types` for whoever wants to
 /// look.
@@ -32,13 +36,22 @@ pub struct WorkspaceLayout {
     /// The counters by which the blocks of attention share their work:
     /// [`AttentionParams::schedule`](crate::params::AttentionParams).
     pub schedule: Range<u64>,
+    /// The centers of V, for attention in 8 bits
+    /// ([`PackParams::centers`](crate::params::PackParams)). Else it is empty.
+    pub centers: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,
 }
 
 impl WorkspaceLayout {
     /// Places the parts for `batch` items of `heads` heads.
-    pub fn new(layout: &Layout, image: Image, batch: u32, heads: u32, partials: PartialsLayout) -> WorkspaceLayout {
+    pub fn new(
+        layout: &Layout,
+        template: Template,
+        batch: u32,
+        heads: u32,
+        partials: PartialsLayout,
+    ) -> WorkspaceLayout {
         let mut bytes = 0;
         let mut place = |size: u64| {
             let start = bytes;
@@ -46,11 +59,16 @@ impl WorkspaceLayout {
             start..start + size
         };
         let all_heads = u64::from(batch) * u64::from(heads);
-        let packed = all_heads * u64::from(image.bytes(layout.packed_rows()));
+        let packed = all_heads * u64::from(template.image.bytes(layout.packed_rows()));
         let (packed_q, packed_k, packed_v) = (place(packed), place(packed), place(packed));
         let partials = place(partials.bytes(all_heads));
         let errors = place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
-        WorkspaceLayout { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, bytes }
+        let center = match template.compute {
+            Compute::Dtype => 0,
+            Compute::E4m3 => u64::from(e4m3::CENTER_FLOATS) * 4,
+        };
+        let centers = place(all_heads * center);
+        WorkspaceLayout { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, centers, bytes }
     }
 }

@@ -87,7 +87,7 @@ fn model(name: &str) -> &'static Model {
 /// The templates, built by the first test that asks.
 fn templates() -> &'static [Built] {
     static TEMPLATES: OnceLock<Result<Vec<Built>, String>> = OnceLock::new();
-    let build = |arch| framestride_builder::Kernels::templates().arch(arch).build_all().map_err(|e| e.to_string());
+    let build = |arch| framestride_builder::Kernels::templates(arch).build_all().map_err(|e| e.to_string());
     let all = || Arch::ALL.into_iter().map(build).collect::<Result<Vec<_>, _>>().map(|families| families.concat());
     match TEMPLATES.get_or_init(all) {
         Ok(templates) => templates,

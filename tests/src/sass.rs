@@ -49,7 +49,7 @@ pub struct Instruction {
 pub struct Overlap {
     /// The loop, as indices into the instructions.
     pub main_loop: Range<usize>,
-    /// `HGMMA` in the loop.
+    /// Products in the loop: `HGMMA` of 16 bits, or `QGMMA` of 8.
     pub products: usize,
     /// `MUFU.EX2` in the loop.
     pub exponentials: usize,
@@ -163,7 +163,7 @@ impl Function {
             let meets = |inner: &Overlap| range.start < inner.main_loop.end && inner.main_loop.start < range.end;
             if let Some(between) = waits(&range).filter(|_| !overlaps.iter().any(meets)) {
                 overlaps.push(Overlap {
-                    products: count(&range, "HGMMA"),
+                    products: count(&range, "HGMMA") + count(&range, "QGMMA"),
                     exponentials: count(&range, "MUFU.EX2"),
                     between_waits: count(&between, "MUFU.EX2"),
                     main_loop: range,

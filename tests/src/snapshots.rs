@@ -102,7 +102,7 @@ fn report(model: &Model, ptxas: &str) -> String {
     ];
     let mut launch = vec![row(["kernel", "threads", "min_blocks", "shared_bytes", "parameters: type at bytes"])];
     let mut resources = vec![row(["kernel", "registers", "stack", "spill stores", "spill loads", "messages"])];
-    let mut machine_code = vec![row(["kernel", "instructions", "HGMMA", "MUFU", "BAR", "SYNCS", "LDG", "STG", "BRA"])];
+    let mut machine_code = vec![row(["kernel", "instructions", "GMMA", "MUFU", "BAR", "SYNCS", "LDG", "STG", "BRA"])];
     for kernel in &manifest.kernels {
         let params =
             kernel.params.iter().map(|p| format!("{}: {} at {}..{}", p.name, p.ty, p.offset, p.offset + p.bytes));
@@ -124,10 +124,10 @@ fn report(model: &Model, ptxas: &str) -> String {
             messages,
         ]));
         let function = model.machine_code.function(&kernel.entry).expect("every entry has machine code");
-        let counts =
-            ["HGMMA", "MUFU", "BAR", "SYNCS", "LDG", "STG", "BRA"].map(|code| function.count(code).to_string());
-        let name_and_length = [kernel.entry.clone(), function.instructions.len().to_string()];
-        machine_code.push(name_and_length.into_iter().chain(counts).collect());
+        let products = function.count("HGMMA") + function.count("QGMMA");
+        let counts = ["MUFU", "BAR", "SYNCS", "LDG", "STG", "BRA"].map(|code| function.count(code).to_string());
+        let first = [kernel.entry.clone(), function.instructions.len().to_string(), products.to_string()];
+        machine_code.push(first.into_iter().chain(counts).collect());
     }
     let attention = model.machine_code.function("attention").expect("there is an attention kernel");
 
@@ -139,7 +139,7 @@ fn report(model: &Model, ptxas: &str) -> String {
     for overlap in attention.overlaps() {
         let _ = writeln!(
             text,
-            "main loop of attention: {} instructions, {} HGMMA, {} MUFU.EX2, {} of them between its two waits",
+            "main loop of attention: {} instructions, {} GMMA, {} MUFU.EX2, {} of them between its two waits",
             overlap.main_loop.len(),
             overlap.products,
             overlap.exponentials,

@@ -24,7 +24,7 @@ pub fn make() -> Result<(), String> {
         Progress::Translating(name) => shown.set_message(format!("translating {name}")),
         _ => {}
     };
-    let build = |arch| Kernels::templates().arch(arch).on_progress(show.clone()).build_all();
+    let build = |arch| Kernels::templates(arch).on_progress(show.clone()).build_all();
     let built: Result<Vec<_>, _> = Arch::ALL.into_iter().map(build).collect();
     bar.finish_and_clear();
     let built = built.map_err(|error| error.to_string())?.concat();

@@ -9,6 +9,10 @@
 //! **select** is checked by what it makes of them. Head types must be those of the reference, where
 //! its two errors are further apart than their tolerances.
 //!
+//! For attention in 8 bits, the center of each head of V is compared too, and what rounding took from
+//! V. Its images lie where those of profiling were. So the device profiles once more, and what that
+//! leaves is compared.
+//!
 //! The f64 reference of a whole layer at full size would take hours, so [`Effort`] decides how much
 //! of it is computed. A small layer is compared whole. Of a large layer, a check compares
 //!
@@ -34,7 +38,7 @@ use framestride::shapes::layout::{HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::shapes::spec::Dtype;
 use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
-use packed_heads::{HeadIndex, PackedHead, packed_rows};
+use packed_heads::{DeviceCenter, HeadIndex, PackedHead, packed_rows};
 use profiling::{Choice, Partials, Sampled, check_choices};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
@@ -217,9 +221,10 @@ fn run_case(
     let plan = attention.workspace_layout();
     let (whole_heads, rows_of_head) = effort.share(sequence, head_dim, all_heads, profiled);
     let whole_heads = draw_heads(&types, whole_heads, &mut generator);
-    let reference = Reference::new(spec, &inputs);
+    let (reference, compute) = (Reference::new(spec, &inputs), ComputeType::of(spec));
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
+    let (mut centers, mut lost) = (Worst::new(), Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
     let mut squares = Squares::default();
     let mut sampled = Sampled::new(&spec.profile, all_heads);
@@ -235,14 +240,22 @@ fn run_case(
         });
         let order = [&queries[..], &keys[..], &keys[..]];
         let is_whole = whole_heads.contains(&index);
-        let packed = PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid, order };
+        let center = match compute {
+            ComputeType::Bf16 | ComputeType::F16 => None,
+            ComputeType::E4m3 => {
+                let start = plan.centers.start + index as u64 * DeviceCenter::BYTES;
+                let center = DeviceCenter::new(&device.read(buffer, start, DeviceCenter::BYTES)?);
+                center.compare(spec, &inputs.v.head(at.item, at.head), || at.name(), &mut centers);
+                Some(center)
+            }
+        };
+        let packed =
+            PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid, compute, center, order };
         let pieces = packed.draw_pieces(is_whole, &mut generator);
         let mut image = Vec::new();
         for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
             for piece in &pieces {
-                let row_bytes = u64::from(spec.head_dim * spec.dtype.bytes());
-                let start = part.start + (index * packed.rows() + piece.start) as u64 * row_bytes;
-                let bytes = device.read(buffer, start, piece.len() as u64 * row_bytes)?;
+                let bytes = packed.read(device, buffer, part.start, index, piece.clone())?;
                 let worst = std::mem::replace(&mut packs[operand], Worst::new());
                 packs[operand] = worst.merge(packed.compare(operand, piece.start, &bytes));
                 image.push(bytes);
@@ -251,10 +264,16 @@ fn run_case(
         let mut clear = None;
         if is_whole {
             // From here on the reference gets the numbers that the kernels read.
-            let [queries, keys] = [0, 1].map(|operand| packed.unpack(operand, &image[operand]));
+            let unpacked = [0, 1, 2].map(|operand| packed.unpack(operand, &image[operand]));
             drop(image);
-            let values = inputs.v.head(at.item, at.head);
-            let head = Head::new(layout, spec.dtype.into(), valid, [queries, keys, values], vec![0.0; head_dim]);
+            let center = match &packed.center {
+                None => vec![0.0; head_dim],
+                Some(center) => {
+                    packed.compare_lost(center, &mut lost);
+                    center.added(packed.live())
+                }
+            };
+            let head = Head::new(layout, compute, valid, unpacked, center);
             let scale = inputs.scale();
             let rows = draw_rows(layout, valid, rows_of_head, &mut generator);
             let (worst_out, worst_sum, of_head) = rows
@@ -288,7 +307,7 @@ fn run_case(
             squares = squares.add(of_head);
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
-            if case.types == CaseTypes::Profiled {
+            if case.types == CaseTypes::Profiled && compute == ComputeType::from(spec.dtype) {
                 let expected = head.profile(layout, scale, seed_of_rows, index as u32, spec.profile.rows);
                 let partials = Partials::read(device, buffer, &attention, index as u32)?;
                 clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
@@ -296,12 +315,51 @@ fn run_case(
         }
         choices.push(Choice { index: at, profile, clear });
     }
+    if case.types == CaseTypes::Profiled && compute != ComputeType::from(spec.dtype) {
+        // Attention has images of its own, in place of those that profiling had read. So it is
+        // repeated. Its images have the spatial order.
+        // SAFETY: as above.
+        unsafe { attention.profile(Stream::DEFAULT, &on_device.layer, &workspace)? };
+        for &index in &whole_heads {
+            let Choice { index: at, profile, clear } = &mut choices[index];
+            let valid = inputs.valid(layout, at.item);
+            let mask = Mask::new(layout, HeadType::Spatial, valid);
+            let [queries, keys] = [mask.query_order(), mask.key_order()];
+            let (compute, order) = (spec.dtype.into(), [&queries[..], &keys[..], &keys[..]]);
+            let packed = PackedHead {
+                reference: &reference,
+                spec,
+                inputs: &inputs,
+                index: *at,
+                valid,
+                compute,
+                center: None,
+                order,
+            };
+            let mut unpacked = Vec::new();
+            for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
+                let bytes = packed.read(device, buffer, part.start, index, 0..packed.image_rows())?;
+                let worst = std::mem::replace(&mut packs[operand], Worst::new());
+                packs[operand] = worst.merge(packed.compare(operand, 0, &bytes));
+                unpacked.push(packed.unpack(operand, &bytes));
+            }
+            let unpacked = unpacked.try_into().expect("there are three");
+            let head = Head::new(layout, compute, valid, unpacked, vec![0.0; head_dim]);
+            let expected = head.profile(layout, inputs.scale(), seed_of_rows, index as u32, spec.profile.rows);
+            let partials = Partials::read(device, buffer, &attention, index as u32)?;
+            *clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, *at));
+        }
+    }
     let rows = |rows: usize| ((all_heads * rows) as u64, "rows");
     let heads = (all_heads as u64, "heads");
     let packed_rows = packed_rows(sequence);
     let [q, k, v] = packs;
     let pack = |worst: Worst, quantity| worst.check("pack", &name, quantity, rows(packed_rows));
     let mut checks = Checks::new(pack(q, "packed q"), [pack(k, "packed k"), pack(v, "packed v")]);
+    if compute == ComputeType::E4m3 {
+        checks.push(centers.check("center", &name, "centers of v", heads));
+        checks.push(lost.check("pack_values", &name, "what rounding took from v", heads));
+    }
     if case.types == CaseTypes::Profiled {
         checks.extend(sampled.checks(&name));
         let types = check_choices(&choices, case.content == CaseContent::Planted);

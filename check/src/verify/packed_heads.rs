@@ -3,19 +3,22 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+use framestride::device::Buffer;
+use framestride::shapes::image::e4m3::{CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE};
 use framestride::shapes::image::{ATOM_ROWS, CHUNK_BYTES, Image};
 use framestride::shapes::layout::{PAD_ROWS, ValidText};
 use framestride::shapes::spec::{NormKind, Spec};
+use framestride::{Device, Result};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 
 use crate::checks::{Worst, row_error};
-use crate::compute_type::ComputeType;
-use crate::reference::{Operand, Reference};
+use crate::compute_type::{ComputeType, e4m3};
+use crate::reference::{Center, Operand, Reference, distance, norm};
 use crate::tensors::{Inputs, widen};
 use crate::tolerance;
 
-/// Groups of [`ATOM_ROWS`] packed rows that are drawn from a head that is not compared whole.
+/// Groups of packed rows that are drawn from a head that is not compared whole.
 const PACKED_GROUPS: usize = 4;
 
 /// Rows of one packed head, padding included.
@@ -31,6 +34,11 @@ pub struct HeadIndex {
 }
 
 impl HeadIndex {
+    /// What reports call it.
+    pub fn name(self) -> String {
+        format!("batch {}, head {}", self.item, self.head)
+    }
+
     /// What reports call a row of it.
     pub fn row(self, row: usize) -> String {
         format!("batch {}, head {}, row {row}", self.item, self.head)
@@ -44,8 +52,62 @@ pub struct PackedHead<'a> {
     pub inputs: &'a Inputs,
     pub index: HeadIndex,
     pub valid: ValidText,
+    /// What it was packed for.
+    pub compute: ComputeType,
+    /// The center of V as the device has it, for attention in 8 bits.
+    pub center: Option<DeviceCenter>,
     /// The model's row of each packed row, of Q, K and V.
     pub order: [&'a [usize]; 3],
+}
+
+/// A center of V as the device has it.
+pub struct DeviceCenter {
+    mean: Vec<f32>,
+    factor: f32,
+    /// One over the factor.
+    inverse: f32,
+    /// What rounding took from each channel of all keys together, times the factor.
+    lost: Vec<f64>,
+}
+
+impl DeviceCenter {
+    /// Bytes of one.
+    pub const BYTES: u64 = CENTER_FLOATS as u64 * 4;
+
+    pub fn new(bytes: &[u8]) -> DeviceCenter {
+        let words: &[[u8; 4]] = bytes.as_chunks().0;
+        let float = |word: &[u8; 4]| f32::from_le_bytes(*word);
+        let (mean, rest) = words.split_at(CENTER_FACTOR as usize);
+        let lost = words[CENTER_LOST as usize..].iter().map(|&word| f64::from(i32::from_le_bytes(word)));
+        DeviceCenter {
+            mean: mean.iter().map(float).collect(),
+            factor: float(&rest[0]),
+            inverse: float(&rest[1]),
+            lost: lost.map(|lost| lost / f64::from(LOST_SCALE)).collect(),
+        }
+    }
+
+    /// What is added to every output, where so many keys are seen by somebody.
+    pub fn added(&self, live: usize) -> Vec<f64> {
+        let share = 1.0 / (f64::from(self.factor) * live as f64);
+        self.mean.iter().zip(&self.lost).map(|(&mean, lost)| f64::from(mean) + lost * share).collect()
+    }
+
+    /// Compares it with the center of `values`. The error of the mean is relative to the size of the
+    /// values.
+    pub fn compare(&self, spec: &Spec, values: &[f64], location: impl FnOnce() -> String, worst: &mut Worst) {
+        let expected = Center::new(&spec.layout, values, self.mean.len());
+        let found: Vec<f64> = self.mean.iter().map(|&x| x.into()).collect();
+        let size = norm(values) / (values.len() as f64 / self.mean.len() as f64).sqrt();
+        // The root mean square may lie within the error of a power of two.
+        let [factor, inverse] = [self.factor, self.inverse].map(f64::from);
+        let powers = [0.5, 1.0, 2.0].map(|part| part * expected.factor);
+        let error = match powers.contains(&factor) && factor * inverse == 1.0 {
+            true => distance(&found, &expected.mean) / size.max(f64::MIN_POSITIVE),
+            false => f64::INFINITY,
+        };
+        worst.add(error, tolerance::center(), location);
+    }
 }
 
 impl PackedHead<'_> {
@@ -54,17 +116,49 @@ impl PackedHead<'_> {
         packed_rows(self.order[0].len())
     }
 
+    /// Rows that lie together in memory, of Q, K and V alike.
+    fn group(&self) -> usize {
+        match self.compute {
+            ComputeType::Bf16 | ComputeType::F16 => ATOM_ROWS as usize,
+            ComputeType::E4m3 => UNIT_KEYS,
+        }
+    }
+
+    /// Rows of an image of the head, which are whole groups.
+    pub fn image_rows(&self) -> usize {
+        self.rows().next_multiple_of(self.group())
+    }
+
+    /// Bytes of a row, or of all channels of a key.
+    pub fn row_bytes(&self) -> usize {
+        self.spec.head_dim as usize * self.compute.bytes()
+    }
+
     /// Number of packed rows that are neither padding nor invalid text. They come first.
-    fn live(&self) -> usize {
+    pub fn live(&self) -> usize {
         (self.valid.sum() + self.spec.layout.frames.value * self.spec.layout.tokens_per_frame.value) as usize
     }
 
-    /// Ranges of packed rows to compare, in whole groups of [`ATOM_ROWS`].
+    /// The bytes of some rows of the head, which is number `index` of the images at `start` in the
+    /// workspace. `rows` are whole groups.
+    pub fn read(
+        &self,
+        device: &Device,
+        workspace: &Buffer,
+        start: u64,
+        index: usize,
+        rows: Range<usize>,
+    ) -> Result<Vec<u8>> {
+        let bytes = |rows: usize| (rows * self.row_bytes()) as u64;
+        device.read(workspace, start + bytes(index * self.image_rows() + rows.start), bytes(rows.len()))
+    }
+
+    /// Ranges of packed rows to compare, in whole groups.
     ///
     /// A whole head has one range with all rows. Another has some groups at random, the ends of
     /// both sides' text, the end of the sink frames, and everything from the last row that counts.
     pub fn draw_pieces(&self, is_whole: bool, generator: &mut impl Rng) -> Vec<Range<usize>> {
-        let (layout, group) = (&self.spec.layout, ATOM_ROWS as usize);
+        let (layout, group) = (&self.spec.layout, self.group());
         let tail = if is_whole { 0 } else { self.live().saturating_sub(1) / group };
         let (before, text) = (self.valid.before as usize, self.valid.sum() as usize);
         let sinks = text + (layout.sink_frames * layout.tokens_per_frame.value) as usize;
@@ -74,25 +168,27 @@ impl PackedHead<'_> {
                 .map(|row| row / group),
         );
         let pieces = groups.into_iter().filter(|&start| start < tail).map(|start| start * group..(start + 1) * group);
-        pieces.chain(std::iter::once(tail * group..self.rows())).collect()
+        pieces.chain(std::iter::once(tail * group..self.image_rows())).collect()
     }
 
-    /// Compares packed rows of one operand from row `first`, a multiple of [`ATOM_ROWS`]. Padding
-    /// and invalid text must be zero.
+    /// Compares packed rows of one operand from row `first`, which begins a group. Padding and
+    /// invalid text must be zero.
     pub fn compare(&self, operand: usize, first: usize, bytes: &[u8]) -> Worst {
         let dim = self.spec.head_dim as usize;
-        let group = ATOM_ROWS as usize;
+        let group = self.group();
         bytes
-            .par_chunks_exact(self.spec.image().bytes(ATOM_ROWS) as usize)
+            .par_chunks_exact(group * self.row_bytes())
             .enumerate()
             .with_min_len(4)
             .map_init(
                 || vec![0.0; dim],
                 |found, (index, bytes)| {
                     let mut worst = Worst::new();
-                    for row in 0..group {
-                        decode(self.spec.image(), bytes, row, found);
-                        self.compare_row(operand, first + index * group + row, found, &mut worst);
+                    let start = first + index * group;
+                    // Nobody reads what a last group has beyond the padding.
+                    for row in 0..group.min(self.rows() - start) {
+                        self.decode(operand, bytes, row, found);
+                        self.compare_row(operand, start + row, found, &mut worst);
                     }
                     worst
                 },
@@ -113,11 +209,16 @@ impl PackedHead<'_> {
                 (&self.inputs.q, expected)
             }
             1 => (&self.inputs.k, self.reference.row(Operand::Key, index.item, row, index.head)),
-            _ => (&self.inputs.v, self.inputs.v.row(index.item, row, index.head)),
+            _ => (&self.inputs.v, self.value_row(row)),
         };
-        let rounded: Vec<f64> = expected.iter().map(|&x| ComputeType::from(spec.dtype).round(x)).collect();
-        // V is copied, and so is K in a model without norm and RoPE.
-        let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
+        let rounded: Vec<f64> = expected.iter().map(|&x| self.compute.round(x)).collect();
+        // V is copied, or rounded from an f32 that is known. In a model without norm and RoPE, K is
+        // copied in 16 bits.
+        let is_copied = operand == 1
+            && spec.qk_norm.is_none()
+            && spec.rope.is_none()
+            && self.compute == ComputeType::from(spec.dtype);
+        let tolerance = if operand == 2 || is_copied {
             0.0
         } else {
             // The elements that the statistic was taken over.
@@ -127,12 +228,36 @@ impl PackedHead<'_> {
                 // Other tolerances do not depend on the elements.
                 Some(NormKind::Rms) | None => Vec::new(),
             };
-            tolerance::packed_row(spec, spec.dtype.into(), &input, &expected)
+            tolerance::packed_row(spec, self.compute, &input, &expected)
         };
         worst.add(row_error(found, &rounded), tolerance, || index.row(row));
     }
 
-    /// The whole image of Q (`operand` 0), without its scale, or K (1) as numbers,
+    /// Compares what rounding took from V with what it takes from the reference's rows, relative to
+    /// the size of the image. Each unit of keys loses less than one step of the device's count.
+    pub fn compare_lost(&self, center: &DeviceCenter, worst: &mut Worst) {
+        let mut expected = vec![0.0; center.lost.len()];
+        let mut square = 0.0;
+        for &row in &self.order[2][..self.live()] {
+            for (expected, x) in expected.iter_mut().zip(self.value_row(row)) {
+                *expected += x - self.compute.round(x);
+                square += x * x;
+            }
+        }
+        let size = f64::sqrt(square).max(f64::MIN_POSITIVE);
+        let steps = self.live().div_ceil(UNIT_KEYS) as f64 / f64::from(LOST_SCALE);
+        let tolerance = steps * (expected.len() as f64).sqrt() / size;
+        worst.add(distance(&center.lost, &expected) / size, tolerance, || self.index.name());
+    }
+
+    /// A row of V as it is rounded for its image.
+    fn value_row(&self, row: usize) -> Vec<f64> {
+        let values = self.inputs.v.row(self.index.item, row, self.index.head);
+        let Some(DeviceCenter { mean, factor, .. }) = &self.center else { return values };
+        values.into_iter().zip(mean).map(|(x, mean)| ((x as f32 - mean) * factor).into()).collect()
+    }
+
+    /// The whole image of Q (`operand` 0) or V (2), without its scale or factor, or K (1) as numbers,
     /// `[rows, head_dim]` in the model's order.
     pub fn unpack(&self, operand: usize, image: &[u8]) -> Vec<f64> {
         let (dim, order) = (self.spec.head_dim as usize, self.order[operand]);
@@ -140,17 +265,54 @@ impl PackedHead<'_> {
         for (packed, &row) in order.iter().enumerate() {
             packed_of[row] = packed;
         }
-        let group = ATOM_ROWS as usize;
+        let (group, group_bytes) = (self.group(), self.group() * self.row_bytes());
+        let factor = match operand {
+            0 => self.inputs.query_scale(),
+            1 => 1.0,
+            _ => self.center.as_ref().map_or(1.0, |center| center.factor.into()),
+        };
         let mut rows = vec![0.0; order.len() * dim];
         rows.par_chunks_exact_mut(dim).zip(&packed_of).with_min_len(64).for_each(|(values, &packed)| {
-            let group_bytes = self.spec.image().bytes(ATOM_ROWS) as usize;
             let bytes = &image[packed / group * group_bytes..][..group_bytes];
-            decode(self.spec.image(), bytes, packed % group, values);
-            if operand == 0 {
-                values.iter_mut().for_each(|x| *x /= self.inputs.query_scale());
-            }
+            self.decode(operand, bytes, packed % group, values);
+            values.iter_mut().for_each(|x| *x /= factor);
         });
         rows
+    }
+
+    /// Reads one row of a group of packed rows, which are an image of their own.
+    fn decode(&self, operand: usize, group: &[u8], row: usize, values: &mut [f64]) {
+        match (self.compute, operand) {
+            (ComputeType::E4m3, 2) => decode_key(group, row, values),
+            (ComputeType::E4m3, _) => decode_e4m3(group, row, values),
+            _ => decode(self.spec.image(), group, row, values),
+        }
+    }
+}
+
+/// Keys that lie together in an image of V in 8 bits.
+const UNIT_KEYS: usize = 16;
+
+/// Reads the values of one key of [`UNIT_KEYS`]. Each channel has a byte of all keys, in the order in
+/// which the lanes of a fragment hold scores: byte 4 t + i has key 8 (i / 2) + 2 t + i % 2.
+fn decode_key(unit: &[u8], key: usize, values: &mut [f64]) {
+    let place = (0..UNIT_KEYS).find(|place| {
+        let (t, i) = (place / 4, place % 4);
+        8 * (i / 2) + 2 * t + i % 2 == key
+    });
+    let place = place.expect("each key of a unit has a place");
+    for (value, keys) in values.iter_mut().zip(unit.chunks_exact(UNIT_KEYS)) {
+        *value = e4m3(keys[place]);
+    }
+}
+
+/// Reads one row of Q or K in 8 bits. Rows have 128 bytes, whose chunks of 16 have changed places:
+/// the number of a chunk is exclusive-ored with that of the row among eight.
+fn decode_e4m3(group: &[u8], row: usize, values: &mut [f64]) {
+    let bytes = &group[row * values.len()..][..values.len()];
+    for (index, value) in values.iter_mut().enumerate() {
+        let (chunk, byte) = (index / 16, index % 16);
+        *value = e4m3(bytes[(chunk ^ (row % 8)) * 16 + byte]);
     }
 }
 

@@ -131,7 +131,8 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
             #[inline(always)]
             |block| {
                 let thread_rows = fragment::thread_rows(warp_row + 16 * block as u32, lane);
-                store::<M>(params, &work, &mut output[block], &rows[block], thread_rows, lane);
+                let (offset, total) = (rows[block].offset, rows[block].total());
+                store::<M>(params, &work, &mut output[block], offset, total, thread_rows, lane, |_, means| means);
             },
         );
     }

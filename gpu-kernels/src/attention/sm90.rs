@@ -1,6 +1,8 @@
 //! The body of **attention** for Hopper. A producer warp asks for bulk copies, and consumer
 //! warpgroups multiply with `wgmma`.
 
+mod e4m3;
+
 use super::order;
 use super::store::store;
 use super::work::Work;
@@ -9,10 +11,11 @@ use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
 use crate::cuda::{copy, shared, thread, warp};
 use crate::masks::Mask;
 use crate::masks::band::Band;
-use crate::model::Hopper;
+use crate::model::{Hopper, HopperE4m3};
 use crate::softmax::{self, Rows};
 use framestride_shapes::blocks::WARPGROUP_ROWS;
 use framestride_shapes::fragment;
+use framestride_shapes::image::ATOM_ROWS;
 use framestride_shapes::params::AttentionParams;
 use framestride_shapes::shared::{Barriers, Parts};
 
@@ -28,6 +31,29 @@ const REGISTERS_OF_3: [u32; 2] = [32, 160];
 /// documentation says.
 #[inline(always)]
 pub unsafe fn attention<M: Hopper>(params: &AttentionParams) {
+    start::<M>(
+        params,
+        #[inline(always)]
+        |consumer_warp| consume::<M>(params, consumer_warp, attend::<M>),
+    );
+}
+
+/// The kernel's body for attention in 8 bits.
+///
+/// # Safety
+/// As for [`attention`].
+#[inline(always)]
+pub unsafe fn attention_e4m3<M: HopperE4m3>(params: &AttentionParams) {
+    start::<M>(
+        params,
+        #[inline(always)]
+        |consumer_warp| consume::<M>(params, consumer_warp, e4m3::attend::<M>),
+    );
+}
+
+/// Makes barriers, and gives each warp its part.
+#[inline(always)]
+unsafe fn start<M: Hopper>(params: &AttentionParams, consume: impl FnOnce(u32)) {
     let memory = M::ATTENTION_SHARED;
     let thread_warp = thread::warp();
     if thread::index() == 0 {
@@ -64,7 +90,7 @@ pub unsafe fn attention<M: Hopper>(params: &AttentionParams) {
         } else {
             thread::take_registers::<{ REGISTERS_OF_3[1] }>();
         }
-        consume::<M>(params, thread_warp - 4);
+        consume(thread_warp - 4);
     }
 }
 
@@ -92,15 +118,15 @@ unsafe fn produce<M: Hopper>(params: &AttentionParams) {
         let next = if is_first_lane { order::take_next(params) } else { 0 };
         let work = Work::<M>::at(params, index);
         // Rows are counted over all heads: memory has fewer than 2^32.
-        let first_row = work.head * M::layout().packed_rows();
-        let bytes = |row: u32| (first_row + row) as u64 * M::IMAGE.bytes(1) as u64;
+        let first_row = work.head * M::image_rows();
+        let bytes = |row: u32| (first_row + row) as u64 * M::ROW_BYTES as u64;
         let load = |Ring { tiles, full, free }: Ring, packed: u64, Slot { stage, parity }: Slot, tile: u32| {
             let (free, full) = (Barrier::at(free, stage), Barrier::at(full, stage));
             let (to, from) = (shared::address(tiles, stage), packed + bytes(work.mask.first_key(tile)));
             free.wait(parity);
             if is_first_lane {
-                full.arrive_expecting(M::IMAGE.bytes(M::TILES.key_rows));
-                copy::to_shared(to, from, M::IMAGE.bytes(M::TILES.key_rows), full);
+                full.arrive_expecting(M::TILES.key_rows * M::ROW_BYTES);
+                copy::to_shared(to, from, M::TILES.key_rows * M::ROW_BYTES, full);
             }
         };
         // The place of the first keys is free before the last warpgroup is done with its queries.
@@ -114,9 +140,9 @@ unsafe fn produce<M: Hopper>(params: &AttentionParams) {
             Barrier::at(memory.query_free, warpgroup).wait(query_parity);
             if is_first_lane {
                 shared::store_u32(shared::address(memory.work, warpgroup), index);
-                full.arrive_expecting(M::IMAGE.bytes(WARPGROUP_ROWS));
+                full.arrive_expecting(WARPGROUP_ROWS * M::ROW_BYTES);
                 let place = shared::address(memory.query, warpgroup);
-                copy::to_shared(place, queries, M::IMAGE.bytes(WARPGROUP_ROWS), full);
+                copy::to_shared(place, queries, WARPGROUP_ROWS * M::ROW_BYTES, full);
             }
             warpgroup += 1;
         }
@@ -150,13 +176,17 @@ unsafe fn produce<M: Hopper>(params: &AttentionParams) {
 }
 
 /// A consumer warpgroup has 64 rows of each query tile. `consumer_warp` counts over the warps of
-/// all consumers.
+/// all consumers. `attend` takes a query tile through its key tiles, and writes its output.
 #[inline(always)]
-unsafe fn consume<M: Hopper>(params: &AttentionParams, consumer_warp: u32) {
+unsafe fn consume<M: Hopper>(
+    params: &AttentionParams,
+    consumer_warp: u32,
+    attend: unsafe fn(&AttentionParams, &mut Consumer, &Work<M>, u32),
+) {
     let memory = M::ATTENTION_SHARED;
     let lane = thread::lane();
     let warpgroup = consumer_warp / 4;
-    let query = Descriptor::image(shared::address(memory.query, warpgroup), M::ATOMS_BYTES);
+    let query = Descriptor::image(shared::address(memory.query, warpgroup), ATOM_ROWS * M::ROW_BYTES);
     let mut consumer = Consumer { lane, warpgroup, query, slot: Slot::FIRST_FULL };
     let mut query_parity = 0;
     loop {
@@ -169,25 +199,32 @@ unsafe fn consume<M: Hopper>(params: &AttentionParams, consumer_warp: u32) {
             break;
         }
         let work = Work::<M>::at(params, index);
-        let mask = work.mask.uniform();
-        let warp_row = work.first_row + consumer_warp * 16;
-        let thread_rows = fragment::thread_rows(warp_row, lane);
-        let mut rows = Rows::new();
-        let mut output = <M::Attention as Products>::Output::splat(0.0);
-        if mask.tiles() > 0 {
-            let (warp_sees, thread_sees) = (mask.warp(warp_row, 16), mask.thread(thread_rows));
-            let hide = |scores: &mut <M::Attention as Products>::Scores, tile: u32| {
-                let first = mask.first_key(tile);
-                if !Band::<M>::sees_all(&warp_sees, first) {
-                    softmax::replace_unseen(scores, Band::<M>::seen_keys(&thread_sees, first, lane), f32::NEG_INFINITY);
-                }
-            };
-            consumer.sweep::<M>(mask.tiles(), hide, &mut rows, &mut output);
-        } else {
-            Barrier::at(memory.query_free, warpgroup).release(lane);
-        }
-        store::<M>(params, &work, &mut output, &rows, thread_rows, lane);
+        attend(params, &mut consumer, &work, work.first_row + consumer_warp * 16);
     }
+}
+
+/// Takes a query tile through its key tiles. `warp_row` is the packed row of the warp's first query.
+#[inline(always)]
+unsafe fn attend<M: Hopper>(params: &AttentionParams, consumer: &mut Consumer, work: &Work<M>, warp_row: u32) {
+    let lane = consumer.lane;
+    let mask = work.mask.uniform();
+    let thread_rows = fragment::thread_rows(warp_row, lane);
+    let mut rows = Rows::new();
+    let mut output = <M::Attention as Products>::Output::splat(0.0);
+    if mask.tiles() > 0 {
+        let (warp_sees, thread_sees) = (mask.warp(warp_row, 16), mask.thread(thread_rows));
+        let hide = |scores: &mut <M::Attention as Products>::Scores, tile: u32| {
+            let first = mask.first_key(tile);
+            if !Band::<M>::sees_all(&warp_sees, first) {
+                softmax::replace_unseen(scores, Band::<M>::seen_keys(&thread_sees, first, lane), f32::NEG_INFINITY);
+            }
+        };
+        consumer.sweep::<M>(mask.tiles(), hide, &mut rows, &mut output);
+    } else {
+        Barrier::at(M::ATTENTION_SHARED.query_free, consumer.warpgroup).release(lane);
+    }
+    let (offset, total) = (rows.offset, rows.total());
+    store::<M>(params, work, &mut output, offset, total, thread_rows, lane, |_, means| means);
 }
 
 /// A consumer warpgroup, and where it is.
@@ -288,11 +325,11 @@ impl Consumer {
 /// The key tile in a slot.
 #[inline(always)]
 fn key_image<M: Hopper>(slot: Slot) -> Descriptor {
-    Descriptor::image(shared::address(M::ATTENTION_SHARED.key, slot.stage), M::ATOMS_BYTES)
+    Descriptor::image(shared::address(M::ATTENTION_SHARED.key, slot.stage), ATOM_ROWS * M::ROW_BYTES)
 }
 
 /// The value tile in a slot.
 #[inline(always)]
 fn value_image<M: Hopper>(slot: Slot) -> Descriptor {
-    Descriptor::image(shared::address(M::ATTENTION_SHARED.value, slot.stage), M::ATOMS_BYTES)
+    Descriptor::image(shared::address(M::ATTENTION_SHARED.value, slot.stage), ATOM_ROWS * M::ROW_BYTES)
 }

@@ -6,12 +6,13 @@ use crate::cuda::mma::Fragment;
 use crate::cuda::{global, math, warp};
 use crate::element::Element;
 use crate::model::Model;
-use crate::softmax::Rows;
 use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::params::AttentionParams;
 
-/// Writes the thread's two rows, divided by their sums, to the model's order. `thread_rows` are
-/// their packed rows.
+/// Writes the thread's two rows, divided by the sums of their weights, to the model's order.
+/// `thread_rows` are their packed rows. `rows` are the offsets with which they were weighted, and
+/// `total` the sums of all weights. `finish` gets a group of 8 columns and a mean over the weights of
+/// each of the two columns that the thread has there, and says what is written.
 ///
 /// # Safety
 /// All lanes of the warp come here, after the last product.
@@ -20,16 +21,17 @@ pub unsafe fn store<M: Model>(
     params: &AttentionParams,
     work: &Work<M>,
     output: &mut impl Fragment,
-    rows: &Rows,
+    offset: [f32; 2],
+    total: [f32; 2],
     thread_rows: [u32; 2],
     lane: u32,
+    finish: impl Fn(u32, [f32; 2]) -> [f32; 2],
 ) {
     // What depends on the lane alone is computed here. It would take registers all through the
     // tiles otherwise.
     let lane = math::opaque(lane);
     let seen_end = work.valid.sum() + M::layout().video_tokens();
     let (item, head) = (work.head / params.heads, work.head % params.heads);
-    let total = rows.total();
     let mut address = [0u64; 2];
     let mut factor = [0.0f32; 2];
     let mut row = 0;
@@ -47,7 +49,7 @@ pub unsafe fn store<M: Model>(
                 factor[row] = math::reciprocal(total[row]);
             }
             if params.lse != 0 && lane % 4 == 0 {
-                let lse = (math::log2(total[row]) - rows.offset[row]) * core::f32::consts::LN_2;
+                let lse = (math::log2(total[row]) - offset[row]) * core::f32::consts::LN_2;
                 let lse = if live { lse } else { f32::NEG_INFINITY };
                 global::store_f32(
                     params.lse + (work.head as u64 * M::layout().sequence() as u64 + model_row as u64) * 4,
@@ -65,10 +67,13 @@ pub unsafe fn store<M: Model>(
         |group, values| {
             let [a, b, c, d] = values.map(|value| *value);
             // A row of invalid text is zero whatever it summed, and 0 x NaN would not be.
-            let scaled = |x: f32, row: usize| if factor[row] == 0.0 { 0.0 } else { x * factor[row] };
+            let written = |x: f32, y: f32, row: usize| {
+                let [x, y] = finish(group, [x * factor[row], y * factor[row]]);
+                if factor[row] == 0.0 { M::Element::pack(0.0, 0.0) } else { M::Element::pack(x, y) }
+            };
             let slot = (group % 4) as usize;
-            pairs[0][slot] = M::Element::pack(scaled(a, 0), scaled(b, 0));
-            pairs[1][slot] = M::Element::pack(scaled(c, 1), scaled(d, 1));
+            pairs[0][slot] = written(a, b, 0);
+            pairs[1][slot] = written(c, d, 1);
             if slot == 3 {
                 let offset = (group / 4 * 4 * CHUNK_BYTES) as u64;
                 store_chunk(address[0], offset, transpose_quad(pairs[0], lane), params.aligned);

@@ -111,6 +111,15 @@ pub unsafe fn store16(address: u64, value: [u32; 4]) {
     );
 }
 
+/// Stores 8 bytes.
+///
+/// # Safety
+/// `address` is 8-byte aligned and valid, and no other thread touches it during the launch.
+#[inline(always)]
+pub unsafe fn store8(address: u64, value: [u32; 2]) {
+    asm!("st.global.v2.b32 [{}], {{{}, {}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], options(nostack));
+}
+
 /// Stores 16 bytes, two at a time.
 ///
 /// # Safety

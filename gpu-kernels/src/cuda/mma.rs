@@ -7,7 +7,7 @@
 use core::arch::asm;
 
 use super::math;
-use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, Image};
+use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, Image, e4m3};
 
 /// A tile of an [image](framestride_shapes::image) in shared memory, as an operand of products.
 #[derive(Clone, Copy)]
@@ -27,6 +27,15 @@ impl Descriptor {
         let column_stride = (ATOM_BYTES / 16) as u64;
         Descriptor((address as u64 & 0x3_ffff) >> 4 | column_stride << 16 | row_stride << 32 | SWIZZLE_128)
     }
+
+    /// The tile of V at `address`, in the image of [`e4m3`]: K-major without a swizzle. The leading
+    /// offset leads to the next unit of keys, and the stride offset to the next 8 channels.
+    #[inline(always)]
+    pub fn values_e4m3(address: u32) -> Descriptor {
+        const UNIT: u64 = (e4m3::UNIT_BYTES / 16) as u64;
+        const CHANNELS: u64 = (8 * e4m3::UNIT_KEYS / 16) as u64;
+        Descriptor((address as u64 & 0x3_ffff) >> 4 | UNIT << 16 | CHANNELS << 32)
+    }
 }
 
 /// The registers of one thread in an accumulator. The macros of products make them, each a named
@@ -40,6 +49,9 @@ pub trait Fragment: Copy {
     /// wherever it is used.
     fn for_each(&mut self, f: impl FnMut(u32, &mut f32));
 
+    /// Calls `f(index, value, other value)` for every value and that of `other`, likewise.
+    fn for_each_with(&mut self, other: &Self, f: impl FnMut(u32, &mut f32, f32));
+
     /// Calls `f(group, values)` for the four values of each group of 8 columns, likewise.
     fn for_each_group(&mut self, f: impl FnMut(u32, [&mut f32; 4]));
 }
@@ -47,11 +59,9 @@ pub trait Fragment: Copy {
 /// What the two products of a flash-attention step over a key tile work on, for one element type,
 /// tile size and head dim.
 pub trait Products {
-    /// The type of the elements.
-    type Element: crate::element::Element;
     /// S, which has query rows by the keys of a tile.
     type Scores: Fragment;
-    /// P in the element type, as the A operand of the second product. A register has two values.
+    /// P in the element type, as the A operand of the second product. A register has several values.
     type Weights: Copy;
     /// O, which has query rows by the columns of V that the products take.
     type Output: Fragment;
@@ -62,6 +72,13 @@ pub trait Products {
     /// The weights of the thread's rows, each and-ed with a word of the row. All ones keep a row,
     /// and 0 makes it zero.
     fn and_rows(weights: &Self::Weights, rows: [u32; 2]) -> Self::Weights;
+}
+
+/// Weights of 8 bits.
+pub trait ByteWeights: Products {
+    /// Makes weights and rounds them. `weight(index, score)` is the weight of the score in register
+    /// `index`.
+    fn weigh(scores: &Self::Scores, weight: impl FnMut(u32, f32) -> f32) -> Self::Weights;
 }
 
 /// The products of a warpgroup, of 64 query rows. `tile_products!` makes them.
@@ -83,7 +100,7 @@ pub trait TileProducts: Products {
     /// The whole warpgroup comes here.
     unsafe fn wait_scores<const PENDING: u32>(scores: &mut Self::Scores);
 
-    /// Starts O += P V. `v` begins at the first of the columns.
+    /// Starts O += P V, or in 8 bits O = P V. `v` begins at the first of the columns.
     ///
     /// # Safety
     /// As for `start_scores`. Neither `output` nor `weights` is touched until the wait.

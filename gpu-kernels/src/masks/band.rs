@@ -37,7 +37,7 @@ impl<M: Model> Band<M> {
         let layout = M::layout().with_half_widths(half_widths);
         let half_width = layout.half_width(head_type);
         let range = layout.range_visible(head_type, first_row, M::TILES.query_rows, valid_text);
-        let keys = layout.key_tiles(range, M::TILES.key_rows);
+        let keys = layout.key_tiles(range, M::TILES.key_rows, M::TILES.key_step);
         Band { head_type, half_width, valid_text, keys, model: PhantomData }
     }
 

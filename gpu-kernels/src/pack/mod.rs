@@ -9,6 +9,7 @@
 //! A lane reads only what it has copied itself, so warps never wait for each other. Grid: x =
 //! packed_rows / warps of a block, y = 3, z = batch.
 
+pub mod e4m3;
 mod norm;
 mod rope;
 mod row;
@@ -16,7 +17,7 @@ mod row;
 use crate::cuda::{global, shared, thread, warp};
 use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
-use framestride_shapes::image::CHUNK_BYTES;
+use framestride_shapes::image::{CHUNK_BYTES, e4m3 as e4m3_image};
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::{NormWeights, PackParams, PackPass};
@@ -30,19 +31,20 @@ use row::{Head, Heads, Held, chunk};
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
 /// documentation says.
 #[inline(always)]
-pub unsafe fn pack<M: Model>(params: &PackParams) {
+pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
     // Rows that read the same tables of RoPE are worked on near each other. Blocks start in the
     // order of x, y, z. Three in a row take some tokens of one item, one for each warp. The next
     // three take the same tokens of the next item, whose tables L2 still has. Of the three, two
     // have Q and K of half of the tokens, whose tables L1 has, and one has V.
-    let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + 3 * thread::block_z());
+    let parts = if E4M3 { 2 } else { 3 };
+    let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + parts * thread::block_z());
     if block == 0 && thread::index() == 0 {
         global::store_u32(params.schedule, 0);
         global::store_u32(params.schedule + 4, 0);
     }
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.batch != 0);
-    let (part, item, group) = (block % 3, block / 3 % params.batch, block / 3 / params.batch);
+    let (part, item, group) = (block % parts, block / parts % params.batch, block / parts / params.batch);
     let (own_warp, warps) = (thread::warp(), M::numbers().pack_threads / 32);
     let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
     let row = group * warps + row;
@@ -116,10 +118,13 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     };
     let token_statistic =
         if normed && M::numbers().norm_over_heads { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
-    let image_bytes = M::IMAGE.bytes(M::layout().packed_rows()) as u64;
+    let rows = M::layout().packed_rows();
+    let image_bytes = if E4M3 { e4m3_image::bytes(rows) } else { M::IMAGE.bytes(rows) } as u64;
     let place = |head_type: HeadType| {
         let order = if operand == Q { M::layout().query_order() } else { M::layout() };
-        M::IMAGE.chunk(order.packed_row(head_type, row, valid), chunk)
+        let row = order.packed_row(head_type, row, valid);
+        // In 8 bits, two lanes share a chunk.
+        if E4M3 { e4m3_image::chunk(row, chunk / 2) + chunk % 2 * 8 } else { M::IMAGE.chunk(row, chunk) }
     };
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 
@@ -150,12 +155,21 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                         |x| x * scale,
                     );
                 }
-                values = element::narrow::<M::Element>(x);
+                if E4M3 {
+                    let [a, b, c, d, e, f, g, h] = x;
+                    values = [element::pack_e4m3([a, b, c, d]), element::pack_e4m3([e, f, g, h]), 0, 0];
+                } else {
+                    values = element::narrow::<M::Element>(x);
+                }
             }
             if written {
                 let image = packed + (item * params.heads + index) as u64 * image_bytes;
                 let place = if temporal { temporal_place } else { spatial_place };
-                global::store16(image + place as u64, values);
+                if E4M3 {
+                    global::store8(image + place as u64, [values[0], values[1]]);
+                } else {
+                    global::store16(image + place as u64, values);
+                }
             }
         },
     );

@@ -473,7 +473,7 @@ impl Drop for Event {
 /// The kernels of one PTX text in a context, unloaded on drop.
 pub(crate) struct GpuModule {
     module: sys::CUmodule,
-    /// The entries, indexed by [`Kernel`].
+    /// The entries, indexed by [`Kernel`]. One that the module does not have is null.
     functions: [sys::CUfunction; Kernel::ALL.len()],
     /// Milliseconds that the driver's compiler took. The driver says 0 when it found the kernels in
     /// its cache.
@@ -487,14 +487,14 @@ unsafe impl Send for GpuModule {}
 unsafe impl Sync for GpuModule {}
 
 impl GpuModule {
-    /// Compiles PTX and loads its kernels, each with the dynamic shared memory that it needs. The
-    /// compiler's log is in the error.
+    /// Compiles PTX and loads the kernels that it has, each with the dynamic shared memory that it
+    /// needs. The compiler's log is in the error.
     pub(super) fn load(
         gpu: &Arc<Gpu>,
         arch: Arch,
         name: &str,
         ptx: &str,
-        shared_bytes: [u32; Kernel::ALL.len()],
+        shared_bytes: [Option<u32>; Kernel::ALL.len()],
     ) -> Result<GpuModule> {
         gpu.check(arch)?;
         let text = |subject: &str, text: &str| {
@@ -543,6 +543,7 @@ impl GpuModule {
         let compile_ms = f32::from_bits(values[2] as usize as u32);
         let mut loaded = GpuModule { module, functions, compile_ms, gpu: Arc::clone(gpu) };
         for ((kernel, function), shared_bytes) in Kernel::ALL.into_iter().zip(&mut loaded.functions).zip(shared_bytes) {
+            let Some(shared_bytes) = shared_bytes else { continue };
             let entry = text("entry", kernel.entry())?;
             // SAFETY: the module is loaded, the name terminated, `function` live; the function is
             // used with its own module.

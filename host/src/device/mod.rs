@@ -305,14 +305,14 @@ impl Device {
         }
     }
 
-    /// Loads PTX of a family, which the driver compiles here. `shared_bytes` is the dynamic shared memory of
-    /// each kernel.
+    /// Loads PTX of a family, which the driver compiles here. `shared_bytes` is the dynamic shared
+    /// memory of each kernel that there is.
     pub(crate) fn load(
         &self,
         arch: Arch,
         name: &str,
         ptx: &str,
-        shared_bytes: [u32; Kernel::ALL.len()],
+        shared_bytes: [Option<u32>; Kernel::ALL.len()],
     ) -> Result<Loaded> {
         match self {
             Device::Gpu(gpu) => Ok(Loaded::Gpu(gpu::GpuModule::load(gpu, arch, name, ptx, shared_bytes)?)),

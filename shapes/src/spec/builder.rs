@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::keys::{KEYS, Key, find};
 use super::lines::Lines;
-use super::{Dtype, Profile, QkNorm, Rope, Schedule, Spec, SpecError, Width};
+use super::{Compute, Dtype, Profile, QkNorm, Rope, Schedule, Spec, SpecError, Width};
 
 /// What messages call the text of a spec that was made in code.
 const FILE: &str = "Spec::builder()";
@@ -80,6 +80,7 @@ impl SpecBuilder {
             heads,
             batch,
             dtype,
+            compute,
             grid,
             qk_norm,
             rope,
@@ -99,6 +100,7 @@ impl SpecBuilder {
             .heads(*heads)
             .head_dim(*head_dim)
             .dtype(*dtype)
+            .compute(*compute)
             .batch(*batch)
             .qk_norm(*qk_norm)
             .rope(*rope)
@@ -153,6 +155,11 @@ impl SpecBuilder {
     /// `attention.dtype`.
     pub fn dtype(self, dtype: Dtype) -> SpecBuilder {
         self.set(const { find("attention.dtype") }, quoted(dtype.as_str()))
+    }
+
+    /// `attention.compute`.
+    pub fn compute(self, compute: Compute) -> SpecBuilder {
+        self.set(const { find("attention.compute") }, quoted(compute.as_str()))
     }
 
     /// `attention.batch` that is planned for.

@@ -2,7 +2,7 @@
 
 use super::keys::{GRID_Z, Key, MOST_PROFILE_ROWS, POSITIONS, find};
 use super::read::Reader;
-use super::{Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width};
+use super::{Compute, Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width};
 use crate::density;
 use crate::image::{ATOM_ROWS, Image};
 use crate::layout::{Divisor, HeadType, Layout, PAD_ROWS};
@@ -17,6 +17,7 @@ const BEFORE_TOKENS: &Key = find("before.tokens");
 const AFTER_TOKENS: &Key = find("after.tokens");
 const HEADS: &Key = find("attention.heads");
 const HEAD_DIM: &Key = find("attention.head_dim");
+const COMPUTE: &Key = find("attention.compute");
 const DTYPE: &Key = find("attention.dtype");
 const BATCH: &Key = find("attention.batch");
 const NORM_KIND: &Key = find("qk_norm.kind");
@@ -69,6 +70,7 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     let heads = r.integer32(HEADS);
     let head_dim = r.integer32(HEAD_DIM);
     let dtype = r.choice(DTYPE, &Dtype::ALL, Dtype::as_str);
+    let compute = r.choice(COMPUTE, &Compute::ALL, Compute::as_str);
     let batch = r.integer32(BATCH);
     let qk_norm = if r.has_table("qk_norm") {
         let kind = r.choice(NORM_KIND, &NormKind::ALL, NormKind::as_str);
@@ -117,6 +119,15 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
         );
     }
 
+    if let (Some(Compute::E4m3), Some(64)) = (compute, head_dim) {
+        r.report(
+            COMPUTE,
+            "is \"e4m3\" with head_dim = 64",
+            "\"e4m3\" with head_dim = 128, or \"dtype\"",
+            "write compute = \"dtype\"; with head dim 64 the exponentials take longer than the products",
+        );
+    }
+
     // From here on a layout is needed.
     let head_dim = head_dim?;
     let image = Image { head_dim, dtype: dtype.unwrap_or(Dtype::Bf16) };
@@ -143,6 +154,7 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
         heads: heads?,
         batch: batch?,
         dtype: dtype?,
+        compute: compute?,
         grid,
         qk_norm: qk_norm?,
         rope: rope?,

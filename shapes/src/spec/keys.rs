@@ -3,7 +3,7 @@
 //! The parser reads only keys of this list, and refuses all others. It looks them up in constants,
 //! so that another key does not compile. The JSON schema is made from this list too.
 
-use super::{Dtype, NormKind, NormOver, Pairs};
+use super::{Compute, Dtype, NormKind, NormOver, Pairs};
 
 /// A table of the spec.
 pub(crate) struct Table {
@@ -144,6 +144,13 @@ pub(crate) const KEYS: &[Key] = &[
         Presence::Default("\"bf16\""),
         "type of Q, K, V and the output",
         "\"bf16\"",
+    ),
+    key(
+        "attention.compute",
+        Kind::Choice(&[Compute::Dtype.as_str(), Compute::E4m3.as_str()]),
+        Presence::Default("\"dtype\""),
+        "what tensor cores multiply in attention: the type of the tensors, or 8 bits",
+        "\"dtype\"",
     ),
     key(
         "attention.batch",

@@ -3,7 +3,7 @@
 
 use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock, Tiles, WARP_ROWS};
-use framestride_shapes::dtype::Dtype;
+use framestride_shapes::dtype::{Compute, Dtype};
 use framestride_shapes::image::Image;
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, WarpAttentionShared, WarpProfileShared};
 
@@ -43,8 +43,8 @@ fn blocks_of_pack_fit_a_multiprocessor() {
 fn shared_memory_of_attention_and_profile() {
     for (head_dim, attention_bytes, profile_bytes) in [(64, 156_672, 218_112), (128, 214_016, 220_160)] {
         let image = Image { head_dim, dtype: Dtype::Bf16 };
-        let tiles = Tiles::new(Arch::SM_90A, head_dim);
-        let (attention, profile) = (AttentionShared::new(tiles, image), ProfileShared::new(image));
+        let tiles = Tiles::new(Arch::SM_90A, head_dim, Compute::Dtype);
+        let (attention, profile) = (AttentionShared::new(tiles, image.bytes(1)), ProfileShared::new(image));
         assert_eq!((attention.bytes, profile.bytes), (attention_bytes, profile_bytes));
         assert!(attention.bytes.max(profile.bytes) <= Arch::SM_90A.block_shared_bytes);
         let (rows, stages) = (image.bytes(1), tiles.stages);
@@ -67,7 +67,7 @@ fn shared_memory_of_warps() {
     let arch = Arch::SM_80;
     for (head_dim, two_fit) in [(64, arch.shared_bytes), (128, 164 * 1024)] {
         let image = Image { head_dim, dtype: Dtype::Bf16 };
-        let tiles = Tiles::new(arch, head_dim);
+        let tiles = Tiles::new(arch, head_dim, Compute::Dtype);
         let (attention, profile) = (WarpAttentionShared::new(tiles, image), WarpProfileShared::new(image));
         assert!(attention.bytes.max(profile.bytes) <= arch.block_shared_bytes);
         assert!(2 * (attention.bytes + arch.reserved_shared_bytes) <= two_fit, "{} bytes", attention.bytes);

@@ -2,8 +2,9 @@
 
 use framestride_shapes::arch::Arch;
 use framestride_shapes::blocks::Tiles;
-use framestride_shapes::image::ATOM_ROWS;
+use framestride_shapes::image::{ATOM_ROWS, e4m3::UNIT_KEYS};
 use framestride_shapes::layout::{HeadType, PAD_ROWS};
+use framestride_shapes::numbers::Template;
 use framestride_shapes::tiling::{TileCounts, count_tiles, key_tile, query_tiles};
 use proptest::prelude::*;
 
@@ -11,6 +12,10 @@ use crate::{cases, heads, layouts_with_text, rule, shipped};
 
 fn key_rows() -> impl Strategy<Value = u32> {
     prop::sample::select(vec![16, 64, 128, 176, 192])
+}
+
+fn key_step() -> impl Strategy<Value = u32> {
+    prop::sample::select(vec![ATOM_ROWS, UNIT_KEYS])
 }
 
 /// Of the shipped models at most one warpgroup in fifty has a row that sees nothing of the first
@@ -43,16 +48,17 @@ proptest! {
         (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
+        key_step in key_step(),
         first in 0..240u32,
         rows in 1..=200u32,
     ) {
         let range = layout.range_visible(head, first, rows, valid.sum());
-        let tiles = layout.key_tiles(range, key_rows);
+        let tiles = layout.key_tiles(range, key_rows, key_step);
         // How many tiles hold each key.
         let mut holders = vec![0u32; layout.packed_rows() as usize];
         for index in 0..tiles.tiles {
             let first_row = tiles.first_row(index, key_rows);
-            prop_assert!(first_row.is_multiple_of(ATOM_ROWS), "tile {index} starts at {first_row}");
+            prop_assert!(first_row.is_multiple_of(key_step), "tile {index} starts at {first_row}");
             prop_assert!(first_row + key_rows <= layout.packed_rows(), "tile {index} ends at {}", first_row + key_rows);
             holders[first_row as usize..(first_row + key_rows) as usize].iter_mut().for_each(|count| *count += 1);
         }
@@ -76,12 +82,13 @@ proptest! {
         (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
+        key_step in key_step(),
         first in 0..240u32,
         rows in 1..=200u32,
         tile in 0..240u32,
     ) {
         let range = layout.range_visible(head, first, rows, valid.sum());
-        let tiles = layout.key_tiles(range, key_rows);
+        let tiles = layout.key_tiles(range, key_rows, key_step);
         let live = valid.sum() + layout.video_tokens();
         let queries = first..(first + rows).min(live);
         if queries.is_empty() {
@@ -105,9 +112,9 @@ proptest! {
         (layout, valid) in layouts_with_text(),
         head in heads(),
         arch in prop::sample::select(Arch::ALL.to_vec()),
-        head_dim in prop::sample::select(vec![64, 128]),
+        template in prop::sample::select(Template::ALL.to_vec()),
     ) {
-        let tiles = Tiles::new(arch, head_dim);
+        let tiles = Tiles::new(arch, template.image.head_dim, template.compute);
         prop_assert!(tiles.key_rows <= PAD_ROWS && tiles.query_rows <= PAD_ROWS, "a tile may end beyond the packed head");
         let counts = count_tiles(&layout, head, tiles, valid.sum());
         let dense = count_tiles(&layout, HeadType::Dense, tiles, valid.sum());
@@ -125,9 +132,10 @@ proptest! {
         (layout, valid) in layouts_with_text(),
         head in heads(),
         key_rows in key_rows(),
+        key_step in key_step(),
         query_rows in prop::sample::select(vec![8, 64, 128, 192]),
     ) {
-        let tiles = Tiles { query_rows, key_rows, stages: 2 };
+        let tiles = Tiles { query_rows, key_rows, stages: 2, key_step };
         let key_tiles = u64::from((valid.sum() + layout.video_tokens()).div_ceil(key_rows));
         let mut walked = TileCounts::default();
         for tile in query_tiles(&layout, head, tiles, valid.sum()) {

@@ -2,7 +2,7 @@
 
 use framestride_shapes::models;
 use framestride_shapes::spec::{
-    Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError, Width,
+    Compute, Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError, Width,
 };
 use proptest::prelude::*;
 use serde_json::Value;
@@ -44,6 +44,9 @@ fn builder(spec: &Value) -> SpecBuilder {
     }
     if spec.pointer("/attention/dtype").is_some() {
         builder = builder.dtype(if is("/attention/dtype", "bf16") { Dtype::Bf16 } else { Dtype::F16 });
+    }
+    if spec.pointer("/attention/compute").is_some() {
+        builder = builder.compute(if is("/attention/compute", "e4m3") { Compute::E4m3 } else { Compute::Dtype });
     }
     if let Some(eps) = real("/qk_norm/eps") {
         builder = builder.qk_norm(QkNorm {

@@ -6,7 +6,7 @@ use framestride_shapes::arch::Arch;
 use framestride_shapes::layout::{Divisor, HeadType, Layout};
 use framestride_shapes::models;
 use framestride_shapes::spec::{
-    Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width,
+    Compute, Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -74,6 +74,7 @@ fn every_key_is_read() {
         heads: 24,
         batch: 1,
         dtype: Dtype::Bf16,
+        compute: Compute::Dtype,
         grid: Some([45, 80]),
         qk_norm: Some(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 }),
         rope: Some(Rope { pairs: Pairs::Interleaved, channels: 128, before: false, after: false, per_head: false }),
@@ -117,6 +118,7 @@ fn what_is_not_written_has_its_default() {
         heads: 2,
         batch: 1,
         dtype: Dtype::Bf16,
+        compute: Compute::Dtype,
         grid: None,
         qk_norm: None,
         rope: None,
@@ -312,8 +314,11 @@ pub fn specs() -> impl Strategy<Value = Value> {
     });
     let side = || (1..=4u32).prop_map(|tokens| json!({ "tokens": tokens }));
     let text = (side(), side());
-    let attention = (1..=99u32, prop::sample::select(vec![64, 128]), name(["bf16", "f16"]), 1..=9u32).prop_map(
-        |(heads, dim, dtype, batch)| json!({ "heads": heads, "head_dim": dim, "dtype": dtype, "batch": batch }),
+    let products = prop::sample::select(vec![(64, "dtype"), (128, "dtype"), (128, "e4m3")]);
+    let attention = (1..=99u32, products, name(["bf16", "f16"]), 1..=9u32).prop_map(
+        |(heads, (dim, compute), dtype, batch)| {
+            json!({ "heads": heads, "head_dim": dim, "dtype": dtype, "batch": batch, "compute": compute })
+        },
     );
     let norm = (name(["rms", "layer"]), name(["head", "heads"]), 1e-12..=1e-2f64)
         .prop_map(|(kind, over, eps)| json!({ "kind": kind, "over": over, "eps": eps }));
@@ -354,6 +359,7 @@ fn written(spec: &Spec) -> Value {
         "after": { "tokens": spec.layout.after },
         "attention": {
             "heads": spec.heads, "head_dim": spec.head_dim, "dtype": spec.dtype.as_str(), "batch": spec.batch,
+            "compute": spec.compute.as_str(),
         },
         "qk_norm": spec.qk_norm.map(|norm| json!({
             "kind": norm.kind.as_str(), "over": norm.over.as_str(), "eps": norm.eps,

@@ -30,7 +30,7 @@ fn ask(layout: &Layout) {
                 assert_eq!(layout.model_row(head, layout.packed_row(head, row, valid), valid), row);
                 let first = row / 192 * 192;
                 let range = layout.range_visible(head, first, 192, valid.sum());
-                let tiles = layout.key_tiles(range, 176);
+                let tiles = layout.key_tiles(range, 176, 8);
                 for index in [0, tiles.tiles / 2, tiles.tiles.saturating_sub(1)] {
                     assert!(tiles.first_row(index, 176) + 176 <= layout.packed_rows());
                     range.sees_all(tiles.first_row(index, 176), 176);

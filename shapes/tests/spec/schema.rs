@@ -69,7 +69,7 @@ fn full() -> Value {
         "video": { "frames": 6, "tokens_per_frame": 30, "grid": [5, 6] },
         "before": { "tokens": 9 },
         "after": { "tokens": 4 },
-        "attention": { "heads": 3, "head_dim": 64, "dtype": "f16", "batch": 2 },
+        "attention": { "heads": 3, "head_dim": 128, "dtype": "f16", "batch": 2, "compute": "e4m3" },
         "qk_norm": { "kind": "rms", "over": "heads", "eps": 1e-5 },
         "rope": { "pairs": "interleaved", "channels": 48, "before": true, "after": true, "per_head": true },
         "masks": { "spatial": { "density": 0.7 }, "temporal": { "half_width": 40 } },
@@ -120,8 +120,8 @@ fn table<'a>(value: &'a mut Value, path: &str) -> (&'a mut serde_json::Map<Strin
     (table, name.to_owned())
 }
 
-/// A document with the key written. The widths of a mask exclude each other, and the grid fixes the
-/// tokens of a frame.
+/// A document with the key written. The widths of a mask exclude each other, the grid fixes the
+/// tokens of a frame, and 8 bits have one head dim.
 fn with(path: &str, to: Value) -> Value {
     let mut document = full_for(path);
     let (table, name) = table(&mut document, path);
@@ -130,6 +130,9 @@ fn with(path: &str, to: Value) -> Value {
     }
     if name == "tokens_per_frame" {
         table.remove("grid");
+    }
+    if name == "head_dim" {
+        table.remove("compute");
     }
     table.insert(name, to);
     document
