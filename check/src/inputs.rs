@@ -380,15 +380,16 @@ impl Inputs {
         })
     }
 
-    /// Random Q and K, and V whose mean changes along the video: it is 6 in the first half of the
-    /// frames, and 0 in the others.
+    /// Random Q and K, and V whose mean changes along the video: it is 7 in the first quarter, and -1
+    /// in the rest.
     ///
-    /// So no constant center takes the mean away, and a sum over many keys grows large on the way.
+    /// So no constant center takes the mean away. A sum over all keys first grows large, and then many
+    /// small values make it as small again. An accumulator of 8-bit products would lose of them.
     pub fn drifting(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
-        let half = spec.layout.video_tokens() as usize / 2;
+        let quarter = spec.layout.video_tokens() as usize / 4;
         Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
             normals.own(head, video, values);
-            let mean = if video < half { 6.0 } else { 0.0 };
+            let mean = if video < quarter { 7.0 } else { -1.0 };
             values.iter_mut().for_each(|value| *value += mean);
             drawn == V
         })

@@ -191,7 +191,7 @@ const CONTENTS: [(&str, Content); 9] = [
     ("flat rows", Content { query: |_, _, _| 0.0, value: |_, _, x, _| 1.0 + x, ..PLAIN }),
     (
         "values whose mean changes along the keys",
-        Content { keys: 16384, value: |token, _, x, keys| x + if token < keys / 2 { 6.0 } else { 0.0 }, ..PLAIN },
+        Content { keys: 4096, value: |token, _, x, keys| x + if token < keys / 4 { 7.0 } else { -1.0 }, ..PLAIN },
     ),
 ];
 

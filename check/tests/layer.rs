@@ -85,6 +85,17 @@ fn eight_bits() {
     }
 }
 
+/// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would lose
+/// more than the tolerance allows.
+#[test]
+fn many_keys_in_eight_bits() {
+    let text = "name = \"many_keys\"\n[video]\nframes = 4\ntokens_per_frame = 1024\n
+                [attention]\nheads = 1\nhead_dim = 128\ncompute = \"e4m3\"\n
+                [masks.spatial]\nhalf_width = 9\n[masks.temporal]\nhalf_width = 9\n";
+    let module = Module::load(&Device::emulator(), &Spec::parse("many_keys", text).unwrap()).unwrap();
+    passes_in("many_keys", &module, &[Case::new(CaseTypes::Dense, CaseContent::Drifting)]);
+}
+
 /// Every arrangement of the inputs is tried with every arrangement of the output.
 #[test]
 fn arrangements() {

@@ -366,7 +366,7 @@ fn run_case(
         checks.push(types.check("select", &name, "head types", heads));
     }
     checks.push(outputs.check("attention", &name, "output", rows(sequence)));
-    if case.content == CaseContent::Random {
+    if matches!(case.content, CaseContent::Random | CaseContent::OffCentre | CaseContent::Drifting) {
         checks.push(squares.check(&name, (all_heads * sequence) as u64));
     }
     if case.lse {
