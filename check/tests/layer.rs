@@ -93,7 +93,7 @@ fn many_keys_in_eight_bits() {
                 [attention]\nheads = 1\nhead_dim = 128\ncompute = \"e4m3\"\n
                 [masks.spatial]\nhalf_width = 9\n[masks.temporal]\nhalf_width = 9\n";
     let module = Module::load(&Device::emulator(), &Spec::parse("many_keys", text).unwrap()).unwrap();
-    passes_in("many_keys", &module, &[Case::new(CaseTypes::Dense, CaseContent::Drifting)]);
+    pass(&module, &[Case::new(CaseTypes::Dense, CaseContent::Drifting)]);
 }
 
 /// Every arrangement of the inputs is tried with every arrangement of the output.

@@ -212,13 +212,8 @@ impl PackedHead<'_> {
             _ => (&self.inputs.v, self.value_row(row)),
         };
         let rounded: Vec<f64> = expected.iter().map(|&x| self.compute.round(x)).collect();
-        // V is copied, or rounded from an f32 that is known. In a model without norm and RoPE, K is
-        // copied in 16 bits.
-        let is_copied = operand == 1
-            && spec.qk_norm.is_none()
-            && spec.rope.is_none()
-            && self.compute == ComputeType::from(spec.dtype);
-        let tolerance = if operand == 2 || is_copied {
+        // What is rounded of V is known, and so is that of K in a model without norm and RoPE.
+        let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
             0.0
         } else {
             // The elements that the statistic was taken over.
