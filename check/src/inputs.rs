@@ -5,6 +5,7 @@ use framestride::shapes::spec::{Dtype, NormKind, Spec};
 use rand::RngExt;
 use rayon::prelude::*;
 
+use crate::compute_type::ComputeType;
 use crate::random::Drawn::{self, K, Q, V};
 use crate::random::{Normals, norm_weights, quick_generator, row_generator};
 use crate::reference::norm;
@@ -29,11 +30,12 @@ fn scale_of(spec: &Spec, score: f32) -> f32 {
 }
 
 /// Score of a query with its own key in [`Inputs::sudden`], in powers of two. Weights without an
-/// offset do not hold it ([`Dtype::tile_sums`]).
-fn sudden_score(dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::Bf16 => 134.0,
-        Dtype::F16 => 24.0,
+/// offset do not hold it ([`Dtype::tile_sums`]; in 8 bits, no more than 448).
+fn sudden_score(compute: ComputeType) -> f32 {
+    match compute {
+        ComputeType::Bf16 => 134.0,
+        ComputeType::F16 => 24.0,
+        ComputeType::E4m3 => 12.0,
     }
 }
 
@@ -47,10 +49,11 @@ const LARGE: f64 = 8192.0;
 const GROUP: usize = 64;
 
 /// Score of two equal rows in [`Inputs::lone`], in powers of two.
-fn lone_score(dtype: Dtype) -> f32 {
-    match dtype {
-        Dtype::Bf16 => 215.0,
-        Dtype::F16 => 34.0,
+fn lone_score(compute: ComputeType) -> f32 {
+    match compute {
+        ComputeType::Bf16 => 215.0,
+        ComputeType::F16 => 34.0,
+        ComputeType::E4m3 => 16.0,
     }
 }
 
@@ -130,7 +133,7 @@ impl Inputs {
             resize(values, (values.len() as f64).sqrt());
             drawn != V
         });
-        Inputs { scale: Some(scale_of(spec, sudden_score(spec.dtype))), ..inputs }
+        Inputs { scale: Some(scale_of(spec, sudden_score(ComputeType::of(spec)))), ..inputs }
     }
 
     /// Random V, and Q and K whose heads are spatial and temporal in turn.
@@ -246,7 +249,7 @@ impl Inputs {
             resize(values, (values.len() as f64).sqrt());
             true
         });
-        Inputs { scale: Some(scale_of(spec, lone_score(spec.dtype))), ..inputs }
+        Inputs { scale: Some(scale_of(spec, lone_score(ComputeType::of(spec)))), ..inputs }
     }
 
     /// Heads as in [`Inputs::planted`], with one key that has a higher score than all others: the

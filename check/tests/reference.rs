@@ -5,6 +5,7 @@ use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::{HeadType, ValidText};
 use framestride::shapes::spec::{Dtype, Spec};
 use framestride::shapes::tiling::{KeyTile, query_tiles};
+use framestride_check::compute_type::ComputeType;
 use framestride_check::reference::{Head, Mask, Operand, Reference, norm};
 use framestride_check::rope::RopeTables;
 use framestride_check::tensors::{Inputs, Norm, Tokens, narrow, widen};
@@ -262,6 +263,15 @@ fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [
     sums
 }
 
+/// The least and the largest sum of a thread's weights in a tile for which no offset is needed. In 8
+/// bits, a thread has 32 keys of a tile, whose mean is 1/32 at least.
+fn tile_sums(spec: &Spec) -> [f64; 2] {
+    match ComputeType::of(spec) {
+        ComputeType::Bf16 | ComputeType::F16 => spec.dtype.tile_sums().map(f64::from),
+        ComputeType::E4m3 => [1.0, 448.0],
+    }
+}
+
 /// The attention kernel begins without offsets where the weights of a first tile allow it. For
 /// every spec of more than one tile, `verify` has warpgroups for which weights become too large in
 /// a later tile.
@@ -269,7 +279,7 @@ fn thread_sums(spec: &Spec, keys: &[usize], scores: &[f64], tile: &KeyTile) -> [
 fn sudden_scores_begin_plain_and_outgrow_it() {
     let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles(Arch::default()).key_rows;
     for spec in tiny_specs().filter(long).chain([spec("demo")]) {
-        let [least, most] = spec.dtype.tile_sums().map(f64::from);
+        let [least, most] = tile_sums(&spec);
         let mut inputs = Inputs::sudden(&spec, 1, spec.heads as usize, 6);
         (inputs.before.lengths, inputs.after.lengths) = (Some(vec![0]), Some(vec![0]));
         let head = Reference::new(&spec, &inputs).head(0, 0);
@@ -303,7 +313,7 @@ fn sudden_scores_begin_plain_and_outgrow_it() {
 fn lone_rows_are_alone() {
     let long = |spec: &Spec| spec.layout.video_tokens() > spec.tiles(Arch::default()).key_rows;
     for spec in tiny_specs().filter(long).chain([spec("demo")]) {
-        let [least, most] = spec.dtype.tile_sums().map(f64::from);
+        let [least, most] = tile_sums(&spec);
         let mut found = std::collections::BTreeSet::new();
         let mut inputs = Inputs::lone(&spec, 1, spec.heads as usize, 6);
         (inputs.before.lengths, inputs.after.lengths) = (Some(vec![0]), Some(vec![0]));
