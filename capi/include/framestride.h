@@ -101,6 +101,9 @@ typedef struct {
   uint32_t reserved;
 } framestride_width;
 
+// What tensor cores multiply in attention.
+typedef uint32_t framestride_compute;
+
 // A shape in numbers. What is 0 has its default, or is not there. shapes/src/spec.rs explains every
 // number and its limits, under the same names.
 //
@@ -154,7 +157,7 @@ typedef struct {
   uint32_t schedule_layers;
   uint32_t schedule_dense_steps;
   uint32_t schedule_dense_layers;
-  uint32_t reserved;
+  framestride_compute compute;
 } framestride_problem;
 
 // A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -206,7 +209,7 @@ typedef struct {
   uint32_t schedule_layers;
   uint32_t schedule_dense_steps;
   uint32_t schedule_dense_layers;
-  uint32_t reserved;
+  framestride_compute compute;
   uint64_t profile_seed;
   double norm_eps;
   // Visible pairs over S^2 of a spatial and of a temporal head, when all text is valid.
@@ -345,6 +348,12 @@ typedef struct {
 #define FRAMESTRIDE_DTYPE_BF16 0
 
 #define FRAMESTRIDE_DTYPE_F16 1
+
+// The type of the tensors.
+#define FRAMESTRIDE_COMPUTE_DTYPE 0
+
+// e4m3, 8 bits, with head_dim 128 on a Hopper. It is faster and less exact.
+#define FRAMESTRIDE_COMPUTE_E4M3 1
 
 #define FRAMESTRIDE_NORM_NONE 0
 

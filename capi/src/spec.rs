@@ -6,7 +6,8 @@ use std::sync::Arc;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::models;
 use framestride::shapes::spec::{
-    Dtype, NormKind, NormOver, Pairs, Problem, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError, Width,
+    Compute, Dtype, NormKind, NormOver, Pairs, Problem, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError,
+    Width,
 };
 use framestride::{Description, Device, Error};
 use framestride_pictures::masks;
@@ -29,6 +30,13 @@ pub struct framestride_spec {
 pub type framestride_dtype = u32;
 pub const FRAMESTRIDE_DTYPE_BF16: framestride_dtype = 0;
 pub const FRAMESTRIDE_DTYPE_F16: framestride_dtype = 1;
+
+/// What tensor cores multiply in attention.
+pub type framestride_compute = u32;
+/// The type of the tensors.
+pub const FRAMESTRIDE_COMPUTE_DTYPE: framestride_compute = 0;
+/// e4m3, 8 bits, with head_dim 128 on a Hopper. It is faster and less exact.
+pub const FRAMESTRIDE_COMPUTE_E4M3: framestride_compute = 1;
 
 /// The norm of Q and K before RoPE.
 pub type framestride_norm_kind = u32;
@@ -142,7 +150,7 @@ pub struct framestride_problem {
     pub schedule_layers: u32,
     pub schedule_dense_steps: u32,
     pub schedule_dense_layers: u32,
-    pub reserved: u32,
+    pub compute: framestride_compute,
 }
 
 // SAFETY: it begins with its size, and consists of numbers and a pointer.
@@ -195,7 +203,7 @@ pub struct framestride_spec_details {
     pub schedule_layers: u32,
     pub schedule_dense_steps: u32,
     pub schedule_dense_layers: u32,
-    pub reserved: u32,
+    pub compute: framestride_compute,
     pub profile_seed: u64,
     pub norm_eps: f64,
     /// Visible pairs over S^2 of a spatial and of a temporal head, when all text is valid.
@@ -411,13 +419,14 @@ fn parse(file: &str, toml: &str) -> Result<Spec> {
 /// The name is null, or a text.
 unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
     let p = problem;
-    argument::check_reserved(&[p.reserved, p.spatial.reserved, p.temporal.reserved])?;
+    argument::check_reserved(&[p.spatial.reserved, p.temporal.reserved])?;
     let choice = |name: &str, value: u32, allowed: &[u32], meaning: &str| match allowed.contains(&value) {
         true => Ok(value as usize),
         false => Err(unknown(name, value, meaning)),
     };
     let flag = |name: &str, value: u32| choice(name, value, &[0, 1], "0 or 1").map(|value| value == 1);
     let dtype = Dtype::ALL[choice("dtype", p.dtype, &[0, 1], "0 (bf16) or 1 (f16)")?];
+    let compute = Compute::ALL[choice("compute", p.compute, &[0, 1], "0 (the dtype) or 1 (e4m3)")?];
     let mut builder = Spec::builder()
         .frames(p.frames)
         .tokens_per_frame(p.tokens_per_frame)
@@ -428,6 +437,7 @@ unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
         .heads(p.heads)
         .head_dim(p.head_dim)
         .dtype(dtype)
+        .compute(compute)
         .batch(p.batch.max(1))
         .spatial(width("spatial", p.spatial)?)
         .temporal(width("temporal", p.temporal)?)
@@ -544,7 +554,10 @@ fn details(spec: &Spec) -> framestride_spec_details {
         schedule_layers: spec.schedule.layers,
         schedule_dense_steps: spec.schedule.dense_steps,
         schedule_dense_layers: spec.schedule.dense_layers,
-        reserved: 0,
+        compute: match spec.compute {
+            Compute::Dtype => FRAMESTRIDE_COMPUTE_DTYPE,
+            Compute::E4m3 => FRAMESTRIDE_COMPUTE_E4M3,
+        },
         profile_seed: spec.profile.seed,
         norm_eps: norm.map_or(0.0, |norm| norm.eps),
         spatial_density: spec.density(HeadType::Spatial),

@@ -11,7 +11,7 @@
 //!   2^-22 for the approximate 2^x, log2, 1/x and 1/sqrt(x).
 //! * **Tensor-core sums**. A step adds 16 products to the accumulator. Terms are cut, towards zero,
 //!   at 25 bits below the largest of them, and their sum is cut to f32. So a step loses at most
-//!   [`Accumulation::largest_cut`] of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
+//!   `Accumulation::largest_cut` of the largest term: (16 + 4) 2^-25. Cuts of terms of one sign do not average
 //!   out. For attention over 119056 keys this allows an error of 4.4e-3. A GPU loses 7.9e-4 there
 //!   in f16 if all values are near 1. Random bits cost half of the largest cuts, and partial sums
 //!   are smaller than the last. In 8 bits, a step adds 32 products and keeps 13 bits, so it loses at

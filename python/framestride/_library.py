@@ -93,7 +93,7 @@ class SpecDetails(Sized):
         ("schedule_layers", c_uint32),
         ("schedule_dense_steps", c_uint32),
         ("schedule_dense_layers", c_uint32),
-        ("reserved", c_uint32),
+        ("compute", c_uint32),
         ("profile_seed", c_uint64),
         ("norm_eps", c_double),
         ("spatial_density", c_double),

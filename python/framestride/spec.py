@@ -17,6 +17,7 @@ _KINDS: tuple[Literal["rms"], Literal["layer"]] = ("rms", "layer")
 _OVERS: tuple[Literal["head"], Literal["heads"]] = ("head", "heads")
 _PAIRS: tuple[Literal["interleaved"], Literal["half"]] = ("interleaved", "half")
 _DTYPES: tuple[Literal["bf16"], Literal["f16"]] = ("bf16", "f16")
+_COMPUTES: tuple[Literal["dtype", "e4m3"], ...] = ("dtype", "e4m3")
 _SPATIAL, _TEMPORAL = 1, 2
 
 
@@ -119,6 +120,8 @@ class Spec:
     schedule: Schedule | None = None
     name: str = "unnamed"
     """What messages call it: 1 to 64 characters of a-z, 0-9 and _."""
+    compute: Literal["dtype", "e4m3"] = "dtype"
+    """What tensor cores multiply: the type of the tensors, or 8 bits (`"e4m3"`: head dim 128, on a Hopper)."""
     toml: str = field(init=False, repr=False)
     """The spec as TOML text, as the library and the `framestride` command read it."""
     video_tokens: int = field(init=False, repr=False)
@@ -205,12 +208,12 @@ def _constant(function: T) -> T:
 
 def _spec(function: str, text: str) -> Spec:
     """Makes a spec by a function of the library's. It is built of constants, so tracing may build it too."""
-    first, spatial, temporal, sides, norm, rotation, others, dense, name = _values(function, text)
+    first, spatial, temporal, sides, norm, rotation, others, dense, name, compute = _values(function, text)
     masks = Width(*spatial), Width(*temporal)
     qk_norm = QkNorm(*norm) if norm else None
     rope = Rope(*rotation) if rotation else None
     schedule = Schedule(*dense) if dense else None
-    fields: list[Any] = [*first, *masks, *sides, qk_norm, rope, *others, schedule, name]
+    fields: list[Any] = [*first, *masks, *sides, qk_norm, rope, *others, schedule, name, compute]
     return Spec(*fields)
 
 
@@ -237,6 +240,7 @@ def _values(function: str, text: str) -> tuple[Any, ...]:
         (d.sink_frames, grid, d.batch, d.profile_rows, d.profile_seed),
         schedule if d.schedule_steps else (),
         d.name.decode(),
+        _COMPUTES[d.compute],
     )
 
 
@@ -315,7 +319,7 @@ def _write(spec: Spec) -> str:
     if spec.after != 0:
         text += "[after]\n" + _line("tokens", spec.after)
     text += "[attention]\n" + _line("heads", spec.heads) + _line("head_dim", spec.head_dim)
-    text += _line("dtype", spec.dtype) + _line("batch", spec.batch)
+    text += _line("dtype", spec.dtype) + _line("batch", spec.batch) + _line("compute", spec.compute)
     if norm is not None:
         text += "[qk_norm]\n" + _line("kind", norm.kind) + _line("over", norm.over) + _line("eps", norm.eps)
     if rope is not None:

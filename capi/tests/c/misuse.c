@@ -238,7 +238,8 @@ static void specs(void) {
   WRONG_PROBLEM("an unknown unit", problem.spatial.unit = 3);
   WRONG_PROBLEM("no density", problem.temporal.value = 0);
   WRONG_PROBLEM("half a token", (problem.spatial.unit = FRAMESTRIDE_WIDTH_TOKENS, problem.spatial.value = 1.5));
-  WRONG_PROBLEM("a reserved field", problem.reserved = 1);
+  WRONG_PROBLEM("products that there are none of", problem.compute = 2);
+  WRONG_PROBLEM("8 bits with head dim 64", (problem.compute = FRAMESTRIDE_COMPUTE_E4M3, problem.head_dim = 64));
   WRONG("a density of a dense head", framestride_half_width(spec, FRAMESTRIDE_HEAD_DENSE, 0.5, &half_width));
   WRONG("a density that is too low", framestride_half_width(spec, FRAMESTRIDE_HEAD_SPATIAL, 0.001, &half_width));
 }

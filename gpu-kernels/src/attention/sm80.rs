@@ -4,7 +4,7 @@
 use core::marker::PhantomData;
 
 use super::order;
-use super::store::store;
+use super::store::{Sums, store};
 use super::work::Work;
 use crate::cuda::mma::{Fragment, Matrices, Products, WarpProducts};
 use crate::cuda::{shared, thread, warp};
@@ -131,8 +131,8 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
             #[inline(always)]
             |block| {
                 let thread_rows = fragment::thread_rows(warp_row + 16 * block as u32, lane);
-                let (offset, total) = (rows[block].offset, rows[block].total());
-                store::<M>(params, &work, &mut output[block], offset, total, thread_rows, lane, |_, means| means);
+                let sums = Sums { offset: rows[block].offset, total: rows[block].total() };
+                store::<M>(params, &work, &mut output[block], sums, thread_rows, lane, |_, means| means);
             },
         );
     }

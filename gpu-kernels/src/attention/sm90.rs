@@ -4,7 +4,7 @@
 mod e4m3;
 
 use super::order;
-use super::store::store;
+use super::store::{Sums, store};
 use super::work::Work;
 use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
@@ -223,8 +223,8 @@ unsafe fn attend<M: Hopper>(params: &AttentionParams, consumer: &mut Consumer, w
     } else {
         Barrier::at(M::ATTENTION_SHARED.query_free, consumer.warpgroup).release(lane);
     }
-    let (offset, total) = (rows.offset, rows.total());
-    store::<M>(params, work, &mut output, offset, total, thread_rows, lane, |_, means| means);
+    let sums = Sums { offset: rows.offset, total: rows.total() };
+    store::<M>(params, work, &mut output, sums, thread_rows, lane, |_, means| means);
 }
 
 /// A consumer warpgroup, and where it is.

@@ -9,9 +9,16 @@ use crate::model::Model;
 use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::params::AttentionParams;
 
+/// The weights of a thread's two rows.
+pub struct Sums {
+    /// A weight is 2^(score + offset).
+    pub offset: [f32; 2],
+    /// Their sums.
+    pub total: [f32; 2],
+}
+
 /// Writes the thread's two rows, divided by the sums of their weights, to the model's order.
-/// `thread_rows` are their packed rows. `rows` are the offsets with which they were weighted, and
-/// `total` the sums of all weights. `finish` gets a group of 8 columns and a mean over the weights of
+/// `thread_rows` are their packed rows. `finish` gets a group of 8 columns and a mean over the weights of
 /// each of the two columns that the thread has there, and says what is written.
 ///
 /// # Safety
@@ -21,8 +28,7 @@ pub unsafe fn store<M: Model>(
     params: &AttentionParams,
     work: &Work<M>,
     output: &mut impl Fragment,
-    offset: [f32; 2],
-    total: [f32; 2],
+    Sums { offset, total }: Sums,
     thread_rows: [u32; 2],
     lane: u32,
     finish: impl Fn(u32, [f32; 2]) -> [f32; 2],

@@ -7,7 +7,7 @@
 //! output in f32.
 
 use super::{Consumer, key_image};
-use crate::attention::store::store;
+use crate::attention::store::{Sums, store};
 use crate::attention::work::Work;
 use crate::cuda::barrier::{Barrier, Slot};
 use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
@@ -48,7 +48,8 @@ pub unsafe fn attend<M: HopperE4m3>(params: &AttentionParams, consumer: &mut Con
             global::load_f32x2(mean + (CENTER_LOST * 4 + group * 32) as u64).map(|lost| lost.to_bits() as i32 as f32);
         [math::fma(lost[0], share, math::fma(x, inverse, a)), math::fma(lost[1], share, math::fma(y, inverse, b))]
     };
-    store::<M>(params, work, &mut output, rows.base, rows.total(), thread_rows, lane, finish);
+    let sums = Sums { offset: rows.base, total: rows.total() };
+    store::<M>(params, work, &mut output, sums, thread_rows, lane, finish);
 }
 
 /// What the rows of a warp see.
