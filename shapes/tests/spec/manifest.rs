@@ -2,7 +2,7 @@
 
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT, KernelResources, Manifest, Param, Ptxas};
 use framestride_shapes::models;
-use framestride_shapes::spec::Spec;
+use framestride_shapes::spec::{Compute, Spec};
 
 fn demo() -> Spec {
     let (name, text) = models().iter().find(|(name, _)| *name == "demo").expect("the demo");
@@ -165,6 +165,7 @@ fn workspaces() {
                 (&workspace.errors, all_heads * 2 * 4),
                 (&workspace.head_types, all_heads * 4),
                 (&workspace.schedule, 8),
+                (&workspace.centers, if spec.compute == Compute::E4m3 { all_heads * 260 * 4 } else { 0 }),
             ];
             let mut end = 0;
             for (range, bytes) in parts {
