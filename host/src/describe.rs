@@ -4,6 +4,7 @@ use std::fmt;
 
 use framestride_shapes::arch::Arch;
 use framestride_shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
 
@@ -82,7 +83,7 @@ impl fmt::Display for Description<'_> {
         let (spec, layout, tiles) = (self.spec, &self.spec.layout, self.spec.tiles(Arch::default()));
         writeln!(
             f,
-            "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}",
+            "{}\n  sequence   {} = {} frames x {} tokens{}; {} sink frames\n  heads      {} x {} {}{}, batch {}\n  tiles      {} query rows x {} key rows, {} stages\n  workspace  {:.1} MiB (on an H100 or H200)\n\n  {:<9} {:>10} {:>10} {:>12} {:>10} {:>10} {:>10}",
             spec.name,
             layout.sequence(),
             layout.frames.value,
@@ -92,6 +93,7 @@ impl fmt::Display for Description<'_> {
             spec.heads,
             spec.head_dim,
             spec.dtype.as_str(),
+            if spec.compute == Compute::E4m3 { ", multiplied in 8 bits" } else { "" },
             spec.batch,
             tiles.query_rows,
             tiles.key_rows,
@@ -117,6 +119,9 @@ impl fmt::Display for Description<'_> {
                 mask.tiles_full,
                 mask.tiles_edge
             )?;
+        }
+        if spec.compute == Compute::E4m3 {
+            writeln!(f, "\n  estimates are of 16 bits: there are no rates of 8")?;
         }
         if let Some(name) = &self.unknown_gpu {
             writeln!(f, "\n  there are no rates of the {name} of this machine")?;

@@ -37,6 +37,15 @@ def test_masks_are_drawn(name):
     assert png != framestride.plot(replace(Spec.shipped(name), spatial=0.9))
 
 
+def test_8_bits_are_a_key():
+    spec = Spec.shipped("tiny_e4m3")
+    assert spec.compute == "e4m3" and spec != replace(spec, compute="dtype")
+    with pytest.raises(framestride.Error, match="head_dim = 64"):
+        replace(spec, head_dim=64)
+    with pytest.raises(framestride.Error, match="attention.compute"):
+        replace(spec, compute="fp8")
+
+
 def test_every_key_is_written():
     spec = Spec(
         name="every_key",
