@@ -7,6 +7,7 @@
 //! Everything starts from inputs that are already rounded to the spec's type
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
+use framestride::shapes::image::e4m3::MOST_COUNTED;
 use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::spec::{NormKind, Pairs, Spec};
 use rayon::prelude::*;
@@ -268,10 +269,13 @@ impl Center {
     /// Rows that are sampled.
     pub const ROWS: usize = 512;
 
+    /// Rows of valid text that are sampled.
+    pub const TEXT_ROWS: usize = 64;
+
     /// The center of the values of a head, `[rows, head_dim]` in the model's order. Video rows at
     /// equal distances are sampled, and what is not finite counts as 0. The factor gives them a root
-    /// mean square from 4 to 8.
-    pub fn new(layout: &Layout, values: &[f64], head_dim: usize) -> Center {
+    /// mean square from 4 to 8, or less where the largest of these and of text would exceed 256.
+    pub fn new(layout: &Layout, valid: ValidText, values: &[f64], head_dim: usize) -> Center {
         let video = layout.frames.value as usize * layout.tokens_per_frame.value as usize;
         let row = |sample: usize| layout.before as usize + sample * video / Center::ROWS;
         let finite = |x: &f64| if x.is_finite() { *x } else { 0.0 };
@@ -282,7 +286,15 @@ impl Center {
         }
         let square = samples().flat_map(|row| row.iter().zip(&mean)).map(|(x, mean)| (finite(x) - mean).powi(2));
         let size = (square.sum::<f64>() / (Center::ROWS * head_dim) as f64).sqrt();
-        let exponent = size.log2().floor().clamp(-60.0, 60.0);
+        let first_after = layout.before as usize + video;
+        let text = (0..valid.before as usize).chain(first_after..first_after + valid.after as usize);
+        let text: Vec<usize> = text.collect();
+        let sampled = (0..Center::TEXT_ROWS).filter_map(|sample| text.get(sample * text.len() / Center::TEXT_ROWS));
+        let sampled = sampled.map(|row| &values[row * head_dim..][..head_dim]);
+        let distances = samples().chain(sampled).flat_map(|row| row.iter().zip(&mean));
+        let distances = distances.map(|(x, mean)| (finite(x) - mean).abs());
+        let most = distances.chain(mean.iter().map(|mean| mean.abs())).fold(0.0, f64::max);
+        let exponent = size.log2().floor().max(most.log2().floor() - 5.0).clamp(-60.0, 60.0);
         Center { mean, factor: (2.0 - exponent).exp2() }
     }
 }
@@ -404,7 +416,7 @@ impl Head {
         let (values, center) = match compute {
             ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
             ComputeType::E4m3 => {
-                let Center { mut mean, factor } = Center::new(layout, &self.values, self.head_dim);
+                let Center { mut mean, factor } = Center::new(layout, self.valid, &self.values, self.head_dim);
                 let rest = self.values.par_iter().enumerate().map(|(i, x)| x - mean[i % self.head_dim]);
                 let rest: Vec<f64> = rest.collect();
                 let values = round(&rest, factor);
@@ -412,7 +424,9 @@ impl Head {
                 for &key in &self.mask(HeadType::Dense).key_order()[..live] {
                     for (channel, mean) in mean.iter_mut().enumerate() {
                         let element = key * self.head_dim + channel;
-                        *mean += (rest[element] - values[element]) / live as f64;
+                        if (rest[element] * factor).abs() <= f64::from(MOST_COUNTED) {
+                            *mean += (rest[element] - values[element]) / live as f64;
+                        }
                     }
                 }
                 (values, mean)

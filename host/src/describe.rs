@@ -3,8 +3,8 @@
 use std::fmt;
 
 use framestride_shapes::arch::Arch;
-use framestride_shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
 use framestride_shapes::dtype::Compute;
+use framestride_shapes::estimate::{LayerTimes, MULTIPROCESSORS, Obstacle, Rates};
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::spec::Spec;
 

@@ -73,6 +73,27 @@ def test_8_bits_are_near_16():
     assert 0.005 < (found - expected).norm() / expected.norm() < 0.15
 
 
+@pytest.mark.parametrize("kind", ["one token", "large text", "constant video", "one large row"])
+def test_8_bits_of_values_that_are_unlike_each_other(kind):
+    frames, tokens, text = (1, 1, 64) if kind == "one token" else (9, 64, 32)
+    shape = {"frames": frames, "tokens_per_frame": tokens, "after": text, "heads": 1, "head_dim": 128}
+    spec = Spec(**shape, spatial=1.0 if kind == "one token" else 0.3, temporal=1.0, compute="e4m3")
+    q, k, v = (torch.randn(1, spec.sequence, 1, 128, dtype=torch.bfloat16) for _ in range(3))
+    if kind == "large text":
+        v[:, -text:] *= 100
+    if kind == "constant video":
+        v[:, :-text] = 1
+    if kind == "one large row":
+        # It is no sample of V's mean, and most rows do not see it.
+        v[:, 8] *= 20
+    types = torch.ones(1, 1, dtype=torch.int32)
+    found = framestride.attention(q, k, v, spec, head_types=types).double()
+    expected = framestride.attention(q, k, v, replace(spec, compute="dtype"), head_types=types).double()
+    # Each row by itself: those that do not see the large one must not feel it.
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.1 and error.max() < 0.3
+
+
 def test_dense_attention_is_that_of_pytorch():
     spec = Spec(frames=3, tokens_per_frame=50, heads=2, head_dim=64, spatial=0.5, temporal=0.5, dtype="f16")
     q, k, v = (torch.randn(1, 150, 2, 64, dtype=torch.float16) for _ in range(3))

@@ -137,6 +137,9 @@ pub const CENTER_THREADS: u32 = 256;
 /// Rows of V that **center** looks at.
 pub const CENTER_ROWS: u32 = 512;
 
+/// Rows of valid text that it looks at.
+pub const CENTER_TEXT_ROWS: u32 = 64;
+
 /// Threads of a block of **pack_values**.
 pub const VALUES_THREADS: u32 = 128;
 

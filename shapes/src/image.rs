@@ -114,6 +114,10 @@ pub mod e4m3 {
     /// keys together, multiplied by the factor and by [`LOST_SCALE`].
     pub const CENTER_LOST: u32 = 132;
 
+    /// The largest value, multiplied by the factor, of which it counts what rounding took. Larger ones
+    /// are few: what they lose is no property of a channel.
+    pub const MOST_COUNTED: f32 = 16.0;
+
     /// The integers count in units of one over this. Values of a usual size lose less than 1/2, so
     /// 2^24 keys do not overflow.
     pub const LOST_SCALE: f32 = 64.0;

@@ -192,6 +192,8 @@ pub struct CenterShared {
     pub sums: Parts,
     /// Each warp has an f32: the sum of its squares.
     pub squares: Parts,
+    /// Each warp has an f32: the largest of its values.
+    pub most: Parts,
     /// The size of all, in bytes.
     pub bytes: u32,
 }
@@ -203,7 +205,8 @@ impl CenterShared {
         let mut memory = Allocator::new();
         let sums = memory.parts(CENTER_THREADS / 16, 128 * 4, CHUNK_BYTES);
         let squares = memory.parts(CENTER_THREADS / 32, 4, 4);
-        CenterShared { sums, squares, bytes: memory.bytes }
+        let most = memory.parts(CENTER_THREADS / 32, 4, 4);
+        CenterShared { sums, squares, most, bytes: memory.bytes }
     }
 }
 

@@ -245,7 +245,7 @@ fn run_case(
             ComputeType::E4m3 => {
                 let start = plan.centers.start + index as u64 * DeviceCenter::BYTES;
                 let center = DeviceCenter::new(&device.read(buffer, start, DeviceCenter::BYTES)?);
-                center.compare(spec, &inputs.v.head(at.item, at.head), || at.name(), &mut centers);
+                center.compare(spec, valid, &inputs.v.head(at.item, at.head), || at.name(), &mut centers);
                 Some(center)
             }
         };

@@ -3,9 +3,9 @@
 use crate::cuda::{global, math, shared, thread, warp};
 use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
-use framestride_shapes::blocks::{CENTER_ROWS, CENTER_THREADS, VALUES_THREADS, VALUES_UNITS};
+use framestride_shapes::blocks::{CENTER_ROWS, CENTER_TEXT_ROWS, CENTER_THREADS, VALUES_THREADS, VALUES_UNITS};
 use framestride_shapes::image::e4m3::{
-    self, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, UNIT_BYTES, UNIT_KEYS,
+    self, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, MOST_COUNTED, UNIT_BYTES, UNIT_KEYS,
 };
 use framestride_shapes::layout::{HeadType, ValidText};
 use framestride_shapes::params::{PackParams, Tensor};
@@ -57,7 +57,7 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
         #[inline(always)]
         |sum| sum * (1.0 / CENTER_ROWS as f32),
     );
-    let mut squares = 0.0;
+    let (mut squares, mut most) = (0.0, 0.0f32);
     each_sample::<M>(
         params,
         head,
@@ -65,21 +65,36 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
         |i, value| {
             let distance = value - means[i];
             squares = math::fma(distance, distance, squares);
+            most = most.max(distance.abs());
         },
     );
-    let squares = warp::sum::<32>(squares);
+    each_text_sample::<M>(
+        params,
+        head,
+        #[inline(always)]
+        |i, value| most = most.max((value - means[i]).abs()),
+    );
+    // Rows that differ from the sample may differ by as much as a mean.
+    let mut i = 0;
+    while i < 8 {
+        most = most.max(means[i].abs());
+        i += 1;
+    }
+    let (squares, most) = (warp::sum::<32>(squares), warp::max::<32>(most));
     if thread::lane() == 0 {
         shared::store_f32(shared::address(CENTER_SHARED.squares, thread::index() / 32), squares);
+        shared::store_f32(shared::address(CENTER_SHARED.most, thread::index() / 32), most);
     }
     thread::sync_block();
     if thread::index() < LANES {
-        let mut squares = 0.0;
+        let (mut squares, mut most) = (0.0, 0.0f32);
         let mut warp = 0;
         while warp < CENTER_THREADS / 32 {
             squares += shared::load_f32(shared::address(CENTER_SHARED.squares, warp));
+            most = most.max(shared::load_f32(shared::address(CENTER_SHARED.most, warp)));
             warp += 1;
         }
-        let factors = factors(squares * (1.0 / (CENTER_ROWS * e4m3::ROW_BYTES) as f32));
+        let factors = factors(squares * (1.0 / (CENTER_ROWS * e4m3::ROW_BYTES) as f32), most);
         let center = params.centers + (head * CENTER_FLOATS) as u64 * 4;
         let mine = center + (chunk * 32) as u64;
         global::store16(mine, [means[0], means[1], means[2], means[3]].map(f32::to_bits));
@@ -93,14 +108,16 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
     }
 }
 
-/// The power of two by which values are multiplied, whose mean square is `square`, and one over it.
-/// Their root mean square is 4 to 8 then. So values of up to 56 times as much are not cut off, and those down to a
-/// 256th keep all bits.
+/// The power of two by which values are multiplied, and one over it. The values have the mean square
+/// `square`, and none is larger than `most`.
+///
+/// Their root mean square is 4 to 8 then, or less where `most` would become more than 256. So values
+/// that were not looked at may be 56 times as large before they are cut off.
 #[inline(always)]
-fn factors(square: f32) -> [f32; 2] {
+fn factors(square: f32, most: f32) -> [f32; 2] {
+    let exponent = |x: f32| (x.to_bits() >> 23) as i32 - 127;
     // The exponent of the root is half of the exponent. Beyond 2^60 on either side it is cut off.
-    let exponent = (square.to_bits() >> 23) as i32 - 127;
-    let exponent = (exponent >> 1).clamp(-60, 60);
+    let exponent = (exponent(square) >> 1).max(exponent(most) - 5).clamp(-60, 60);
     [2 - exponent, exponent - 2].map(
         #[inline(always)]
         |exponent| f32::from_bits(((127 + exponent) as u32) << 23),
@@ -120,6 +137,31 @@ unsafe fn each_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMu
         let mut i = 0;
         while i < 8 {
             // One value that is not finite would make the whole head so.
+            f(i, if values[i].abs() <= f32::MAX { values[i] } else { 0.0 });
+            i += 1;
+        }
+        sample += CENTER_THREADS / LANES;
+    }
+}
+
+/// Calls `f` with each of a thread's sampled values of valid text, likewise.
+#[inline(always)]
+unsafe fn each_text_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMut(usize, f32)) {
+    let (chunk, group) = (thread::index() % LANES, thread::index() / LANES);
+    let valid = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads);
+    let mut sample = group;
+    while valid.sum() != 0 && sample < CENTER_TEXT_ROWS {
+        // In the spatial layout, valid text comes first.
+        let packed = (sample as u64 * valid.sum() as u64 / CENTER_TEXT_ROWS as u64) as u32;
+        let row = M::layout().model_row(HeadType::Spatial, packed, valid);
+        let values = if row < M::numbers().before_tokens {
+            load::<M>(params, params.v_before, head, row, chunk)
+        } else {
+            load::<M>(params, params.v_after, head, row, chunk)
+        };
+        let values = element::widen::<M::Element>(values);
+        let mut i = 0;
+        while i < 8 {
             f(i, if values[i].abs() <= f32::MAX { values[i] } else { 0.0 });
             i += 1;
         }
@@ -292,7 +334,8 @@ impl Pair {
             #[inline(always)]
             |row| {
                 let [x, y] = E::unpack(row.words[word]);
-                [(x - mean[0]) * row.factor, (y - mean[1]) * row.factor]
+                // What is infinite becomes no number, since e4m3 has no infinity.
+                [math::fma(x - mean[0], row.factor, x * 0.0), math::fma(y - mean[1], row.factor, y * 0.0)]
             },
         );
         let [a, b, c, d, e, f, g, h] = values;
@@ -301,7 +344,8 @@ impl Pair {
                 ([a[channel], b[channel], c[channel], d[channel]], [e[channel], f[channel], g[channel], h[channel]]);
             let lost = |four: [f32; 4], rounded: u32| {
                 let rounded = element::unpack_e4m3(rounded);
-                (four[0] - rounded[0]) + (four[1] - rounded[1]) + (four[2] - rounded[2]) + (four[3] - rounded[3])
+                let of = |i: usize| if four[i].abs() <= MOST_COUNTED { four[i] - rounded[i] } else { 0.0 };
+                (of(0) + of(1)) + (of(2) + of(3))
             };
             let keys = [element::pack_e4m3(low), element::pack_e4m3(high)];
             (keys, lost(low, keys[0]) + lost(high, keys[1]))
