@@ -9,13 +9,13 @@ use framestride::shapes::spec::{
     Compute, Dtype, NormKind, NormOver, Pairs, Problem, Profile, QkNorm, Rope, Schedule, Spec, SpecBuilder, SpecError,
     Width,
 };
-use framestride::{Description, Device, Error};
+use framestride::{Description, Device, Error, Kernels};
 use framestride_pictures::masks;
 
 use crate::argument::{self, Structure};
 use crate::device::{self, framestride_device};
 use crate::handle;
-use crate::status::framestride_status::{FRAMESTRIDE_INTERNAL, FRAMESTRIDE_INVALID_SPEC};
+use crate::status::framestride_status::{FRAMESTRIDE_INTERNAL, FRAMESTRIDE_INVALID_SPEC, FRAMESTRIDE_UNSUPPORTED};
 use crate::status::{Failure, Result, framestride_status, guard};
 
 /// A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -388,9 +388,11 @@ pub unsafe extern "C" fn framestride_half_width(
 #[unsafe(no_mangle)]
 pub extern "C" fn framestride_supported(device: framestride_device, spec: framestride_spec) -> framestride_status {
     guard(|| {
-        // There are kernels for every spec that was checked, so only the device matters.
-        let _: Arc<Spec> = handle::get(spec.handle)?;
-        device::check(&handle::get::<Device>(device.handle)?)
+        let spec: Arc<Spec> = handle::get(spec.handle)?;
+        let device = handle::get::<Device>(device.handle)?;
+        device::check(&device)?;
+        let refused = |error| Failure::new(FRAMESTRIDE_UNSUPPORTED, error);
+        device.arch().and_then(|arch| Kernels::for_spec(&spec, arch)).map(|_| ()).map_err(refused)
     })
 }
 

@@ -78,6 +78,7 @@ fn a_launch_does_nothing_else_and_refuses_other_contexts() {
         ("FAKE_INIT", "803"),
         ("FAKE_COUNT", "0"),
         ("FAKE_CC0", "75"),
+        ("FAKE_CC0", "89"),
         ("FAKE_DRIVER", "11080"),
     ] {
         let mut command = run(&program);

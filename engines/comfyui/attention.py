@@ -10,6 +10,7 @@ import logging
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -89,10 +90,11 @@ def text_side(model, classes):
 class SparseAttention:
     """An `optimized_attention_override`, sparse while the noise is from `sigma_start` down to `sigma_end`."""
 
-    def __init__(self, density, sigma_start, sigma_end, previous=None):
+    def __init__(self, density, sigma_start, sigma_end, compute, previous=None):
         self.density = density
         self.sigma_start = sigma_start
         self.sigma_end = sigma_end
+        self.compute = compute
         # The override that another node has set.
         self.previous = previous
         self.plans = {}
@@ -188,6 +190,8 @@ class SparseAttention:
                 )
                 dense = self.density >= 1
                 options = {"head_types": "dense"} if dense else {"half_widths": spec.half_widths(self.density)}
+                if self.compute == "e4m3":
+                    spec = framestride.in_8_bits(spec, q.device, partial(self.say, now, "in 16 bits"))
                 framestride.load(spec, q.device)
                 self.plans[key] = spec, options
             except framestride.Error as error:
@@ -196,10 +200,13 @@ class SparseAttention:
 
     def refuse(self, now, reason):
         """Says once why attention over video stays as it was."""
+        self.say(now, "as it was", reason)
+
+    def say(self, now, how, reason):
         if reason not in self.said:
             self.said.add(reason)
             model = "a model" if now is None else now.model
-            logging.warning("framestride leaves attention of %s as it was: %s", model, reason)
+            logging.warning("framestride leaves attention of %s %s: %s", model, how, reason)
 
 
 def text_lengths(mask, batch, before, tokens, after):

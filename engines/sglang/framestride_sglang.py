@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.layers.attention.backends.attention_backend i
     AttentionMetadataBuilder,
 )
 from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum, current_platform
+from sglang.multimodal_gen.runtime.server_args import get_global_server_args
 
 import framestride
 
@@ -53,8 +54,10 @@ class FramestrideBackend(AttentionBackend):
 
 @dataclass
 class FramestrideMetadata(AttentionMetadata):
-    # The density of this step, and frames, height and width of the video in patches.
+    # The density of this step, and what tensor cores multiply.
     density: float
+    compute: str
+    # Frames, height and width of the video in patches.
     grid: tuple[int, int, int]
 
 
@@ -65,9 +68,13 @@ class FramestrideMetadataBuilder(AttentionMetadataBuilder):
         """`current_timestep` is the number of the step. The first ones stay dense."""
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity is {sparsity}. It is the part of all pairs that no head sees: from 0, below 1")
+        # SGLang hands on its own options alone.
+        compute = (get_global_server_args().attention_backend_config or {}).get("compute", "dtype")
+        if compute not in ("dtype", "e4m3"):
+            raise ValueError(f"compute is {compute!r}. It is 'dtype' or 'e4m3'")
         grid = tuple(size // patch for size, patch in zip(raw_latent_shape[-3:], patch_size, strict=True))
         density = 1.0 if current_timestep < skip_first_steps else 1.0 - sparsity
-        return FramestrideMetadata(current_timestep, density, grid)
+        return FramestrideMetadata(current_timestep, density, compute, grid)
 
 
 class FramestrideImpl(AttentionImpl):
@@ -94,37 +101,43 @@ class FramestrideImpl(AttentionImpl):
             # SGLang made the metadata for this backend, and no other one reads them.
             return self.other.forward(query, key, value, None)
         _, _, heads, head_dim = query.shape
-        spec, options = plan(attn_metadata.grid, heads, head_dim, DTYPES[query.dtype], attn_metadata.density)
+        shape = (attn_metadata.grid, heads, head_dim, DTYPES[query.dtype], attn_metadata.compute, query.device)
+        spec, options = plan(attn_metadata.density, *shape)
         return framestride.attention(query, key, value, spec, scale=self.scale, **options)
 
 
-def plan(grid: tuple, heads: int, head_dim: int, dtype: str, density: float):
-    """A spec, and the arguments that give its heads a density."""
-    spec = make_spec(grid, heads, head_dim, dtype)
+def plan(density: float, *shape):
+    """A spec, and the arguments that give its heads a density. `shape` has the arguments of `make_spec`."""
+    spec = make_spec(*shape)
     if density < 1:
         try:
             return spec, {"half_widths": spec.half_widths(density)}
         except framestride.Error as error:
-            warn_once(str(error))
+            warn_once("stays dense", str(error))
     return spec, {"head_types": "dense"}
 
 
 @functools.lru_cache(maxsize=64)
-def make_spec(grid: tuple, heads: int, head_dim: int, dtype: str) -> framestride.Spec:
+def make_spec(
+    grid: tuple, heads: int, head_dim: int, dtype: str, compute: str, device: torch.device
+) -> framestride.Spec:
     frames, height, width = grid
     widest = framestride.Width(half_width=math.prod(grid))
-    return framestride.Spec(
+    spec = framestride.Spec(
         name="sglang", frames=frames, tokens_per_frame=height * width, grid=(height, width), heads=heads,
         head_dim=head_dim, dtype=dtype, spatial=widest, temporal=widest,
         # All rows of Wan see the first frame.
         sink_frames=1 if frames > 1 else 0,
     )
+    if compute == "e4m3":
+        return framestride.in_8_bits(spec, device, functools.partial(warn_once, "is in 16 bits"))
+    return spec
 
 
 @functools.lru_cache(maxsize=64)
-def warn_once(reason: str) -> None:
-    """Says why heads stay dense, such as a density that is less than what the first frame alone takes."""
-    logging.getLogger("framestride").warning("attention stays dense: %s", reason)
+def warn_once(what: str, reason: str) -> None:
+    """Says why attention is not as it was asked for, such as a density below what the first frame alone takes."""
+    logging.getLogger("framestride").warning("attention %s: %s", what, reason)
 
 
 class Resolver:

@@ -64,6 +64,7 @@ class FramestrideImpl(AttentionImpl):
     ) -> None:
         given = backend_kwargs or {}
         self.density = 1.0 - given.get("sparsity", 0.0)
+        self.compute = "e4m3" if given.get("precision") == "fp8" else "dtype"
         self.start_step, self.end_step = given.get("start_step", 0), given.get("end_step", 0)
         layers = re.findall(r"\.(\d+)\.", prefix)
         self.stays_dense = bool(layers) and int(layers[0]) in given.get("skip_layers", ())
@@ -89,7 +90,8 @@ class FramestrideImpl(AttentionImpl):
         after = rows - start - math.prod(grid)
         dense = self.stays_dense or not self.step_is_sparse()
         density = 1.0 if dense else self.density
-        spec, options = plan(grid, start, after, heads, head_dim, DTYPES[query.dtype], density)
+        shape = (grid, start, after, heads, head_dim, DTYPES[query.dtype], self.compute, query.device)
+        spec, options = plan(density, *shape)
         if after > 0:
             # Rows between the video and those that are used are valid, such as sound. The rest is padding.
             valid = used - start - math.prod(grid)
@@ -132,32 +134,37 @@ class FramestrideImpl(AttentionImpl):
 
 
 @functools.lru_cache(maxsize=64)
-def make_spec(grid: tuple, before: int, after: int, heads: int, head_dim: int, dtype: str) -> framestride.Spec:
+def make_spec(
+    grid: tuple, before: int, after: int, heads: int, head_dim: int, dtype: str, compute: str, device: torch.device
+) -> framestride.Spec:
     frames, height, width = grid
     widest = framestride.Width(half_width=math.prod(grid))
-    return framestride.Spec(
+    spec = framestride.Spec(
         name="vllm_omni", frames=frames, tokens_per_frame=height * width, grid=(height, width), before=before,
         after=after, heads=heads, head_dim=head_dim, dtype=dtype, spatial=widest, temporal=widest,
         # All rows of Wan see the first frame, and Wan has no rows before the video.
         sink_frames=1 if before == 0 and frames > 1 else 0,
     )
+    if compute == "e4m3":
+        return framestride.in_8_bits(spec, device, functools.partial(warn_once, "is in 16 bits"))
+    return spec
 
 
-def plan(grid: tuple, before: int, after: int, heads: int, head_dim: int, dtype: str, density: float):
-    """A spec, and the arguments that give its heads a density."""
-    spec = make_spec(grid, before, after, heads, head_dim, dtype)
+def plan(density: float, *shape):
+    """A spec, and the arguments that give its heads a density. `shape` has the arguments of `make_spec`."""
+    spec = make_spec(*shape)
     if density < 1:
         try:
             return spec, {"half_widths": spec.half_widths(density)}
         except framestride.Error as error:
-            warn_once(str(error))
+            warn_once("stays dense", str(error))
     return spec, {"head_types": "dense"}
 
 
 @functools.lru_cache(maxsize=64)
-def warn_once(reason: str) -> None:
-    """Says why heads stay dense, such as a density that is less than what text alone takes."""
-    logging.getLogger("framestride").warning("attention stays dense: %s", reason)
+def warn_once(what: str, reason: str) -> None:
+    """Says why attention is not as it was asked for, such as a density that is less than what text alone takes."""
+    logging.getLogger("framestride").warning("attention %s: %s", what, reason)
 
 
 def register() -> None:

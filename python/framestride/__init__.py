@@ -5,7 +5,7 @@
 
 from ._library import Error, Status
 from .attention import Norm, Profile, Text, attention, profile
-from .module import Module, load
+from .module import Module, in_8_bits, load
 from .spec import QkNorm, Rope, Schedule, Spec, Width, describe, plot
 from .study import DensitySchedule, ScheduledStep, Study, study
 
@@ -26,6 +26,7 @@ __all__ = [
     "Width",
     "attention",
     "describe",
+    "in_8_bits",
     "load",
     "plot",
     "profile",

@@ -181,7 +181,6 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "study_schedule": [c_char_p, c_size_t, c_double, c_char_p, c_size_t, POINTER(c_size_t)],
     "study_plot": [c_char_p, c_size_t, c_double, c_char_p, c_size_t, POINTER(c_size_t)],
     "half_width": [_HANDLE, c_uint32, c_double, POINTER(c_uint32)],
-    "supported": [_HANDLE, _HANDLE],
     "load": [_HANDLE, _HANDLE, _OUT],
     "module_info": [_HANDLE, POINTER(ModuleDetails)],
     "attention_new": [_HANDLE, c_uint32, c_uint32, _OUT],

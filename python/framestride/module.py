@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import _library
-from ._library import ModuleDetails, refuse
+from ._library import Error, ModuleDetails, Status, refuse
 from .spec import Spec, handle_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,23 @@ def load(spec: Spec, device: Device = None) -> Module:
     return Module(spec, name, *seconds, handle)
 
 
+def in_8_bits(spec: Spec, device: Device = None, otherwise: Callable[[str], object] = lambda reason: None) -> Spec:
+    """The spec with `compute="e4m3"`, whose kernels are then loaded on the device.
+
+    It is the spec as it came where 8 bits cannot be had: for head dim 64, and on other GPUs than a Hopper.
+    `otherwise` gets the reason. What else goes wrong is raised.
+    """
+    try:
+        narrow = replace(spec, compute="e4m3")
+        load(narrow, device)
+    except Error as error:
+        if error.status not in (Status.INVALID_SPEC, Status.UNSUPPORTED):
+            raise
+        otherwise(str(error))
+        return spec
+    return narrow
+
+
 def is_loaded(toml: str, device: str) -> bool:
     """Whether the kernels of the text of a spec are loaded on a device."""
     return (toml, device) in _MODULES
@@ -88,9 +106,7 @@ def _module(toml: str, device: str) -> int:
     with _LOCK:
         found = _MODULES.get((toml, device))
         if found is None:
-            spec, opened = handle_of(toml), _opened(device)
-            _library.call("supported", opened, spec)
-            found = _MODULES[toml, device] = _library.handle("load", opened, spec)
+            found = _MODULES[toml, device] = _library.handle("load", _opened(device), handle_of(toml))
         return found
 
 

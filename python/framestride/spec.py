@@ -17,7 +17,8 @@ _KINDS: tuple[Literal["rms"], Literal["layer"]] = ("rms", "layer")
 _OVERS: tuple[Literal["head"], Literal["heads"]] = ("head", "heads")
 _PAIRS: tuple[Literal["interleaved"], Literal["half"]] = ("interleaved", "half")
 _DTYPES: tuple[Literal["bf16"], Literal["f16"]] = ("bf16", "f16")
-_COMPUTES: tuple[Literal["dtype", "e4m3"], ...] = ("dtype", "e4m3")
+Compute = Literal["dtype", "e4m3"]
+_COMPUTES: tuple[Compute, ...] = ("dtype", "e4m3")
 _SPATIAL, _TEMPORAL = 1, 2
 
 
@@ -120,7 +121,7 @@ class Spec:
     schedule: Schedule | None = None
     name: str = "unnamed"
     """What messages call it: 1 to 64 characters of a-z, 0-9 and _."""
-    compute: Literal["dtype", "e4m3"] = "dtype"
+    compute: Compute = "dtype"
     """What tensor cores multiply: the type of the tensors, or 8 bits (`"e4m3"`: head dim 128, on a Hopper)."""
     toml: str = field(init=False, repr=False)
     """The spec as TOML text, as the library and the `framestride` command read it."""

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from . import _library
 from ._library import Error, refuse
+from .spec import Compute
 
 Place = str | os.PathLike[str]
 Models = tuple[tuple[str, int], ...]
@@ -107,6 +108,8 @@ class ScheduledStep:
     """The noise of its input, from 1 to 0, where that is known."""
     density: tuple[float | None, ...]
     """The density of each layer, 1 for dense attention. None where the step did not call the layer."""
+    compute: tuple[Compute | None, ...] | None = None
+    """What tensor cores multiply in each layer. None where that is not the schedule's to say."""
 
     def place(self, by_noise: bool) -> float:
         """Where in the denoising it is, from 0 to 1."""
@@ -119,8 +122,9 @@ class DensitySchedule:
 
     Steps are compared by their noise, so another number of steps has densities too, and a model of few steps.
     Where the noise is not known, they are compared by their share of all steps. A step between two that were
-    studied has the larger density of both. One before the first is dense, and one after the last has the
-    density of the last. Where no step is known, a layer has the largest of its densities.
+    studied has the larger density of both, and 8 bits if both have. One before the first is dense and in 16
+    bits, and one after the last is as the last. Where no step is known, a layer has the largest of its
+    densities, and 8 bits if it has them in all steps.
     """
 
     models: Models
@@ -129,19 +133,26 @@ class DensitySchedule:
     """The relative error that each layer was within."""
     steps: tuple[ScheduledStep, ...]
 
-    def __call__(self, step: Step, layer: int) -> float:
-        """The density of a layer in a step. Layers count from 0, through all transformers."""
-        known = [(scheduled, density) for scheduled in self.steps if (density := scheduled.density[layer]) is not None]
-        if not known:
-            return 1.0
-        by_noise = step.noise is not None and all(scheduled.noise is not None for scheduled, _ in known)
+    def __call__(self, step: Step, layer: int) -> float | tuple[float, Compute]:
+        """The density of a layer in a step, with what tensor cores multiply where the schedule says it. Layers
+        count from 0, through all transformers."""
+        near = self._near(step, [scheduled for scheduled in self.steps if scheduled.density[layer] is not None], layer)
+        density = max((scheduled.density[layer] or 1.0 for scheduled in near), default=1.0)
+        if any(scheduled.compute is None for scheduled in self.steps):
+            return density
+        computes = {scheduled.compute[layer] for scheduled in near if scheduled.compute is not None}
+        return density, "e4m3" if computes == {"e4m3"} else "dtype"
+
+    def _near(self, step: Step, known: list[ScheduledStep], layer: int) -> list[ScheduledStep]:
+        """The steps of those that are known whose densities decide about a step."""
+        by_noise = step.noise is not None and all(scheduled.noise is not None for scheduled in known)
         if not by_noise and step.count == 0:
-            return max(density for _, density in known)
+            return known
         here = ScheduledStep(step.index, step.count, step.noise, ()).place(by_noise)
-        places = sorted((scheduled.place(by_noise), density) for scheduled, density in known)
-        before = [density for place, density in places if place <= here + 1e-6]
-        after = [density for place, density in places if place >= here - 1e-6]
-        return max([before[-1], *after[:1]]) if before else 1.0
+        known = sorted(known, key=lambda scheduled: (scheduled.place(by_noise), scheduled.density[layer]))
+        before = [scheduled for scheduled in known if scheduled.place(by_noise) <= here + 1e-6]
+        after = [scheduled for scheduled in known if scheduled.place(by_noise) >= here - 1e-6]
+        return [before[-1], *after[:1]] if before else []
 
     def check(self, models: Models) -> None:
         """Raises an `Error` unless the schedule is one of these transformers."""
@@ -161,7 +172,8 @@ class DensitySchedule:
             "error": self.error,
         }
         head = "".join(f'  "{key}": {json.dumps(value)},\n' for key, value in keys.items())
-        steps = ",\n".join(f"    {json.dumps(vars(step))}" for step in self.steps)
+        said = [{key: value for key, value in vars(step).items() if key != "compute" or value} for step in self.steps]
+        steps = ",\n".join(f"    {json.dumps(step)}" for step in said)
         Path(path).write_text(f'{{\n{head}  "steps": [\n{steps}\n  ]\n}}\n', encoding="utf-8")
 
     @staticmethod
@@ -188,7 +200,8 @@ class DensitySchedule:
             del data["framestride_schedule"]
             models, allowed = _models(data), float(data["error"])
             steps = [dict(step) for step in data["steps"]]
-            scheduled = tuple(ScheduledStep(**step | {"density": tuple(step["density"])}) for step in steps)
+            listed = [{key: tuple(step[key]) for key in ("density", "compute") if key in step} for step in steps]
+            scheduled = tuple(ScheduledStep(**step | lists) for step, lists in zip(steps, listed))
             unknown = set(data) - {"models", "error", "steps"}
         except (KeyError, TypeError, ValueError) as error:
             raise wrong(f"{type(error).__name__}: {error}", "the keys of a schedule") from None
@@ -208,6 +221,11 @@ class DensitySchedule:
             for density in step.density:
                 if density is not None and not (isinstance(density, (int, float)) and 0 < density <= 1):
                     raise wrong(f"density {density!r} in step {step.index}", "densities above 0 and at most 1, or null")
+            if step.compute is not None and len(step.compute) != layers:
+                raise wrong(f"{len(step.compute)} computes in step {step.index}", f"{layers}, one for each layer")
+            for compute in step.compute or ():
+                if compute not in (None, *get_args(Compute)):
+                    raise wrong(f"compute {compute!r} in step {step.index}", '"dtype", "e4m3" or null')
         return DensitySchedule(models, allowed, scheduled)
 
 

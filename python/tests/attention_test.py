@@ -73,6 +73,17 @@ def test_8_bits_are_near_16():
     assert 0.005 < (found - expected).norm() / expected.norm() < 0.15
 
 
+def test_8_bits_are_had_where_there_are_kernels():
+    spec = replace(Spec.shipped("tiny_e4m3"), compute="dtype")
+    reasons = []
+    assert framestride.in_8_bits(spec, "cpu", reasons.append) == Spec.shipped("tiny_e4m3") and not reasons
+    small = Spec.shipped("tiny_text_last")
+    assert small.head_dim == 64 and framestride.in_8_bits(small, "cpu", reasons.append) is small
+    assert len(reasons) == 1 and "with head_dim = 64" in reasons[0]
+    with pytest.raises(Error, match="device: found"):
+        framestride.in_8_bits(spec, "tpu")
+
+
 @pytest.mark.parametrize("kind", ["one token", "large text", "constant video", "one large row"])
 def test_8_bits_of_values_that_are_unlike_each_other(kind):
     frames, tokens, text = (1, 1, 64) if kind == "one token" else (9, 64, 32)

@@ -224,6 +224,79 @@ def test_a_function_gives_densities_by_step_and_layer():
     assert found == [["0.5", "dense"], ["0.5", "0.5"], ["0.5", "0.3"]]
 
 
+@pytest.fixture
+def computes(monkeypatch) -> list[str]:
+    """What tensor cores multiplied in each layer that was called."""
+    called, attention = [], framestride.attention
+
+    def watched(*rows, spec, **options):
+        called.append(spec.compute)
+        return attention(*rows, spec=spec, **options)
+
+    monkeypatch.setattr(framestride, "attention", watched)
+    return called
+
+
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "Kandinsky 5 Pro", "MiniMax-H3"])
+def test_8_bits_are_near_16(name, computes):
+    model, inputs = build(name)
+    for density in (1.0, 0.5):
+        wide = apply(model, density=density)
+        expected = run(model, inputs)
+        computes.clear()
+        with silence():
+            apply(model, density=density, compute="e4m3")
+            found = run(model, inputs)
+        assert computes == ["e4m3"] * len(wide.layers)
+        assert 0 < distance(found, expected) < 0.02
+    restore(model)
+
+
+def test_where_8_bits_cannot_be_had_there_are_16(recwarn, computes):
+    model, inputs = build("CogVideoX")
+    apply(model, density=0.5)
+    expected = run(model, inputs)
+    apply(model, density=0.5, compute="e4m3")
+    for _ in range(2):
+        assert torch.equal(run(model, inputs), expected)
+    assert set(computes) == {"dtype"}
+    (message,) = said(recwarn)
+    assert "CogVideoXTransformer3DModel in 16 bits" in message and "head_dim = 64" in message
+    apply(flux(), compute="e4m3")
+    assert "FluxTransformer2DModel in 16 bits" in said(recwarn)[1]
+
+
+def test_a_function_gives_8_bits_by_step_and_layer(computes):
+    model, inputs = build("Wan-VACE")
+    choices = [[None, (None, "e4m3")], [0.5, (1.0, "dtype")], [(0.5, None), (0.6, "e4m3")]]
+    for compute in ("dtype", "e4m3"):
+        handle = apply(model, density=0.5, compute=compute, schedule=lambda step, layer: choices[step.index][layer])
+        found = []
+        for index in range(3):
+            handle.step(index, 3)
+            found.append([(layer.density, layer.compute) for layer in handle.layers])
+        assert found == [
+            [("0.5", compute), ("0.5", "e4m3")], [("0.5", compute), ("dense", "dtype")], [("0.5", compute), ("0.6", "e4m3")],
+        ]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outputs = {compute: [] for compute in (None, "dtype", "e4m3")}
+    for compute, found in outputs.items():
+        apply(model, density=0.5, schedule=lambda step, layer: (None, compute))
+        found += [run(model, inputs), run(compiled, inputs)]
+        assert torch.equal(*found)
+    assert torch.equal(outputs[None][0], outputs["dtype"][0]) and not torch.equal(outputs[None][0], outputs["e4m3"][0])
+
+
+def test_what_no_tensor_core_multiplies_is_refused():
+    model, _ = build("Wan")
+    before = processors(model)
+    for wrong in ({"compute": "fp8"}, {"schedule": lambda step, layer: (None, "fp8")}):
+        with pytest.raises(ValueError, match="compute is 'fp8'. It is one of 'dtype', 'e4m3'"):
+            apply(model, **wrong)
+    assert processors(model) == before
+
+
 def test_guidance_may_be_a_batch_or_two_calls():
     model, inputs = build("Wan")
     apply(model, density=0.5)

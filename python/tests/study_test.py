@@ -107,6 +107,22 @@ def test_steps_are_compared_by_their_share_where_noise_is_not_known():
         assert of(0, 0) == [1.0, 0.5, 1.0]
 
 
+def test_8_bits_are_those_that_all_near_steps_have(tmp_path):
+    computes = [["dtype", None, None], ["e4m3", "e4m3", None], ["e4m3", "dtype", None]]
+    steps = [written | {"compute": compute} for written, compute in zip(SCHEDULE["steps"], computes)]
+    found = DensitySchedule.from_json(json.dumps(SCHEDULE | {"steps": steps}))
+    of = lambda *at: [found(step(*at), layer) for layer in range(3)]
+    dense = (1.0, "dtype")
+    assert of(3, 50, 0.95) == [dense] * 3
+    assert of(3, 50, 0.9) == [(0.5, "e4m3"), (0.2, "e4m3"), dense]
+    assert of(3, 50, 0.6) == [(0.5, "e4m3"), (0.5, "dtype"), dense]
+    assert of(3, 50, 0.1) == [(0.2, "e4m3"), (0.5, "dtype"), dense]
+    assert of(0, 0, None) == [(1.0, "dtype"), (0.5, "dtype"), dense]
+    found.save(tmp_path / "schedule.json")
+    assert DensitySchedule.load(tmp_path / "schedule.json") == found
+    assert json.loads((tmp_path / "schedule.json").read_text())["steps"] == steps
+
+
 def test_a_schedule_comes_back_from_its_file(tmp_path):
     path = tmp_path / "schedule.json"
     schedule().save(path)
@@ -129,6 +145,8 @@ def test_a_schedule_comes_back_from_its_file(tmp_path):
     ({"steps": [SCHEDULE["steps"][0] | {"density": ["1", 0.2, 0.1]}]}, "density '1' in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"density": None}]}, "TypeError"),
     ({"steps": [SCHEDULE["steps"][0] | {"index": 8}]}, "step 8 of 8"),
+    ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3"]}]}, "1 computes in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3", "fp8", None]}]}, "compute 'fp8' in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"noise": "high"}]}, "noise 'high'"),
 ])
 def test_a_schedule_that_is_none_is_refused(wrong, words, tmp_path):

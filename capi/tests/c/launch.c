@@ -64,6 +64,13 @@ int main(void) {
   RIGHT(framestride_device_free(other));
   if (getenv("FAKE_CC0") || getenv("FAKE_DRIVER")) {
     framestride_module none;
+    if (strcmp(details.family, "sm_80") == 0) {
+      framestride_spec narrow;
+      RIGHT(framestride_spec_shipped("tiny_e4m3", &narrow));
+      RIGHT(framestride_supported(device, spec));
+      WRONG("8 bits on a GPU of another family", framestride_supported(device, narrow));
+      return 0;
+    }
     REQUIRE(details.family[0] == 0);
     WRONG("a GPU that is not supported", framestride_supported(device, spec));
     WRONG("loading on it", framestride_load(device, spec, &none));

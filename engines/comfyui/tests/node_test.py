@@ -1,4 +1,4 @@
-"""The node, on the emulator, in the forms in which ComfyUI calls its attention.
+"""The node, on the emulator or a GPU, in the forms in which ComfyUI calls its attention.
 
 ComfyUI is in no package registry, so its part is played here: a model that can be cloned, the executor
 of a wrapper, and an attention function that gives way to an override.
@@ -6,6 +6,7 @@ of a wrapper, and an attention function that gives way to an override.
 
 import importlib.util
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ import torch
 
 import framestride
 
+DEVICE = os.environ.get("FRAMESTRIDE_TEST_DEVICE", "cpu")
+torch.set_default_device(DEVICE)
 FOLDER = Path(__file__).parents[1]
 HEADS, DIM = 2, 64
 # Latents of 4 frames, in patches of 1 x 2 x 2.
@@ -40,8 +43,8 @@ node = package.NODE_CLASS_MAPPINGS["FramestrideSparseAttention"]()
 
 
 @pytest.fixture(autouse=True)
-def on_the_emulator(monkeypatch):
-    monkeypatch.setattr(node_attention, "DEVICES", ("cpu",))
+def on_this_device(monkeypatch):
+    monkeypatch.setattr(node_attention, "DEVICES", (DEVICE,))
 
 
 class Patcher:
@@ -149,9 +152,9 @@ class Attention:
         return self.plain(*args, **kwargs) if override is None else override(self.plain, *args, **kwargs)
 
 
-def rows(count, batch=1, dtype=torch.bfloat16):
+def rows(count, batch=1, dtype=torch.bfloat16, dim=DIM):
     torch.manual_seed(0)
-    return [torch.randn(batch, HEADS, count, DIM).to(dtype) for _ in range(3)]
+    return [torch.randn(batch, HEADS, count, dim).to(dtype) for _ in range(3)]
 
 
 def flat(x):
@@ -276,6 +279,29 @@ def test_sparse_heads_see_a_band_the_text_and_the_first_frame(form):
     assert (errors.amin(0) < 0.006).all() and (errors.amax(0) > 0.05).all()
 
 
+def test_a_longer_video_and_8_bits(caplog):
+    """Against PyTorch's own attention: 30 thousand rows on a GPU, some on the emulator."""
+    latent = torch.zeros(1, 16, 21, 60, 104) if DEVICE == "cuda" else LATENT
+    tokens = latent[0, 0, :, ::2, ::2].numel()
+    errors = {}
+    for dim in (DIM, 128):
+        q, k, v = rows(tokens + TEXT, dim=dim)
+        valid = padding(tokens + TEXT, 13, 0, (1, 1, -1))
+        expected = flat(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[None].to(q.dtype)))
+        for compute in ("dtype", "e4m3"):
+            ours, patcher = Attention(), node.apply(Patcher(), 1.0, 0.0, 1.0, compute)[0]
+            call = lambda o: ours(q, k, v, HEADS, valid, skip_reshape=True, transformer_options=o)
+            out = HunyuanVideo(call).run(patcher, latent=latent)
+            assert not ours.calls
+            error = (out - expected)[:, TEXT:].norm() / expected[:, TEXT:].norm()
+            errors[dim, compute] = error.item()
+    # Both round their output to 16 bits, and PyTorch the weights of attention as well.
+    assert max(errors[DIM, "dtype"], errors[128, "dtype"]) < 0.012
+    assert errors[DIM, "e4m3"] == errors[DIM, "dtype"] and 0.012 < errors[128, "e4m3"] < 0.1
+    (record,) = caplog.records
+    assert "HunyuanVideo in 16 bits" in record.message and "head_dim = 64" in record.message
+
+
 def test_items_of_a_batch_have_lengths_of_their_own():
     qkv = rows(VIDEO + TEXT, batch=2)
     mask = torch.cat([padding(VIDEO + TEXT, valid, VIDEO, (1, 1, 1, -1)) for valid in (0, 20)])
@@ -370,13 +396,13 @@ def test_what_is_not_known_goes_on_unchanged_and_is_said_once(case, caplog):
     [
         ({"dtype": torch.float32}, "torch.float32"),
         ({"density": 0.05}, "density"),
-        ({"devices": ("cuda",)}, "on cpu"),
+        ({"devices": ("other",)}, f"on {DEVICE}"),
         ({"gradient": True}, "gradients"),
     ],
     ids=lambda change: str(*change) if isinstance(change, dict) else "",
 )  # fmt: skip
 def test_what_the_kernels_do_not_take_goes_on(change, said, caplog, monkeypatch):
-    monkeypatch.setattr(node_attention, "DEVICES", change.get("devices", ("cpu",)))
+    monkeypatch.setattr(node_attention, "DEVICES", change.get("devices", (DEVICE,)))
     ours, qkv = Attention(), rows(VIDEO, dtype=change.get("dtype", torch.bfloat16))
     qkv[0].requires_grad_(change.get("gradient", False))
     layer = lambda o: ours(*map(flat, qkv), heads=HEADS, transformer_options=o)

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 from pkgutil import resolve_name
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +41,9 @@ module(f"{RUNTIME}.utils")
 module(f"{RUNTIME}.utils.common", get_bool_env_var=lambda name, default="false": default == "true")
 module(f"{RUNTIME}.utils.logging_utils", init_logger=logging.getLogger)
 
+config = {}
+module(f"{RUNTIME}.server_args", get_global_server_args=lambda: SimpleNamespace(attention_backend_config=config))
+
 interface = importlib.import_module(f"{RUNTIME}.platforms.interface")
 
 
@@ -67,6 +70,7 @@ def registered():
     """What SGLang does with the entry points of its group."""
     group = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]["entry-points"]
     resolve_name(group["sglang.multimodal_gen.plugins"]["framestride"])()
+    config.clear()
 
 
 def backend() -> type:
@@ -74,10 +78,10 @@ def backend() -> type:
     return resolve_name(Platform.get_attn_backend_cls_str(rain_fusion, DIM, torch.bfloat16))
 
 
-def implementation(causal: bool = False):
+def implementation(causal: bool = False, dim: int = DIM):
     """One layer's, made as `USPAttention` makes it."""
     return backend().get_impl_cls()(
-        num_heads=HEADS, head_size=DIM, softmax_scale=DIM**-0.5, num_kv_heads=HEADS, causal=causal,
+        num_heads=HEADS, head_size=dim, softmax_scale=dim**-0.5, num_kv_heads=HEADS, causal=causal,
         is_cross_attention=False, prefix="blocks.0.attn1.attn",
     )
 
@@ -90,9 +94,9 @@ def metadata(sparsity: float, step: int = 20, skip_first_steps: int = 10, shape:
     )
 
 
-def inputs(rows: int = VIDEO) -> list[torch.Tensor]:
+def inputs(rows: int = VIDEO, dim: int = DIM) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(2, rows, HEADS, DIM).to(torch.bfloat16) for _ in "qkv"]
+    return [torch.randn(2, rows, HEADS, dim).to(torch.bfloat16) for _ in "qkv"]
 
 
 def dense(q, k, v) -> torch.Tensor:
@@ -122,6 +126,20 @@ def test_sparse_heads_see_a_part():
     )
     assert torch.equal(out, framestride.attention(q, k, v, spec))
     assert distance(out, dense(q, k, v)) > 0.05
+
+
+def test_8_bits_are_near_16_and_there_are_16_where_they_cannot_be_had(caplog):
+    outs = {}
+    for compute in (None, "e4m3"):
+        config.update({"compute": compute} if compute else {})
+        outs[compute] = [implementation(dim=dim).forward(*inputs(dim=dim), metadata(0.4)) for dim in (DIM, 128)]
+    (small, wide), (same, narrow) = outs[None], outs["e4m3"]
+    assert torch.equal(small, same) and 0.005 < distance(narrow, wide) < 0.1
+    (record,) = caplog.records
+    assert "is in 16 bits" in record.message and "head_dim = 64" in record.message
+    config["compute"] = "fp8"
+    with pytest.raises(ValueError, match="compute is 'fp8'"):
+        metadata(0.4)
 
 
 @pytest.mark.parametrize("step, is_dense", [(0, True), (9, True), (10, False)])

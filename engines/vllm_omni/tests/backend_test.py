@@ -86,21 +86,23 @@ def registered():
     context.denoise_step_idx = context.total_denoise_steps = None
 
 
-def implementation(prefix: str = "blocks.3.attn1", causal: bool = False, role: str = "self", **block_sparse):
+def implementation(
+    prefix: str = "blocks.3.attn1", causal: bool = False, role: str = "self", dim: int = DIM, **block_sparse
+):
     """One layer's, made as `Attention` makes it of a configuration with `block_sparse`."""
     attention_config = SimpleNamespace(
         resolve_with_source=lambda role, role_category: (SimpleNamespace(backend="RAINFUSION_ATTN"), "test")
     )
-    backend, _ = get_attn_backend_for_role(role, DIM, attention_config)
+    backend, _ = get_attn_backend_for_role(role, dim, attention_config)
     return backend.get_impl_cls()(
-        num_heads=HEADS, head_size=DIM, softmax_scale=DIM**-0.5, causal=causal, num_kv_heads=HEADS, qkv_layout=None,
+        num_heads=HEADS, head_size=dim, softmax_scale=dim**-0.5, causal=causal, num_kv_heads=HEADS, qkv_layout=None,
         prefix=prefix, backend_kwargs=block_sparse, role=role, backend_explicit=True,
     )
 
 
-def inputs(rows: int, batch: int = 1) -> list[torch.Tensor]:
+def inputs(rows: int, batch: int = 1, dim: int = DIM) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(batch, rows, HEADS, DIM).to(torch.bfloat16) for _ in "qkv"]
+    return [torch.randn(batch, rows, HEADS, dim).to(torch.bfloat16) for _ in "qkv"]
 
 
 def dense(q, k, v) -> torch.Tensor:
@@ -149,6 +151,19 @@ def test_sparse_heads_see_a_part(name):
     )
     assert torch.equal(out, framestride.attention(q, k, v, spec))
     assert distance(out, dense(q, k, v)) > 0.05
+
+
+def test_8_bits_are_near_16_and_there_are_16_where_they_cannot_be_had(caplog):
+    metadata, outs = AttentionMetadata(video_layout=LAYOUTS["a prefix"]), {}
+    for precision in ("bf16", "fp8"):
+        made = [implementation(dim=dim, sparsity=0.4, precision=precision) for dim in (DIM, 128)]
+        outs[precision] = [
+            one.forward(*inputs(VIDEO + 20, dim=dim), metadata) for one, dim in zip(made, (DIM, 128), strict=True)
+        ]
+    (small, wide), (same, narrow) = outs["bf16"], outs["fp8"]
+    assert torch.equal(small, same) and 0.005 < distance(narrow, wide) < 0.1
+    (record,) = caplog.records
+    assert "is in 16 bits" in record.message and "head_dim = 64" in record.message
 
 
 @pytest.mark.parametrize("step, count, layer, is_dense", [

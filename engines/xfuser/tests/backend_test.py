@@ -40,10 +40,10 @@ def runtime(monkeypatch):
     return state
 
 
-def inputs(rows: int = ROWS, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+def inputs(rows: int = ROWS, dtype: torch.dtype = torch.bfloat16, dim: int = DIM) -> list[torch.Tensor]:
     torch.manual_seed(0)
     # As xfuser has them: [B, H, S, D], transposed from [B, S, H, D].
-    return [torch.randn(2, rows, HEADS, DIM).to(dtype).transpose(1, 2) for _ in "qkv"]
+    return [torch.randn(2, rows, HEADS, dim).to(dtype).transpose(1, 2) for _ in "qkv"]
 
 
 def through(backend: AttentionBackendType, q, k, v, runtime, **attention_kwargs) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_the_program_of_the_page_runs_xfusers_own(monkeypatch):
     (program,) = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
     exec(compile(program, "the program of the page", "exec"), {})
     assert run == [("xfuser.runner", "__main__")] and "FRAMESTRIDE" in AttentionBackendType.__members__
-    assert ATTENTION_FUNCTION_REGISTRY[AttentionBackendType["FRAMESTRIDE"]].args == (0.25,)
+    assert ATTENTION_FUNCTION_REGISTRY[AttentionBackendType["FRAMESTRIDE"]].args == (0.25, "dtype")
 
 
 def test_dense_is_what_sdpa_computes(runtime):
@@ -139,7 +139,18 @@ def test_a_density_that_text_alone_exceeds_is_said(runtime, caplog):
     assert "stays dense" in caplog.text
 
 
-@pytest.mark.parametrize("density", [0, 1.5])
-def test_a_density_is_a_part(density):
-    with pytest.raises(ValueError, match="density"):
-        framestride_xfuser.register(density=density)
+def test_8_bits_are_near_16_and_there_are_16_where_they_cannot_be_had(runtime, caplog):
+    outs = {}
+    for compute in ("dtype", "e4m3"):
+        backend = framestride_xfuser.register(density=0.5, compute=compute)
+        outs[compute] = [through(backend, *inputs(dim=dim), runtime, thw=GRID) for dim in (DIM, 128)]
+    (small, wide), (same, narrow) = outs["dtype"], outs["e4m3"]
+    assert torch.equal(small, same) and 0.005 < distance(narrow, wide) < 0.1
+    (record,) = [record for record in caplog.records if record.name == "framestride"]
+    assert "is in 16 bits" in record.message and "head_dim = 64" in record.message
+
+
+@pytest.mark.parametrize("wrong", [{"density": 0}, {"density": 1.5}, {"compute": "fp8"}])
+def test_an_option_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        framestride_xfuser.register(**wrong)

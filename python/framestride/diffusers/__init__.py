@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 try:
     import diffusers  # noqa: F401
@@ -32,12 +32,14 @@ from framestride.diffusers import backend
 from framestride.diffusers.families import FAMILIES, Family
 from framestride.diffusers.processors import DENSE, Joint, Model
 from framestride.diffusers.schedule import Step, Warmup, Watch
+from framestride.spec import Compute
 from framestride.study import DensitySchedule
 
 __all__ = ["Handle", "Step", "Warmup", "apply", "backend", "cp_plan", "reach", "restore"]
 
-# Densities by step and layer.
-Densities = Callable[[Step, int], float | None]
+# What a schedule says of a layer in a step: its density, or that and what tensor cores multiply there.
+Chosen = float | tuple[float | None, Compute | None] | None
+Densities = Callable[[Step, int], Chosen]
 
 
 def apply(
@@ -45,6 +47,7 @@ def apply(
     density: float = 0.25,
     schedule: Densities | str | os.PathLike[str] | None = None,
     *,
+    compute: Compute = "dtype",
     scheduler: Any = None,
 ) -> "Handle":
     """Makes attention over video sparse in a pipeline, or in one transformer.
@@ -54,6 +57,10 @@ def apply(
     a share of the first steps does: of Wan 0.3, of CogVideoX 0.2, of others 0.1. The schedule of a
     `framestride.study`, or the file of one, says the density of each layer and step.
 
+    With `compute="e4m3"` attention is computed in 8 bits: sparse or dense, in every layer that a schedule
+    does not keep in 16. Layers for which there are no such kernels stay in 16 bits, which is said through
+    `warnings`: those of head dim 64, and all on other GPUs than a Hopper.
+
     Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
     `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
     dense.
@@ -61,17 +68,18 @@ def apply(
     A model that is not known but calls the dispatcher of diffusers gets dense attention of
     framestride. What is out of reach stays as it was, and is said through `warnings`.
 
-    Raises `ValueError` where there is no transformer, or its weights are f32, for a density that is
-    none, and for the schedule of another model.
+    Raises `ValueError` where there is no transformer, or its weights are f32, for a density or a compute
+    that is none, and for the schedule of another model.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
+    check_compute(compute)
     models = transformers(target)
     if isinstance(schedule, (str, os.PathLike)):
         schedule = DensitySchedule.load(schedule)
     restore(target)
     scheduler = scheduler or getattr(target, "scheduler", None)
-    handle = Handle(density)
+    handle = Handle(density, compute)
     try:
         for model in models:
             handle.take_any(model)
@@ -132,8 +140,9 @@ def cp_plan(model: Any) -> dict:
 class Handle:
     """Framestride in some transformers, until `restore`."""
 
-    def __init__(self, density: float):
+    def __init__(self, density: float, compute: Compute = "dtype"):
         self.density = density
+        self.compute = compute
         self.schedule: Densities = Warmup()
         self.layers: list[Any] = []
         # The classes whose layers these are, and how many each has.
@@ -155,11 +164,13 @@ class Handle:
             self.undo.pop()()
 
     def at(self, step: Step):
-        """Every processor gets its density, outside any traced code."""
+        """Every processor gets its density and its compute, outside any traced code."""
         for layer, processor in enumerate(self.layers):
-            density = self.schedule(step, layer)
+            chosen = self.schedule(step, layer)
+            density, compute = chosen if isinstance(chosen, tuple) else (chosen, None)
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
+            processor.compute = self.compute if compute is None else check_compute(compute)
 
     def take_any(self, model: Any) -> None:
         """Takes what can be taken of a model."""
@@ -222,6 +233,8 @@ class Handle:
 
     def take_dense(self, model: Any):
         """Gives a model that calls the dispatcher the backend, and leaves alone what the process has active."""
+        if self.compute != "dtype":
+            warnings.warn(f"framestride computes attention of {type(model).__name__} in 16 bits: it knows no layers of it", stacklevel=4)
         for processor in dispatching(model):
             self.undo.append(partial(setattr, processor, "_attention_backend", processor._attention_backend))
             processor._attention_backend = backend.name()
@@ -230,6 +243,12 @@ class Handle:
     def mark(self, model: Any):
         model._framestride = self
         self.undo.append(partial(delattr, model, "_framestride"))
+
+
+def check_compute(compute: str) -> str:
+    if compute not in get_args(Compute):
+        raise ValueError(f"compute is {compute!r}. It is one of {', '.join(map(repr, get_args(Compute)))}")
+    return compute
 
 
 def transformers(target: Any) -> list[Any]:

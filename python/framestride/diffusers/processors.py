@@ -105,10 +105,16 @@ class Model:
             self.said.add(reason)
             warnings.warn(f"framestride leaves attention of {self.name} as it was: {reason}", stacklevel=2)
 
+    def stay_wide(self, reason: str) -> None:
+        """Says once why attention is computed in 16 bits, where 8 were asked for."""
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"framestride computes attention of {self.name} in 16 bits: {reason}", stacklevel=2)
+
     @torch.compiler.assume_constant_result
-    def plan(self, density: str, *shape) -> Plan | None:
+    def plan(self, density: str, compute: str, device: torch.device, *shape) -> Plan | None:
         """The plan of a call, whose shape has the arguments of `make_spec`. None where there can be none."""
-        key = (density, shape)
+        key = (density, compute, device, shape)
         if key not in self.plans:
             try:
                 video, heads, head_dim, dtype, batch, before, after, norm, rope = shape
@@ -116,6 +122,8 @@ class Model:
                     video, heads, head_dim, dtype, batch=batch, before=before, after=after, sinks=self.sinks,
                     norm=norm, rope=rope,
                 )
+                if compute == "e4m3":
+                    spec = framestride.in_8_bits(spec, device, self.stay_wide)
                 self.plans[key] = Plan(spec, None if density == DENSE else spec.half_widths(float(density)))
             except framestride.Error as error:
                 self.plans[key] = self.refuse(str(error))
@@ -215,8 +223,9 @@ class Processor:
     def __init__(self, model: Model, original: Any, attn: Any):
         self.model = model
         self.original = original
-        # The density of the masks in this layer and step, as text.
+        # The density of the masks in this layer and step, as text, and what tensor cores multiply.
         self.density = DENSE
+        self.compute = "dtype"
         # What sees the output and all that was computed from, in a study.
         self.look: Callable[..., None] | None = None
 
@@ -345,7 +354,7 @@ class Processor:
         tokens = index(text.shape[1]) if text is not None else 0
         before, after = (tokens, 0) if self.side == "before" else (leading, tokens)
         shape = (model.video, heads, index(head_dim), video.q.dtype, index(batch), before, after, kind, form)
-        plan = model.plan(self.density, *shape)
+        plan = model.plan(self.density, self.compute, video.q.device, *shape)
         if plan is None:
             return None
         options: dict[str, Any] = {"spec": plan.spec}
