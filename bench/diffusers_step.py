@@ -12,12 +12,14 @@ Contenders:
   token, and FlexAttention has the band of the same density. It does not profile, and all heads have the mask of spatial ones, which
   takes the same time;
 * `framestride`: `framestride.diffusers.apply`, with profiling in every call;
-* `framestride, compiled`: the same under torch.compile.
+* `framestride, compiled`: the same under torch.compile;
+* `framestride, 8 bits`, and that compiled: the same with `compute="e4m3"`, which models of head dim 64 do not have.
 
 Rounds take the contenders in a new order each; medians are kept. `first` is the first call, with all that is loaded and compiled in it.
 
     python3 bench/diffusers_step.py                   # a Hopper GPU, PyTorch 2.11, diffusers 0.42.1: some minutes
     python3 bench/diffusers_step.py --tiny            # any machine: tiny models on the CPU, to see that it works
+    python3 bench/diffusers_step.py --models hunyuan_video_720p --who "^framestride" --rounds 5     # 8 bits beside 16: two minutes
 """
 
 import argparse
@@ -169,6 +171,7 @@ CASES = {
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CASES), help="names, with commas")
+    parser.add_argument("--who", default="", help="contenders whose names have this regular expression; by default all")
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--shares", type=int, default=3, help="shares of the layers of the larger of the two models that are timed")
     parser.add_argument("--rounds", type=int, default=2)
@@ -336,8 +339,8 @@ def with_backend(name: str, model: nn.Module):
 
 
 @contextlib.contextmanager
-def applied(density: float, model: nn.Module, attention: Callable = framestride.attention):
-    handle = framestride.diffusers.apply(model, density=density)
+def applied(density: float, model: nn.Module, attention: Callable = framestride.attention, compute: str = "dtype"):
+    handle = framestride.diffusers.apply(model, density=density, compute=compute)
     kept, framestride.attention = framestride.attention, attention
     try:
         yield
@@ -380,8 +383,10 @@ def measure(name: str, args) -> list[dict]:
     with torch.device("cpu" if args.tiny else "cuda"):
         model = loaded(case, args)
         inputs = case.inputs(case, shape, model)
-    with cut(model, case, 1):
-        backend = fastest(model, inputs, case)
+    backend = "native"
+    if re.search(args.who, "diffusers"):
+        with cut(model, case, 1):
+            backend = fastest(model, inputs, case)
     flex = Flex((lambda function: function) if args.tiny else lambda function: torch.compile(function, dynamic=False))
     contenders = [
         Contender(f"diffusers, {backend}", lambda model: with_backend(backend, model)),
@@ -389,7 +394,11 @@ def measure(name: str, args) -> list[dict]:
         Contender("FlexAttention", lambda model: applied(density, model, flex)),
         Contender("framestride", lambda model: applied(density, model)),
         Contender("framestride, compiled", lambda model: applied(density, model), compiled),
+        Contender("framestride, 8 bits", lambda model: applied(density, model, compute="e4m3")),
+        Contender("framestride, 8 bits, compiled", lambda model: applied(density, model, compute="e4m3"), compiled),
     ]
+    narrow = model.config.attention_head_dim == 128
+    contenders = [who for who in contenders if re.search(args.who, who.who) and (narrow or "8 bits" not in who.who)]
     for shares in (1, args.shares):
         with cut(model, case, shares):
             for round in range(args.rounds):
@@ -399,7 +408,8 @@ def measure(name: str, args) -> list[dict]:
 
 
 def show(rows: list[dict]):
-    dense = next((row["step_ms"] for row in rows if row["who"].endswith("compiled")), None)
+    steps = {row["who"]: row["step_ms"] for row in rows}
+    dense = next((step for who, step in steps.items() if who.startswith("diffusers") and who.endswith("compiled")), None)
     for row in rows:
         number = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
         gain = dense / row["step_ms"] if dense and row["step_ms"] else None
@@ -408,6 +418,10 @@ def show(rows: list[dict]):
             f"  first {number(row['first_ms'], 0):>7} ms  {number(gain, 2):>5}x {row.get('why', '')}",
             flush=True,
         )
+    for who, step in steps.items():
+        narrow = steps.get(who.replace("framestride", "framestride, 8 bits"))
+        if who.startswith("framestride") and step and narrow:
+            print(f"{rows[0]['model']:<26} {who}: {step / narrow:.3f} times as long in 16 bits as in 8", flush=True)
 
 
 def main():
