@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use framestride::device::Buffer;
-use framestride::shapes::image::e4m3::{CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, MOST_COUNTED};
-use framestride::shapes::image::{ATOM_ROWS, CHUNK_BYTES, Image};
+use framestride::shapes::image::e4m3::{
+    CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, MOST_COUNTED, UNIT_KEYS,
+};
+use framestride::shapes::image::{self, ATOM_ROWS, CHUNK_BYTES, Image};
 use framestride::shapes::layout::{PAD_ROWS, ValidText};
 use framestride::shapes::spec::{NormKind, Spec};
 use framestride::{Device, Result};
@@ -127,7 +129,7 @@ impl PackedHead<'_> {
     fn group(&self) -> usize {
         match self.compute {
             ComputeType::Bf16 | ComputeType::F16 => ATOM_ROWS as usize,
-            ComputeType::E4m3 => UNIT_KEYS,
+            ComputeType::E4m3 => UNIT_KEYS as usize,
         }
     }
 
@@ -249,7 +251,7 @@ impl PackedHead<'_> {
             }
         }
         let size = f64::sqrt(square).max(f64::MIN_POSITIVE);
-        let steps = self.live().div_ceil(UNIT_KEYS) as f64 / f64::from(LOST_SCALE);
+        let steps = self.live().div_ceil(UNIT_KEYS as usize) as f64 / f64::from(LOST_SCALE);
         let tolerance = steps * (expected.len() as f64).sqrt() / size;
         worst.add(distance(&center.lost, &expected) / size, tolerance, || self.index.name());
     }
@@ -294,29 +296,20 @@ impl PackedHead<'_> {
     }
 }
 
-/// Keys that lie together in an image of V in 8 bits.
-const UNIT_KEYS: usize = 16;
-
-/// Reads the values of one key of [`UNIT_KEYS`]. Each channel has a byte of all keys, in the order in
-/// which the lanes of a fragment hold scores: byte 4 t + i has key 8 (i / 2) + 2 t + i % 2.
+/// Reads the values of one key of a unit of V in 8 bits.
 fn decode_key(unit: &[u8], key: usize, values: &mut [f64]) {
-    let place = (0..UNIT_KEYS).find(|place| {
-        let (t, i) = (place / 4, place % 4);
-        8 * (i / 2) + 2 * t + i % 2 == key
-    });
-    let place = place.expect("each key of a unit has a place");
-    for (value, keys) in values.iter_mut().zip(unit.chunks_exact(UNIT_KEYS)) {
-        *value = e4m3(keys[place]);
+    for (channel, value) in values.iter_mut().enumerate() {
+        *value = e4m3(unit[image::e4m3::value(key as u32, channel as u32) as usize]);
     }
 }
 
-/// Reads one row of Q or K in 8 bits. Rows have 128 bytes, whose chunks of 16 have changed places:
-/// the number of a chunk is exclusive-ored with that of the row among eight.
+/// Reads one row of a group of Q or K in 8 bits.
 fn decode_e4m3(group: &[u8], row: usize, values: &mut [f64]) {
-    let bytes = &group[row * values.len()..][..values.len()];
-    for (index, value) in values.iter_mut().enumerate() {
-        let (chunk, byte) = (index / 16, index % 16);
-        *value = e4m3(bytes[(chunk ^ (row % 8)) * 16 + byte]);
+    for (chunk, values) in values.chunks_exact_mut(CHUNK_BYTES as usize).enumerate() {
+        let start = image::e4m3::chunk(row as u32, chunk as u32) as usize;
+        for (value, &byte) in values.iter_mut().zip(&group[start..]) {
+            *value = e4m3(byte);
+        }
     }
 }
 

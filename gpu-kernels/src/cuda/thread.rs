@@ -1,5 +1,5 @@
-//! Where this thread stands (10, Special Registers), and what a whole warpgroup does to its
-//! registers.
+//! Where this thread stands (10, Special Registers), what a whole warpgroup does to its registers, and
+//! what ptxas must not do to a loop.
 
 use core::arch::asm;
 
@@ -102,4 +102,11 @@ pub unsafe fn release_registers<const KEEP: u32>() {
 #[inline(always)]
 pub unsafe fn take_registers<const WANT: u32>() {
     asm!("setmaxnreg.inc.sync.aligned.u32 {};", const WANT, options(nostack));
+}
+
+/// Keeps ptxas from unrolling the loop whose body begins with this (12.1, nounroll).
+#[inline(always)]
+pub fn keep_rolled() {
+    // SAFETY: a pragma is nothing that a thread executes.
+    unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack)) };
 }

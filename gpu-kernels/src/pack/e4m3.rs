@@ -132,14 +132,7 @@ unsafe fn each_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMu
     let mut sample = group;
     while sample < CENTER_ROWS {
         let video = (sample as u64 * M::layout().video_tokens() as u64 / CENTER_ROWS as u64) as u32;
-        let values = load::<M>(params, params.v, head, M::numbers().before_tokens + video, chunk);
-        let values = element::widen::<M::Element>(values);
-        let mut i = 0;
-        while i < 8 {
-            // One value that is not finite would make the whole head so.
-            f(i, if values[i].abs() <= f32::MAX { values[i] } else { 0.0 });
-            i += 1;
-        }
+        each_finite::<M::Element>(load::<M>(params, params.v, head, M::numbers().before_tokens + video, chunk), &mut f);
         sample += CENTER_THREADS / LANES;
     }
 }
@@ -159,13 +152,20 @@ unsafe fn each_text_sample<M: Model>(params: &PackParams, head: u32, mut f: impl
         } else {
             load::<M>(params, params.v_after, head, row, chunk)
         };
-        let values = element::widen::<M::Element>(values);
-        let mut i = 0;
-        while i < 8 {
-            f(i, if values[i].abs() <= f32::MAX { values[i] } else { 0.0 });
-            i += 1;
-        }
+        each_finite::<M::Element>(values, &mut f);
         sample += CENTER_THREADS / LANES;
+    }
+}
+
+/// Calls `f` with each of the 8 values of a chunk, and its number. One value that is not finite would
+/// make the whole head so, and counts as zero.
+#[inline(always)]
+fn each_finite<E: Element>(chunk: [u32; 4], f: &mut impl FnMut(usize, f32)) {
+    let values = element::widen::<E>(chunk);
+    let mut i = 0;
+    while i < 8 {
+        f(i, if values[i].abs() <= f32::MAX { values[i] } else { 0.0 });
+        i += 1;
     }
 }
 

@@ -23,7 +23,7 @@ use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::{NormWeights, PackParams, PackPass};
 use norm::{Affine, Statistic, head_statistic, token_statistic};
 use rope::{Rotation, Tables};
-use row::{Head, Heads, Held, chunk};
+use row::{Head, Heads, Held, chunk, head_of, heads_at_once};
 
 /// The kernel's body.
 ///
@@ -87,11 +87,13 @@ pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
     };
     let chunk = chunk::<M>();
     let element_bytes = M::Element::DTYPE.bytes() as u64;
+    let head_bytes = source.head * element_bytes;
     let mut heads = Heads {
         count: params.heads,
         source: source.data
-            + (item as u64 * source.batch + row as u64 * source.row + (chunk * 8) as u64) * element_bytes,
-        stride: source.head * element_bytes,
+            + (item as u64 * source.batch + row as u64 * source.row + (chunk * 8) as u64) * element_bytes
+            + head_of::<M>(0) as u64 * head_bytes,
+        stride: heads_at_once::<M>() as u64 * head_bytes,
         aligned: params.aligned != 0,
         types: if params.head_types == 0 { 0 } else { params.head_types + (item * params.heads) as u64 * 4 },
         only_temporal: params.pass == PackPass::Temporal as u32,

@@ -14,7 +14,7 @@ fn head_lanes<M: Model>() -> u32 {
 
 /// Heads that the warp takes in one step.
 #[inline(always)]
-fn heads_at_once<M: Model>() -> u32 {
+pub fn heads_at_once<M: Model>() -> u32 {
     32 / head_lanes::<M>()
 }
 
@@ -29,7 +29,8 @@ pub fn chunk<M: Model>() -> u32 {
 pub struct Heads {
     /// Number of heads in the launch.
     pub count: u32,
-    /// Address of the lane's 16 bytes of head 0. `stride` are the bytes from one head to the next.
+    /// Address of the lane's 16 bytes of the first step. `stride` are the bytes from one step to the
+    /// next.
     pub source: u64,
     pub stride: u64,
     pub aligned: bool,
@@ -119,34 +120,34 @@ impl Heads {
         self.held = Held { first, temporal, written, read: if self.blank { 0 } else { read }, ..self.held };
 
         if self.aligned {
-            self.each_read::<M>(
-                count,
-                #[inline(always)]
-                |to, from| copy::start16(to, from),
-            );
+            self.copy::<M, true>(count);
             copy::wait_started();
         } else {
-            self.each_read::<M>(
-                count,
-                #[inline(always)]
-                |to, from| shared::store16(to, global::load16_unaligned(from)),
-            );
+            self.copy::<M, false>(count);
         }
     }
 
-    /// Calls `f` with the shared and the global address of the lane's 16 bytes, for each of `count`
-    /// steps that is read.
+    /// Copies the lane's 16 bytes of each of `count` steps that is read. Copies of aligned rows are
+    /// started, and must be waited for.
     #[inline(always)]
-    unsafe fn each_read<M: Model>(&self, count: u32, f: impl Fn(u32, u64)) {
+    unsafe fn copy<M: Model, const ALIGNED: bool>(&self, count: u32) {
         let mut to = self.held.address;
-        let mut from = self.source + head_of::<M>(self.held.first) as u64 * self.stride;
+        let mut from = self.source + self.held.first as u64 * self.stride;
         let mut i = 0;
         while i < count {
+            if !ALIGNED {
+                // Each round has eight loads, for whose results several rounds would find no registers.
+                thread::keep_rolled();
+            }
             if self.held.read >> i & 1 != 0 {
-                f(to, from);
+                if ALIGNED {
+                    copy::start16(to, from);
+                } else {
+                    shared::store16(to, global::load16_unaligned(from));
+                }
             }
             to += PACK_STEP_BYTES;
-            from += heads_at_once::<M>() as u64 * self.stride;
+            from += self.stride;
             i += 1;
         }
     }
@@ -154,6 +155,6 @@ impl Heads {
 
 /// The head that a step has in this lane. Where there is none, it is one behind the last or more.
 #[inline(always)]
-fn head_of<M: Model>(step: u32) -> u32 {
+pub fn head_of<M: Model>(step: u32) -> u32 {
     step * heads_at_once::<M>() + thread::lane() / head_lanes::<M>()
 }
