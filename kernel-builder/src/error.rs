@@ -35,6 +35,20 @@ pub enum BuildError {
         /// The other one.
         second: String,
     },
+    /// The family has no kernels of the spec's `compute`.
+    #[error(
+        "{name}: attention.compute is \"{compute}\", of which there are kernels for {families}, not for {family}: build for one of these families, or write compute = \"dtype\" in the spec"
+    )]
+    NotOfFamily {
+        /// Name of the spec.
+        name: String,
+        /// Its `compute`.
+        compute: &'static str,
+        /// The families that have it.
+        families: String,
+        /// The one to build for.
+        family: &'static str,
+    },
     /// There is no device compiler on this machine.
     #[error(transparent)]
     Toolchain(#[from] ToolchainError),

@@ -222,7 +222,7 @@ impl Kernels {
         if let Some(script) = &script {
             script.watch_first(&self.sources);
         }
-        let jobs = collect(self.sources.iter().map(Job::check))?;
+        let jobs = collect(self.sources.iter().map(|source| Job::check(source, self.arch)))?;
         self.check_names(&jobs)?;
         let toolchain = toolchain::find()?;
         let cache_folder = self.cache.clone().or_else(toolchain::cache_folder).ok_or(BuildError::NoCache)?;
@@ -343,15 +343,25 @@ enum Job {
 }
 
 impl Job {
-    fn check(source: &Source) -> Result<Job, BuildError> {
-        Ok(match source {
-            Source::File(path) => Job::Spec(Box::new(Spec::from_file(path)?)),
+    fn check(source: &Source, arch: Arch) -> Result<Job, BuildError> {
+        let spec = match source {
+            Source::File(path) => Box::new(Spec::from_file(path)?),
             Source::Parsed(spec) => {
                 spec.check_unchanged()?;
-                Job::Spec(spec.clone())
+                spec.clone()
             }
-            Source::Template(image) => Job::Template(*image),
-            Source::Crate(path) => Job::Crate(path.clone()),
+            Source::Template(image) => return Ok(Job::Template(*image)),
+            Source::Crate(path) => return Ok(Job::Crate(path.clone())),
+        };
+        if spec.template().is_of(arch) {
+            return Ok(Job::Spec(spec));
+        }
+        let families = Arch::ALL.into_iter().filter(|arch| spec.template().is_of(*arch)).map(|arch| arch.name);
+        Err(BuildError::NotOfFamily {
+            compute: spec.compute.as_str(),
+            families: families.collect::<Vec<_>>().join(", "),
+            family: arch.name,
+            name: spec.name,
         })
     }
 }

@@ -159,6 +159,11 @@ fn bad_specs_and_families_are_told_before_anything_is_built() {
     let refused = Kernels::from_parsed(&changed).build().unwrap_err();
     assert!(matches!(refused, BuildError::Spec(_)), "{refused}");
     assert!(refused.to_string().contains("the fields of spec demo are not what its text says"), "{refused}");
+    let in_8_bits = Kernels::from_parsed(&Spec::shipped("tiny_e4m3").unwrap());
+    assert_eq!(
+        in_8_bits.arch(Arch::SM_80).build().unwrap_err().to_string(),
+        "tiny_e4m3: attention.compute is \"e4m3\", of which there are kernels for sm_90a, not for sm_80: build for one of these families, or write compute = \"dtype\" in the spec"
+    );
     let unknown = "sm_100".parse::<Arch>().unwrap_err().to_string();
     assert_eq!(unknown, "there are no kernels for `sm_100`: the families are sm_90a, sm_80");
 }
