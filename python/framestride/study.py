@@ -26,7 +26,8 @@ class Study:
 
     The relative error of a head is the root of the mean squared error of its mask over the sampled rows, as
     part of the root mean square of its dense output. That of a layer is the same over all its heads, each
-    with its better mask: how far the output lies from the dense one, as part of its length.
+    with its better mask: how far the output lies from the dense one, as part of its length. Errors in 8 bits
+    are those of mask and rounding together, over all rows.
 
     `error` of the methods is the relative error that a layer may have; by default the one that the study was
     made with.
@@ -46,6 +47,8 @@ class Study:
         `numbers["steps"][step]["layers"][layer]` has `size`, the mean square of the dense output of each head,
         and `errors[density][head]`, the mean squared errors of the spatial and of the temporal mask. It is None
         where the step did not call the layer, and so is an error at a density that the mask cannot have.
+        Where 8 bits were tried, `eight_bits[density][head]` are the mean squared errors in them, each head with
+        its better mask, and those of dense attention behind the last density.
         """
         found: dict[str, Any] = json.loads(self.text)
         return found
@@ -62,7 +65,8 @@ class Study:
 
     def schedule(self, error: float | None = None) -> DensitySchedule:
         """The least density of each layer and step with which the layer is within `error`. Where none that was
-        tried suffices, it is 1, which is dense attention."""
+        tried suffices, it is 1, which is dense attention. Where 8 bits were tried, a layer has them if its least
+        density in them takes less time."""
         return DensitySchedule.from_json(_text(self._ask("study_schedule", error)))
 
     def save(self, path: Place) -> None:
@@ -235,6 +239,7 @@ def study(
     steps: Sequence[int] | None = None,
     densities: Sequence[float] = (0.1, 0.15, 0.25, 0.35, 0.5),
     error: float = 0.05,
+    compute: Compute = "dtype",
     **arguments: Any,
 ) -> Study:
     """Runs some steps of a pipeline of diffusers dense, and finds what masks would cost each layer and head.
@@ -248,10 +253,13 @@ def study(
         densities: those to try, above 0 and at most 1.
         error: the relative error that a layer may have in tables, pictures and schedules, unless these are
             asked for another one.
+        compute: with `"e4m3"`, 8 bits are tried too, and schedules have them where they are within the error
+            and take less time.
 
     Every layer is dense, by framestride. In a studied step, each also profiles its heads once for every
     density, from some sampled rows. That takes a fraction of dense attention, and all steps together less
-    than three times the time of dense ones. Of each layer only numbers are kept.
+    than three times the time of dense ones. Of each layer only numbers are kept. Where 8 bits are tried, a
+    layer is computed in them dense and at every density as well, and its outputs are compared over all rows.
 
     Several transformers, guidance by a batch or by two calls, models of few steps, offloading and compiled
     transformers (which run uncompiled meanwhile) work as with `apply`; context parallelism does not.
@@ -269,10 +277,12 @@ def study(
     if not tried or not all(0 < density <= 1 for density in tried):
         raise refuse("densities", repr(densities), "parts of all pairs, above 0 and at most 1", "Leave it out")
     _check_error(error)
+    if compute not in get_args(Compute):
+        raise refuse("compute", repr(compute), '"dtype" or "e4m3"', "Leave it out to study 16 bits alone")
     from framestride.diffusers.recorder import record
 
     numbers: dict[str, Any] = {"framestride_study": _VERSION, "densities": tried, "error": error}
-    numbers |= record(pipe, inputs, arguments, chosen, tried)
+    numbers |= record(pipe, inputs, arguments, chosen, tried, compute)
     return Study(json.dumps(numbers))
 
 

@@ -123,6 +123,43 @@ def test_a_sparse_layer_is_within_the_error(pipe, studied):
     assert errors[:, :, 2].max() == 0 < errors[0, :, :2].min() and errors.max() < 0.3
 
 
+def test_8_bits_are_studied_and_scheduled(pipe):
+    study = framestride.study(pipe, "a fox", num_inference_steps=5, steps=[2], densities=DENSITIES, error=0.2, compute="e4m3")
+    (step,) = study.numbers["steps"]
+    for layer in step["layers"]:
+        assert layer["eight_bits"][0] == [None] * 3
+        *masked, dense = torch.tensor(layer["eight_bits"][1:])
+        masks = torch.tensor(layer["errors"][1:]).amin(dim=2)
+        assert (0 < dense).all() and (dense < 0.01 * torch.tensor(layer["size"])).all()
+        # Mask and rounding add up, and the mask's error is one of sampled rows.
+        for errors, mask in zip(masked, masks, strict=True):
+            assert (errors > 0.4 * (mask + dense)).all() and (errors < 2.5 * (mask + dense)).all()
+    schedule = study.schedule()
+    (scheduled,) = schedule.steps
+    assert scheduled.compute == ("e4m3",) * 3
+    for layer, density in zip(step["layers"], scheduled.density, strict=True):
+        errors = [(sum(errors) / sum(layer["size"])) ** 0.5 for errors in layer["eight_bits"][1:]]
+        assert density == next(each for each, error in zip((*DENSITIES[1:], 1.0), errors) if error <= 0.2)
+    assert "e4m3" in study.table() and "8 bits:" in study.table(heads=True)
+    handle = apply(pipe, schedule=schedule)
+    handle.step(2, 5, step["noise"])
+    assert [(layer.density, layer.compute) for layer in handle.layers] == [
+        ("dense" if density == 1 else repr(density), "e4m3") for density in scheduled.density
+    ]
+    handle.restore()
+    # An error that rounding exceeds leaves all in 16 bits.
+    assert set(study.schedule(0.001).steps[0].compute) == {"dtype"}
+
+
+def test_8_bits_that_cannot_be_had_are_said_once(recwarn):
+    model, inputs = build("CogVideoX")
+    study = framestride.study(Loop(model, inputs), 2, densities=[0.7], error=0.5, compute="e4m3")
+    assert all("eight_bits" not in layer for _, _, layer in layers_of(study))
+    assert all(step.compute is None for step in study.schedule().steps)
+    (message,) = [str(warning.message) for warning in recwarn if "in 16 bits alone" in str(warning.message)]
+    assert "head_dim = 64" in message
+
+
 def densities(handle) -> list[float]:
     return [1.0 if layer.density == "dense" else float(layer.density) for layer in handle.layers]
 
@@ -285,6 +322,7 @@ def test_pictures_and_files(studied, tmp_path):
     ({"densities": [0.5, 1.5]}, "densities: found"),
     ({"densities": []}, "densities: found"),
     ({"error": 1.0}, "error: found 1.0"),
+    ({"compute": "fp8"}, "compute: found 'fp8'"),
 ])
 def test_arguments_that_are_none(pipe, wrong, found):
     before = [block.attn1.processor for block in pipe.transformer.blocks]

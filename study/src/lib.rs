@@ -3,7 +3,9 @@
 //!
 //! A [`Study`] has numbers alone. For each layer of a step it has, of every head,
 //! * the mean square of the dense output over the rows of the video: `size`;
-//! * the mean squared error of each mask at each density over the sampled rows: `errors`.
+//! * the mean squared error of each mask at each density over the sampled rows: `errors`;
+//! * where 8 bits were tried, the mean squared error of the output in 8 bits over the rows of the
+//!   video, with the better mask of each density, and dense: `eight_bits`.
 //!
 //! Both are means over the batch items and calls of the step. The **relative error** of a head is
 //! the root of its error over its size, and that of a layer the root of the sum of its heads' errors
@@ -19,6 +21,7 @@ mod schedule;
 mod table;
 
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Compute;
 use framestride::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -32,6 +35,9 @@ pub const VERSION: u64 = 1;
 
 /// The masks that compete, in the order of profiling.
 const MASKS: usize = HeadType::CANDIDATES.len();
+
+/// How long attention in 8 bits takes, as a part of its time in 16. BENCHMARKS.md has it measured.
+const EIGHT_BITS_TIME: f64 = 0.7;
 
 /// What profiling found in some steps of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,6 +92,9 @@ pub struct Layer {
     pub size: Vec<Option<f64>>,
     /// The mean squared errors, by density, head and mask: spatial, temporal.
     pub errors: Vec<Vec<[Option<f64>; MASKS]>>,
+    /// The mean squared errors in 8 bits, by density and head. The last ones are those of dense attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eight_bits: Option<Vec<Vec<Option<f64>>>>,
 }
 
 impl Study {
@@ -146,7 +155,15 @@ impl Study {
                     let found = format!("layer {number} of step {} with numbers of another shape", step.index);
                     return Err((found, "one size a head, and two errors for each density and head"));
                 }
-                let mut squares = layer.size.iter().chain(errors.iter().flatten().flatten()).flatten();
+                let narrow = layer.eight_bits.as_deref().unwrap_or_default();
+                let whole = layer.eight_bits.is_none() || narrow.len() == densities.len() + 1;
+                if !whole || narrow.iter().any(|errors| errors.len() != heads) {
+                    let found =
+                        format!("layer {number} of step {} with numbers of another shape in 8 bits", step.index);
+                    return Err((found, "one error for each density and head, and one for each head when dense"));
+                }
+                let of_masks = errors.iter().flatten().flatten();
+                let mut squares = layer.size.iter().chain(of_masks).chain(narrow.iter().flatten()).flatten();
                 if let Some(square) = squares.find(|&&square| square < 0.0) {
                     return Err((format!("{square} in layer {number} of step {}", step.index), "means of squares"));
                 }
@@ -188,6 +205,24 @@ impl Study {
     fn least_density(&self, layer: &Layer) -> Option<usize> {
         (0..self.densities.len()).rev().take_while(|&density| layer.error(density) <= self.error).last()
     }
+
+    /// What a layer needs to be within the allowed error: of 8 and 16 bits those that take less time at
+    /// their least density, which is 1 where only dense attention is within it.
+    fn needs(&self, layer: &Layer) -> (f64, Compute) {
+        let density = |number: usize| self.densities.get(number).copied().unwrap_or(1.0);
+        let wide = self.least_density(layer).map_or(1.0, density);
+        let within = |&number: &usize| layer.error_in_8_bits(number) <= self.error;
+        let narrow = (0..=self.densities.len()).rev().take_while(within).last().map(density);
+        match narrow {
+            Some(narrow) if narrow * EIGHT_BITS_TIME < wide => (narrow, Compute::E4m3),
+            _ => (wide, Compute::Dtype),
+        }
+    }
+
+    /// Whether 8 bits were tried in some layer.
+    fn has_eight_bits(&self) -> bool {
+        self.steps.iter().flat_map(|step| step.layers.iter().flatten()).any(|layer| layer.eight_bits.is_some())
+    }
 }
 
 impl Layer {
@@ -207,6 +242,17 @@ impl Layer {
     fn error(&self, density: usize) -> f64 {
         let least = |errors: &[Option<f64>; MASKS]| errors.iter().flatten().copied().reduce(f64::min);
         let errors: Option<f64> = self.errors[density].iter().map(least).sum();
+        ratio(errors, self.size.iter().copied().sum())
+    }
+
+    /// The relative error of a head in 8 bits at a density, or dense behind the last one.
+    fn head_error_in_8_bits(&self, density: usize, head: usize) -> f64 {
+        ratio(self.eight_bits.as_ref().and_then(|errors| errors[density][head]), self.size[head])
+    }
+
+    /// The relative error of the layer in 8 bits at a density, or dense behind the last one.
+    fn error_in_8_bits(&self, density: usize) -> f64 {
+        let errors = self.eight_bits.as_ref().and_then(|errors| errors[density].iter().copied().sum());
         ratio(errors, self.size.iter().copied().sum())
     }
 }

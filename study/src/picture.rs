@@ -35,12 +35,15 @@ const LAYERS: [Rgb<u8>; 3] = [Rgb([68, 1, 84]), Rgb([33, 145, 140]), Rgb([230, 1
 /// From a small error to a large one.
 const SPATIAL: [Rgb<u8>; 3] = [Rgb([206, 239, 234]), Rgb([42, 157, 143]), Rgb([8, 47, 46])];
 const TEMPORAL: [Rgb<u8>; 3] = [Rgb([253, 236, 200]), Rgb([232, 141, 48]), Rgb([84, 32, 6])];
+/// Of heads in 8 bits.
+const EIGHT_BITS: [Rgb<u8>; 3] = [Rgb([224, 232, 250]), Rgb([76, 110, 200]), Rgb([16, 24, 84])];
 /// The errors at both ends of these colours.
 const ENDS: [f64; 2] = [0.01, 1.0];
 
 /// Draws the relative error of each layer against the density, and below it the heads of all
-/// layers at each density: which mask is better, and how large its error is. Of several steps it
-/// shows root mean squares.
+/// layers at each density: which mask is better, and how large its error is. Where 8 bits were tried,
+/// thin lines have their errors, and one more panel those of dense heads. Of several steps it shows
+/// root mean squares.
 pub fn picture(study: &Study) -> Picture {
     let layers = study.steps[0].layers.len();
     let heads = study.steps.iter().flat_map(|step| step.layers.iter().flatten()).map(|layer| layer.size.len());
@@ -48,8 +51,9 @@ pub fn picture(study: &Study) -> Picture {
     let cell = (PANEL / layers.max(heads) as u32).clamp(CELL[0], CELL[1]);
     let panel = [(layers as u32 * cell).max(26 * LETTER) + LABELS[0], heads as u32 * cell + 3 * LINE];
     let chart_width = LABELS[0] + CHART[0] + 30 * LETTER;
-    let columns = (chart_width.max(1100) / (panel[0] + MARGIN)).clamp(1, study.densities.len() as u32);
-    let rows = (study.densities.len() as u32).div_ceil(columns);
+    let panels = study.densities.len() as u32 + u32::from(study.has_eight_bits());
+    let columns = (chart_width.max(1100) / (panel[0] + MARGIN)).clamp(1, panels);
+    let rows = panels.div_ceil(columns);
     let panels_top = MARGIN + 3 * LINE + CHART[1] + LABELS[1] + MARGIN;
     let mut picture = Picture::new(
         2 * MARGIN + chart_width.max(columns * (panel[0] + MARGIN)),
@@ -58,14 +62,17 @@ pub fn picture(study: &Study) -> Picture {
     let names: Vec<&str> = study.models.iter().map(|model| model.name.as_str()).collect();
     let steps: Vec<String> = study.steps.iter().map(|step| step.index.to_string()).collect();
     picture.text(MARGIN, MARGIN, &format!("{}: steps {}", names.join(", "), steps.join(", ")));
-    picture.text(MARGIN, MARGIN + LINE, "relative error of each layer against density, each head with its better mask");
+    let thin = if study.has_eight_bits() { "; thin lines: in 8 bits" } else { "" };
+    let title = format!("relative error of each layer against density, each head with its better mask{thin}");
+    picture.text(MARGIN, MARGIN + LINE, &title);
     draw_chart(&mut picture, study, [MARGIN + LABELS[0], MARGIN + 3 * LINE]);
     picture.text(MARGIN, panels_top, "heads by layer: the better mask, and its relative error");
     draw_legend(&mut picture, study, [MARGIN, panels_top + LINE]);
-    for (number, &density) in (0..).zip(&study.densities) {
+    for number in 0..panels {
         let left = MARGIN + LABELS[0] + number % columns * (panel[0] + MARGIN);
         let top = panels_top + 3 * LINE + number / columns * (panel[1] + MARGIN);
-        picture.text(left, top, &format!("density {density}"));
+        let density = study.densities.get(number as usize);
+        picture.text(left, top, &density.map_or("in 8 bits, dense".into(), |density| format!("density {density}")));
         draw_heads(&mut picture, study, number as usize, [left, top + LINE], heads, cell);
     }
     picture
@@ -85,12 +92,15 @@ fn over_steps(study: &Study, layer: usize, error: impl Fn(&Layer) -> f64) -> Opt
 
 fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     let layers = study.steps[0].layers.len();
-    let lines: Vec<Vec<Option<f64>>> = (0..layers)
-        .map(|layer| (0..study.densities.len()).map(|at| over_steps(study, layer, |layer| layer.error(at))).collect())
-        .collect();
+    let lines = |error: fn(&Layer, usize) -> f64| -> Vec<Vec<Option<f64>>> {
+        let point = |layer, density| over_steps(study, layer, |layer| error(layer, density));
+        (0..layers).map(|layer| (0..study.densities.len()).map(|density| point(layer, density)).collect()).collect()
+    };
+    let (wide, narrow) = (lines(Layer::error), lines(Layer::error_in_8_bits));
     // Powers of ten enclose all errors.
-    let least = lines.iter().flatten().flatten().copied().fold(study.error, f64::min).max(LEAST);
-    let most = lines.iter().flatten().flatten().copied().fold(study.error, f64::max).min(MOST);
+    let all = || wide.iter().chain(&narrow).flatten().flatten().copied();
+    let least = all().fold(study.error, f64::min).max(LEAST);
+    let most = all().fold(study.error, f64::max).min(MOST);
     let (low, high) = (least.log10().floor(), most.log10().ceil().max(least.log10().floor() + 1.0));
     let widest = study.densities.last().copied().unwrap_or(1.0) * 1.05;
     let [width, height] = CHART;
@@ -122,16 +132,18 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     picture.line([left as i32, bottom], [right, bottom], AXIS);
     picture.line([left as i32, y(study.error)], [right, y(study.error)], ALLOWED);
     picture.text(left + 6, (y(study.error) - 16).max(0) as u32, &format!("allowed: {}", study.error));
-    for (layer, line) in lines.iter().enumerate() {
-        let colour = between(LAYERS, layer as f64 / (layers.max(2) - 1) as f64);
+    for (number, line) in narrow.iter().chain(&wide).enumerate() {
+        let colour = between(LAYERS, (number % layers) as f64 / (layers.max(2) - 1) as f64);
         let points: Vec<[i32; 2]> =
             study.densities.iter().zip(line).filter_map(|(&at, error)| Some([x(at), y((*error)?)])).collect();
+        let thick = i32::from(number >= layers);
         for pair in points.windows(2) {
             picture.line(pair[0], pair[1], colour);
-            picture.line([pair[0][0], pair[0][1] + 1], [pair[1][0], pair[1][1] + 1], colour);
+            picture.line([pair[0][0], pair[0][1] + thick], [pair[1][0], pair[1][1] + thick], colour);
         }
         for [x, y] in points {
-            picture.rectangle(x as u32 - 2, y as u32 - 2, 5, 5, colour);
+            let (half, side) = if thick == 1 { (2, 5) } else { (1, 3) };
+            picture.rectangle(x as u32 - half, y as u32 - half, side, side, colour);
         }
     }
     let (key, side) = (right as u32 + 8, top);
@@ -144,24 +156,26 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     }
 }
 
+/// Draws the heads at a density, or those of dense attention in 8 bits behind the last one.
 fn draw_heads(picture: &mut Picture, study: &Study, density: usize, [left, top]: [u32; 2], heads: usize, cell: u32) {
     let layers = study.steps[0].layers.len();
     for layer in 0..layers {
         for head in 0..heads {
-            let of_mask = |mask: usize| {
-                let error = |layer: &Layer| match head < layer.size.len() {
-                    true => layer.head_error(density, head, mask),
-                    false => f64::INFINITY,
-                };
-                over_steps(study, layer, error)
+            let of_steps = |error: &dyn Fn(&Layer) -> f64| {
+                let known = |layer: &Layer| if head < layer.size.len() { error(layer) } else { f64::INFINITY };
+                over_steps(study, layer, known)
             };
-            let errors: Vec<(f64, HeadType)> = (0..)
-                .zip(HeadType::CANDIDATES)
-                .filter_map(|(mask, head_type)| Some((of_mask(mask)?, head_type)))
-                .collect();
-            let best = errors.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
+            let best = if density < study.densities.len() {
+                let masks = (0..).zip(HeadType::CANDIDATES);
+                let errors = masks.filter_map(|(mask, head_type)| {
+                    Some((of_steps(&|layer| layer.head_error(density, head, mask))?, ramp(head_type)))
+                });
+                errors.min_by(|a, b| a.0.total_cmp(&b.0))
+            } else {
+                of_steps(&|layer| layer.head_error_in_8_bits(density, head)).map(|error| (error, EIGHT_BITS))
+            };
             let (x, y) = (left + layer as u32 * cell, top + head as u32 * cell);
-            let colour = best.map_or(UNKNOWN, |(error, mask)| colour(mask, error));
+            let colour = best.map_or(UNKNOWN, |(error, ramp)| colour(ramp, error));
             picture.rectangle(x, y, cell - 1, cell - 1, colour);
             if best.is_some_and(|(error, _)| error > study.error) {
                 let dot = cell / 4 + 1;
@@ -181,15 +195,17 @@ fn draw_heads(picture: &mut Picture, study: &Study, density: usize, [left, top]:
     picture.text(left - LABELS[0], top, "head");
 }
 
-/// Both scales of colours with the errors at their ends, and what a dot means.
+/// The scales of colours with the errors at their ends, and what a dot means.
 fn draw_legend(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     const WIDTH: u32 = 100;
     let mut x = left;
-    for mask in HeadType::CANDIDATES {
-        picture.text(x, top, &format!("{} {}", mask.name(), ENDS[0]));
-        x += LETTER * (mask.name().len() as u32 + 6);
+    let masks = HeadType::CANDIDATES.map(|mask| (mask.name(), ramp(mask)));
+    let narrow = study.has_eight_bits().then_some(("8 bits", EIGHT_BITS));
+    for (name, ramp) in masks.into_iter().chain(narrow) {
+        picture.text(x, top, &format!("{name} {}", ENDS[0]));
+        x += LETTER * (name.len() as u32 + 6);
         for at in 0..WIDTH {
-            picture.rectangle(x + at, top + 1, 1, 11, between(ramp(mask), f64::from(at) / f64::from(WIDTH - 1)));
+            picture.rectangle(x + at, top + 1, 1, 11, between(ramp, f64::from(at) / f64::from(WIDTH - 1)));
         }
         picture.text(x + WIDTH + LETTER, top, &ENDS[1].to_string());
         x += WIDTH + 5 * LETTER;
@@ -206,9 +222,9 @@ fn ramp(mask: HeadType) -> [Rgb<u8>; 3] {
 }
 
 /// The colour of an error, on a logarithmic scale.
-fn colour(mask: HeadType, error: f64) -> Rgb<u8> {
+fn colour(ramp: [Rgb<u8>; 3], error: f64) -> Rgb<u8> {
     let part = (error.max(ENDS[0]) / ENDS[0]).ln() / (ENDS[1] / ENDS[0]).ln();
-    between(ramp(mask), part.min(1.0))
+    between(ramp, part.min(1.0))
 }
 
 /// A colour at a part of the way, 0 to 1.

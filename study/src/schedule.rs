@@ -14,8 +14,8 @@
 //! }
 //! ```
 //!
-//! Density 1 is dense attention, and null a layer that the step did not call. A later version may
-//! say more of a step beside `density`, such as which heads compute in 8 bits.
+//! Density 1 is dense attention, and null a layer that the step did not call. Where 8 bits were tried,
+//! each step has also `compute`, which names `"e4m3"` or `"dtype"` for each layer.
 
 use serde::Serialize;
 
@@ -43,16 +43,22 @@ pub struct ScheduledStep {
     pub noise: Option<f64>,
     /// The density of each layer, 1 for dense attention, or `None` where the step did not call it.
     pub density: Vec<Option<f64>>,
+    /// What tensor cores multiply in each layer, as a spec says it. Without it, that is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compute: Option<Vec<Option<&'static str>>>,
 }
 
 impl Study {
-    /// The least densities that were tried with which each layer is within the study's error.
+    /// The least densities that were tried with which each layer is within the study's error, in 8 bits
+    /// where that takes less time.
     pub fn schedule(&self) -> Schedule {
+        let has_eight_bits = self.has_eight_bits();
         let steps = self.steps.iter().map(|step| {
-            let density = step.layers.iter().map(|layer| {
-                layer.as_ref().map(|layer| self.least_density(layer).map_or(1.0, |density| self.densities[density]))
-            });
-            ScheduledStep { index: step.index, count: step.count, noise: step.noise, density: density.collect() }
+            let needs = step.layers.iter().map(|layer| layer.as_ref().map(|layer| self.needs(layer)));
+            let (density, compute) =
+                needs.map(|needs| needs.map(|(density, compute)| (density, compute.as_str())).unzip()).unzip();
+            let compute = has_eight_bits.then_some(compute);
+            ScheduledStep { index: step.index, count: step.count, noise: step.noise, density, compute }
         });
         Schedule { models: self.models.clone(), error: self.error, steps: steps.collect() }
     }

@@ -3,21 +3,30 @@
 use std::fmt::Write;
 
 use framestride::shapes::layout::HeadType;
+use framestride::shapes::spec::Compute;
 
 use crate::{Layer, Study};
 
-/// The relative error of each layer at each density, and the density that the allowed error needs.
+/// The relative error of each layer at each density, and what the allowed error needs.
 pub fn by_layer(study: &Study) -> String {
     let mut text = heading(study);
     text += "relative errors of layers, each head with its better mask\n\n";
     text += &format!("{:>5} {:>6} {:>5}", "step", "noise", "layer");
     study.densities.iter().for_each(|density| text += &format!(" {density:>7}"));
+    heads_of_8_bits(study, &mut text);
     let last = ["needs", "spatial", "temporal", "worst head"];
-    text += &format!("  {:>7} {:>8} {:>8}  {}\n", last[0], last[1], last[2], last[3]);
+    let width = if study.has_eight_bits() { 12 } else { 7 };
+    text += &format!("  {:>width$} {:>8} {:>8}  {}\n", last[0], last[1], last[2], last[3]);
     for_each_layer(study, &mut text, |text, layer| {
         (0..study.densities.len()).for_each(|density| *text += &format!(" {:>7}", shown(layer.error(density))));
+        in_8_bits(study, text, |density| layer.error_in_8_bits(density));
         let least = study.least_density(layer);
-        let needs = least.map_or("dense".into(), |density| study.densities[density].to_string());
+        let (density, compute) = study.needs(layer);
+        let mut needs = if density < 1.0 { density.to_string() } else { "dense".into() };
+        if compute != Compute::Dtype {
+            needs += " ";
+            needs += compute.as_str();
+        }
         // Where nothing suffices, heads are those of the largest density.
         let density = least.unwrap_or(study.densities.len() - 1);
         let heads: Vec<_> = (0..layer.size.len()).map(|head| layer.head(density, head)).collect();
@@ -25,9 +34,9 @@ pub fn by_layer(study: &Study) -> String {
             HeadType::CANDIDATES.map(|mask| heads.iter().flatten().filter(|head| head.0 == mask).count());
         let error = |head: usize| heads[head].map_or(f64::INFINITY, |(_, error)| error);
         let worst = (0..heads.len()).max_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap_or(0);
-        *text += &format!("  {needs:>7} {spatial:>8} {temporal:>8}  {worst} ({})\n", shown(error(worst)));
+        *text += &format!("  {needs:>width$} {spatial:>8} {temporal:>8}  {worst} ({})\n", shown(error(worst)));
     });
-    text += "\nspatial, temporal and the worst head are at the density that is needed, or at the largest where that is dense\n";
+    text += "\nspatial, temporal and the worst head are at the density that is needed in 16 bits, or at the largest where that is dense\n";
     text
 }
 
@@ -40,6 +49,7 @@ pub fn by_head(study: &Study) -> String {
         text += &format!(" | {:<8}", mask.name());
         study.densities.iter().for_each(|density| text += &format!(" {density:>7}"));
     }
+    heads_of_8_bits(study, &mut text);
     text += "\n";
     for_each_layer(study, &mut text, |text, layer| {
         let place = text.split_off(text.rfind('\n').map_or(0, |end| end + 1));
@@ -59,10 +69,28 @@ pub fn by_head(study: &Study) -> String {
                     *text += &format!(" {:>7}", shown(layer.head_error(density, head, mask)));
                 }
             }
+            in_8_bits(study, text, |density| layer.head_error_in_8_bits(density, head));
             *text += "\n";
         }
     });
     text
+}
+
+/// The heads of the columns of 8 bits, where these were tried: each density, and dense attention.
+fn heads_of_8_bits(study: &Study, text: &mut String) {
+    if study.has_eight_bits() {
+        *text += " | 8 bits:";
+        study.densities.iter().for_each(|density| *text += &format!(" {density:>7}"));
+        *text += &format!(" {:>7}", "dense");
+    }
+}
+
+/// The columns below them.
+fn in_8_bits(study: &Study, text: &mut String, error: impl Fn(usize) -> f64) {
+    if study.has_eight_bits() {
+        *text += &format!(" | {:7}", "");
+        (0..=study.densities.len()).for_each(|density| *text += &format!(" {:>7}", shown(error(density))));
+    }
 }
 
 /// Writes step, noise and number of each layer that was called, and what `row` adds.

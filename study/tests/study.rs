@@ -10,7 +10,7 @@ fn layer(factor: f64) -> Layer {
             .map(|errors| errors.map(|error| Some(error * of_density * factor)))
             .to_vec()
     });
-    Layer { size: vec![Some(1.0), Some(4.0), Some(1.0)], errors: errors.to_vec() }
+    Layer { size: vec![Some(1.0), Some(4.0), Some(1.0)], errors: errors.to_vec(), eight_bits: None }
 }
 
 fn study() -> Study {
@@ -44,6 +44,52 @@ fn a_layer_has_the_least_density_within_the_error() {
     assert_eq!(densities(0.01), [vec![Some(1.0), None, None], vec![None, Some(1.0), Some(1.0)]]);
     assert_eq!(densities(relative + 1e-9)[0][0], Some(0.2));
     assert_eq!(densities(relative - 1e-9)[0][0], Some(0.4));
+}
+
+/// The study with 8 bits in layer 1, whose relative errors are these: at both densities, and dense.
+fn with_8_bits(relative: [f64; 3]) -> Study {
+    let mut study = study().allowing(0.02).unwrap();
+    let Some(Some(layer)) = study.steps[1].layers.get_mut(1) else { panic!() };
+    // The sizes are 6 together.
+    layer.eight_bits = Some(relative.map(|error| vec![Some(2.0 * error * error); 3]).to_vec());
+    study
+}
+
+#[test]
+fn eight_bits_are_chosen_where_they_take_less_time() {
+    let needs = |relative| {
+        let step = with_8_bits(relative).schedule().steps.remove(1);
+        (step.density[1].unwrap(), step.compute.unwrap()[1].unwrap())
+    };
+    // In 16 bits the layer needs 0.4, where its error is 0.0123.
+    assert_eq!(needs([0.015, 0.014, 0.013]), (0.2, "e4m3"));
+    assert_eq!(needs([0.03, 0.014, 0.013]), (0.4, "e4m3"));
+    assert_eq!(needs([0.03, 0.03, 0.013]), (0.4, "dtype"));
+    assert_eq!(needs([0.015, 0.03, 0.013]), (0.4, "dtype"));
+    assert_eq!(needs([0.015, 0.014, 0.03]), (0.4, "dtype"));
+    // Where no density suffices, dense attention has 8 bits of its own.
+    let mut study = with_8_bits([0.03, 0.009, 0.009]).allowing(0.01).unwrap();
+    assert_eq!(study.schedule().steps[1].density[1], Some(0.4));
+    let Some(Some(layer)) = study.steps[1].layers.get_mut(1) else { panic!() };
+    let Some(errors) = &mut layer.eight_bits else { panic!() };
+    errors[1][0] = None;
+    let step = study.schedule().steps.remove(1);
+    assert_eq!((step.density[1], step.compute.unwrap()), (Some(1.0), vec![None, Some("e4m3"), Some("dtype")]));
+}
+
+#[test]
+fn eight_bits_are_shown_and_kept() {
+    let study = with_8_bits([0.03, 0.014, 0.013]);
+    assert_eq!(Study::parse("file", &study.to_json()).unwrap(), study);
+    let line_of = |table: &str, start: &[&str]| line(table, start)[3..].join(" ");
+    let table = by_layer(&study);
+    let layer = "0.0245 0.0123 | 0.0300 0.0140 0.0130 0.4 e4m3 2 1 2 (0.0300)";
+    assert_eq!(line_of(&table, &["4", "0.500", "1"]), layer);
+    assert_eq!(line_of(&table, &["0", "1.000", "0"]), "0.2452 0.1226 | - - - dense 2 1 2 (0.3000)");
+    let head = line_of(&by_head(&study), &["4", "0.500", "1", "1"]);
+    assert!(head.ends_with("| 0.0010 0.0005 | 0.0212 0.0099 0.0092"), "{head}");
+    let schedule = study.schedule().to_json();
+    assert!(schedule.contains("\"density\":[null,0.4,1.0],\"compute\":[null,\"e4m3\",\"dtype\"]}\n"), "{schedule}");
 }
 
 /// Sampled errors may rise by chance. A density counts if no larger one is worse than allowed.
@@ -126,6 +172,8 @@ fn a_file_that_is_none_is_refused() {
         ("\"index\":4", "\"index\":10", "step 10 of 10"),
         ("\"size\":[1.0,4.0,1.0]", "\"size\":[1.0,4.0]", "layer 0 of step 0"),
         ("\"size\":[1.0,4.0,1.0]", "\"size\":[1.0,-4.0,1.0]", "-4 in layer 0 of step 0"),
+        ("\"size\"", "\"eight_bits\":[[1.0,1.0,1.0]],\"size\"", "in 8 bits"),
+        ("\"size\"", "\"eight_bits\":[[1.0],[1.0],[1.0]],\"size\"", "in 8 bits"),
     ] {
         let wrong = right.replacen(from, to, 1);
         assert_ne!(wrong, right, "{from}");

@@ -294,7 +294,7 @@ fn study_layer(module: &Arc<Module>, inputs: &Inputs, densities: &[f64]) -> Resu
         }
         errors.push(means.into_iter().map(|means| means.map(finite)).collect());
     }
-    Ok(Layer { size, errors })
+    Ok(Layer { size, errors, eight_bits: None })
 }
 
 /// The mean square of each head's output over the rows of the video.

@@ -234,7 +234,8 @@ class Handle:
     def take_dense(self, model: Any):
         """Gives a model that calls the dispatcher the backend, and leaves alone what the process has active."""
         if self.compute != "dtype":
-            warnings.warn(f"framestride computes attention of {type(model).__name__} in 16 bits: it knows no layers of it", stacklevel=4)
+            name = type(model).__name__
+            warnings.warn(f"framestride computes attention of {name} in 16 bits: it knows no layers of it", stacklevel=4)
         for processor in dispatching(model):
             self.undo.append(partial(setattr, processor, "_attention_backend", processor._attention_backend))
             processor._attention_backend = backend.name()

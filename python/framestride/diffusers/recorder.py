@@ -10,6 +10,7 @@ Each layer that was studied leaves sums on its device, and a step leaves numbers
 import contextlib
 import importlib.util
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import framestride
 from framestride._library import refuse
 from framestride.diffusers import apply
 from framestride.diffusers.schedule import Step
-from framestride.spec import details_of
+from framestride.spec import Compute, details_of
 
 tqdm: Any = importlib.import_module("tqdm.auto").tqdm if importlib.util.find_spec("tqdm") else None
 
@@ -32,16 +33,18 @@ class Finished(Exception):
 class Recorder:
     """A schedule that keeps all layers dense, and records those of some steps."""
 
-    def __init__(self, chosen: list[int] | None, densities: list[float], bar_options: dict):
+    def __init__(self, chosen: list[int] | None, densities: list[float], compute: Compute, bar_options: dict):
         self.chosen = chosen
         self.densities = densities
+        self.compute = compute
         self.bar_options = bar_options
         self.bar: Any = None
         self.step = Step()
         # How many there are: 0 before the pipeline runs.
         self.layers = 0
-        # Of the step that runs: of each layer that was called, size, errors, and how many items these are of.
-        self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}
+        # Of the step that runs: of each layer that was called, its numbers, and how many items these are of.
+        self.sums: dict[int, tuple[dict[str, Tensor], int]] = {}
+        self.said: set[str] = set()
         self.steps: list[dict] = []
         self.spec: framestride.Spec | None = None
 
@@ -68,8 +71,8 @@ class Recorder:
         if not self.sums:
             return
         layers: list[dict | None] = [None] * self.layers
-        for layer, (size, errors, items) in self.sums.items():
-            layers[layer] = {"size": numbers(size / items), "errors": numbers(errors / items)}
+        for layer, (sums, items) in self.sums.items():
+            layers[layer] = {name: numbers(tensor / items) for name, tensor in sums.items()}
         self.sums = {}
         self.steps.append(vars(self.step) | {"layers": layers})
 
@@ -79,23 +82,42 @@ class Recorder:
             return
         self.spec = spec
         batch, _, heads, head_dim = out.shape
-        video = out[:, spec.before : spec.before + spec.video_tokens]
-        norms = torch.linalg.vector_norm(video, dim=(1, 3), dtype=torch.float32)
-        size = norms.square().sum(dim=0) / (spec.video_tokens * head_dim)
-        errors = size.new_full((len(self.densities), heads, 2), math.nan)
+
+        def squares(rows: Tensor) -> Tensor:
+            """The mean square of each head over the rows of the video, summed over the items."""
+            video = rows[:, spec.before : spec.before + spec.video_tokens]
+            norms = torch.linalg.vector_norm(video, dim=(1, 3), dtype=torch.float32)
+            return norms.square().sum(dim=0) / (spec.video_tokens * head_dim)
+
+        size = squares(out)
+        sums = {"size": size, "errors": size.new_full((len(self.densities), heads, 2), math.nan)}
+        narrow = spec if self.compute == "dtype" else framestride.in_8_bits(spec, out.device, self.stay_wide)
+        if narrow.compute == "e4m3":
+            sums["eight_bits"] = size.new_full((len(self.densities) + 1, heads), math.nan)
+            in_8_bits = framestride.attention(q, k, v, narrow, head_types="dense", **options)
+            sums["eight_bits"][-1] = squares(in_8_bits - out)
         for number, density in enumerate(self.densities):
             with contextlib.suppress(framestride.Error):
                 # Text alone may take more than a density.
-                half_widths = spec.half_widths(density)
-                found = framestride.profile(q, k, v, spec, half_widths=half_widths, **options)
-                errors[number] = found.errors.sum(dim=0)
+                given = options | {"half_widths": spec.half_widths(density)}
+                found = framestride.profile(q, k, v, spec, **given)
+                sums["errors"][number] = found.errors.sum(dim=0)
+                if narrow.compute == "e4m3":
+                    in_8_bits = framestride.attention(q, k, v, narrow, head_types=found.head_types, **given)
+                    sums["eight_bits"][number] = squares(in_8_bits - out)
         if layer in self.sums:
             # Another call of the same step, as guidance makes it.
-            before = self.sums[layer]
-            self.sums[layer] = (before[0] + size, before[1] + errors, before[2] + batch)
+            before, items = self.sums[layer]
+            self.sums[layer] = ({name: before[name] + tensor for name, tensor in sums.items()}, items + batch)
         else:
-            self.sums[layer] = (size, errors, batch)
+            self.sums[layer] = (sums, batch)
             self.show()
+
+    def stay_wide(self, reason: str):
+        """Says once why a layer has no numbers of 8 bits."""
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"framestride studies layers in 16 bits alone: {reason}", stacklevel=2)
 
     def show(self):
         if tqdm is None:
@@ -118,7 +140,9 @@ def numbers(tensor: Tensor) -> Any:
     return plain(tensor.tolist())
 
 
-def record(pipe: Any, inputs: tuple, arguments: dict, chosen: list[int] | None, densities: list[float]) -> dict:
+def record(
+    pipe: Any, inputs: tuple, arguments: dict, chosen: list[int] | None, densities: list[float], compute: Compute
+) -> dict:
     """Runs a pipeline dense up to the last of the chosen steps, and returns what a study has beside its options."""
     if not callable(pipe) or getattr(pipe, "components", None) is None or getattr(pipe, "scheduler", None) is None:
         raise refuse(
@@ -127,7 +151,7 @@ def record(pipe: Any, inputs: tuple, arguments: dict, chosen: list[int] | None, 
             "a pipeline of diffusers, with a scheduler",
             "Pass the pipeline, and what it is called with",
         )
-    recorder = Recorder(chosen, densities, getattr(pipe, "_progress_bar_config", None) or {})
+    recorder = Recorder(chosen, densities, compute, getattr(pipe, "_progress_bar_config", None) or {})
     handle = apply(pipe, density=1.0, schedule=recorder)
     try:
         if not handle.layers:
