@@ -19,7 +19,7 @@ def test_the_programs_run(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda name, torch_dtype: pipe)
     original = pipe.transformer.blocks[0].attn1.processor
     programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(programs) == 10
+    assert len(programs) == 12
     names = {}
     for number, program in enumerate(programs):
         exec(compile(program, f"program {number} of {PAGE}", "exec"), names)
@@ -32,6 +32,9 @@ def test_the_programs_run(monkeypatch, tmp_path):
             assert [step["index"] for step in steps] == list(range(8))
             assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
             assert framestride.DensitySchedule.load("schedule.json") == names["study"].schedule()
+        if '"e4m3"' in program:
+            assert pipe("A fox").frames[0].isfinite().all()
+            assert pipe.transformer.blocks[0].attn1.processor.compute == "e4m3"
         if "warmup, found" in program:
             pipe("A fox")
             last = names["found"].steps[-1].density[0]
