@@ -74,6 +74,15 @@ def converted_tables(tables: Sequence[Tensor], per_head: bool) -> list[Tensor]:
     return tables if same else [table.contiguous() for table in tables]
 
 
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def of_array(array: Any) -> Tensor:
+    """An array of any library as a tensor, which shares its memory."""
+    return array if isinstance(array, Tensor) else torch.utils.dlpack.from_dlpack(array)
+
+
 def _check_kind(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise refuse(name, type(tensor).__name__, "a tensor of PyTorch", "Make a tensor of it, where q lies")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Union, overload
 
 from ._library import refuse
+from .arrays import Array, taking_arrays
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -104,10 +105,13 @@ def attention(
     return_profile: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor, Profile]: ...
+@overload
+def attention(q: Array, k: Array, v: Array, spec: Spec, **options: Any) -> Any: ...
+@taking_arrays  # type: ignore[misc]
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Any,
+    k: Any,
+    v: Any,
     spec: Spec,
     *,
     q_norm: Norm = None,
@@ -127,6 +131,9 @@ def attention(
 
     It runs on the GPU of its tensors, on PyTorch's current stream, and can be captured in a CUDA graph.
     Tensors of the CPU run on the emulator, which is exact and slow. It computes no gradients.
+
+    Arrays of CuPy, JAX and NumPy do as well, if all of a call are: they share their memory through DLPack, and
+    the outputs are arrays of the library of `q`. `jax.jit` cannot trace it.
 
     Args:
         q, k, v: [B, S, H, D] in the type of the spec, as the projections left them, neither normalised nor
@@ -182,6 +189,7 @@ def attention(
     return out
 
 
+@taking_arrays
 def profile(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import framestride
 import framestride._op  # It registers the operators, which a first call does otherwise.
-from framestride import Error, Rope, Spec, Status, Text, Width
+from framestride import Error, Rope, Spec, Status, Text, Width, arrays
 
 TINY = ["tiny_plain", "tiny_text_last", "tiny_text_rope", "tiny_heads_sinks", "tiny_layer_half"]
 
@@ -62,6 +62,38 @@ def test_profiling_is_the_same_alone_within_a_call_and_given_back(name):
     reference.check((out, lse), reference.attention(*qkv, spec, head_types=profile.head_types, **options), spec)
     other = framestride.profile(*qkv, spec, seed=5, **options)
     assert not torch.equal(profile.errors, other.errors)
+
+
+@pytest.mark.parametrize("library, name", [("numpy", "tiny_layer_half"), ("jax.numpy", "tiny_layer_half"), ("jax.numpy", "tiny_text_rope")])
+def test_arrays_of_other_libraries(library, name):
+    library, spec = pytest.importorskip(library), Spec.shipped(name)
+    for apart in (False, True):
+        qkv, options = reference.inputs(spec, apart=apart)
+        del options["head_types"]
+        expected = framestride.attention(*qkv, spec, return_lse=True, return_profile=True, **options)
+        # NumPy has no from_dlpack of its own kind for tensors that are views.
+        share = lambda tensor: library.from_dlpack(tensor.contiguous())
+        given = [arrays._each(share, value) for value in (tuple(qkv), options)]
+        out, lse, profile = framestride.attention(*given[0], spec=spec, return_lse=True, return_profile=True, **given[1])
+        for found, tensor in zip((out, lse, *profile), (*expected[:2], *expected[2]), strict=True):
+            assert type(found) is type(given[0][0])
+            assert torch.equal(torch.from_dlpack(found), tensor)
+        alone = framestride.profile(*given[0], spec, **given[1])
+        assert torch.equal(torch.from_dlpack(alone.errors), expected[2].errors)
+
+
+def test_arrays_that_cannot_be_shared_are_refused():
+    numpy, spec = pytest.importorskip("numpy"), Spec.shipped("tiny_layer_half")
+    (q, k, v), options = reference.inputs(spec)
+    with pytest.raises(Error, match="q: found list\n = allowed: a tensor of PyTorch"):
+        framestride.attention(q.tolist(), k, v, spec, **options)
+    with pytest.raises(Error, match="arrays: found ndarray of <U1.*\n = allowed: what DLPack shares"):
+        framestride.attention(numpy.zeros((1, 4, 2, 64), "U1"), k, v, spec, **options)
+    with pytest.raises(Error, match="q: found .* float64"):
+        framestride.attention(q.double().numpy(), k.numpy(), v.numpy(), spec, **options)
+    jax = pytest.importorskip("jax")
+    with pytest.raises(Error, match="arrays: found .*Tracer of float16"):
+        jax.jit(lambda q: framestride.attention(q, q, q, spec))(jax.numpy.zeros(tuple(q.shape), "float16"))
 
 
 def test_8_bits_are_near_16():

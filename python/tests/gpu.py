@@ -4,6 +4,9 @@ Outputs are compared with the f64 reference and with PyTorch's own attention; th
 torch.compile, several GPUs and misuse. Each line is one check, and the exit status is 0 when all passed.
 """
 
+import importlib
+import importlib.util
+import os
 import shutil
 import sys
 import time
@@ -15,7 +18,7 @@ from torch.library import opcheck
 
 import framestride
 import framestride._op  # It registers the operators, which a first call does otherwise.
-from framestride import Error, QkNorm, Rope, Spec
+from framestride import Error, QkNorm, Rope, Spec, arrays
 
 CHECKS = []
 
@@ -159,6 +162,31 @@ def the_operators():
     inputs += [[], None, [], [], [], text.lengths, [text.q_norm], [text.k_norm], [0.6, 0.7], [], None, None]
     opcheck(torch.ops.framestride.attention.default, (*inputs, None, True, True, True))
     opcheck(torch.ops.framestride.profile.default, tuple(inputs))
+
+
+@check
+def arrays_of_other_libraries():
+    # JAX would take most of the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    known = [name for name in ("cupy", "jax") if importlib.util.find_spec(name)]
+    tried = []
+    for name in known:
+        library = importlib.import_module(name)
+        if name == "jax":
+            if library.default_backend() != "gpu":
+                continue
+            library = library.numpy
+        spec = model(dtype="f16")
+        qkv, options = reference.inputs(spec, device="cuda")
+        del options["head_types"]
+        expected = framestride.attention(*qkv, spec, return_lse=True, **options)
+        share = lambda tensor, library=library: library.from_dlpack(tensor.contiguous())
+        given, named = (arrays._each(share, value) for value in (tuple(qkv), options))
+        found = framestride.attention(*given, spec, return_lse=True, **named)
+        for array, tensor in zip(found, expected, strict=True):
+            assert type(array) is type(given[0]) and torch.equal(torch.from_dlpack(array), tensor), name
+        tried.append(name)
+    return None if tried == ["cupy", "jax"] else f"all but {' and '.join(tried) or 'nothing'}, since there are no others for a GPU here"
 
 
 @check
