@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 // The version of this interface that the header describes. It grows with every addition.
-#define FRAMESTRIDE_ABI_VERSION 2
+#define FRAMESTRIDE_ABI_VERSION 3
 
 // What a function returns. Later versions may have more values.
 typedef enum {
@@ -158,6 +158,9 @@ typedef struct {
   uint32_t schedule_dense_steps;
   uint32_t schedule_dense_layers;
   framestride_compute compute;
+  // With FRAMESTRIDE_COMPUTE_E4M3, the largest relative error of 8 bits over the sampled rows of a head,
+  // above 0 and at most 1. Heads beyond it are computed in the type of the tensors. 0: no head is.
+  double largest_error;
 } framestride_problem;
 
 // A handle of a spec: the shape of one model's attention, checked. It needs no device.
@@ -218,6 +221,8 @@ typedef struct {
   // The widths of the masks as the spec has them.
   framestride_width spatial;
   framestride_width temporal;
+  // The largest error of a head in 8 bits, or 0 where the spec has none.
+  double largest_error;
 } framestride_spec_details;
 
 // The type of a head: which keys its queries see. Arrays of head types have these values.
@@ -306,7 +311,7 @@ typedef struct {
   framestride_tensor q;
   framestride_tensor k;
   framestride_tensor v;
-  // The output [B, S, H, D]. It may be the memory of q, k or v. Rows of invalid text are zero.
+  // The output [B, S, H, D]. It may be the memory of q, k or v (but see `precisions`). Rows of invalid text are zero.
   framestride_tensor out;
   // The norms of video rows, where the spec has a norm.
   framestride_norm q_norm;
@@ -343,6 +348,15 @@ typedef struct {
   // Softmax scale. 0: 1 / sqrt(head_dim).
   float scale;
   uint32_t reserved;
+  // In how many bits heads multiply [B, H], where the spec has a largest_error: 8 in 8 bits, any other
+  // number in the type of the tensors. NULL: a call that profiles finds it, and another one computes all
+  // heads in that type. The output is not the memory of q, k or v, unless the call neither profiles nor
+  // is given these.
+  const uint32_t *precisions;
+  // Where a call writes what it finds: 8 or 16 [B, H], and the relative errors of 8 bits over the sampled
+  // rows [B, H]. NULL: nowhere.
+  uint32_t *found_precisions;
+  float *found_precision_errors;
 } framestride_call;
 
 #define FRAMESTRIDE_DTYPE_BF16 0

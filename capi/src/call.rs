@@ -1,6 +1,7 @@
 //! The structure of a call, and what it becomes for the library.
 
 use std::ffi::c_void;
+use std::mem::offset_of;
 
 use framestride::shapes::params::{NormWeights, Tensor};
 use framestride::{Found, HeadTypes, Layer, SparseAttention, Text};
@@ -81,7 +82,7 @@ pub struct framestride_call {
     pub q: framestride_tensor,
     pub k: framestride_tensor,
     pub v: framestride_tensor,
-    /// The output [B, S, H, D]. It may be the memory of q, k or v. Rows of invalid text are zero.
+    /// The output [B, S, H, D]. It may be the memory of q, k or v (but see `precisions`). Rows of invalid text are zero.
     pub out: framestride_tensor,
     /// The norms of video rows, where the spec has a norm.
     pub q_norm: framestride_norm,
@@ -118,11 +119,21 @@ pub struct framestride_call {
     /// Softmax scale. 0: 1 / sqrt(head_dim).
     pub scale: f32,
     pub reserved: u32,
+    /// In how many bits heads multiply [B, H], where the spec has a largest_error: 8 in 8 bits, any other
+    /// number in the type of the tensors. NULL: a call that profiles finds it, and another one computes all
+    /// heads in that type. The output is not the memory of q, k or v, unless the call neither profiles nor
+    /// is given these.
+    pub precisions: *const u32,
+    /// Where a call writes what it finds: 8 or 16 [B, H], and the relative errors of 8 bits over the sampled
+    /// rows [B, H]. NULL: nowhere.
+    pub found_precisions: *mut u32,
+    pub found_precision_errors: *mut f32,
 }
 
 // SAFETY: it begins with its size, and consists of numbers and pointers.
 unsafe impl Structure for framestride_call {
     const NAME: &str = "framestride_call";
+    const LEAST: usize = offset_of!(framestride_call, precisions);
 }
 
 fn address<T>(pointer: *const T) -> u64 {
@@ -199,7 +210,13 @@ impl framestride_call {
             sin: address(self.sin),
             rope_batch: self.rope_batch,
             lse: address(self.lse),
-            found: Found { head_types: address(self.found_head_types), errors: address(self.found_errors) },
+            found: Found {
+                head_types: address(self.found_head_types),
+                errors: address(self.found_errors),
+                precisions: address(self.found_precisions),
+                precision_errors: address(self.found_precision_errors),
+            },
+            precisions: address(self.precisions),
             half_widths: Some(half_widths),
             scale: (self.scale != 0.0).then_some(self.scale),
             seed: flag("has_seed", self.has_seed)?.then_some(self.seed),

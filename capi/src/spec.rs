@@ -1,6 +1,7 @@
 //! Specs: shapes of a model's attention.
 
 use std::ffi::c_char;
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use framestride::shapes::layout::HeadType;
@@ -151,11 +152,15 @@ pub struct framestride_problem {
     pub schedule_dense_steps: u32,
     pub schedule_dense_layers: u32,
     pub compute: framestride_compute,
+    /// With FRAMESTRIDE_COMPUTE_E4M3, the largest relative error of 8 bits over the sampled rows of a head,
+    /// above 0 and at most 1. Heads beyond it are computed in the type of the tensors. 0: no head is.
+    pub largest_error: f64,
 }
 
 // SAFETY: it begins with its size, and consists of numbers and a pointer.
 unsafe impl Structure for framestride_problem {
     const NAME: &str = "framestride_problem";
+    const LEAST: usize = offset_of!(framestride_problem, largest_error);
 }
 
 /// What a spec says, and what follows from it.
@@ -212,11 +217,14 @@ pub struct framestride_spec_details {
     /// The widths of the masks as the spec has them.
     pub spatial: framestride_width,
     pub temporal: framestride_width,
+    /// The largest error of a head in 8 bits, or 0 where the spec has none.
+    pub largest_error: f64,
 }
 
 // SAFETY: it begins with its size, and consists of numbers.
 unsafe impl Structure for framestride_spec_details {
     const NAME: &str = "framestride_spec_details";
+    const LEAST: usize = offset_of!(framestride_spec_details, largest_error);
 }
 
 /// Makes a spec of numbers.
@@ -440,6 +448,7 @@ unsafe fn of_numbers(problem: &framestride_problem) -> Result<Spec> {
         .head_dim(p.head_dim)
         .dtype(dtype)
         .compute(compute)
+        .largest_error((p.largest_error != 0.0).then_some(p.largest_error))
         .batch(p.batch.max(1))
         .spatial(width("spatial", p.spatial)?)
         .temporal(width("temporal", p.temporal)?)
@@ -566,5 +575,6 @@ fn details(spec: &Spec) -> framestride_spec_details {
         temporal_density: spec.density(HeadType::Temporal),
         spatial: framestride_width::of(spec.spatial),
         temporal: framestride_width::of(spec.temporal),
+        largest_error: spec.largest_error.unwrap_or(0.0),
     }
 }

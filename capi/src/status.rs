@@ -111,7 +111,7 @@ pub extern "C" fn framestride_version() -> *const c_char {
 }
 
 /// The version of this interface that the header describes. It grows with every addition.
-pub const FRAMESTRIDE_ABI_VERSION: u32 = 2;
+pub const FRAMESTRIDE_ABI_VERSION: u32 = 3;
 
 /// The version of the interface that the library has. Programs that were compiled with a header of
 /// this version or of an earlier one work with it.

@@ -150,7 +150,7 @@ fn compare_with_rust(device: &Device, file: &[u8]) {
         sin: inputs[6].address(),
         after: Text { lengths: lengths.address(), q_norm: Some(norm(0)), k_norm: Some(norm(0)), ..Text::default() },
         lse: outputs[1].address(),
-        found: Found { head_types: outputs[2].address(), errors: outputs[3].address() },
+        found: Found { head_types: outputs[2].address(), errors: outputs[3].address(), ..Found::default() },
         half_widths: Some([52, 50]),
         seed: Some(1),
         ..Layer::default()

@@ -27,9 +27,14 @@ impl From<Dtype> for ComputeType {
 }
 
 impl ComputeType {
-    /// What attention of a spec multiplies.
+    /// What attention of a spec multiplies, where no head is in another precision.
     pub fn of(spec: &Spec) -> ComputeType {
-        match spec.compute {
+        ComputeType::in_precision(spec, spec.compute)
+    }
+
+    /// What heads of a spec multiply in a precision.
+    pub fn in_precision(spec: &Spec, precision: Compute) -> ComputeType {
+        match precision {
             Compute::Dtype => spec.dtype.into(),
             Compute::E4m3 => ComputeType::E4m3,
         }

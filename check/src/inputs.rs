@@ -42,6 +42,9 @@ fn sudden_score(compute: ComputeType) -> f32 {
 /// Softmax scale of [`Inputs::rising`].
 const RISING_SCALE: f32 = 4.0;
 
+/// Softmax scale of [`Inputs::rough`].
+const ROUGH_SCALE: f32 = 1.0;
+
 /// Factor of V in [`Inputs::lone`]. f16 holds little more than twice the largest elements.
 const LARGE: f64 = 8192.0;
 
@@ -381,6 +384,19 @@ impl Inputs {
             }
             true
         })
+    }
+
+    /// Random K and V, and Q for which 8 bits are enough in even heads, and too rough in odd ones.
+    ///
+    /// In an even head the queries of the video are zero, so that all weights are equal. In an odd head,
+    /// scores lie so far apart that their rounding decides which keys win.
+    pub fn rough(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let inputs = Inputs::made(spec, batch, heads, seed, |normals, drawn, video, head, values| {
+            normals.own(head, video + drawn as usize * spec.layout.video_tokens() as usize, values);
+            resize(values, if drawn == Q && head.is_multiple_of(2) { 0.0 } else { (values.len() as f64).sqrt() });
+            true
+        });
+        Inputs { scale: Some(ROUGH_SCALE), ..inputs }
     }
 
     /// Random Q and K, and V whose mean changes along the video: it is 7 in the first quarter, and -1

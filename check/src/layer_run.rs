@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use framestride::launch::Kernel;
-use framestride::shapes::arch::Arch;
-use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::{Dtype, Spec};
+use framestride::shapes::blocks::Tiles;
+use framestride::shapes::layout::{HeadType, Layout};
+use framestride::shapes::spec::Dtype;
 use framestride::shapes::tiling::query_tiles;
 use framestride::{Error, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
 use rand::RngExt;
@@ -34,6 +34,12 @@ pub struct HeadResult {
     pub temporal_error: f64,
     /// The mask that was chosen, or "dense" where that was asked for.
     pub mask: &'static str,
+    /// Bits in which the head multiplied: 8 or 16.
+    pub bits: u32,
+    /// What 8 bits change of the sampled rows ([`HeadPrecision::error`](framestride::HeadPrecision)),
+    /// where the spec has a bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision_error: Option<f64>,
     /// Visible pairs of that mask over S².
     pub density: f64,
     /// ||out - reference|| / ||reference|| over the compared rows. The reference has the same mask.
@@ -160,11 +166,18 @@ pub fn run_layer(
     for (index, profile) in profiles.iter().enumerate() {
         progress("comparing with the f64 reference", Some(index as f64 / profiles.len() as f64));
         let head = reference.head(profile.batch as usize, profile.head as usize);
-        let rounded = head.rounded(&spec.layout, ComputeType::of(spec), inputs.query_scale());
+        let precision = profile.precision.map_or(spec.compute, |precision| precision.compute);
+        let compute = ComputeType::in_precision(spec, precision);
+        let rounded = head.rounded(&spec.layout, compute, inputs.query_scale());
         let caught = if not_finite.is_empty() {
             BTreeSet::new()
         } else {
-            rows_that_may_catch(spec, module.arch(), &head, profile.head_type)
+            rows_that_may_catch(
+                &spec.layout,
+                Tiles::new(module.arch(), spec.head_dim, precision),
+                &head,
+                profile.head_type,
+            )
         };
         let sums = rows
             .par_iter()
@@ -193,6 +206,8 @@ pub fn run_layer(
             spatial_error,
             temporal_error,
             mask: profile.head_type.name(),
+            bits: precision.bits(),
+            precision_error: profile.precision.map(|precision| precision.error.into()),
             density: spec.density(profile.head_type),
             rel_error,
             tolerance,
@@ -255,14 +270,14 @@ fn ratio(part: f64, whole: f64) -> f64 {
 
 /// Rows of the model's order that read a key tile with a value that is not finite, whether they see
 /// that value or not.
-fn rows_that_may_catch(spec: &Spec, arch: Arch, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
+fn rows_that_may_catch(layout: &Layout, tiles: Tiles, head: &Head, head_type: HeadType) -> BTreeSet<usize> {
     let mask = head.mask(head_type);
     let (queries, keys) = (mask.query_order(), mask.key_order());
     let sick = |row: usize| head.values[row * head.head_dim..][..head.head_dim].iter().any(|value| !value.is_finite());
     // The packed rows of invalid text are zero, whatever the tensor holds.
-    let live = (head.valid.sum() + spec.layout.video_tokens()) as usize;
+    let live = (head.valid.sum() + layout.video_tokens()) as usize;
     let sick: BTreeSet<usize> = (0..live).filter(|&packed| sick(keys[packed])).collect();
-    query_tiles(&spec.layout, head_type, spec.tiles(arch), head.valid.sum())
+    query_tiles(layout, head_type, tiles, head.valid.sum())
         .filter(|tile| {
             let has_sick = |first: u32, rows: u32| sick.range(first as usize..(first + rows) as usize).next().is_some();
             tile.key_tiles.iter().any(|tile| has_sick(tile.first_row, tile.rows))

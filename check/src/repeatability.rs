@@ -56,12 +56,15 @@ pub const MILLISECONDS: f64 = 5_000.0;
 /// Bytes of one quantity that a check may read back from the device.
 pub const READ_BYTES: u64 = 16 << 30;
 
-/// What a layer leaves: the kernel that writes it, and the name of what it writes.
-const QUANTITIES: [(&str, &str); 4] = [
+/// What a layer leaves: the kernel that writes it, and the name of what it writes. Only a spec with a
+/// bound of precisions leaves the last two.
+const QUANTITIES: [(&str, &str); 6] = [
     ("attention", "output"),
     ("attention", "log-sum-exp"),
     ("select", "mean squared errors"),
     ("select", "head types"),
+    ("judge", "errors of 8 bits"),
+    ("judge", "precisions"),
 ];
 
 /// How many layers are launched, and with how many heads. It is as much as memory has room for.
@@ -141,7 +144,7 @@ fn affordable(milliseconds: f64, most: u64) -> u64 {
 }
 
 /// The bytes of each of [`QUANTITIES`].
-type Results = [Vec<u8>; 4];
+type Results = Vec<Vec<u8>>;
 
 /// A layer and the workspace that it runs in.
 #[derive(Clone, Copy)]
@@ -185,10 +188,15 @@ impl LaunchedLayers {
     }
 
     /// Where each of [`QUANTITIES`] lies.
-    fn quantities<'a>(&self, lane: Lane<'a>) -> [(&'a Buffer, Range<u64>); 4] {
+    fn quantities<'a>(&self, lane: Lane<'a>) -> Vec<(&'a Buffer, Range<u64>)> {
         let ([out, lse], plan) = (lane.layer.results(), self.attention.workspace_layout());
-        let in_workspace = |range: &Range<u64>| (lane.workspace, range.clone());
-        [(out, 0..out.bytes()), (lse, 0..lse.bytes()), in_workspace(&plan.errors), in_workspace(&plan.head_types)]
+        let mut quantities = vec![(out, 0..out.bytes()), (lse, 0..lse.bytes())];
+        let mut found = vec![&plan.errors, &plan.head_types];
+        if self.attention.module().spec().largest_error.is_some() {
+            found.extend([&plan.precision_errors, &plan.precisions]);
+        }
+        quantities.extend(found.into_iter().map(|range| (lane.workspace, range.clone())));
+        quantities
     }
 
     fn read(&self, lane: Lane, quantity: usize) -> Result<Vec<u8>> {
@@ -201,12 +209,12 @@ impl LaunchedLayers {
         let lane = self.lane(layer, 0);
         self.poison(Stream::DEFAULT, lane, 0)?;
         self.forward(Stream::DEFAULT, lane)?;
-        Ok([self.read(lane, 0)?, self.read(lane, 1)?, self.read(lane, 2)?, self.read(lane, 3)?])
+        (0..self.quantities(lane).len()).map(|quantity| self.read(lane, quantity)).collect()
     }
 
     fn again(&self, expected: &Results, repeats: u64) -> Result<Checks> {
         let lane = self.lane(0, 0);
-        let mut comparison = Comparison::new("profiled, run again", repeats, repeats);
+        let mut comparison = Comparison::new("profiled, run again", repeats, repeats, expected);
         for run in 1..=repeats {
             self.poison(Stream::DEFAULT, lane, run)?;
             self.forward(Stream::DEFAULT, lane)?;
@@ -229,7 +237,8 @@ impl LaunchedLayers {
         // The first replay takes longer than the others, so it is not timed.
         replay(0, 0)?;
         let replays = affordable(device.time(stream.borrow(), || replay(0, 0))?, REPLAYS);
-        let mut comparison = Comparison::new("profiled, a CUDA graph with inputs that change", replays, replays);
+        let mut comparison =
+            Comparison::new("profiled, a CUDA graph with inputs that change", replays, replays, &expected[0]);
         let mut generator = row_generator(seed, u64::MAX);
         for run in 1..=replays {
             // Sets come at random, so that evenly spread comparisons meet all of them.
@@ -250,7 +259,8 @@ impl LaunchedLayers {
         };
         let milliseconds = self.device().time(streams[0].borrow(), || launch(0, 0))?;
         let bursts = affordable(2.0 * milliseconds, ROUNDS).div_ceil(BURST);
-        let mut comparison = Comparison::new("profiled, two streams at a time", 2 * bursts * BURST, bursts);
+        let mut comparison =
+            Comparison::new("profiled, two streams at a time", 2 * bursts * BURST, bursts, &expected[0]);
         for burst in 0..bursts {
             for round in 1..=BURST {
                 [0, 1].into_iter().try_for_each(|index| launch(index, burst * BURST + round))?;
@@ -271,12 +281,12 @@ struct Comparison {
     points: u64,
     /// How many points were passed so far.
     passed: u64,
-    worst: [Worst; 4],
+    worst: Vec<Worst>,
 }
 
 impl Comparison {
-    fn new(case: &'static str, runs: u64, points: u64) -> Comparison {
-        Comparison { case, runs, points, passed: 0, worst: QUANTITIES.map(|_| Worst::new()) }
+    fn new(case: &'static str, runs: u64, points: u64, expected: &Results) -> Comparison {
+        Comparison { case, runs, points, passed: 0, worst: expected.iter().map(|_| Worst::new()).collect() }
     }
 
     /// Waits, and compares those quantities of the lanes that are due at this point. `run` names
@@ -304,9 +314,11 @@ impl Comparison {
     }
 
     fn checks(self) -> Checks {
-        let check = |worst: Worst, (kernel, quantity)| worst.check(kernel, self.case, quantity, (self.runs, "runs"));
-        let ([first, others @ ..], [of_first, of_others @ ..]) = (self.worst, QUANTITIES);
-        Checks::new(check(first, of_first), others.into_iter().zip(of_others).map(|(worst, of)| check(worst, of)))
+        let of_worst = self.worst.into_iter().zip(QUANTITIES);
+        let mut checks =
+            of_worst.map(|(worst, (kernel, quantity))| worst.check(kernel, self.case, quantity, (self.runs, "runs")));
+        let first = checks.next().expect("a layer has an output");
+        Checks::new(first, checks)
     }
 }
 

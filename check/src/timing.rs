@@ -11,10 +11,10 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use framestride::device::Buffer;
-use framestride::launch::{Launch, Profiling};
+use framestride::launch::{EightBits, Launch, Launches, Profiling, SixteenBits};
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
-use framestride::shapes::spec::{NormKind, Spec};
+use framestride::shapes::spec::{Compute, NormKind, Spec};
 use framestride::{Device, Error, HeadTypes, Layer, Loading, Module, Result, SparseAttention, Stream, Workspace};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
@@ -223,6 +223,8 @@ pub struct Bench {
     /// Types of heads that are all alike, `[3, batch, heads]`, in the order of the types' values.
     /// Launches hold addresses in it.
     types: Buffer,
+    /// Precisions of heads that are all in 8 bits, `[batch, heads]`.
+    precisions: Buffer,
 }
 
 /// A layer's tensors.
@@ -250,6 +252,7 @@ impl Bench {
         let types: Vec<u8> =
             HeadType::ALL.into_iter().flat_map(|head| (head as u32).to_le_bytes().repeat(all_heads)).collect();
         let types = device.upload(&types)?;
+        let precisions = device.upload(&Compute::E4m3.bits().to_le_bytes().repeat(all_heads))?;
         let copy = [device.allocate(options.copy_bytes)?, device.allocate(options.copy_bytes)?];
         device.fill(Stream::DEFAULT, &copy[0], 0x5a)?;
 
@@ -280,6 +283,7 @@ impl Bench {
             memory,
             items: Vec::new(),
             types,
+            precisions,
         };
         bench.items = bench.items_of(&options.timed)?;
         Ok(bench)
@@ -301,7 +305,14 @@ impl Bench {
             runs: 0,
             samples: Vec::new(),
         };
-        let launches = |types| self.attention.launches(&self.inputs.layer, types, &self.workspace);
+        // Where the spec has a bound of precisions, heads of given types are in 8 bits.
+        let layer = |types| match types {
+            HeadTypes::Given(_) if spec.largest_error.is_some() => {
+                Layer { precisions: self.precisions.address(), ..self.inputs.layer }
+            }
+            _ => self.inputs.layer,
+        };
+        let launches = |types| self.attention.launches(&layer(types), types, &self.workspace);
         let copied = 2 * self.copy[0].bytes();
         let mut items = vec![Item { work: Work::Copy, ..item("ceiling", None, &[], &[], copied, VisiblePairs::None) }];
         for (head, wanted) in
@@ -312,16 +323,16 @@ impl Bench {
             }
             let address = self.types.address() + (head as usize * batch * heads * 4) as u64;
             let given = launches(HeadTypes::Given(address))?;
-            let (pack, attention) = (given.packing.as_slice(), &[given.attention]);
+            let (pack, attention) = parts(&given);
             let mask = (head != HeadType::Dense).then_some(head);
             // Dense heads lie in the spatial layout, so packing them is the same work as packing
             // spatial ones.
             if head == HeadType::Temporal || !items.iter().any(|item| item.what == "pack") {
                 let order = (head == HeadType::Temporal).then_some(head);
-                items.push(item("pack", order, &[], pack, 6 * tensor + tables, VisiblePairs::None));
+                items.push(item("pack", order, &[], &pack, 6 * tensor + tables, VisiblePairs::None));
             }
             let what = if mask.is_some() { "sparse" } else { "dense" };
-            items.push(item(what, mask, pack, attention, 4 * tensor, VisiblePairs::All(head)));
+            items.push(item(what, mask, &pack, &attention, 4 * tensor, VisiblePairs::All(head)));
         }
         if timed.contains(&Timed::Profiled) {
             let all = launches(HeadTypes::Profiled)?;
@@ -335,7 +346,7 @@ impl Bench {
                     "repack",
                     None,
                     &[pack, profile, select],
-                    all.packing.as_slice(),
+                    &parts(&all).0,
                     tables,
                     VisiblePairs::Profiled,
                 ));
@@ -463,6 +474,20 @@ impl Bench {
 }
 
 /// Bytes of device memory that nobody has allocated; the emulator does not count them.
+/// What a layer launches to pack heads, and to compute them, of each precision that they may have.
+fn parts(launches: &Launches) -> (Vec<Launch>, Vec<Launch>) {
+    let (mut pack, mut attention) = (Vec::new(), Vec::new());
+    if let Some(EightBits { center, pack: queries_and_keys, pack_values, attention: eight, .. }) = launches.eight_bits {
+        pack.extend([center, queries_and_keys, pack_values]);
+        attention.push(eight);
+    }
+    if let Some(SixteenBits { pack: all, attention: sixteen, .. }) = launches.sixteen_bits {
+        pack.push(all);
+        attention.push(sixteen);
+    }
+    (pack, attention)
+}
+
 fn free_memory(device: &Device) -> Result<Option<u64>> {
     match device {
         Device::Gpu(gpu) => gpu.free_memory().map(Some),

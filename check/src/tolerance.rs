@@ -262,7 +262,18 @@ pub fn sampled_row(dtype: Dtype, rows: &UnderEachMask, mask: HeadType) -> f64 {
 /// The relative error that merging splits makes in a sample's row. They are merged by the
 /// logarithms of their sums, with approximate 2^x and 1/x.
 pub fn merged_row(splits: u32, row: &Attended) -> f64 {
-    logarithm_error(row) + 3.0 * APPROXIMATION + f64::from(splits) * F32
+    merged(splits, row.lse.abs() + row.score_size)
+}
+
+/// [`merged_row`] of a row whose logarithms come to no more than `logarithms`.
+fn merged(splits: u32, logarithms: f64) -> f64 {
+    APPROXIMATION * (1.0 + logarithms) + 3.0 * APPROXIMATION + f64::from(splits) * F32
+}
+
+/// Tolerance of an error that **judge** finds, which is `error`, in `count` elements of samples.
+/// Merging moves each row that it compares with by a part of its size, and both sums are added in f32.
+pub fn judged(splits: u32, logarithms: f64, count: f64, error: f64) -> f64 {
+    (1.0 + error) * merged(splits, logarithms) + error * (2.0 * root_mean(count) + 3.0 * APPROXIMATION)
 }
 
 /// The relative error that adding `count` squares in f32 makes in the root of their mean: half of a

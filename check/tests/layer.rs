@@ -85,6 +85,63 @@ fn eight_bits() {
     }
 }
 
+/// A head gives, bit for bit, what it gives where all heads are in its precision, whether that is found
+/// or given. Without profiling and precisions, all are in 16 bits.
+#[test]
+fn precisions_of_heads() {
+    let bound = Spec::shipped("tiny_e4m3").unwrap();
+    let with = |compute, largest_error: Option<f64>| {
+        let spec = bound.to_builder().compute(compute).largest_error(largest_error).build().unwrap();
+        Module::load(&Device::emulator(), &spec).unwrap()
+    };
+    let [eight, sixteen] = [Compute::E4m3, Compute::Dtype].map(|compute| with(compute, None));
+    let module = with(Compute::E4m3, Some(0.05));
+    let (batch, heads) = (2, 3);
+    let mut inputs = Inputs::rough(&bound, batch, heads, fresh_seed());
+    (inputs.before.lengths, inputs.after.lengths) = (Some(vec![9, 4]), Some(vec![0, 20]));
+    // The output and the log-sum-exps of each head, and what profiling found.
+    let forward = |module: &Arc<Module>, types, precisions: Option<&[u32]>| {
+        let device = module.device();
+        let attention = SparseAttention::new(module, batch as u32, heads as u32).unwrap();
+        let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+        let placement = Placement::all(Arrangement::Unaligned);
+        let mut placed = DeviceLayer::upload(device, &bound.layout, &inputs, placement).unwrap();
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let given = precisions.map(|precisions| device.upload(&words(precisions)).unwrap());
+        placed.layer.precisions = given.as_ref().map_or(0, |given| given.address());
+        // SAFETY: all memory is this function's, and outlives the work.
+        unsafe { attention.forward(Stream::DEFAULT, &placed.layer, types, &workspace).unwrap() };
+        let (out, lse) = (placed.out.download(device).unwrap().0, placed.download_lse(device).unwrap());
+        let of_head = |index: usize| {
+            let rows = (0..out.rows).flat_map(|row| out.row(index / heads, row, index % heads)).collect::<Vec<f64>>();
+            (rows, lse.chunks_exact(out.rows).nth(index).unwrap().to_vec())
+        };
+        ((0..batch * heads).map(of_head).collect::<Vec<_>>(), attention.read_profile(&workspace).unwrap())
+    };
+    let [(eights, _), (sixteens, _)] = [&eight, &sixteen].map(|module| forward(module, HeadTypes::Profiled, None));
+    let expected = |precisions: &[u32]| {
+        let pick = |(index, &bits): (usize, &u32)| [&eights, &sixteens][usize::from(bits != 8)][index].clone();
+        precisions.iter().enumerate().map(pick).collect::<Vec<_>>()
+    };
+    let (found, profiles) = forward(&module, HeadTypes::Profiled, None);
+    let precisions: Vec<_> = profiles.iter().map(|profile| profile.precision.unwrap()).collect();
+    println!("{precisions:?}");
+    let bits: Vec<u32> = precisions.iter().map(|precision| precision.compute.bits()).collect();
+    assert_eq!(bits, [8, 16, 8, 8, 16, 8]);
+    assert!(found == expected(&bits), "found");
+    // Every number but 8 stands for 16 bits.
+    for given in [[8, 16, 8, 8, 16, 8], [16, 8, 8, 16, 8, 8], [0, 32, 16, u32::MAX, 9, 16], [8; 6]] {
+        let (outputs, _) = forward(&module, HeadTypes::Profiled, Some(&given));
+        assert!(outputs == expected(&given), "{given:?}");
+    }
+    let (dense, _) = forward(&module, HeadTypes::Dense, None);
+    assert!(dense == forward(&sixteen, HeadTypes::Dense, None).0, "dense");
+    let report = run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().report;
+    for (head, bits) in report.heads.iter().zip(bits) {
+        assert!(head.ok && head.bits == bits, "{head:?}");
+    }
+}
+
 /// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would lose
 /// more than the tolerance allows.
 #[test]

@@ -20,7 +20,7 @@ use framestride_shapes::shared::{
 };
 use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
-use quote::quote;
+use quote::{format_ident, quote};
 use std::path::PathBuf;
 use syn::parse::{Parse, ParseStream, Parser};
 use syn::spanned::Spanned;
@@ -220,7 +220,7 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
             "text" => Some(("text".to_string(), Some("position"))),
             "qk_norm" => Some(("qk_norm".to_string(), Some("kind"))),
             "rope" => Some(("rope".to_string(), Some("pairs"))),
-            "before" | "after" | "profile" | "schedule" => Some((name.clone(), None)),
+            "before" | "after" | "profile" | "precision" | "schedule" => Some((name.clone(), None)),
             "mask" => {
                 Some((format!("masks.{}", entry.kind.as_ref().map(ToString::to_string).unwrap_or_default()), None))
             }
@@ -251,7 +251,7 @@ fn spelled_out(input: ParseStream) -> Result<Shape> {
             _ => {
                 let message = format!(
                     "unknown key `{name}`; allowed: spec, name, frames, tokens_per_frame, grid, text, before, after, heads, \
-                     head_dim, dtype, batch, compute, qk_norm, rope, mask, sink_frames, profile, schedule"
+                     head_dim, dtype, batch, compute, qk_norm, rope, mask, sink_frames, profile, precision, schedule"
                 );
                 return Err(Error::new(entry.name.span(), message));
             }
@@ -300,9 +300,24 @@ struct Family {
     profile_shared: u32,
 }
 
-/// Writes the model and the entries. `krate` is the path of `framestride_kernels`.
+/// Writes the models and the entries. `krate` is the path of `framestride_kernels`.
+///
+/// Kernels in 8 bits go beside those of the tensors' type, which profile, and with a bound of errors
+/// compute the heads that 8 bits are not enough for. A spec has both. The template in 8 bits has its own
+/// alone, since the other is loaded beside it.
 fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
-    let (arch, Template { image, compute }) = (crate::arch(), target.template());
+    let Template { image, compute } = target.template();
+    let computes: &[Compute] = match (target, compute) {
+        (Target::Spec(_), Compute::E4m3) => &Compute::ALL,
+        (Target::Template(_), Compute::E4m3) => &[Compute::E4m3],
+        (_, Compute::Dtype) => &[Compute::Dtype],
+    };
+    computes.iter().map(|&compute| kernels_of(krate, target, image, compute)).collect()
+}
+
+/// The model and the entries of what multiplies one type.
+fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compute) -> TokenStream {
+    let arch = crate::arch();
     let (head_dim, tiles) = (image.head_dim, Tiles::new(arch, image.head_dim, compute));
     let Tiles { query_rows, key_rows, stages, key_step } = tiles;
     let element = match image.dtype {
@@ -310,10 +325,13 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
         Dtype::F16 => quote!(F16),
     };
     let (names, values): (Vec<_>, Vec<_>) = target.numbers(krate).into_iter().unzip();
-    let row_bytes = match compute {
-        Compute::Dtype => image.bytes(1),
-        Compute::E4m3 => e4m3::ROW_BYTES,
+    let (row_bytes, multiplied, suffix, precision) = match compute {
+        Compute::Dtype => (image.bytes(1), element.clone(), "", quote!(Dtype)),
+        Compute::E4m3 => (e4m3::ROW_BYTES, quote!(E4m3), "E4m3", quote!(E4m3)),
     };
+    let model = format_ident!("SpecModel{suffix}");
+    let attention_products = format_ident!("AttentionProducts{suffix}");
+    let profile_products = format_ident!("ProfileProducts{suffix}");
     // Bodies are named for the first family that they were written for.
     let family = match arch.products {
         Products::Wgmma => Family {
@@ -351,31 +369,77 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     let pack_shared = PackShared::new(pack.warps, pack.held_steps).bytes.min(arch.block_shared_bytes);
     let select_shared = SelectShared::new(SELECT_THREADS).bytes;
     let (attention_threads, attention_min_blocks) = (tiles.threads(arch), Tiles::min_blocks(arch));
-    let (multiplied, attend) = match compute {
-        Compute::Dtype => (element.clone(), quote!(#attention::attention)),
-        Compute::E4m3 => (quote!(E4m3), quote!(#attention::attention_e4m3)),
-    };
     let center_shared = CenterShared::new().bytes;
-    let packs_e4m3 = match compute {
-        Compute::Dtype => TokenStream::new(),
+    let [in_16_bits, in_8_bits] = match target {
+        Target::Spec(spec) => spec.precisions(),
+        Target::Template(_) => [true; 2],
+    };
+    let attend = in_16_bits.then(|| {
+        quote! {
+            /// Sparse attention.
+            #[#krate::kernel(threads = #attention_threads, min_blocks = #attention_min_blocks, shared_bytes = #attention_shared)]
+            pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
+                unsafe { #krate::#attention::attention::<#model>(&params) }
+            }
+        }
+    });
+    let judge = (in_16_bits && in_8_bits).then(|| {
+        quote! {
+            /// The choice of each head's precision.
+            #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #select_shared)]
+            pub unsafe fn judge(params: #krate::shapes::params::JudgeParams) {
+                unsafe { #krate::judge::judge::<#model>(&params) }
+            }
+        }
+    });
+    let entries = match compute {
+        Compute::Dtype => quote! {
+            /// Norm, RoPE and reordering into packed images.
+            #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
+            pub unsafe fn pack(params: #krate::shapes::params::PackParams) {
+                unsafe { #krate::pack::pack::<#model>(&params) }
+            }
+
+            /// Attention of sampled rows under every mask.
+            #[#krate::kernel(threads = #profile_threads, shared_bytes = #profile_shared)]
+            pub unsafe fn profile(params: #krate::shapes::params::ProfileParams) {
+                unsafe { #krate::#profile::profile::<#model>(&params) }
+            }
+
+            /// The choice of each head's mask.
+            #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #select_shared)]
+            pub unsafe fn select(params: #krate::shapes::params::SelectParams) {
+                unsafe { #krate::select::select::<#model>(&params) }
+            }
+
+            #attend
+        },
         Compute::E4m3 => quote! {
             /// Centers of V for attention in 8 bits.
             #[#krate::kernel(threads = #CENTER_THREADS, shared_bytes = #center_shared)]
             pub unsafe fn center(params: #krate::shapes::params::PackParams) {
-                unsafe { #krate::pack::e4m3::center::<SpecModel>(&params) }
+                unsafe { #krate::pack::e4m3::center::<#model>(&params) }
             }
 
             /// Norm, RoPE and reordering of Q and K into packed images of 8 bits.
             #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
             pub unsafe fn pack_e4m3(params: #krate::shapes::params::PackParams) {
-                unsafe { #krate::pack::pack::<SpecModel, true>(&params) }
+                unsafe { #krate::pack::pack::<#model>(&params) }
             }
 
             /// Reordering of V into transposed images of 8 bits.
             #[#krate::kernel(threads = #VALUES_THREADS)]
             pub unsafe fn pack_values(params: #krate::shapes::params::PackParams) {
-                unsafe { #krate::pack::e4m3::pack_values::<SpecModel>(&params) }
+                unsafe { #krate::pack::e4m3::pack_values::<#model>(&params) }
             }
+
+            /// Sparse attention in 8 bits.
+            #[#krate::kernel(threads = #attention_threads, min_blocks = #attention_min_blocks, shared_bytes = #attention_shared)]
+            pub unsafe fn attention_e4m3(params: #krate::shapes::params::AttentionParams) {
+                unsafe { #krate::#attention::attention_e4m3::<#model>(&params) }
+            }
+
+            #judge
         },
     };
     let doc = match target {
@@ -384,19 +448,19 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     };
     quote! {
         #[doc = #doc]
-        pub struct SpecModel;
+        pub struct #model;
 
         #krate::#products! {
-            pub struct AttentionProducts;
+            pub struct #attention_products;
             element = #multiplied, key_rows = #key_rows, head_dim = #head_dim, blocks = [#(#attention_blocks),*]
         }
         #krate::#products! {
-            pub struct ProfileProducts;
+            pub struct #profile_products;
             element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #columns,
             blocks = [#(#profile_blocks),*]
         }
 
-        impl #krate::model::Model for SpecModel {
+        impl #krate::model::Model for #model {
             #[inline(always)]
             fn numbers() -> #krate::shapes::numbers::Numbers {
                 #krate::shapes::numbers::Numbers { #(#names: #values,)* }
@@ -407,36 +471,12 @@ fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
                 #krate::shapes::blocks::Tiles {
                     query_rows: #query_rows, key_rows: #key_rows, stages: #stages, key_step: #key_step,
                 };
-            const ROW_BYTES: u32 = #row_bytes;
+            const COMPUTE: #krate::shapes::dtype::Compute = #krate::shapes::dtype::Compute::#precision;
             type Element = #krate::element::#element;
-            type Attention = AttentionProducts;
-            type Profile = ProfileProducts;
+            type Attention = #attention_products;
+            type Profile = #profile_products;
         }
 
-        /// Norm, RoPE and reordering into packed images.
-        #[#krate::kernel(threads = #pack_threads, min_blocks = #pack_blocks, shared_bytes = #pack_shared)]
-        pub unsafe fn pack(params: #krate::shapes::params::PackParams) {
-            unsafe { #krate::pack::pack::<SpecModel, false>(&params) }
-        }
-
-        /// Attention of sampled rows under every mask.
-        #[#krate::kernel(threads = #profile_threads, shared_bytes = #profile_shared)]
-        pub unsafe fn profile(params: #krate::shapes::params::ProfileParams) {
-            unsafe { #krate::#profile::profile::<SpecModel>(&params) }
-        }
-
-        /// The choice of each head's mask.
-        #[#krate::kernel(threads = #SELECT_THREADS, shared_bytes = #select_shared)]
-        pub unsafe fn select(params: #krate::shapes::params::SelectParams) {
-            unsafe { #krate::select::select::<SpecModel>(&params) }
-        }
-
-        /// Sparse attention.
-        #[#krate::kernel(threads = #attention_threads, min_blocks = #attention_min_blocks, shared_bytes = #attention_shared)]
-        pub unsafe fn attention(params: #krate::shapes::params::AttentionParams) {
-            unsafe { #krate::#attend::<SpecModel>(&params) }
-        }
-
-        #packs_e4m3
+        #entries
     }
 }

@@ -5,6 +5,7 @@
 //! * [`pack`](mod@pack): norm, RoPE and reordering into packed images.
 //! * [`profile`]: attention of sampled rows under every mask, by which heads are classified.
 //! * [`attention`]: the sparse attention itself.
+//! * [`judge`]: which heads 8 bits are enough for.
 //! * [`softmax`] and the generated [`cuda::mma::TileProducts`]: what `profile` and `attention`
 //!   share.
 //! * [`masks`]: what a head sees.
@@ -24,6 +25,8 @@ pub mod attention;
 pub mod cuda;
 #[cfg(target_arch = "nvptx64")]
 pub mod element;
+#[cfg(target_arch = "nvptx64")]
+pub mod judge;
 #[cfg(target_arch = "nvptx64")]
 pub mod masks;
 #[cfg(target_arch = "nvptx64")]

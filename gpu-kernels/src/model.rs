@@ -10,7 +10,8 @@ use crate::cuda::mma::{ByteWeights, Products, TileProducts, WarpProducts};
 use crate::element::Element;
 use crate::masks::CANDIDATES;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
-use framestride_shapes::image::{ATOM_ROWS, Image};
+use framestride_shapes::dtype::Compute;
+use framestride_shapes::image::{ATOM_ROWS, Image, e4m3};
 use framestride_shapes::layout::{Layout, ValidText};
 use framestride_shapes::numbers::Numbers;
 use framestride_shapes::params::PartialsLayout;
@@ -25,8 +26,8 @@ pub trait Model {
     const HEAD_DIM: u32;
     /// Tiles of the attention kernel.
     const TILES: Tiles;
-    /// Bytes of a row of the images that **attention** reads.
-    const ROW_BYTES: u32;
+    /// What **attention** multiplies.
+    const COMPUTE: Compute;
     /// bf16 or f16.
     type Element: Element;
     /// Products of the attention kernel, on key tiles of `TILES.key_rows`.
@@ -37,6 +38,11 @@ pub trait Model {
 
     /// The rows of packed Q, K and V.
     const IMAGE: Image = Image { head_dim: Self::HEAD_DIM, dtype: Self::Element::DTYPE };
+    /// Bytes of a row of the images that **attention** reads.
+    const ROW_BYTES: u32 = match Self::COMPUTE {
+        Compute::Dtype => Self::IMAGE.bytes(1),
+        Compute::E4m3 => e4m3::ROW_BYTES,
+    };
     /// Bytes of a row of atoms of the image.
     const ATOMS_BYTES: u32 = Self::IMAGE.bytes(ATOM_ROWS);
     /// The shared memory of **profile**.
@@ -52,12 +58,22 @@ pub trait Model {
         Self::numbers().layout()
     }
 
-    /// Rows of the image of a head that **attention** reads.
+    /// Rows of **attention** from the image of one head to that of the next. An image in 8 bits lies at
+    /// the beginning of the place of one in 16.
     #[inline(always)]
     fn image_rows() -> u32 {
-        let rows = Self::layout().packed_rows();
-        // Packed rows are a multiple of an atom's, which the compiler does not see.
-        if Self::TILES.key_step == ATOM_ROWS { rows } else { rows.next_multiple_of(Self::TILES.key_step) }
+        Self::layout().packed_rows() * const { Self::IMAGE.bytes(1) / Self::ROW_BYTES }
+    }
+
+    /// Whether a head multiplies in this model's precision. `head` counts in `precisions`, which is 0
+    /// where all heads do.
+    ///
+    /// # Safety
+    /// `precisions` is 0, or holds a u32 for the head.
+    #[inline(always)]
+    unsafe fn has_head(precisions: u64, head: u32) -> bool {
+        precisions == 0
+            || Compute::of_bits(global::load_u32(precisions + head as u64 * 4)) as u32 == Self::COMPUTE as u32
     }
 
     /// The shared memory of **pack**.

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::layout::{HeadType, Layout};
 use framestride_shapes::params::Tensor;
 use framestride_shapes::spec::{NormKind, Spec};
@@ -13,6 +14,7 @@ use framestride_shapes::workspace::WorkspaceLayout;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layer::{HeadTypes, Layer, Text};
+use crate::plan::Precisions;
 
 /// The shape of q, k, v and out.
 #[derive(Clone, Copy)]
@@ -116,7 +118,7 @@ struct Region {
 }
 
 /// The most regions of a call.
-const MOST_REGIONS: usize = 32;
+const MOST_REGIONS: usize = 40;
 
 /// The regions of a call, in the order in which messages name two that overlap.
 struct Regions {
@@ -165,8 +167,8 @@ impl Regions {
 /// What a call does with its layer.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Purpose {
-    /// It computes the output, with heads of these types.
-    Attend(HeadTypes),
+    /// It computes the output, with heads of these types and precisions.
+    Attend(HeadTypes, Precisions),
     /// It profiles the heads, and computes no output.
     Profile,
 }
@@ -253,28 +255,54 @@ pub(crate) fn check_call(
             regions.push(name, words_at(name, lengths, WORD, shape.batch.into())?, Use::Reads);
         }
     }
-    if let Purpose::Attend(HeadTypes::Given(address)) = purpose {
+    if layer.precisions != 0 {
+        if spec.largest_error.is_none() {
+            let what = if spec.compute == Compute::E4m3 { "in 8 bits" } else { "the type of the tensors" };
+            return Err(Error::input(
+                "precisions",
+                format!("address {:#x}", layer.precisions),
+                format!("0: all heads of spec {} multiply {what}", spec.name),
+                "Pass 0, or write compute = \"e4m3\" and [precision] in the spec",
+            ));
+        }
+        // Those that an earlier call left in the workspace may stay there.
+        if layer.precisions != workspace + layout.precisions.start {
+            regions.push("precisions", words_at("precisions", layer.precisions, WORD, all_heads)?, Use::Reads);
+        }
+    }
+    if let Purpose::Attend(HeadTypes::Given(address), _) = purpose {
         // The types that an earlier call left in the workspace may stay there.
         if address != workspace + layout.head_types.start {
             regions.push("head types", words_at("head types", address, WORD, all_heads)?, Use::Reads);
         }
     }
     for (name, given, shape) in given_tensors(spec, shape, layer) {
-        regions.push(name, tensor(name, &given, shape)?, Use::ReadsBeforeOut);
+        // Heads in 16 bits are packed when those in 8 bits are done.
+        let used = match purpose {
+            Purpose::Attend(_, Precisions::Given(_) | Precisions::Found(_)) => Use::Reads,
+            _ => Use::ReadsBeforeOut,
+        };
+        regions.push(name, tensor(name, &given, shape)?, used);
     }
-    let profiles = matches!(purpose, Purpose::Profile | Purpose::Attend(HeadTypes::Profiled));
-    let found = [("found.head_types", layer.found.head_types, 1), ("found.errors", layer.found.errors, CANDIDATES)];
-    for (name, address, words) in found {
+    let profiles = matches!(purpose, Purpose::Profile | Purpose::Attend(HeadTypes::Profiled, _));
+    let judges = matches!(purpose, Purpose::Attend(_, Precisions::Found(_)));
+    let types = ("this call does not profile", "Pass 0, or profile the heads");
+    let precisions = (
+        "this call finds no precisions",
+        "Pass 0, or profile the heads with [precision] in the spec, and give no precisions",
+    );
+    let found = [
+        ("found.head_types", layer.found.head_types, 1, profiles, types),
+        ("found.errors", layer.found.errors, CANDIDATES, profiles, types),
+        ("found.precisions", layer.found.precisions, 1, judges, precisions),
+        ("found.precision_errors", layer.found.precision_errors, 1, judges, precisions),
+    ];
+    for (name, address, words, is_found, (reason, mend)) in found {
         if address == 0 {
             continue;
         }
-        if !profiles {
-            return Err(Error::input(
-                name,
-                format!("address {address:#x}"),
-                "0: this call does not profile",
-                "Pass 0, or profile the heads",
-            ));
+        if !is_found {
+            return Err(Error::input(name, format!("address {address:#x}"), format!("0: {reason}"), mend));
         }
         regions.push(name, words_at(name, address, WORD, all_heads * words)?, Use::Writes);
     }

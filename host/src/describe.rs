@@ -93,7 +93,11 @@ impl fmt::Display for Description<'_> {
             spec.heads,
             spec.head_dim,
             spec.dtype.as_str(),
-            if spec.compute == Compute::E4m3 { ", multiplied in 8 bits" } else { "" },
+            match (spec.compute, spec.largest_error) {
+                (Compute::Dtype, _) => String::new(),
+                (Compute::E4m3, None) => ", multiplied in 8 bits".into(),
+                (Compute::E4m3, Some(error)) => format!(", multiplied in 8 bits where their error is at most {error}"),
+            },
             spec.batch,
             tiles.query_rows,
             tiles.key_rows,

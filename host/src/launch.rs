@@ -1,11 +1,10 @@
 //! Launches as data: [`SparseAttention::launches`](crate::SparseAttention::launches) writes them
 //! before anything runs.
 
-use framestride_shapes::dtype::Compute;
-use framestride_shapes::params::{AttentionParams, PackParams, ProfileParams, SelectParams};
+use framestride_shapes::params::{AttentionParams, JudgeParams, PackParams, ProfileParams, SelectParams};
+use framestride_shapes::spec::Spec;
 
-/// The kernels of a module. Those behind [`Kernel::Attention`] are there for attention in 8 bits
-/// alone.
+/// The kernels of a module, which has those that its spec needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[repr(usize)]
@@ -24,11 +23,15 @@ pub enum Kernel {
     PackE4m3 = 5,
     /// Reorders V into packed images of 8 bits.
     PackValues = 6,
+    /// Computes sparse attention in 8 bits.
+    AttentionE4m3 = 7,
+    /// Computes the errors of 8 bits, and chooses the precisions.
+    Judge = 8,
 }
 
 impl Kernel {
     /// All kernels, indexed by their value.
-    pub(crate) const ALL: [Kernel; 7] = [
+    pub(crate) const ALL: [Kernel; 9] = [
         Kernel::Pack,
         Kernel::Profile,
         Kernel::Select,
@@ -36,11 +39,19 @@ impl Kernel {
         Kernel::Center,
         Kernel::PackE4m3,
         Kernel::PackValues,
+        Kernel::AttentionE4m3,
+        Kernel::Judge,
     ];
 
-    /// Whether a module that multiplies so in attention has it.
-    pub(crate) fn is_of(self, compute: Compute) -> bool {
-        compute == Compute::E4m3 || self as usize <= Kernel::Attention as usize
+    /// Whether a spec needs it.
+    pub(crate) fn is_of(self, spec: &Spec) -> bool {
+        let [in_16_bits, in_8_bits] = spec.precisions();
+        match self {
+            Kernel::Pack | Kernel::Profile | Kernel::Select => true,
+            Kernel::Attention => in_16_bits,
+            Kernel::Center | Kernel::PackE4m3 | Kernel::PackValues | Kernel::AttentionE4m3 => in_8_bits,
+            Kernel::Judge => in_16_bits && in_8_bits,
+        }
     }
 
     /// Name of the entry in the PTX.
@@ -54,6 +65,8 @@ impl Kernel {
             Kernel::Center => "center",
             Kernel::PackE4m3 => "pack_e4m3",
             Kernel::PackValues => "pack_values",
+            Kernel::AttentionE4m3 => "attention_e4m3",
+            Kernel::Judge => "judge",
         }
     }
 
@@ -63,7 +76,8 @@ impl Kernel {
             Kernel::Pack | Kernel::Center | Kernel::PackE4m3 | Kernel::PackValues => size_of::<PackParams>(),
             Kernel::Profile => size_of::<ProfileParams>(),
             Kernel::Select => size_of::<SelectParams>(),
-            Kernel::Attention => size_of::<AttentionParams>(),
+            Kernel::Attention | Kernel::AttentionE4m3 => size_of::<AttentionParams>(),
+            Kernel::Judge => size_of::<JudgeParams>(),
         }
     }
 }
@@ -76,6 +90,7 @@ pub(crate) enum Params {
     Profile(ProfileParams),
     Select(SelectParams),
     Attention(AttentionParams),
+    Judge(JudgeParams),
 }
 
 impl Params {
@@ -90,6 +105,7 @@ impl Params {
             Params::Profile(params) => bytes(params),
             Params::Select(params) => bytes(params),
             Params::Attention(params) => bytes(params),
+            Params::Judge(params) => bytes(params),
         }
     }
 }
@@ -115,17 +131,17 @@ impl Launch {
     }
 }
 
-/// What one layer launches.
+/// What one layer launches. There are launches in 8 bits, in 16 bits (the type of the tensors) or both.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
 #[non_exhaustive]
 pub struct Launches {
     /// What finds the types of the heads, where they are profiled.
     pub profiling: Option<Profiling>,
-    /// Packs the heads for attention.
-    pub packing: Packing,
-    /// Attention of all heads.
-    pub attention: Launch,
+    /// What computes heads in 8 bits.
+    pub eight_bits: Option<EightBits>,
+    /// What computes heads in 16 bits.
+    pub sixteen_bits: Option<SixteenBits>,
 }
 
 /// What finds the types of the heads.
@@ -140,24 +156,32 @@ pub struct Profiling {
     pub select: Launch,
 }
 
-/// What packs heads for attention.
+/// What computes heads in 8 bits.
 #[derive(Clone, Copy, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a box would allocate at each launch")]
-pub enum Packing {
-    /// Packs all heads. After profiling it packs those again that turned out to be temporal.
-    Dtype(Launch),
-    /// Packs all heads for attention in 8 bits: **center**, **pack_e4m3** and **pack_values**.
-    E4m3([Launch; 3]),
+#[non_exhaustive]
+pub struct EightBits {
+    /// Measures V.
+    pub center: Launch,
+    /// Packs Q and K.
+    pub pack: Launch,
+    /// Packs V.
+    pub pack_values: Launch,
+    /// Attention of the heads.
+    pub attention: Launch,
+    /// Finds the precisions of the heads, where a bound says so. Then all heads have been computed in 8
+    /// bits, and those that exceed it are computed again.
+    pub judge: Option<Launch>,
 }
 
-impl Packing {
-    /// The launches in the order in which they must run.
-    pub fn as_slice(&self) -> &[Launch] {
-        match self {
-            Packing::Dtype(launch) => std::slice::from_ref(launch),
-            Packing::E4m3(launches) => launches,
-        }
-    }
+/// What computes heads in 16 bits.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct SixteenBits {
+    /// Packs the heads. Where all heads multiply in 16 bits, after profiling it packs only those again
+    /// that turned out to be temporal.
+    pub pack: Launch,
+    /// Attention of the heads.
+    pub attention: Launch,
 }
 
 impl Launches {
@@ -165,7 +189,12 @@ impl Launches {
     pub fn in_order(&self) -> impl Iterator<Item = &Launch> {
         let profiling = self.profiling.iter();
         let profiling = profiling.flat_map(|Profiling { pack, profile, select }| [pack, profile, select]);
-        profiling.chain(self.packing.as_slice()).chain([&self.attention])
+        let eight_bits =
+            self.eight_bits.iter().flat_map(|EightBits { center, pack, pack_values, attention, judge }| {
+                [center, pack, pack_values, attention].into_iter().chain(judge)
+            });
+        let sixteen_bits = self.sixteen_bits.iter().flat_map(|SixteenBits { pack, attention }| [pack, attention]);
+        profiling.chain(eight_bits).chain(sixteen_bits)
     }
 }
 
@@ -178,9 +207,10 @@ mod tests {
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
-        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 11 * 8 + 6 * 4);
+        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 12 * 8 + 6 * 4);
         assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 6 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
-        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 6 * 8 + 6 * 4);
+        assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 7 * 8 + 6 * 4);
+        assert_eq!(Kernel::Judge.params_bytes(), 5 * 8 + TENSOR + 4 * 4);
     }
 }

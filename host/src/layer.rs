@@ -7,6 +7,22 @@
 //! Dense       pack(all, spatial layout) -> attention
 //! ```
 //!
+//! Where the spec says `compute = "e4m3"`, heads multiply in 8 bits. What follows **select** is
+//!
+//! ```text
+//! in_8_bits(heads) = center -> pack_e4m3 -> pack_values -> attention_e4m3
+//! ```
+//!
+//! of all heads. With `[precision]` the spec has a bound of their errors, and it is
+//!
+//! ```text
+//! precisions given   in_8_bits(heads with 8) -> pack(heads with 16) -> attention(heads with 16)
+//! Profiled           in_8_bits(all) -> judge -> pack(heads with 16) -> attention(heads with 16)
+//! Given, Dense       pack(all) -> attention
+//! ```
+//!
+//! The last row keeps the bound where nothing is known of the heads.
+//!
 //! Everything is checked before the first launch, and nothing is allocated or waited for. So a
 //! whole layer can be captured in a CUDA graph. What profiling found goes where [`Layer::found`]
 //! says, or stays in the workspace ([`SparseAttention::read_profile`]).
@@ -14,6 +30,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::params::{NormWeights, PartialsLayout, Tensor};
 use framestride_shapes::workspace::WorkspaceLayout;
@@ -40,7 +57,8 @@ pub struct Layer {
     /// V, likewise.
     pub v: Tensor,
     /// The output, of the same shape and type. It may be the memory of q, k or v, which are read
-    /// before attention writes.
+    /// before attention writes. But not where heads of one call may multiply in 8 bits and in 16: those
+    /// in 16 are read when the others are written.
     pub out: Tensor,
     /// QK-norm of video rows of Q: addresses of f32. 0 stands for weights of one and biases of
     /// zero.
@@ -68,6 +86,13 @@ pub struct Layer {
     pub lse: u64,
     /// Where a call that profiles writes what it finds.
     pub found: Found,
+    /// Address of the precisions of the heads, u32 \[B, H\], for a spec with `[precision]`: a head
+    /// with 8 multiplies in 8 bits, every other one in 16, the type of the tensors. With 0, the table
+    /// [above](self) says what each does.
+    ///
+    /// They may be those that an earlier call found, in other memory or in the same workspace, at
+    /// `precisions` of its [`SparseAttention::workspace_layout`].
+    pub precisions: u64,
     /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
     /// are taken. [`half_width_of_density`](framestride_shapes::density::half_width_of_density) makes
     /// them of densities. They may differ between calls.
@@ -92,6 +117,11 @@ pub struct Found {
     pub head_types: u64,
     /// Address for the mean squared errors of [`HeadType::CANDIDATES`], f32 \[B, H, 2\].
     pub errors: u64,
+    /// Address for the precisions of the heads, u32 \[B, H\], 8 or 16. A call finds them that profiles
+    /// for a spec with `[precision]`, and to which none are given.
+    pub precisions: u64,
+    /// Address for their errors, f32 \[B, H\] ([`HeadPrecision::error`]), likewise.
+    pub precision_errors: u64,
 }
 
 /// The text on one side of the video.
@@ -140,6 +170,19 @@ pub struct HeadProfile {
     pub errors: [f32; HeadType::CANDIDATES.len()],
     /// The candidate with the lowest error.
     pub head_type: HeadType,
+    /// In which precision it multiplies. There is none for a spec without `[precision]`.
+    pub precision: Option<HeadPrecision>,
+}
+
+/// In which precision a head multiplies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct HeadPrecision {
+    /// What 8 bits change of its sampled rows: the norm of the difference to 16 bits over the norm in 16
+    /// bits, under the mask of its type. It is NaN where that is no number.
+    pub error: f32,
+    /// [`Compute::E4m3`] where the error is within the bound.
+    pub compute: Compute,
 }
 
 /// Sparse attention of a layer, for a batch size and a number of heads.
@@ -250,7 +293,8 @@ impl SparseAttention {
     }
 
     /// Reads what the last profiled call in `workspace` found, for `[batch, heads]`, where
-    /// [`Layer::found`] named no other place. It waits for all work of the device.
+    /// [`Layer::found`] named no other place. Precisions are those of the last call that found any. It
+    /// waits for all work of the device.
     ///
     /// # Errors
     /// An [`Error::Input`] when `workspace` is too small, or memory of another device.
@@ -264,6 +308,16 @@ impl SparseAttention {
             Ok(bytes.as_chunks().0.to_vec())
         };
         let (errors, types) = (words(&self.workspace.errors)?, words(&self.workspace.head_types)?);
+        let precisions = match self.module.spec().largest_error {
+            None => Vec::new(),
+            Some(_) => {
+                words(&self.workspace.precision_errors)?.into_iter().zip(words(&self.workspace.precisions)?).collect()
+            }
+        };
+        let precision = |&(error, bits): &([u8; 4], [u8; 4])| HeadPrecision {
+            error: f32::from_le_bytes(error),
+            compute: Compute::of_bits(u32::from_le_bytes(bits)),
+        };
         Ok(types
             .iter()
             .zip(errors.as_chunks::<{ HeadType::CANDIDATES.len() }>().0)
@@ -273,6 +327,7 @@ impl SparseAttention {
                 head: index % self.heads,
                 errors: errors.map(f32::from_le_bytes),
                 head_type: HeadType::from_u32(u32::from_le_bytes(head_type)),
+                precision: precisions.get(index as usize).map(precision),
             })
             .collect())
     }

@@ -82,7 +82,7 @@ pub use error::{Error, Result};
 #[doc(inline)]
 pub use framestride_shapes as shapes;
 pub use framestride_shapes::spec::Spec;
-pub use layer::{Found, HeadProfile, HeadTypes, Layer, SparseAttention, Text};
+pub use layer::{Found, HeadPrecision, HeadProfile, HeadTypes, Layer, SparseAttention, Text};
 pub use module::{Kernels, Loading, Module};
 pub use plan::workspace_layout;
 pub use workspace::Workspace;

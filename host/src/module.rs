@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use framestride_shapes::arch::{Arch, UnknownArch};
-use framestride_shapes::dtype::Compute;
 use framestride_shapes::manifest::{KernelResources, Manifest, Mismatch};
 use framestride_shapes::spec::Spec;
 use sha2::{Digest, Sha256};
@@ -36,7 +35,7 @@ impl Kernels {
         // What follows counts on a spec that was checked, as its text is when it is read.
         spec.check_unchanged()?;
         let (ptx, manifest) = crate::template::fill(spec, arch)?;
-        let (_, resources) = resources(&manifest.name, &manifest, spec.compute)?;
+        let (_, resources) = resources(&manifest.name, &manifest, spec)?;
         Ok(Kernels { ptx, manifest, spec: spec.clone(), arch, resources })
     }
 
@@ -62,7 +61,7 @@ impl Kernels {
             return Err(Error::input(format!("{file}, spec"), found, allowed, mend));
         }
         let spec = manifest.spec()?;
-        let (arch, resources) = resources(file, &manifest, spec.compute)?;
+        let (arch, resources) = resources(file, &manifest, &spec)?;
         Ok(Kernels { ptx: ptx.to_owned(), manifest, spec, arch, resources })
     }
 
@@ -123,13 +122,13 @@ type Resources = [Option<KernelResources>; Kernel::ALL.len()];
 
 /// The family that kernels were made for, and what each needs to be launched. Checks that this
 /// library can launch it.
-fn resources(file: &str, manifest: &Manifest, compute: Compute) -> Result<(Arch, Resources)> {
+fn resources(file: &str, manifest: &Manifest, spec: &Spec) -> Result<(Arch, Resources)> {
     let arch = manifest
         .arch
         .parse()
         .map_err(|error: UnknownArch| Error::input(format!("{file}, arch"), &error.found, Arch::names(), AGAIN))?;
     let mut resources = Resources::default();
-    for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_of(compute)) {
+    for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_of(spec)) {
         let subject = format!("{file}, kernel {}", kernel.entry());
         let Some(found) = manifest.kernel(kernel.entry()) else {
             return Err(Error::input(subject, "nothing", "all kernels of a layer", AGAIN));

@@ -6,13 +6,15 @@ use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock, VALUE
 use framestride_shapes::dtype::Compute;
 use framestride_shapes::image::e4m3::UNIT_KEYS;
 use framestride_shapes::layout::HeadType;
-use framestride_shapes::params::{AttentionParams, PackParams, PackPass, ProfileParams, SelectParams, Tensor};
+use framestride_shapes::params::{
+    AttentionParams, JudgeParams, PackParams, PackPass, ProfileParams, SelectParams, Tensor,
+};
 use framestride_shapes::spec::Spec;
 use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, given_tensors, is_aligned};
 use crate::error::Result;
-use crate::launch::{Kernel, Launch, Launches, Packing, Params, Profiling};
+use crate::launch::{EightBits, Kernel, Launch, Launches, Params, Profiling, SixteenBits};
 use crate::layer::{HeadTypes, Layer, SparseAttention, Text};
 use crate::workspace::Workspace;
 
@@ -22,31 +24,44 @@ impl SparseAttention {
     /// # Errors
     /// An [`Error::Input`](crate::Error::Input) for whatever is wrong with the arguments.
     pub fn launches(&self, layer: &Layer, types: HeadTypes, workspace: &Workspace) -> Result<Launches> {
-        let call = Call::check(self, layer, Purpose::Attend(types), workspace)?;
+        let precisions = Precisions::of(self.module.spec(), layer, types);
+        let call = Call::check(self, layer, Purpose::Attend(types, precisions), workspace)?;
         let head_types = match types {
             HeadTypes::Profiled => call.found_head_types(),
             HeadTypes::Dense => 0,
             HeadTypes::Given(address) => address,
         };
         let profiles = types == HeadTypes::Profiled;
-        let packing = match self.module.spec().compute {
-            Compute::Dtype => {
-                let pass = if profiles { PackPass::Temporal } else { PackPass::All };
-                Packing::Dtype(call.pack(Kernel::Pack, pass, head_types))
-            }
-            Compute::E4m3 => {
-                let kernels = [Kernel::Center, Kernel::PackE4m3, Kernel::PackValues];
-                Packing::E4m3(kernels.map(|kernel| call.pack(kernel, PackPass::All, head_types)))
-            }
+        // Precisions of the heads, as the kernels in 8 and in 16 bits read them.
+        let [in_8, in_16] = match precisions {
+            Precisions::All(_) => [0, 0],
+            Precisions::Given(address) => [address, address],
+            Precisions::Found(_) => [0, call.found_precisions()],
         };
+        // In 8 bits, attention has images of its own in place of those that profiling had read.
+        let has_images = profiles && precisions == Precisions::All(Compute::Dtype);
+        let pass = if has_images { PackPass::Temporal } else { PackPass::All };
+        let pack = |kernel| call.pack(kernel, PackPass::All, head_types, in_8);
         Ok(Launches {
             profiling: profiles.then(|| Profiling {
-                pack: call.pack(Kernel::Pack, PackPass::All, 0),
+                pack: call.pack(Kernel::Pack, PackPass::All, 0, 0),
                 profile: call.profile(),
                 select: call.select(),
             }),
-            packing,
-            attention: call.attention(head_types),
+            eight_bits: (precisions != Precisions::All(Compute::Dtype)).then(|| EightBits {
+                center: pack(Kernel::Center),
+                pack: pack(Kernel::PackE4m3),
+                pack_values: pack(Kernel::PackValues),
+                attention: call.attention(Kernel::AttentionE4m3, head_types, in_8),
+                judge: match precisions {
+                    Precisions::Found(largest_error) => Some(call.judge(head_types, largest_error)),
+                    _ => None,
+                },
+            }),
+            sixteen_bits: (precisions != Precisions::All(Compute::E4m3)).then(|| SixteenBits {
+                pack: call.pack(Kernel::Pack, pass, head_types, in_16),
+                attention: call.attention(Kernel::Attention, head_types, in_16),
+            }),
         })
     }
 
@@ -54,7 +69,30 @@ impl SparseAttention {
     /// run.
     pub(crate) fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<[Launch; 3]> {
         let call = Call::check(self, layer, Purpose::Profile, workspace)?;
-        Ok([call.pack(Kernel::Pack, PackPass::All, 0), call.profile(), call.select()])
+        Ok([call.pack(Kernel::Pack, PackPass::All, 0, 0), call.profile(), call.select()])
+    }
+}
+
+/// In which precisions the heads of a call multiply.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Precisions {
+    /// All in one.
+    All(Compute),
+    /// Each as memory at this address says.
+    Given(u64),
+    /// Each in 8 bits, and again in 16 where its error is larger than this.
+    Found(f32),
+}
+
+impl Precisions {
+    fn of(spec: &Spec, layer: &Layer, types: HeadTypes) -> Precisions {
+        match (layer.precisions, spec.largest_error, types) {
+            (0, None, _) => Precisions::All(spec.compute),
+            (0, Some(error), HeadTypes::Profiled) => Precisions::Found(error as f32),
+            // There is nothing to compare with, and the bound holds in 16 bits.
+            (0, Some(_), _) => Precisions::All(Compute::Dtype),
+            (address, ..) => Precisions::Given(address),
+        }
     }
 }
 
@@ -100,6 +138,11 @@ impl<'a> Call<'a> {
         [packed_q, packed_k, packed_v].map(|part| self.part(part))
     }
 
+    /// Seed of the rows that are sampled.
+    fn seed(&self) -> u64 {
+        self.layer.seed.unwrap_or(self.plan.module.spec().profile.seed)
+    }
+
     /// Where the types go that profiling finds.
     fn found_head_types(&self) -> u64 {
         match self.layer.found.head_types {
@@ -108,8 +151,16 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// Where the precisions go that **judge** finds.
+    fn found_precisions(&self) -> u64 {
+        match self.layer.found.precisions {
+            0 => self.part(&self.plan.workspace.precisions),
+            address => address,
+        }
+    }
+
     /// A launch of pack, or of another kernel with its parameters.
-    fn pack(&self, kernel: Kernel, pass: PackPass, head_types: u64) -> Launch {
+    fn pack(&self, kernel: Kernel, pass: PackPass, head_types: u64, precisions: u64) -> Launch {
         let (spec, layer) = (self.plan.module.spec(), self.layer);
         let [packed_q, packed_k, packed_v] = self.packed();
         let [[q, q_before, q_after], [k, k_before, k_after], [v, v_before, v_after]] =
@@ -142,6 +193,7 @@ impl<'a> Call<'a> {
             packed_v,
             schedule: self.part(&self.plan.workspace.schedule),
             centers: self.part(&self.plan.workspace.centers),
+            precisions,
             batch: self.plan.batch,
             heads: self.plan.heads,
             scale_log2: self.scale * std::f32::consts::LOG2_E,
@@ -173,7 +225,7 @@ impl<'a> Call<'a> {
             before_lengths: self.layer.before.lengths,
             after_lengths: self.layer.after.lengths,
             partials: self.part(&self.plan.workspace.partials),
-            seed: self.layer.seed.unwrap_or(spec.profile.seed),
+            seed: self.seed(),
             batch,
             heads,
             splits,
@@ -201,7 +253,27 @@ impl<'a> Call<'a> {
         self.launch(Kernel::Select, [1, 1, batch * heads], params)
     }
 
-    fn attention(&self, head_types: u64) -> Launch {
+    fn judge(&self, head_types: u64, largest_error: f32) -> Launch {
+        let (batch, heads) = (self.plan.batch, self.plan.heads);
+        let params = Params::Judge(JudgeParams {
+            partials: self.part(&self.plan.workspace.partials),
+            out: self.layer.out,
+            head_types,
+            errors: match self.layer.found.precision_errors {
+                0 => self.part(&self.plan.workspace.precision_errors),
+                address => address,
+            },
+            precisions: self.found_precisions(),
+            seed: self.seed(),
+            batch,
+            heads,
+            splits: self.plan.splits,
+            largest_error,
+        });
+        self.launch(Kernel::Judge, [1, 1, batch * heads], params)
+    }
+
+    fn attention(&self, kernel: Kernel, head_types: u64, precisions: u64) -> Launch {
         let (spec, module) = (self.plan.module.spec(), &self.plan.module);
         let [packed_q, packed_k, packed_v] = self.packed();
         let [spatial_half_width, temporal_half_width] = self.half_widths;
@@ -217,6 +289,7 @@ impl<'a> Call<'a> {
             after_lengths: self.layer.after.lengths,
             schedule: self.part(&self.plan.workspace.schedule),
             centers: self.part(&self.plan.workspace.centers),
+            precisions,
             batch,
             heads,
             aligned: is_aligned(&self.layer.out, self.shape).into(),
@@ -226,10 +299,10 @@ impl<'a> Call<'a> {
         });
         let items =
             u64::from(self.shape.rows.div_ceil(spec.tiles(module.arch()).query_rows)) * u64::from(batch * heads);
-        let resources = module.resources(Kernel::Attention);
+        let resources = module.resources(kernel);
         let resident = module.device().resident_blocks(module.arch(), resources.shared_bytes, resources.min_blocks);
         let blocks = u64::from(module.device().multiprocessors()) * u64::from(resident);
-        self.launch(Kernel::Attention, [items.min(blocks) as u32, 1, 1], params)
+        self.launch(kernel, [items.min(blocks) as u32, 1, 1], params)
     }
 
     /// A launch with the block that the manifest says.

@@ -9,7 +9,7 @@ use flate2::read::GzDecoder;
 use framestride::shapes::arch::Arch;
 use framestride::shapes::layout::Divisor;
 use framestride::shapes::params::{NormWeights, Tensor};
-use framestride::shapes::spec::{Dtype, Spec};
+use framestride::shapes::spec::{Compute, Dtype, Spec};
 use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Stream, Text, Workspace};
 
 /// A spec of 5 frames of 23 tokens, 24 text tokens, 2 heads of 64, bf16, rms norm and RoPE.
@@ -322,6 +322,52 @@ fn memory_of_others() {
     );
     insta::assert_snapshot!(messages.replace(&bytes.to_string(), "N"));
     assert_eq!(attention.read_profile(&Workspace::allocate(&device, bytes).unwrap()).unwrap().len(), 2);
+}
+
+/// Precisions are for a spec with a bound, and Q, K and V are read when a part of the output is written.
+#[test]
+fn precisions() {
+    let bound = Spec::shipped("tiny_e4m3").unwrap();
+    let device = Device::emulator();
+    let with = |compute, largest_error: Option<f64>| {
+        let spec = bound.to_builder().compute(compute).largest_error(largest_error).build().unwrap();
+        Module::load(&device, &spec).unwrap()
+    };
+    let eight = with(Compute::E4m3, None);
+    let sixteen = with(Compute::Dtype, None);
+    let both = with(Compute::E4m3, Some(0.05));
+    let mut messages = String::new();
+    let mut refused = |what: &str, module: &Arc<Module>, change: Change| {
+        let made: Change = |layer, _, _| {
+            let tensor = |data| Tensor { data, batch: 437 * 256, row: 256, head: 128 };
+            (layer.q, layer.k, layer.v) = (tensor(0x10_0000), tensor(0x20_0000), tensor(0x30_0000));
+            (layer.out, layer.after.lengths, layer.lse) = (tensor(0x40_0000), 0, 0);
+        };
+        let result = call(module, |layer, types, workspace| {
+            made(layer, types, workspace);
+            change(layer, types, workspace);
+        });
+        writeln!(messages, "## {what}\n{}", result.err().unwrap_or_else(|| panic!("{what} was accepted"))).unwrap();
+    };
+    refused("precisions without 8 bits", &sixteen, |layer, _, _| layer.precisions = 0x90_0000);
+    refused("precisions without a bound", &eight, |layer, _, _| layer.precisions = 0x90_0000);
+    refused("unaligned precisions", &both, |layer, _, _| layer.precisions = 0x90_0002);
+    refused("out over precisions", &both, |layer, _, _| layer.precisions = layer.out.data);
+    refused("precisions in the workspace", &both, |layer, _, workspace| layer.precisions = workspace.address);
+    refused("found precisions without a bound", &eight, |layer, _, _| layer.found.precisions = 0x90_0000);
+    refused("found precisions of dense heads", &both, |layer, types, _| {
+        layer.found.precisions = 0x90_0000;
+        *types = HeadTypes::Dense;
+    });
+    refused("found errors of given precisions", &both, |layer, _, _| {
+        (layer.precisions, layer.found.precision_errors) = (0x90_0000, 0x91_0000);
+    });
+    refused("out over q, where precisions are found", &both, |layer, _, _| layer.out = layer.q);
+    refused("out over v, where precisions are given", &both, |layer, types, _| {
+        (layer.precisions, layer.out) = (0x90_0000, layer.v);
+        *types = HeadTypes::Dense;
+    });
+    insta::assert_snapshot!(messages);
 }
 
 /// Asking for more memory than there is gives an error, and the process lives.

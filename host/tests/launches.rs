@@ -72,7 +72,7 @@ fn a_launch_allocates_nothing() {
     let device = Device::emulator();
     let setup = setup(&device);
     let found = device.allocate(8).unwrap();
-    let profiled = Layer { found: Found { head_types: found.address(), errors: 0 }, ..setup.layer };
+    let profiled = Layer { found: Found { head_types: found.address(), ..Found::default() }, ..setup.layer };
     for (layer, types) in [
         (profiled, HeadTypes::Profiled),
         (setup.layer, HeadTypes::Dense),
@@ -111,7 +111,7 @@ fn profiling_writes_where_it_is_told() {
         expected.iter().flat_map(|head| head.errors).flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
     );
 
-    layer.found = Found { head_types: types.address(), errors: errors.address() };
+    layer.found = Found { head_types: types.address(), errors: errors.address(), ..Found::default() };
     device.fill(Stream::DEFAULT, setup.workspace.buffer().unwrap(), 0xff).unwrap();
     assert_eq!(out(&layer), expected_out);
     assert_eq!(found(), expected);

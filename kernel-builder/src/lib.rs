@@ -134,7 +134,7 @@ pub struct Files {
 }
 
 impl Kernels {
-    /// The kernels of a spec: pack, profile, select and attention.
+    /// The kernels of a spec: pack, profile, select, attention, and those in 8 bits that it asks for.
     pub fn from_spec(path: impl AsRef<Path>) -> Kernels {
         Kernels::from_specs([path])
     }

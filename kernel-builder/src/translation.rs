@@ -123,7 +123,8 @@ fn name_bounds(text: &str, finished: &Finished) -> String {
         let names: Vec<&str> = Numbers::default().fields().into_iter().map(|(name, _)| name).collect();
         for table in &finished.tables {
             for (directive, bound) in [("maxntid", "threads"), ("minnctapersm", "min_blocks")] {
-                let name = format!("{}_{bound}", table.entry);
+                // The same kernel in 8 bits has the same bounds.
+                let name = format!("{}_{bound}", table.entry.trim_end_matches("_e4m3"));
                 if names.contains(&name.as_str()) {
                     text = ptx::with_name(&text, &table.entry, directive, &format!("{PREFIX}{name}"));
                 }

@@ -13,7 +13,7 @@ from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_size
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class Status(enum.IntEnum):
@@ -100,6 +100,7 @@ class SpecDetails(Sized):
         ("temporal_density", c_double),
         ("spatial", Width),
         ("temporal", Width),
+        ("largest_error", c_double),
     ]
 
 
@@ -160,6 +161,9 @@ class Call(Sized):
         ("temporal_half_width", c_uint32),
         ("scale", c_float),
         ("reserved", c_uint32),
+        ("precisions", c_void_p),
+        ("found_precisions", c_void_p),
+        ("found_precision_errors", c_void_p),
     ]
 
 

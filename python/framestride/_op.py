@@ -25,7 +25,7 @@ _PROFILED, _DENSE, _GIVEN = 0, 1, 2
 _LINE_END = "; "
 
 ops = torch.ops.framestride
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _SIDE = "Tensor[] {0}, Tensor? {0}_lengths, Tensor[] {0}_q_norm, Tensor[] {0}_k_norm, "
 _INPUTS = (
@@ -36,8 +36,9 @@ _INPUTS = (
 )
 torch.library.define(
     "framestride::attention",
-    f"({_INPUTS}, Tensor? head_types, bool profiled, bool with_lse, bool with_profile)"
-    " -> (Tensor out, Tensor lse, Tensor found_head_types, Tensor found_errors)",
+    f"({_INPUTS}, Tensor? head_types, Tensor? precisions, bool profiled, bool with_lse, bool with_profile)"
+    " -> (Tensor out, Tensor lse, Tensor found_head_types, Tensor found_errors, Tensor found_precisions,"
+    " Tensor found_precision_errors)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -105,7 +106,9 @@ class Side:
 class Inputs:
     """The inputs of an operator, checked as far as the library cannot: it sees addresses and no shapes."""
 
-    def __init__(self, inputs: Sequence[Any], head_types: Tensor | None = None) -> None:
+    def __init__(
+        self, inputs: Sequence[Any], head_types: Tensor | None = None, precisions: Tensor | None = None
+    ) -> None:
         q, k, v, spec, q_norm, k_norm, rope, *sides, density, half_widths, scale, seed = inputs
         self.spec: str = spec.replace(_LINE_END, "\n")
         self.details = details_of(self.spec)
@@ -120,6 +123,7 @@ class Inputs:
         self.scale: float | None = scale
         self.seed: int | None = seed
         self.head_types = head_types
+        self.precisions = precisions
         if q.dim() != 4:
             raise refuse("q", _shown(q), "[B, S, H, D]", "Split the heads, and add a batch dimension")
         self.batch, self.heads = q.shape[0], q.shape[2]
@@ -189,8 +193,9 @@ class Inputs:
             own = cos.dim() > (3 if d.rope_per_head else 2)
             if cos.shape != sin.shape or (own and _stride(cos, 0) != _stride(sin, 0)):
                 raise refuse("sin", _shown(sin), f"{_shown(cos)}, as cos, and its strides", "Make the two tables alike")
-        if self.head_types is not None:
-            self._check_exact("head_types", self.head_types, torch.int32, [self.batch, self.heads], "[B, H]")
+        for name, words in ("head_types", self.head_types), ("precisions", self.precisions):
+            if words is not None:
+                self._check_exact(name, words, torch.int32, [self.batch, self.heads], "[B, H]")
         if self.scale is not None and ctypes.c_float(self.scale).value == 0:
             raise refuse("scale", self.scale, "a number above 0", "Leave it out for 1 / sqrt(D)")
         if self.seed is not None and self.seed < 0:
@@ -242,10 +247,13 @@ class Inputs:
         return self.empty(heads, torch.int32, wanted), self.empty([*heads, 2], torch.float32, wanted)
 
     def outputs(self, lse: bool, profile: bool) -> Outputs:
-        """The output, the log-sum-exp, and what profiling finds."""
-        d = self.details
+        """The output, the log-sum-exp, and what profiling finds: types and precisions, each with errors."""
+        d, heads = self.details, [self.batch, self.heads]
         out = self.empty([self.batch, d.sequence, self.heads, d.head_dim], self.rows[0].dtype)
-        return out, self.empty([self.batch, self.heads, d.sequence], torch.float32, lse), *self.profile(profile)
+        lse_out = self.empty([*heads, d.sequence], torch.float32, lse)
+        judged = profile and d.largest_error > 0 and self.precisions is None
+        precisions = self.empty(heads, torch.int32, judged), self.empty(heads, torch.float32, judged)
+        return out, lse_out, *self.profile(profile), *precisions
 
     def call(self, head_types_from: int) -> Call:
         """The structure of the C interface, without outputs and workspace."""
@@ -276,6 +284,7 @@ class Inputs:
             scale=self.scale or 0.0,
             has_seed=self.seed is not None,
             seed=self.seed or 0,
+            precisions=_address(self.precisions),
         )
 
     def launch(self, function: str, call: Call) -> None:
@@ -378,8 +387,8 @@ _refusing_gradients("profile")
 
 
 def _fake_attention(*arguments: Any) -> Outputs:
-    *inputs, head_types, _, with_lse, with_profile = arguments
-    return Inputs(inputs, head_types).outputs(with_lse, with_profile)
+    *inputs, head_types, precisions, _, with_lse, with_profile = arguments
+    return Inputs(inputs, head_types, precisions).outputs(with_lse, with_profile)
 
 
 torch.library.register_fake("framestride::attention", _fake_attention)
@@ -387,15 +396,17 @@ torch.library.register_fake("framestride::attention", _fake_attention)
 
 @torch.library.impl("framestride::attention", ("cpu", "cuda"))
 def _attention(*arguments: Any) -> Outputs:
-    *inputs, head_types, profiled, with_lse, with_profile = arguments
-    checked = Inputs(inputs, head_types)
-    out, lse, found_head_types, found_errors = outputs = checked.outputs(with_lse, with_profile)
+    *inputs, head_types, precisions, profiled, with_lse, with_profile = arguments
+    checked = Inputs(inputs, head_types, precisions)
+    out, lse, *found = outputs = checked.outputs(with_lse, with_profile)
     call = checked.call(_PROFILED if profiled else _DENSE if head_types is None else _GIVEN)
     call.out = _tensor(out)
     if with_lse:
         call.lse = lse.data_ptr()
     if with_profile:
-        call.found_head_types, call.found_errors = found_head_types.data_ptr(), found_errors.data_ptr()
+        # What is not found has no elements, and NULL as its address.
+        addresses = [words.data_ptr() if words.numel() else None for words in found]
+        call.found_head_types, call.found_errors, call.found_precisions, call.found_precision_errors = addresses
     checked.launch("forward", call)
     return outputs
 

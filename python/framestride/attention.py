@@ -41,6 +41,12 @@ class Profile(NamedTuple):
     """int32 [B, H]: 1 for spatial, 2 for temporal heads."""
     errors: Tensor
     """float32 [B, H, 2]: mean squared errors over sampled rows of the spatial and of the temporal mask."""
+    precisions: Tensor | None = None
+    """int32 [B, H]: in how many bits the head multiplies, 8 or 16. `attention` finds it for a spec with a
+    `largest_error`, where no precisions are given."""
+    precision_errors: Tensor | None = None
+    """float32 [B, H]: what 8 bits change of the sampled rows, as the norm of the difference to 16 bits over the
+    norm in 16 bits, under the mask of the head's type. NaN where that is no number."""
 
 
 class _Inputs(TypedDict, total=False):
@@ -59,6 +65,7 @@ class _Inputs(TypedDict, total=False):
 
 class _Options(_Inputs, total=False):
     head_types: HeadTypes
+    precisions: Tensor | None
 
 
 @overload
@@ -120,6 +127,7 @@ def attention(
     before: Text | None = None,
     after: Text | None = None,
     head_types: HeadTypes = "profile",
+    precisions: Tensor | None = None,
     density: float | tuple[float, float] | None = None,
     half_widths: tuple[int, int] | None = None,
     scale: float | None = None,
@@ -148,6 +156,10 @@ def attention(
         before, after: the text on each side of the video, where it has lengths, norms or tensors of its own.
         head_types: `"profile"` finds the type of each head in this call, `"dense"` is full attention, and a
             tensor int32 [B, H] gives the types: 1 spatial, 2 temporal, any other number dense.
+        precisions: in how many bits each head multiplies, int32 [B, H], for a spec with a `largest_error`: 8, or
+            any other number for the type of the tensors. They may be those of an earlier call's `Profile`, so
+            that no head is computed twice. Without them, a call that profiles computes all heads in 8 bits, and
+            those again in 16 whose error is larger; another call computes all heads in 16 bits.
         density: visible pairs over all S x S pairs, of both masks or (spatial, temporal). By default the spec's.
         half_widths: the half widths of the spatial and the temporal band in tokens, instead of a density.
         scale: softmax scale; by default 1 / sqrt(D).
@@ -170,6 +182,7 @@ def attention(
     """
     from . import _op
 
+    bits = None if precisions is None else _op.converted("precisions", precisions, "int32")
     given = None if isinstance(head_types, str) else _op.converted("head_types", head_types, "int32")
     if isinstance(head_types, str) and head_types not in ("profile", "dense"):
         raise refuse("head_types", repr(head_types), '"profile", "dense" or a tensor', "Pass one of them")
@@ -179,13 +192,15 @@ def attention(
             "return_profile", "True, where heads are not profiled", 'head_types="profile"', "Leave one of them out"
         )
     inputs = _inputs(q, k, v, spec, q_norm, k_norm, rope, before, after, density, half_widths, scale, seed)
-    out, lse, found, errors = _op.ops.attention(*inputs, given, profiled, return_lse, return_profile)
+    out, lse, *found = _op.ops.attention(*inputs, given, bits, profiled, return_lse, return_profile)
+    if spec.largest_error is None or bits is not None:
+        found = found[:2]
     if return_lse and return_profile:
-        return out, lse, Profile(found, errors)
+        return out, lse, Profile(*found)
     if return_lse:
         return out, lse
     if return_profile:
-        return out, Profile(found, errors)
+        return out, Profile(*found)
     return out
 
 

@@ -123,6 +123,9 @@ class Spec:
     """What messages call it: 1 to 64 characters of a-z, 0-9 and _."""
     compute: Compute = "dtype"
     """What tensor cores multiply: the type of the tensors, or 8 bits (`"e4m3"`: head dim 128, on a Hopper)."""
+    largest_error: float | None = None
+    """For `"e4m3"`: the largest relative error of a head in 8 bits, above 0 and at most 1. Heads beyond it are
+    computed in the type of the tensors. Without it, no head is. See `attention`."""
     toml: str = field(init=False, repr=False)
     """The spec as TOML text, as the library and the `framestride` command read it."""
     video_tokens: int = field(init=False, repr=False)
@@ -209,12 +212,12 @@ def _constant(function: T) -> T:
 
 def _spec(function: str, text: str) -> Spec:
     """Makes a spec by a function of the library's. It is built of constants, so tracing may build it too."""
-    first, spatial, temporal, sides, norm, rotation, others, dense, name, compute = _values(function, text)
+    first, spatial, temporal, sides, norm, rotation, others, dense, *named = _values(function, text)
     masks = Width(*spatial), Width(*temporal)
     qk_norm = QkNorm(*norm) if norm else None
     rope = Rope(*rotation) if rotation else None
     schedule = Schedule(*dense) if dense else None
-    fields: list[Any] = [*first, *masks, *sides, qk_norm, rope, *others, schedule, name, compute]
+    fields: list[Any] = [*first, *masks, *sides, qk_norm, rope, *others, schedule, *named]
     return Spec(*fields)
 
 
@@ -242,6 +245,7 @@ def _values(function: str, text: str) -> tuple[Any, ...]:
         schedule if d.schedule_steps else (),
         d.name.decode(),
         _COMPUTES[d.compute],
+        d.largest_error or None,
     )
 
 
@@ -334,6 +338,8 @@ def _write(spec: Spec) -> str:
         text += _line("half_width_frames", width.half_width_frames)
     text += "[sink]\n" + _line("frames", spec.sink_frames)
     text += "[profile]\n" + _line("rows", spec.profile_rows) + _line("seed", spec.profile_seed)
+    if spec.largest_error is not None:
+        text += "[precision]\n" + _line("largest_error", spec.largest_error)
     if schedule is not None:
         text += "[schedule]\n" + _line("steps", schedule.steps) + _line("layers", schedule.layers)
         text += _line("dense_steps", schedule.dense_steps) + _line("dense_layers", schedule.dense_layers)

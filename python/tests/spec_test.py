@@ -39,9 +39,12 @@ def test_masks_are_drawn(name):
 
 def test_8_bits_are_a_key():
     spec = Spec.shipped("tiny_e4m3")
-    assert spec.compute == "e4m3" and spec != replace(spec, compute="dtype")
+    assert (spec.compute, spec.largest_error) == ("e4m3", 0.05) and spec != replace(spec, largest_error=None)
+    assert spec != replace(spec, compute="dtype", largest_error=None)
+    with pytest.raises(framestride.Error, match="precision.largest_error"):
+        replace(spec, compute="dtype")
     with pytest.raises(framestride.Error, match="head_dim = 64"):
-        replace(spec, head_dim=64)
+        replace(spec, head_dim=64, largest_error=None)
     with pytest.raises(framestride.Error, match="attention.compute"):
         replace(spec, compute="fp8")
 

@@ -1,4 +1,4 @@
-//! How the blocks of the four kernels are made: their threads, tiles and stages. `no_std`. What
+//! How the blocks of the kernels are made: their threads, tiles and stages. `no_std`. What
 //! lies in their shared memory is said in [`shared`](crate::shared).
 
 use crate::arch::{Arch, Products};

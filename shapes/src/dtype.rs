@@ -88,6 +88,20 @@ impl Compute {
             Compute::E4m3 => "e4m3",
         }
     }
+
+    /// Bits of a number, which say in which precision a head multiplies: 16 or 8.
+    #[inline(always)]
+    pub const fn bits(self) -> u32 {
+        match self {
+            Compute::Dtype => 16,
+            Compute::E4m3 => 8,
+        }
+    }
+
+    /// The type with so many bits. Every number but 8 stands for [`Compute::Dtype`].
+    pub const fn of_bits(bits: u32) -> Compute {
+        if bits == Compute::E4m3.bits() { Compute::E4m3 } else { Compute::Dtype }
+    }
 }
 
 /// 2^exponent.

@@ -110,6 +110,10 @@ pub struct PackParams {
     /// The centers of V, for attention in 8 bits ([`e4m3`](crate::image::e4m3)): f32 \[batch, heads,
     /// [`CENTER_FLOATS`](crate::image::e4m3::CENTER_FLOATS)\]. It is 0 where there are none.
     pub centers: u64,
+    /// Precisions, u32 \[batch, heads\]: the [bits](crate::dtype::Compute::bits) in which each head
+    /// multiplies. A kernel leaves out heads of another precision than its own. 0 means that it leaves
+    /// out none.
+    pub precisions: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads of this launch, which may be others than the spec's.
@@ -192,6 +196,33 @@ pub struct SelectParams {
     pub reserved: u32,
 }
 
+/// Parameters of **judge**, which compares attention in 8 bits with what **profile** computed in 16,
+/// and says in which precision each head is to multiply.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct JudgeParams {
+    /// The partial results of **profile**.
+    pub partials: u64,
+    /// The output of attention in 8 bits ([`AttentionParams::out`]).
+    pub out: Tensor,
+    /// Head types, u32 \[batch, heads\].
+    pub head_types: u64,
+    /// Where relative errors over the sampled rows go, f32 \[batch, heads\].
+    pub errors: u64,
+    /// Where precisions go, u32 \[batch, heads\]: 8 where the error is at most `largest_error`, else 16.
+    pub precisions: u64,
+    /// Seed with which sampled rows were drawn.
+    pub seed: u64,
+    /// Batch items.
+    pub batch: u32,
+    /// Heads in this launch.
+    pub heads: u32,
+    /// Parts that the keys of a head are split into.
+    pub splits: u32,
+    /// The largest error of a head in 8 bits.
+    pub largest_error: f32,
+}
+
 /// Parameters of **attention**, which computes softmax(scale Q K^T) V over the visible pairs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -219,6 +250,8 @@ pub struct AttentionParams {
     pub schedule: u64,
     /// The centers of V ([`PackParams::centers`]).
     pub centers: u64,
+    /// Precisions of the heads ([`PackParams::precisions`]).
+    pub precisions: u64,
     /// Batch items.
     pub batch: u32,
     /// Heads in this launch.

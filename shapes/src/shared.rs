@@ -305,11 +305,11 @@ impl WarpProfileShared {
     }
 }
 
-/// The map of **select**.
+/// The map of **select** and of **judge**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectShared {
-    /// Each warp has an f32 for each candidate mask: the squared error of the warp's samples.
-    pub error: Parts,
+    /// Each warp has an f32 for each candidate mask: a sum over the warp's samples.
+    pub sums: Parts,
     /// The size of all, in bytes.
     pub bytes: u32,
 }
@@ -318,9 +318,6 @@ impl SelectShared {
     /// Makes the map of a block of so many threads.
     pub const fn new(threads: u32) -> SelectShared {
         let mut memory = Allocator::new();
-        SelectShared {
-            error: memory.parts(threads / 32, 4 * HeadType::CANDIDATES.len() as u32, 4),
-            bytes: memory.bytes,
-        }
+        SelectShared { sums: memory.parts(threads / 32, 4 * HeadType::CANDIDATES.len() as u32, 4), bytes: memory.bytes }
     }
 }

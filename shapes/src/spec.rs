@@ -111,6 +111,11 @@
 //! * **`profile.rows`** is 1 to 1024 and at most N. Kernels take rows in groups of 64, so 64 cost
 //!   as much as 1. The default is 64, or N when that is less.
 //! * **`profile.seed`** draws the rows of launches that give no seed of their own.
+//! * **`precision.largest_error`** is for `compute = "e4m3"`. A call that profiles computes all heads in 8
+//!   bits, and compares the sampled rows with those of 16 bits under the same mask. It computes a head
+//!   again in 16 bits when the relative error of its rows is above this number. Which heads these are can
+//!   be read, and given to later calls. A call without profiling, to which nothing is given, has nothing to
+//!   compare with: it computes all heads in 16 bits. Without the table all heads multiply in 8 bits.
 //! * **`schedule`** is answered by [`Schedule::is_dense`]. The first `dense_steps` steps stay
 //!   dense, and in all steps the first `dense_layers` layers. Without the table no call stays
 //!   dense.
@@ -222,6 +227,8 @@ pub struct Spec {
     pub temporal: Width,
     /// `[profile]`.
     pub profile: Profile,
+    /// `precision.largest_error`.
+    pub largest_error: Option<f64>,
     /// `[schedule]`.
     pub schedule: Schedule,
     /// What the spec was read from. Kernels are built from this text.
@@ -254,6 +261,7 @@ impl PartialEq for Spec {
             spatial,
             temporal,
             profile,
+            largest_error,
             schedule,
             source: _,
         } = self;
@@ -270,6 +278,7 @@ impl PartialEq for Spec {
             && *spatial == other.spatial
             && *temporal == other.temporal
             && *profile == other.profile
+            && *largest_error == other.largest_error
             && *schedule == other.schedule
     }
 }
@@ -486,6 +495,13 @@ impl Spec {
     /// The rows that packed Q, K and V consist of.
     pub const fn image(&self) -> Image {
         Image { head_dim: self.head_dim, dtype: self.dtype }
+    }
+
+    /// Whether heads may multiply in the type of the tensors, and whether in 8 bits. With a bound of
+    /// errors, both are so.
+    pub const fn precisions(&self) -> [bool; 2] {
+        let in_8_bits = matches!(self.compute, Compute::E4m3);
+        [!in_8_bits || self.largest_error.is_some(), in_8_bits]
     }
 
     /// The template that the spec's kernels come from.

@@ -15,10 +15,11 @@ pub const ALIGNMENT: u64 = 256;
 /// Byte ranges of the parts of a workspace, relative to its start, and its size.
 /// [`crate::spec::Spec::workspace`] makes it.
 ///
-/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then.
+/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then: that of
+/// a head at the beginning of the place of the same head. So heads of both precisions lie beside each other.
 ///
-/// Nothing in a workspace outlives a layer, except `errors` and `head_types` for whoever wants to
-/// look.
+/// Nothing in a workspace outlives a layer, except `errors`, `head_types`, `precision_errors` and
+/// `precisions` for whoever wants to look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkspaceLayout {
     /// Packed Q, \[batch, heads, packed_rows, head_dim\]: an [image](crate::image) of each head.
@@ -39,6 +40,12 @@ pub struct WorkspaceLayout {
     /// The centers of V, for attention in 8 bits
     /// ([`PackParams::centers`](crate::params::PackParams)). Else it is empty.
     pub centers: Range<u64>,
+    /// Relative errors of the heads in 8 bits, f32 \[batch, heads\]. Where attention has no 8 bits, it
+    /// is empty.
+    pub precision_errors: Range<u64>,
+    /// Precisions of the heads, u32 \[batch, heads\] ([`PackParams::precisions`](
+    /// crate::params::PackParams)), likewise.
+    pub precisions: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,
 }
@@ -64,11 +71,24 @@ impl WorkspaceLayout {
         let partials = place(partials.bytes(all_heads));
         let errors = place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
         let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
-        let center = match template.compute {
-            Compute::Dtype => 0,
-            Compute::E4m3 => u64::from(e4m3::CENTER_FLOATS) * 4,
+        let (center, word) = match template.compute {
+            Compute::Dtype => (0, 0),
+            Compute::E4m3 => (u64::from(e4m3::CENTER_FLOATS) * 4, 4),
         };
         let centers = place(all_heads * center);
-        WorkspaceLayout { packed_q, packed_k, packed_v, partials, errors, head_types, schedule, centers, bytes }
+        let (precision_errors, precisions) = (place(all_heads * word), place(all_heads * word));
+        WorkspaceLayout {
+            packed_q,
+            packed_k,
+            packed_v,
+            partials,
+            errors,
+            head_types,
+            schedule,
+            centers,
+            precision_errors,
+            precisions,
+            bytes,
+        }
     }
 }

@@ -129,17 +129,19 @@ fn report(model: &Model, ptxas: &str) -> String {
         let first = [kernel.entry.clone(), function.instructions.len().to_string(), products.to_string()];
         machine_code.push(first.into_iter().chain(counts).collect());
     }
-    let attention = model.machine_code.function("attention").expect("there is an attention kernel");
-
     let mut text = format!("{}, ptxas {ptxas}\n", compiler(manifest));
     section(&mut text, "Manifest", &manifest_rows.map(Vec::from));
     section(&mut text, "Launch table", &launch);
     section(&mut text, OF_PTXAS[0], &resources);
     section(&mut text, OF_PTXAS[1], &machine_code);
-    for overlap in attention.overlaps() {
+    let attentions = ["attention", "attention_e4m3"].into_iter().filter_map(|name| model.machine_code.function(name));
+    for (attention, overlap) in
+        attentions.flat_map(|function| function.overlaps().into_iter().map(move |o| (function, o)))
+    {
         let _ = writeln!(
             text,
-            "main loop of attention: {} instructions, {} GMMA, {} MUFU.EX2, {} of them between its two waits",
+            "main loop of {}: {} instructions, {} GMMA, {} MUFU.EX2, {} of them between its two waits",
+            attention.name,
             overlap.main_loop.len(),
             overlap.products,
             overlap.exponentials,

@@ -135,7 +135,7 @@ static void sizes(void) {
   larger.unknown[5] = 1;
   WRONG("a later field that is set", framestride_spec_new(&larger.known, &made));
   WRONG_PROBLEM("no size", problem.size = 0);
-  WRONG_PROBLEM("a size that is too small", problem.size = sizeof problem - 8);
+  WRONG_PROBLEM("a size that is too small", problem.size = sizeof problem - 16);
   WRONG_PROBLEM("a size that is none", problem.size = UINT64_MAX);
   WRONG_CALL("no size of a call", call.size = 0);
   WRONG_CALL("a size of a call that is too small", call.size = 8);
@@ -239,6 +239,7 @@ static void specs(void) {
   WRONG_PROBLEM("no density", problem.temporal.value = 0);
   WRONG_PROBLEM("half a token", (problem.spatial.unit = FRAMESTRIDE_WIDTH_TOKENS, problem.spatial.value = 1.5));
   WRONG_PROBLEM("products that there are none of", problem.compute = 2);
+  WRONG_PROBLEM("a bound of precisions without 8 bits", problem.largest_error = 0.04);
   WRONG_PROBLEM("8 bits with head dim 64", (problem.compute = FRAMESTRIDE_COMPUTE_E4M3, problem.head_dim = 64));
   WRONG("a density of a dense head", framestride_half_width(spec, FRAMESTRIDE_HEAD_DENSE, 0.5, &half_width));
   WRONG("a density that is too low", framestride_half_width(spec, FRAMESTRIDE_HEAD_SPATIAL, 0.001, &half_width));
@@ -262,6 +263,8 @@ static void loading(const char *no_ptx) {
 
 static void calls(void) {
   WRONG_CALL("q that is NULL", call.q.data = NULL);
+  WRONG_CALL("precisions without 8 bits", call.precisions = nowhere(0x900000));
+  WRONG_CALL("precisions that nobody finds", call.found_precisions = nowhere(0x900000));
   WRONG_CALL("k at an odd address", call.k.data = nowhere(0x200001));
   WRONG_CALL("strides that overflow", call.v.row = UINT64_MAX / 2);
   WRONG_CALL("rows of out that overlap", call.out.row = 64);

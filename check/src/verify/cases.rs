@@ -75,6 +75,8 @@ pub enum CaseContent {
     OffCentre,
     /// [`Inputs::drifting`].
     Drifting,
+    /// [`Inputs::rough`].
+    Rough,
 }
 
 impl CaseContent {
@@ -91,6 +93,7 @@ impl CaseContent {
             CaseContent::Edges => Inputs::edges,
             CaseContent::OffCentre => Inputs::off_centre,
             CaseContent::Drifting => Inputs::drifting,
+            CaseContent::Rough => Inputs::rough,
         };
         make(spec, batch, heads, seed)
     }
@@ -124,11 +127,13 @@ pub struct Case {
     pub lse: bool,
     /// Whether the launch gives the seed of the sampled rows, which is that of the case's inputs.
     pub seeded: bool,
+    /// Whether the launch gives precisions, 8 and 16 bits in turn, where the spec has a bound.
+    pub gives_precisions: bool,
 }
 
 impl Case {
     /// A case whose text is all valid, with the spec's batch and heads, tensors of \[B, S, H, D\],
-    /// and a log-sum-exp.
+    /// and a log-sum-exp. Precisions are given, unless the heads are profiled.
     pub const fn new(types: CaseTypes, content: CaseContent) -> Case {
         Case {
             types,
@@ -138,6 +143,7 @@ impl Case {
             placement: Placement::all(Arrangement::TokensFirst),
             lse: true,
             seeded: false,
+            gives_precisions: !matches!(types, CaseTypes::Profiled),
         }
     }
 
@@ -147,12 +153,13 @@ impl Case {
     /// text on each side, alike on both and not. The text of each side lies with the video and apart,
     /// and once it is all that is unaligned. Two cases have another batch with fewer heads, and one
     /// has more. One gives a seed of the sampled rows. Contents that are about the softmax's offsets
-    /// occur with given types and profiled. With `is_emulated`, rows are scattered where a GPU has
+    /// occur with given types and profiled. Where the spec has a bound of precisions, one case gives neither
+    /// them nor types, and one gives them to heads that are profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
-    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 14] {
+    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 15] {
         use Arrangement::{HeadsFirst, PackedQkv, TokensFirst};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
-        use CaseContent::{Constant, Drifting, Edges, Hidden, Lone, OffCentre, Planted, Random, Rising, Sudden};
+        use CaseContent::{Constant, Drifting, Edges, Hidden, Lone, OffCentre, Planted, Random, Rising, Rough, Sudden};
         use CaseText::{Beyond, Empty, Full, FullGiven, Partial};
         use CaseTypes::{All, Dense, Mixed, Profiled};
         let cases = [
@@ -167,6 +174,7 @@ impl Case {
                 text: [Beyond; 2],
                 placement: Placement { inputs: PackedQkv, text: [None, Some(PackedQkv)], out: TokensFirst },
                 lse: false,
+                gives_precisions: false,
                 ..Case::new(All(HeadType::Temporal), Random)
             },
             Case { text: [Empty; 2], placement: Placement::all(unaligned), ..Case::new(Mixed, Sudden) },
@@ -192,9 +200,10 @@ impl Case {
             Case { text: [FullGiven, Full], ..Case::new(Mixed, Edges) },
             Case { text: [Empty; 2], ..Case::new(Profiled, Sudden) },
             Case { text: [Full, FullGiven], ..Case::new(Profiled, Constant) },
-            Case { text: [Empty; 2], ..Case::new(Profiled, Hidden) },
+            Case { text: [Empty; 2], gives_precisions: true, ..Case::new(Profiled, Hidden) },
             Case { text: [Partial; 2], ..Case::new(Mixed, OffCentre) },
             Case::new(Dense, Drifting),
+            Case { text: [Partial; 2], ..Case::new(Profiled, Rough) },
         ];
         // A side without text has neither lengths nor tensors.
         cases.map(|mut case| {
@@ -241,6 +250,7 @@ impl Case {
             CaseContent::Edges => ", keys at the edges above all",
             CaseContent::OffCentre => ", keys and values that are not centered",
             CaseContent::Drifting => ", values whose mean changes",
+            CaseContent::Rough => ", 8 bits too rough for every other head",
         };
         let text_of = |text| match text {
             CaseText::Full => "",

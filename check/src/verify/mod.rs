@@ -9,6 +9,9 @@
 //! **select** is checked by what it makes of them. Head types must be those of the reference, where
 //! its two errors are further apart than their tolerances.
 //!
+//! **judge** is checked by its errors, which are those of the outputs of **attention_e4m3** against what
+//! **profile** left, and each precision by its error and the bound.
+//!
 //! For attention in 8 bits, the center of each head of V is compared too, and what rounding took from
 //! V. Its images lie where those of profiling were. So the device profiles once more, and what that
 //! leaves is compared.
@@ -34,12 +37,13 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
+use framestride::device::Buffer;
 use framestride::shapes::layout::{HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
-use framestride::shapes::spec::Dtype;
-use framestride::{Device, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
+use framestride::shapes::spec::{Compute, Dtype};
+use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
 use packed_heads::{DeviceCenter, HeadIndex, PackedHead, packed_rows};
-use profiling::{Choice, Partials, Sampled, check_choices};
+use profiling::{Choice, Judged, Partials, Sampled, check_choices};
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -206,12 +210,28 @@ fn run_case(
         (None, CaseTypes::Dense) => HeadTypes::Dense,
         (None, _) => HeadTypes::Profiled,
     };
+    // Heads of each type have both precisions.
+    let gives_precisions = spec.largest_error.is_some() && case.gives_precisions;
+    let in_turn = (0..batch * heads).map(|head| Compute::ALL[1 - head as usize / 3 % 2]).collect::<Vec<_>>();
+    let words = |bits: &[u32]| device.upload(&bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>());
+    let given_precisions = match gives_precisions {
+        true => Some(words(&in_turn.iter().map(|compute| compute.bits()).collect::<Vec<_>>())?),
+        false => None,
+    };
+    on_device.layer.precisions = given_precisions.as_ref().map_or(0, Buffer::address);
     // SAFETY: all memory is this function's, sized by the library, and outlives the work: the reads
     // below wait for it.
     unsafe { attention.forward(Stream::DEFAULT, &on_device.layer, types, &workspace)? };
     let profiles = attention.read_profile(&workspace)?;
     let out = on_device.out.read(device)?;
     let lse = on_device.download_lse(device)?;
+    let judges = spec.largest_error.is_some() && !gives_precisions && case.types == CaseTypes::Profiled;
+    let precisions: Vec<Compute> = match (gives_precisions, spec.largest_error) {
+        (true, _) => in_turn,
+        (false, None) => vec![spec.compute; (batch * heads) as usize],
+        (false, Some(_)) if !judges => vec![Compute::Dtype; (batch * heads) as usize],
+        (false, Some(_)) => profiles.iter().filter_map(|profile| Some(profile.precision?.compute)).collect(),
+    };
     let types = expected_types.unwrap_or_else(|| profiles.iter().map(|profile| profile.head_type).collect());
 
     // From here on its results are compared with the reference.
@@ -221,7 +241,7 @@ fn run_case(
     let plan = attention.workspace_layout();
     let (whole_heads, rows_of_head) = effort.share(sequence, head_dim, all_heads, profiled);
     let whole_heads = draw_heads(&types, whole_heads, &mut generator);
-    let (reference, compute) = (Reference::new(spec, &inputs), ComputeType::of(spec));
+    let reference = Reference::new(spec, &inputs);
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
     let (mut centers, mut lost) = (Worst::new(), Worst::new());
@@ -240,6 +260,7 @@ fn run_case(
         });
         let order = [&queries[..], &keys[..], &keys[..]];
         let is_whole = whole_heads.contains(&index);
+        let compute = ComputeType::in_precision(spec, precisions[index]);
         let center = match compute {
             ComputeType::Bf16 | ComputeType::F16 => None,
             ComputeType::E4m3 => {
@@ -307,7 +328,7 @@ fn run_case(
             squares = squares.add(of_head);
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
-            if case.types == CaseTypes::Profiled && compute == ComputeType::from(spec.dtype) {
+            if case.types == CaseTypes::Profiled && spec.compute == Compute::Dtype {
                 let expected = head.profile(layout, scale, seed_of_rows, index as u32, spec.profile.rows);
                 let partials = Partials::read(device, buffer, &attention, index as u32)?;
                 clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
@@ -315,7 +336,18 @@ fn run_case(
         }
         choices.push(Choice { index: at, profile, clear });
     }
-    if case.types == CaseTypes::Profiled && compute != ComputeType::from(spec.dtype) {
+    let mut judged = None;
+    if judges {
+        // What was judged may have been computed again in 16 bits. So all heads are computed in 8 bits.
+        let eights = words(&vec![Compute::E4m3.bits(); all_heads])?;
+        let given = words(&types.iter().map(|&head_type| head_type as u32).collect::<Vec<_>>())?;
+        let layer = Layer { precisions: eights.address(), ..on_device.layer };
+        // SAFETY: as above.
+        unsafe { attention.forward(Stream::DEFAULT, &layer, HeadTypes::Given(given.address()), &workspace)? };
+        let out = on_device.out.read(device)?;
+        judged = Some(Judged::compare(spec, device, buffer, &attention, &profiles, &out, seed_of_rows)?);
+    }
+    if case.types == CaseTypes::Profiled && spec.compute == Compute::E4m3 {
         // Attention has images of its own, in place of those that profiling had read. So it is
         // repeated. Its images have the spatial order.
         // SAFETY: as above.
@@ -356,7 +388,7 @@ fn run_case(
     let [q, k, v] = packs;
     let pack = |worst: Worst, quantity| worst.check("pack", &name, quantity, rows(packed_rows));
     let mut checks = Checks::new(pack(q, "packed q"), [pack(k, "packed k"), pack(v, "packed v")]);
-    if compute == ComputeType::E4m3 {
+    if precisions.contains(&Compute::E4m3) {
         checks.push(centers.check("center", &name, "centers of v", heads));
         checks.push(lost.check("pack_values", &name, "what rounding took from v", heads));
     }
@@ -364,6 +396,10 @@ fn run_case(
         checks.extend(sampled.checks(&name));
         let types = check_choices(&choices, case.content == CaseContent::Planted);
         checks.push(types.check("select", &name, "head types", heads));
+    }
+    if let Some(Judged { errors, precisions }) = judged {
+        checks.push(errors.check("judge", &name, "errors of 8 bits", heads));
+        checks.push(precisions.check("judge", &name, "precisions", heads));
     }
     checks.push(outputs.check("attention", &name, "output", rows(sequence)));
     if matches!(case.content, CaseContent::Random | CaseContent::OffCentre | CaseContent::Drifting) {

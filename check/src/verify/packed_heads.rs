@@ -159,7 +159,9 @@ impl PackedHead<'_> {
         rows: Range<usize>,
     ) -> Result<Vec<u8>> {
         let bytes = |rows: usize| (rows * self.row_bytes()) as u64;
-        device.read(workspace, start + bytes(index * self.image_rows() + rows.start), bytes(rows.len()))
+        // In 8 bits, an image lies at the beginning of the place of one in 16.
+        let place = u64::from(self.spec.image().bytes(self.rows() as u32));
+        device.read(workspace, start + index as u64 * place + bytes(rows.start), bytes(rows.len()))
     }
 
     /// Ranges of packed rows to compare, in whole groups.

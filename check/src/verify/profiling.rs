@@ -2,13 +2,14 @@
 
 use framestride::device::Buffer;
 use framestride::shapes::blocks::SAMPLE_ROWS;
-use framestride::shapes::layout::HeadType;
+use framestride::shapes::layout::{Divisor, HeadType};
 use framestride::shapes::params::PartialsLayout;
-use framestride::shapes::spec::{Dtype, Profile};
-use framestride::{Device, HeadProfile, Result, SparseAttention};
+use framestride::shapes::spec::{Compute, Dtype, Profile, Spec};
+use framestride::{Device, HeadPrecision, HeadProfile, Result, SparseAttention};
 
 use super::packed_heads::HeadIndex;
 use crate::checks::{Check, Worst, row_error};
+use crate::device_tensors::HostCopy;
 use crate::reference::{ProfileErrors, distance, least, norm};
 use crate::tolerance;
 
@@ -49,6 +50,20 @@ impl Partials {
         }
         out.iter_mut().for_each(|out| *out /= total);
         (out, (largest + total.log2()) * std::f64::consts::LN_2)
+    }
+}
+
+impl Partials {
+    /// The largest logarithm with which a sample is merged under one mask.
+    fn logarithms(&self, sample: u32, mask: HeadType) -> f64 {
+        let first = self.layout.mask_offset(mask as u32) + sample % SAMPLE_ROWS;
+        let of_split = |split| {
+            let floats =
+                &self.floats[(self.layout.offset(0, sample / SAMPLE_ROWS, split) + u64::from(first)) as usize..];
+            let (offset, sum) = (f64::from(floats[0]), f64::from(floats[SAMPLE_ROWS as usize]));
+            if sum == 0.0 { 0.0 } else { offset.abs() + sum.log2().abs() }
+        };
+        (0..self.layout.splits).map(of_split).fold(0.0, f64::max)
     }
 }
 
@@ -140,6 +155,53 @@ impl Sampled {
             self.merged.check("select", case, "errors of the samples", heads),
             self.errors.check("select", case, "mean squared errors", heads),
         ]
+    }
+}
+
+/// What was compared of **judge**, over all heads.
+pub struct Judged {
+    pub errors: Worst,
+    pub precisions: Worst,
+}
+
+impl Judged {
+    /// Compares the errors of all heads with those of `out`, which is their output in 8 bits, and the
+    /// precisions with the errors and the bound. `seed` drew the sampled rows.
+    pub fn compare(
+        spec: &Spec,
+        device: &Device,
+        workspace: &Buffer,
+        attention: &SparseAttention,
+        profiles: &[HeadProfile],
+        out: &HostCopy,
+        seed: u64,
+    ) -> Result<Judged> {
+        let layout = &spec.layout;
+        let mut judged = Judged { errors: Worst::new(), precisions: Worst::new() };
+        for (index, profile) in (0..).zip(profiles) {
+            let partials = Partials::read(device, workspace, attention, index)?;
+            let (mut difference, mut size, mut logarithms) = (0.0, 0.0, 0.0f64);
+            for sample in 0..spec.profile.rows {
+                let video = layout.sampled_video_row(seed, index, sample, Divisor::new(spec.profile.rows));
+                let row = (layout.before + video) as usize;
+                let found = out.row(profile.batch as usize, row, profile.head as usize);
+                let (expected, _) = partials.merge(sample, profile.head_type);
+                logarithms = logarithms.max(partials.logarithms(sample, profile.head_type));
+                difference += distance(&found, &expected).powi(2);
+                size += norm(&expected).powi(2);
+            }
+            let expected = if difference == 0.0 { 0.0 } else { (difference / size).sqrt() };
+            let at = HeadIndex { item: profile.batch as usize, head: profile.head as usize };
+            let Some(HeadPrecision { error, compute, .. }) = profile.precision else { continue };
+            let error = f64::from(error);
+            let count = f64::from(spec.profile.rows * spec.head_dim);
+            let tolerance = tolerance::judged(partials.layout.splits, logarithms, count, expected);
+            judged.errors.add((error - expected).abs(), tolerance, || at.name());
+            let within = spec.largest_error.is_some_and(|largest| error <= f64::from(largest as f32));
+            let wrong = within != (compute == Compute::E4m3);
+            judged.precisions.add(wrong.into(), 0.0, || format!("{}: {} bits", at.name(), compute.bits()));
+        }
+        Ok(judged)
     }
 }
 

@@ -204,8 +204,10 @@ fn assumed(spec: &Spec, inputs: &Inputs) -> Vec<String> {
 
 fn run_text(report: &LayerReport) -> String {
     let [batch, rows, heads, head_dim] = report.shape;
+    // Where a bound chose precisions, there are columns of them.
+    let precisions = report.heads.iter().any(|head| head.precision_error.is_some());
     let mut text = format!(
-        "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}\n\n{:>5} {:>5} {:>14} {:>14} {:>9} {:>8} {:>12} {:>11} {:>10}\n",
+        "{} on {}: {batch} x {rows} tokens x {heads} heads x {head_dim}\n\n{:>5} {:>5} {:>14} {:>14} {:>9} {:>8} {:>12} {:>11} {:>10}{}\n",
         report.spec,
         report.device,
         "batch",
@@ -216,11 +218,12 @@ fn run_text(report: &LayerReport) -> String {
         "density",
         "vs reference",
         "tolerance",
-        "vs dense"
+        "vs dense",
+        if precisions { "  in 8 bits  bits" } else { "" }
     );
     for head in &report.heads {
         text += &format!(
-            "{:>5} {:>5} {:>14.4e} {:>14.4e} {:>9} {:>8.4} {:>12.2e} {:>11.2e} {:>10.2e}{}\n",
+            "{:>5} {:>5} {:>14.4e} {:>14.4e} {:>9} {:>8.4} {:>12.2e} {:>11.2e} {:>10.2e}{}{}\n",
             head.batch,
             head.head,
             head.spatial_error,
@@ -230,6 +233,7 @@ fn run_text(report: &LayerReport) -> String {
             head.rel_error,
             head.tolerance,
             head.dense_rel_error,
+            head.precision_error.map_or(String::new(), |error| format!(" {error:>10.2e} {:>5}", head.bits)),
             match (&head.reason, head.ok, head.nan_rows) {
                 (Some(reason), ..) => format!("  FAILED: {reason}"),
                 (None, false, _) => "  FAILED".into(),
@@ -249,7 +253,7 @@ fn run_text(report: &LayerReport) -> String {
         );
     }
     for kernel in &report.kernels {
-        text += &format!("{:<10} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);
+        text += &format!("{:<14} {:>12.3} ms\n", kernel.kernel, kernel.milliseconds);
     }
     text
 }

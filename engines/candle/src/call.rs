@@ -117,7 +117,7 @@ impl<'a, P: Place> Call<'a, P> {
         if types == framestride::HeadTypes::Profiled {
             let mut both = [make(&[batch, heads], DType::U32)?, make(&[batch, heads, 2], DType::F32)?];
             let [head_types, errors] = both.each_mut().map(|(storage, _)| place.written(storage));
-            layer.found = Found { head_types, errors };
+            layer.found = Found { head_types, errors, ..Found::default() };
             found = Some(both);
         }
         // The address of a workspace is a multiple of `ALIGNMENT`, which memory of the CPU need not be.

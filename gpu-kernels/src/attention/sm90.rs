@@ -116,6 +116,10 @@ unsafe fn produce<M: Hopper>(params: &AttentionParams) {
     while index < order::count::<M>(params) {
         // This is asked for early, since the answer takes its time.
         let next = if is_first_lane { order::take_next(params) } else { 0 };
+        if !M::has_head(params.precisions, order::head_and_tile::<M>(params, index).0) {
+            index = warp::broadcast(next, 0);
+            continue;
+        }
         let work = Work::<M>::at(params, index);
         // Rows are counted over all heads: memory has fewer than 2^32.
         let first_row = work.head * M::image_rows();

@@ -18,6 +18,26 @@ pub unsafe fn load16(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// Loads 4 bytes, two at a time.
+///
+/// # Safety
+/// `address` is 2-byte aligned and valid for 4 bytes, and nobody writes there during the launch.
+#[inline(always)]
+pub unsafe fn load4_unaligned(address: u64) -> u32 {
+    let pair: u32;
+    asm!(
+        "{{",
+        ".reg .b16 %h<2>;",
+        "ld.global.nc.b16 %h0, [{1}];",
+        "ld.global.nc.b16 %h1, [{1}+2];",
+        "mov.b32 {0}, {{%h0, %h1}};",
+        "}}",
+        out(reg32) pair, in(reg64) address,
+        options(nostack)
+    );
+    pair
+}
+
 /// Loads 16 bytes, two at a time, for tensors whose strides are not multiples of 16 bytes.
 ///
 /// # Safety

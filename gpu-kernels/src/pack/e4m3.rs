@@ -29,6 +29,9 @@ const CENTER_SHARED: CenterShared = CenterShared::new();
 #[inline(always)]
 pub unsafe fn center<M: Model>(params: &PackParams) {
     let head = thread::block_x();
+    if !M::has_head(params.precisions, head) {
+        return;
+    }
     let (chunk, group) = (thread::index() % LANES, thread::index() / LANES);
     let mut sums = [0.0; 8];
     each_sample::<M>(
@@ -194,6 +197,9 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
     core::hint::assert_unchecked(params.heads != 0 && layout.frames.value > layout.sink_frames);
     let (item, block) = (thread::block_y(), thread::block_x());
     let head = item * params.heads + block % params.heads;
+    if !M::has_head(params.precisions, head) {
+        return;
+    }
     let first = (block / params.heads * (VALUES_THREADS / 32) + thread::warp()) * VALUES_UNITS;
     let units = e4m3::bytes(layout.packed_rows()) / UNIT_BYTES;
     let lane = thread::lane();
@@ -213,7 +219,7 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
         factor: global::load_f32(center + CENTER_FACTOR as u64 * 4),
     };
     let mean = global::load_f32x8(center + (chunk * 32) as u64);
-    let image = params.packed_v + head as u64 * e4m3::bytes(layout.packed_rows()) as u64;
+    let image = params.packed_v + head as u64 * M::IMAGE.bytes(layout.packed_rows()) as u64;
     let mut lost = [0.0; 8];
     let mut unit = first;
     while unit < units && unit < first + VALUES_UNITS {

@@ -17,6 +17,7 @@ mod row;
 use crate::cuda::{global, shared, thread, warp};
 use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
+use framestride_shapes::dtype::Compute;
 use framestride_shapes::image::{CHUNK_BYTES, e4m3 as e4m3_image};
 use framestride_shapes::layout::HeadType;
 use framestride_shapes::numbers::Numbers;
@@ -31,12 +32,13 @@ use row::{Head, Heads, Held, chunk, head_of, heads_at_once};
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
 /// documentation says.
 #[inline(always)]
-pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
+pub unsafe fn pack<M: Model>(params: &PackParams) {
+    let in_8_bits = const { matches!(M::COMPUTE, Compute::E4m3) };
     // Rows that read the same tables of RoPE are worked on near each other. Blocks start in the
     // order of x, y, z. Three in a row take some tokens of one item, one for each warp. The next
     // three take the same tokens of the next item, whose tables L2 still has. Of the three, two
     // have Q and K of half of the tokens, whose tables L1 has, and one has V.
-    let parts = if E4M3 { 2 } else { 3 };
+    let parts = if in_8_bits { 2 } else { 3 };
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + parts * thread::block_z());
     if block == 0 && thread::index() == 0 {
         global::store_u32(params.schedule, 0);
@@ -96,6 +98,7 @@ pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
         stride: heads_at_once::<M>() as u64 * head_bytes,
         aligned: params.aligned != 0,
         types: if params.head_types == 0 { 0 } else { params.head_types + (item * params.heads) as u64 * 4 },
+        precisions: if params.precisions == 0 { 0 } else { params.precisions + (item * params.heads) as u64 * 4 },
         only_temporal: params.pass == PackPass::Temporal as u32,
         blank,
         all_read: normed && M::numbers().norm_over_heads,
@@ -121,12 +124,12 @@ pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
     let token_statistic =
         if normed && M::numbers().norm_over_heads { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
     let rows = M::layout().packed_rows();
-    let image_bytes = if E4M3 { e4m3_image::bytes(rows) } else { M::IMAGE.bytes(rows) } as u64;
+    let image_bytes = M::IMAGE.bytes(rows) as u64;
     let place = |head_type: HeadType| {
         let order = if operand == Q { M::layout().query_order() } else { M::layout() };
         let row = order.packed_row(head_type, row, valid);
         // In 8 bits, two lanes share a chunk.
-        if E4M3 { e4m3_image::chunk(row, chunk / 2) + chunk % 2 * 8 } else { M::IMAGE.chunk(row, chunk) }
+        if in_8_bits { e4m3_image::chunk(row, chunk / 2) + chunk % 2 * 8 } else { M::IMAGE.chunk(row, chunk) }
     };
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 
@@ -157,7 +160,7 @@ pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
                         |x| x * scale,
                     );
                 }
-                if E4M3 {
+                if in_8_bits {
                     let [a, b, c, d, e, f, g, h] = x;
                     values = [element::pack_e4m3([a, b, c, d]), element::pack_e4m3([e, f, g, h]), 0, 0];
                 } else {
@@ -167,7 +170,7 @@ pub unsafe fn pack<M: Model, const E4M3: bool>(params: &PackParams) {
             if written {
                 let image = packed + (item * params.heads + index) as u64 * image_bytes;
                 let place = if temporal { temporal_place } else { spatial_place };
-                if E4M3 {
+                if in_8_bits {
                     global::store8(image + place as u64, [values[0], values[1]]);
                 } else {
                     global::store16(image + place as u64, values);

@@ -37,6 +37,8 @@ pub struct Heads {
     /// Address of the item's head types. It is 0 when every head is packed in the spatial layout,
     /// because all are dense or not yet profiled.
     pub types: u64,
+    /// Address of the item's precisions. It is 0 when heads of every precision are written.
+    pub precisions: u64,
     /// Whether only temporal heads are written.
     pub only_temporal: bool,
     /// Whether the row is zero, whatever the tensor holds.
@@ -100,7 +102,7 @@ impl Heads {
     /// Brings `count` steps from `first` on to shared memory.
     #[inline(always)]
     unsafe fn hold<M: Model>(&mut self, first: u32, count: u32) {
-        let (mut present, mut temporal) = (0, 0);
+        let (mut present, mut temporal, mut chosen) = (0, 0, 0);
         let mut i = 0;
         while i < M::numbers().pack_held_steps {
             // Each lane of a head looks at another step.
@@ -109,13 +111,15 @@ impl Heads {
             let is_temporal = is_present
                 && self.types != 0
                 && global::load_u32(self.types + head as u64 * 4) == HeadType::Temporal as u32;
+            let is_chosen = is_present && M::has_head(self.precisions, head);
             let seen =
                 |by_lane: u32| (by_lane >> (thread::lane() - chunk::<M>()) & ((1 << head_lanes::<M>()) - 1)) << i;
             present |= seen(warp::ballot(is_present));
             temporal |= seen(warp::ballot(is_temporal));
+            chosen |= seen(warp::ballot(is_chosen));
             i += head_lanes::<M>();
         }
-        let written = if self.only_temporal { temporal } else { present };
+        let written = if self.only_temporal { temporal & chosen } else { chosen };
         let read = if self.all_read { present } else { written };
         self.held = Held { first, temporal, written, read: if self.blank { 0 } else { read }, ..self.held };
 

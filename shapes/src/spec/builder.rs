@@ -87,6 +87,7 @@ impl SpecBuilder {
             spatial,
             temporal,
             profile,
+            largest_error,
             schedule,
             source: _,
         } = spec;
@@ -108,6 +109,7 @@ impl SpecBuilder {
             .temporal(*temporal)
             .sink_frames(layout.sink_frames)
             .profile(*profile)
+            .largest_error(*largest_error)
             .schedule(*schedule)
     }
 
@@ -209,6 +211,11 @@ impl SpecBuilder {
     /// `[profile]`.
     pub fn profile(self, Profile { rows, seed }: Profile) -> SpecBuilder {
         self.set(const { find("profile.rows") }, rows.to_string()).set(const { find("profile.seed") }, seed.to_string())
+    }
+
+    /// `precision.largest_error`. Without it, all heads multiply in the type that `attention.compute` says.
+    pub fn largest_error(self, error: impl Into<Option<f64>>) -> SpecBuilder {
+        self.set(const { find("precision.largest_error") }, error.into().map(float))
     }
 
     /// `[schedule]`. With the default, all numbers of which are zero, no call stays dense.

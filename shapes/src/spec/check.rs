@@ -18,6 +18,7 @@ const AFTER_TOKENS: &Key = find("after.tokens");
 const HEADS: &Key = find("attention.heads");
 const HEAD_DIM: &Key = find("attention.head_dim");
 const COMPUTE: &Key = find("attention.compute");
+const LARGEST_ERROR: &Key = find("precision.largest_error");
 const DTYPE: &Key = find("attention.dtype");
 const BATCH: &Key = find("attention.batch");
 const NORM_KIND: &Key = find("qk_norm.kind");
@@ -95,6 +96,7 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
     let sink_frames = r.integer32(SINK_FRAMES);
     let rows = r.integer32(PROFILE_ROWS);
     let seed = r.integer(PROFILE_SEED);
+    let largest_error = if r.has_table("precision") { r.number(LARGEST_ERROR).map(Some) } else { Some(None) };
     let schedule = if r.has_table("schedule") { read_schedule(r) } else { Some(Schedule::default()) };
 
     if let (Some([height, width]), Some(tokens)) = (grid, tokens_per_frame) {
@@ -125,6 +127,15 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
             "is \"e4m3\" with head_dim = 64",
             "\"e4m3\" with head_dim = 128, or \"dtype\"",
             "write compute = \"dtype\"; with head dim 64 the exponentials take longer than the products",
+        );
+    }
+
+    if let (Some(Compute::Dtype), Some(Some(error))) = (compute, largest_error) {
+        r.report(
+            LARGEST_ERROR,
+            format!("is {error}, but no head multiplies in 8 bits"),
+            "none with compute = \"dtype\"",
+            "write compute = \"e4m3\" in [attention], or remove [precision]",
         );
     }
 
@@ -161,6 +172,7 @@ pub(super) fn read_spec(r: &mut Reader) -> Option<Spec> {
         spatial: spatial?,
         temporal: temporal?,
         profile: Profile { rows: rows?, seed: seed? },
+        largest_error: largest_error?,
         schedule: schedule?,
         source: SpecSource { file: r.source.file.into(), text: r.source.text.into() },
     })

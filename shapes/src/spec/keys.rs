@@ -98,6 +98,7 @@ pub(crate) const TABLES: &[Table] = &[
     },
     Table { path: "sink", required: false, doc: "frames that every query sees" },
     Table { path: "profile", required: false, doc: "online profiling of the heads" },
+    Table { path: "precision", required: false, doc: "which heads may multiply in 8 bits; without the table all do" },
     Table { path: "schedule", required: false, doc: "calls that stay dense; without the table none do" },
 ];
 
@@ -251,6 +252,13 @@ pub(crate) const KEYS: &[Key] = &[
         Presence::Default("0"),
         "seed of the draw of those rows",
         "0",
+    ),
+    key(
+        "precision.largest_error",
+        Kind::Number(0.0, 1.0),
+        Presence::Required,
+        "relative error of 8 bits against 16 over the sampled rows; a head beyond it is computed in 16 bits",
+        "0.04",
     ),
     key("schedule.steps", Kind::Integer(1, u32::MAX as u64), Presence::Required, "denoising steps of a video", "50"),
     key(

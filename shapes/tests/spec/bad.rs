@@ -184,6 +184,9 @@ const CASES: &[(&str, &[(&str, &str)])] = &[
     ("more dense steps than steps", &[("dense_steps = 5", "dense_steps = 51")]),
     ("more dense layers than layers", &[("dense_layers = 2", "dense_layers = 61")]),
     ("zero steps", &[("steps = 50\n", "steps = 0\n")]),
+    ("a bound of precisions without 8 bits", &[("[schedule]", "[precision]\nlargest_error = 0.04\n[schedule]")]),
+    ("precision without a bound", &[("[schedule]", "[precision]\n[schedule]")]),
+    ("a bound of precisions of zero", &[("[schedule]", "[precision]\nlargest_error = 0\n[schedule]")]),
     ("schedule without layers", &[("layers = 60\n", "")]),
     (
         "many at once",

@@ -70,6 +70,9 @@ fn builder(spec: &Value) -> SpecBuilder {
     if let (Some(rows), Some(seed)) = (number32("/profile/rows"), number("/profile/seed")) {
         builder = builder.profile(Profile { rows, seed });
     }
+    if let Some(error) = real("/precision/largest_error") {
+        builder = builder.largest_error(error);
+    }
     if let Some(steps) = number32("/schedule/steps") {
         let number = |key: &str| number32(&format!("/schedule/{key}")).expect("a number of the schedule");
         let (layers, dense_steps, dense_layers) = (number("layers"), number("dense_steps"), number("dense_layers"));
@@ -104,7 +107,7 @@ proptest! {
         mut spec in crate::good::specs(),
         left_out in prop::sample::subsequence(
             vec!["/video/grid", "/before", "/after", "/attention/dtype", "/attention/batch", "/qk_norm", "/rope", "/sink", "/profile",
-                 "/schedule"], 0..=10),
+                 "/precision", "/schedule"], 0..=11),
         frames in 1..=40u32,
     ) {
         for path in left_out {

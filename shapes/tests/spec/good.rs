@@ -75,6 +75,7 @@ fn every_key_is_read() {
         batch: 1,
         dtype: Dtype::Bf16,
         compute: Compute::Dtype,
+        largest_error: None,
         grid: Some([45, 80]),
         qk_norm: Some(QkNorm { kind: NormKind::Rms, over: NormOver::Head, eps: 1e-6 }),
         rope: Some(Rope { pairs: Pairs::Interleaved, channels: 128, before: false, after: false, per_head: false }),
@@ -119,6 +120,7 @@ fn what_is_not_written_has_its_default() {
         batch: 1,
         dtype: Dtype::Bf16,
         compute: Compute::Dtype,
+        largest_error: None,
         grid: None,
         qk_norm: None,
         rope: None,
@@ -332,7 +334,10 @@ pub fn specs() -> impl Strategy<Value = Value> {
     ("[a-z0-9_]{1,64}", video, text, attention, norm, rope, width(), width(), rest).prop_map(
         |(name, video, (before, after), attention, norm, rope, spatial, temporal, rest)| {
             let (sinks, rows, seed, steps, layers, dense_steps, dense_layers) = rest;
-            json!({
+            // Only heads in 8 bits have an error.
+            let precision = attention["compute"] == "e4m3";
+            let precision = precision.then(|| json!({ "largest_error": f64::from(rows) / 16.0 }));
+            let spec = json!({
                 "name": name, "video": video, "before": before, "after": after, "attention": attention, "qk_norm": norm,
                 "rope": rope,
                 "masks": { "spatial": spatial, "temporal": temporal },
@@ -340,9 +345,17 @@ pub fn specs() -> impl Strategy<Value = Value> {
                 "schedule": {
                     "steps": steps, "layers": layers, "dense_steps": dense_steps, "dense_layers": dense_layers,
                 },
-            })
+                "precision": precision,
+            });
+            without_nulls(spec)
         },
     )
+}
+
+/// A table without what is null, which TOML has not.
+fn without_nulls(mut table: Value) -> Value {
+    table.as_object_mut().expect("a table").retain(|_, value| !value.is_null());
+    table
 }
 
 /// The spec as JSON again.
@@ -352,7 +365,7 @@ fn written(spec: &Spec) -> Value {
         Width::Tokens(tokens) => json!({ "half_width": tokens }),
         Width::Frames(frames) => json!({ "half_width_frames": frames }),
     };
-    json!({
+    without_nulls(json!({
         "name": spec.name,
         "video": { "frames": spec.layout.frames.value, "tokens_per_frame": spec.layout.tokens_per_frame.value, "grid": spec.grid },
         "before": { "tokens": spec.layout.before },
@@ -371,11 +384,12 @@ fn written(spec: &Spec) -> Value {
         "masks": { "spatial": width(spec.spatial), "temporal": width(spec.temporal) },
         "sink": { "frames": spec.layout.sink_frames },
         "profile": { "rows": spec.profile.rows, "seed": spec.profile.seed },
+        "precision": spec.largest_error.map(|error| json!({ "largest_error": error })),
         "schedule": {
             "steps": spec.schedule.steps, "layers": spec.schedule.layers,
             "dense_steps": spec.schedule.dense_steps, "dense_layers": spec.schedule.dense_layers,
         },
-    })
+    }))
 }
 
 proptest! {

@@ -166,6 +166,8 @@ fn workspaces() {
                 (&workspace.head_types, all_heads * 4),
                 (&workspace.schedule, 8),
                 (&workspace.centers, if spec.compute == Compute::E4m3 { all_heads * 260 * 4 } else { 0 }),
+                (&workspace.precision_errors, if spec.compute == Compute::E4m3 { all_heads * 4 } else { 0 }),
+                (&workspace.precisions, if spec.compute == Compute::E4m3 { all_heads * 4 } else { 0 }),
             ];
             let mut end = 0;
             for (range, bytes) in parts {
