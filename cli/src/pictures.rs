@@ -62,11 +62,14 @@ impl RunPictures {
             let count = spec.layout.frames.value as usize;
             let query = video::interesting_token(&video::features(frames, count, grid), count);
             let reference = Reference::new(spec, inputs);
-            for ((head, &head_type), output) in run.types.iter().enumerate().zip(&self.attention) {
+            let heads = run.types.iter().zip(&run.report.heads).enumerate();
+            for ((head, (&head_type, result)), output) in heads.zip(&self.attention) {
                 let first_video = spec.layout.before as usize;
                 let weights = reference.head(0, head).probabilities(head_type, first_video + query, inputs.scale());
                 let weights = &weights[first_video..][..spec.layout.video_tokens() as usize];
-                let title = format!("head {head}, {}", head_type.name());
+                // Where a bound chose precisions, the title has them.
+                let bits = result.precision_error.map_or(String::new(), |_| format!(", {} bits", result.bits));
+                let title = format!("head {head}, {}{bits}", head_type.name());
                 output.write_picture(&attention_picture(frames, grid, query, weights, &title))?;
             }
         }
