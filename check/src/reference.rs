@@ -7,7 +7,6 @@
 //! Everything starts from inputs that are already rounded to the spec's type
 //! ([`Tokens`](crate::tensors::Tokens)), and nothing is rounded on the way.
 
-use framestride::shapes::image::e4m3::MOST_COUNTED;
 use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::spec::{NormKind, Pairs, Spec};
 use rayon::prelude::*;
@@ -261,8 +260,10 @@ impl Mask {
 pub struct Center {
     /// The mean of each channel over the sampled rows.
     pub mean: Vec<f64>,
-    /// The power of two by which the rest is multiplied before it is rounded.
-    pub factor: f64,
+    /// The root mean square of the rest in the sampled rows.
+    pub size: f64,
+    /// The largest of what [`Center::new`] looks at.
+    pub most: f64,
 }
 
 impl Center {
@@ -294,8 +295,16 @@ impl Center {
         let distances = samples().chain(sampled).flat_map(|row| row.iter().zip(&mean));
         let distances = distances.map(|(x, mean)| (finite(x) - mean).abs());
         let most = distances.chain(mean.iter().map(|mean| mean.abs())).fold(0.0, f64::max);
-        let exponent = size.log2().floor().max(most.log2().floor() - 5.0).clamp(-60.0, 60.0);
-        Center { mean, factor: (2.0 - exponent).exp2() }
+        Center { mean, size, most }
+    }
+
+    /// The powers of two that follow from size and largest. By the first the rest is multiplied before
+    /// it is rounded. The second is the largest value, so multiplied, of which is given back what
+    /// rounding took.
+    pub fn powers(size: f64, most: f64) -> [f64; 2] {
+        let size = size.log2().floor().clamp(-60.0, 60.0);
+        let exponent = size.max(most.log2().floor() - 5.0).min(60.0);
+        [(2.0 - exponent).exp2(), (6.0 + size - exponent).exp2()]
     }
 }
 
@@ -416,7 +425,8 @@ impl Head {
         let (values, center) = match compute {
             ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
             ComputeType::E4m3 => {
-                let Center { mut mean, factor } = Center::new(layout, self.valid, &self.values, self.head_dim);
+                let Center { mut mean, size, most } = Center::new(layout, self.valid, &self.values, self.head_dim);
+                let [factor, counted] = Center::powers(size, most);
                 let rest = self.values.par_iter().enumerate().map(|(i, x)| x - mean[i % self.head_dim]);
                 let rest: Vec<f64> = rest.collect();
                 let values = round(&rest, factor);
@@ -424,7 +434,7 @@ impl Head {
                 for &key in &self.mask(HeadType::Dense).key_order()[..live] {
                     for (channel, mean) in mean.iter_mut().enumerate() {
                         let element = key * self.head_dim + channel;
-                        if (rest[element] * factor).abs() <= f64::from(MOST_COUNTED) {
+                        if (rest[element] * factor).abs() <= counted {
                             *mean += (rest[element] - values[element]) / live as f64;
                         }
                     }

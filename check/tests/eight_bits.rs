@@ -143,7 +143,8 @@ fn compare(content: &Content, mistake: Mistake) -> Found {
     let rows = [rows(&query), rows(&key), rows(&|token, channel, x| value(token, channel, x, keys))];
     let valid = ValidText { before: 0, after: 0 };
     let scale = 1.0 / (DIM as f64).sqrt();
-    let factor = Center::new(&spec.layout, valid, &rows[2], DIM).factor;
+    let Center { size, most, .. } = Center::new(&spec.layout, valid, &rows[2], DIM);
+    let [factor, _] = Center::powers(size, most);
     let plain = Head::new(&spec.layout, Dtype::Bf16.into(), valid, rows, vec![0.0; DIM]);
     let head = plain.rounded(&spec.layout, E4M3, scale * std::f64::consts::LOG2_E);
     let values: Vec<f64> = head.values.iter().map(|x| x * factor).collect();

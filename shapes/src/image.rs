@@ -114,9 +114,10 @@ pub mod e4m3 {
     /// keys together, multiplied by the factor and by [`LOST_SCALE`].
     pub const CENTER_LOST: u32 = 132;
 
-    /// The largest value, multiplied by the factor, of which it counts what rounding took. Larger ones
-    /// are few: what they lose is no property of a channel.
-    pub const MOST_COUNTED: f32 = 16.0;
+    /// Index in a center of the largest value, f32, multiplied by the factor, of which is counted what
+    /// rounding took: 8 to 16 times the root mean square. Larger ones are few, and what they lose is no
+    /// property of a channel. With a bound that usual values exceed, what is left out has a mean.
+    pub const CENTER_COUNTED: u32 = 130;
 
     /// The integers count in units of one over this. Values of a usual size lose less than 1/2, so
     /// 2^24 keys do not overflow.

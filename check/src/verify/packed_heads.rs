@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use framestride::device::Buffer;
 use framestride::shapes::image::e4m3::{
-    CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, MOST_COUNTED, UNIT_KEYS,
+    CENTER_COUNTED, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, UNIT_KEYS,
 };
 use framestride::shapes::image::{self, ATOM_ROWS, CHUNK_BYTES, Image};
 use framestride::shapes::layout::{PAD_ROWS, ValidText};
@@ -68,6 +68,8 @@ pub struct DeviceCenter {
     factor: f32,
     /// One over the factor.
     inverse: f32,
+    /// The largest value, times the factor, of which is counted what rounding took.
+    counted: f32,
     /// What rounding took from each channel of all keys together, times the factor.
     lost: Vec<f64>,
 }
@@ -85,6 +87,7 @@ impl DeviceCenter {
             mean: mean.iter().map(float).collect(),
             factor: float(&rest[0]),
             inverse: float(&rest[1]),
+            counted: float(&words[CENTER_COUNTED as usize]),
             lost: lost.map(|lost| lost / f64::from(LOST_SCALE)).collect(),
         }
     }
@@ -108,10 +111,16 @@ impl DeviceCenter {
         let expected = Center::new(&spec.layout, valid, values, self.mean.len());
         let found: Vec<f64> = self.mean.iter().map(|&x| x.into()).collect();
         let size = norm(values) / (values.len() as f64 / self.mean.len() as f64).sqrt();
-        // The root mean square may lie within the error of a power of two.
-        let [factor, inverse] = [self.factor, self.inverse].map(f64::from);
-        let powers = [0.5, 1.0, 2.0].map(|part| part * expected.factor);
-        let error = match powers.contains(&factor) && factor * inverse == 1.0 {
+        // Size and largest are off by as much as the mean is, and may lie that near to a power of two.
+        let off = tolerance::center() * (size + expected.size);
+        let powers = |size_sign: f64, most_sign: f64| {
+            Center::powers((expected.size + size_sign * off).max(0.0), (expected.most + most_sign * off).max(0.0))
+        };
+        let [factor, inverse, counted] = [self.factor, self.inverse, self.counted].map(f64::from);
+        let is_within = (powers(1.0, 1.0)[0]..=powers(-1.0, -1.0)[0]).contains(&factor)
+            && (powers(-1.0, 1.0)[1]..=powers(1.0, -1.0)[1]).contains(&counted);
+        let are_powers = [factor, counted].iter().all(|power| power.log2().fract() == 0.0);
+        let error = match is_within && are_powers && factor * inverse == 1.0 {
             true => distance(&found, &expected.mean) / size.max(f64::MIN_POSITIVE),
             false => f64::INFINITY,
         };
@@ -246,7 +255,7 @@ impl PackedHead<'_> {
         let mut square = 0.0;
         for &row in &self.order[2][..self.live()] {
             for (expected, x) in expected.iter_mut().zip(self.value_row(row)) {
-                if x.abs() <= f64::from(MOST_COUNTED) {
+                if x.abs() <= f64::from(center.counted) {
                     *expected += x - self.compute.round(x);
                 }
                 square += x * x;

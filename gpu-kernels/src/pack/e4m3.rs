@@ -5,7 +5,7 @@ use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
 use framestride_shapes::blocks::{CENTER_ROWS, CENTER_TEXT_ROWS, CENTER_THREADS, VALUES_THREADS, VALUES_UNITS};
 use framestride_shapes::image::e4m3::{
-    self, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, MOST_COUNTED, UNIT_BYTES, UNIT_KEYS,
+    self, CENTER_COUNTED, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, UNIT_BYTES, UNIT_KEYS,
 };
 use framestride_shapes::layout::{HeadType, ValidText};
 use framestride_shapes::params::{PackParams, Tensor};
@@ -97,7 +97,7 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
             most = most.max(shared::load_f32(shared::address(CENTER_SHARED.most, warp)));
             warp += 1;
         }
-        let factors = factors(squares * (1.0 / (CENTER_ROWS * e4m3::ROW_BYTES) as f32), most);
+        let [factor, inverse, counted] = factors(squares * (1.0 / (CENTER_ROWS * e4m3::ROW_BYTES) as f32), most);
         let center = params.centers + (head * CENTER_FLOATS) as u64 * 4;
         let mine = center + (chunk * 32) as u64;
         global::store16(mine, [means[0], means[1], means[2], means[3]].map(f32::to_bits));
@@ -106,22 +106,25 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
         global::store16(lost, [0; 4]);
         global::store16(lost + 16, [0; 4]);
         if chunk == 0 {
-            global::store_f32x2(center + CENTER_FACTOR as u64 * 4, factors);
+            global::store_f32x2(center + CENTER_FACTOR as u64 * 4, [factor, inverse]);
+            global::store_f32(center + CENTER_COUNTED as u64 * 4, counted);
         }
     }
 }
 
-/// The power of two by which values are multiplied, and one over it. The values have the mean square
-/// `square`, and none is larger than `most`.
+/// The power of two by which values are multiplied, one over it, and the largest value of which is
+/// counted what rounding took. The values have the mean square `square`, and none is larger than
+/// `most`.
 ///
 /// Their root mean square is 4 to 8 then, or less where `most` would become more than 256. So values
 /// that were not looked at may be 56 times as large before they are cut off.
 #[inline(always)]
-fn factors(square: f32, most: f32) -> [f32; 2] {
+fn factors(square: f32, most: f32) -> [f32; 3] {
     let exponent = |x: f32| (x.to_bits() >> 23) as i32 - 127;
     // The exponent of the root is half of the exponent. Beyond 2^60 on either side it is cut off.
-    let exponent = (exponent(square) >> 1).max(exponent(most) - 5).clamp(-60, 60);
-    [2 - exponent, exponent - 2].map(
+    let size = (exponent(square) >> 1).clamp(-60, 60);
+    let exponent = size.max(exponent(most) - 5).min(60);
+    [2 - exponent, exponent - 2, 6 + size - exponent].map(
         #[inline(always)]
         |exponent| f32::from_bits(((127 + exponent) as u32) << 23),
     )
@@ -218,6 +221,7 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
         odd,
         factor: global::load_f32(center + CENTER_FACTOR as u64 * 4),
     };
+    let counted = global::load_f32(center + CENTER_COUNTED as u64 * 4);
     let mean = global::load_f32x8(center + (chunk * 32) as u64);
     let image = params.packed_v + head as u64 * M::IMAGE.bytes(layout.packed_rows()) as u64;
     let mut lost = [0.0; 8];
@@ -227,10 +231,10 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
         let rows = values.load::<M>(params, unit);
         // This is spelled out, since arrays that a loop indexes would be in memory.
         let pairs = [
-            Pair::new::<M::Element>(rows, 0, [mean[0], mean[1]]),
-            Pair::new::<M::Element>(rows, 1, [mean[2], mean[3]]),
-            Pair::new::<M::Element>(rows, 2, [mean[4], mean[5]]),
-            Pair::new::<M::Element>(rows, 3, [mean[6], mean[7]]),
+            Pair::new::<M::Element>(rows, 0, [mean[0], mean[1]], counted),
+            Pair::new::<M::Element>(rows, 1, [mean[2], mean[3]], counted),
+            Pair::new::<M::Element>(rows, 2, [mean[4], mean[5]], counted),
+            Pair::new::<M::Element>(rows, 3, [mean[6], mean[7]], counted),
         ];
         let [a, b, c, d] = pairs.map(
             #[inline(always)]
@@ -333,9 +337,10 @@ struct Pair {
 }
 
 impl Pair {
-    /// Centres, scales and rounds the two channels that are in word `word` of each row.
+    /// Centres, scales and rounds the two channels that are in word `word` of each row. Of values up to
+    /// `counted` it counts what rounding takes.
     #[inline(always)]
-    fn new<E: Element>(rows: [Row; 8], word: usize, mean: [f32; 2]) -> Pair {
+    fn new<E: Element>(rows: [Row; 8], word: usize, mean: [f32; 2], counted: f32) -> Pair {
         let values = rows.map(
             #[inline(always)]
             |row| {
@@ -350,7 +355,7 @@ impl Pair {
                 ([a[channel], b[channel], c[channel], d[channel]], [e[channel], f[channel], g[channel], h[channel]]);
             let lost = |four: [f32; 4], rounded: u32| {
                 let rounded = element::unpack_e4m3(rounded);
-                let of = |i: usize| if four[i].abs() <= MOST_COUNTED { four[i] - rounded[i] } else { 0.0 };
+                let of = |i: usize| if four[i].abs() <= counted { four[i] - rounded[i] } else { 0.0 };
                 (of(0) + of(1)) + (of(2) + of(3))
             };
             let keys = [element::pack_e4m3(low), element::pack_e4m3(high)];
