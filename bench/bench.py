@@ -26,6 +26,7 @@ import tomllib
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from fp8_peers import BlockSparseFp8, CudnnFp8
 from timing import Sampled
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -38,7 +39,9 @@ DEFAULT_SHAPES = [
     "wan_2_1_1_3b_480p",
 ]
 PEERS = ["cudnn", "flash2", "flex", "flash4", "torch", "compile"]
-OURS, COMPILED = "framestride", "framestride, compiled for the spec"
+# Those in 8 bits are timed when they are named.
+FP8_PEERS = ["cudnn_fp8", "block_sparse_fp8"]
+OURS, COMPILED, OURS_FP8 = "framestride", "framestride, compiled for the spec", "framestride, 8 bits"
 FLEX_BLOCK = 128
 ERROR_ROWS = 64
 DEVICE = "cuda"
@@ -47,20 +50,21 @@ DEVICE = "cuda"
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(DEFAULT_SHAPES), help="names of shipped specs, or TOML files, with commas")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}; 'none' for ours alone")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS + FP8_PEERS)}; 'none' for ours alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape-seconds", type=float, default=80, help="no new round, and no new peer, of a shape after this long")
     parser.add_argument("--seconds", type=float, default=450, help="no new shape after this long, and the last one is cut short")
     parser.add_argument("--binary", default=os.environ.get("FRAMESTRIDE", str(ROOT / "target/release/framestride")))
     parser.add_argument("--compiled", type=pathlib.Path, help="folder where `framestride build` put kernels: timed beside the templates")
     parser.add_argument("--family", help="a family of kernels, such as sm_80, that is timed beside the one that suits the GPU best")
+    parser.add_argument("--e4m3", action="store_true", help="time each spec of head dim 128 with compute = \"e4m3\" too")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench/results", help="folder for the results")
     parser.add_argument("--name", help="name of the results file; the GPU's when not given")
     parser.add_argument("--error-mib", type=float, default=256, help="errors are measured where Q is at most so large")
     args = parser.parse_args()
     args.peers = [] if args.peers == "none" else args.peers.split(",")
-    if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"--peers: {', '.join(sorted(unknown))}: not among {', '.join(PEERS)}")
+    if unknown := set(args.peers) - set(PEERS + FP8_PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))}: not among {', '.join(PEERS + FP8_PEERS)}")
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
     args.binary = str(pathlib.Path(args.binary).resolve())
@@ -86,7 +90,7 @@ class Shape:
     """A spec: what `framestride describe` says of it, and the keys of its TOML file that this does not show."""
 
     def __init__(self, argument, args):
-        path = pathlib.Path(argument) if argument.endswith(".toml") else ROOT / f"shapes/models/{argument}.toml"
+        self.path = path = pathlib.Path(argument) if argument.endswith(".toml") else ROOT / f"shapes/models/{argument}.toml"
         toml = tomllib.loads(path.read_text())
         self.argument = str(path) if argument.endswith(".toml") else argument
         described = subprocess.run([args.binary, "--json", "describe", self.argument], capture_output=True, text=True)
@@ -114,6 +118,13 @@ class Shape:
             self.rotated = self.rope.get("channels", self.head_dim)
             self.table_shape = [end - self.first_rotated, *heads, self.rotated // 2]
         self.table_bytes = 2 * 4 * math.prod(self.table_shape) if self.table_shape else 0
+
+    def in_e4m3(self, folder):
+        """A file with the same spec, computed in 8 bits."""
+        path = pathlib.Path(folder) / f"{self.name}_e4m3.toml"
+        text = self.path.read_text().replace(f'"{self.name}"', f'"{self.name}_e4m3"')
+        path.write_text(text.replace("[attention]", '[attention]\ncompute = "e4m3"'))
+        return str(path)
 
     def flop(self, mask):
         return self.masks[mask]["density"] * 4 * self.batch * self.heads * self.sequence**2 * self.head_dim
@@ -256,8 +267,10 @@ class Inputs:
 class Contender(Sampled):
     """Something of the peers to time. `call` returns its output, for attention [B, H, S, D]."""
 
-    def __init__(self, what, who, call, mask=None, flop=None, size=None, density=None):
+    def __init__(self, what, who, call, mask=None, flop=None, size=None, density=None, output=None):
         super().__init__(call)
+        # What gives attention's output under the shape's mask, if it can be had.
+        self.output = output
         self.what, self.who, self.mask = what, who, mask
         self.flop, self.size, self.density = flop, size, density
         self.why, self.rel_error = None, None
@@ -296,11 +309,11 @@ def contenders(shape, inputs, wanted):
     def add(what, who, call, **rest):
         found.append(Contender(what, who, call, **rest))
 
-    def attention(who, call, mask=None):
+    def attention(who, call, mask=None, output=None):
         name = mask or "dense"
         what = "sparse" if mask else "dense"
         density = shape.masks[name]["density"]
-        add(what, who, call, mask=mask, flop=shape.flop(name), size=4 * tensor, density=density)
+        add(what, who, call, mask=mask, flop=shape.flop(name), size=4 * tensor, density=density, output=output or call)
 
     def sdpa(backend, q, k, v):
         with sdpa_kernel(backend):
@@ -341,6 +354,22 @@ def contenders(shape, inputs, wanted):
             flop = shape.flop("dense") * density
             call = lambda: run_flash4(window_size=(half - 1, half - 1))
             add("sparse", "FlashAttention-4, band alone", call, mask="spatial", flop=flop, size=4 * tensor, density=density)
+
+    if "cudnn_fp8" in wanted:
+        plans = []
+
+        def cudnn_fp8():
+            if not plans:
+                plans.append(CudnnFp8(q, k, v))
+            return plans[0]
+
+        attention("cuDNN FP8", lambda: cudnn_fp8()(), output=lambda: cudnn_fp8().output())
+    if "block_sparse_fp8" in wanted:
+        sparse = BlockSparseFp8(q, k, v, shape.masks["spatial"]["density"])
+        flop = 4 * shape.batch * shape.heads * sparse.pairs * shape.head_dim
+        density = sparse.pairs / shape.sequence**2
+        add("sparse", "block-sparse FP8", sparse.attend, mask="spatial", flop=flop, size=4 * tensor, density=density)
+        add("sparse", "block-sparse FP8, with rounding", sparse, mask="spatial", flop=flop, size=4 * tensor, density=density)
 
     cos, sin, weights = inputs.cos, inputs.sin, inputs.weights
 
@@ -389,10 +418,10 @@ def contenders(shape, inputs, wanted):
 class Ours:
     """`framestride bench --paced`: a round for each line that it is sent. `options` say which kernels, if not the templates."""
 
-    def __init__(self, who, shape, args, matmul_tflops, seconds, options=()):
+    def __init__(self, who, spec, args, matmul_tflops, seconds, options=()):
         self.who = who
         self.log = tempfile.TemporaryFile("w+")
-        command = [args.binary, "--json", "bench", shape.argument, "--device", "gpu", "--paced", *options]
+        command = [args.binary, "--json", "bench", spec, "--device", "gpu", "--paced", *options]
         if matmul_tflops:
             command += ["--matmul-tflops", f"{matmul_tflops:.3f}"]
         pipe = subprocess.PIPE
@@ -451,8 +480,8 @@ def measure_errors(shape, inputs, args, peers, our_rows):
             reference = inputs.reference(rows, mask)
             name = None if mask == "dense" else mask
             for peer in peers:
-                if peer.what in ("dense", "sparse") and peer.mask == name and peer.samples and "alone" not in peer.who:
-                    peer.rel_error = peer.attempt(lambda: rel_error(peer.call()[:, :, rows], reference))
+                if peer.what in ("dense", "sparse") and peer.mask == name and peer.samples and peer.output:
+                    peer.rel_error = peer.attempt(lambda: rel_error(peer.output()[:, :, rows], reference))
             command = [args.binary, "bench", shape.argument, "--device", "gpu", "--rounds", "1", "--types", mask]
             command += ["--qkv", tensors, "--out", out]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -475,13 +504,15 @@ def measure(shape, args, ceilings, end):
         print(f"    {who}: {reason(error)}", flush=True)
 
     # Before anything is allocated here: they measure by how much free memory falls.
-    family = (f"{OURS}, {args.family}", args.family and ["--family", args.family])
-    for who, options in [(OURS, ()), (COMPILED, shape.compiled), family]:
-        if options is not None:
-            try:
-                ours.append(Ours(who, shape, args, ceilings["matmul"], deadline - started + 120, options))
-            except Exception as error:
-                fail(who, error)
+    family = (f"{OURS}, {args.family}", shape.argument, args.family and ["--family", args.family])
+    with tempfile.TemporaryDirectory() as folder:
+        in_e4m3 = (OURS_FP8, *((shape.in_e4m3(folder), ()) if args.e4m3 and shape.head_dim == 128 else (None, None)))
+        for who, spec, options in [(OURS, shape.argument, ()), (COMPILED, shape.argument, shape.compiled), family, in_e4m3]:
+            if options is not None:
+                try:
+                    ours.append(Ours(who, spec, args, ceilings["matmul"], deadline - started + 120, options))
+                except Exception as error:
+                    fail(who, error)
     inputs = Inputs(shape)
     peers = contenders(shape, inputs, args.peers)
     for index in range(args.rounds):
@@ -507,7 +538,7 @@ def measure(shape, args, ceilings, end):
     for child in ours:
         try:
             report = child.finish()
-            rows += [row | {"who": child.who} for row in report["rows"]]
+            rows += [row | {"shape": shape.name, "who": child.who} for row in report["rows"]]
             if child.who == OURS:
                 about = {key: report[key] for key in ("memory", "ptx_sha256", "loading")}
         except Exception as error:
@@ -551,7 +582,7 @@ def show(rows):
 def versions(args):
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found["framestride"] = (output_of([args.binary, "--version"]) or "unknown").removeprefix("framestride ")
-    for name in ("triton", "flash-attn-4"):
+    for name in ("triton", "flash-attn-4", "nvidia-cudnn-frontend"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # a peer that is not there

@@ -1,27 +1,33 @@
 #!/usr/bin/env python3
-"""Attention in 8 bits beside that of 16, in one run on a GPU: errors against f64 on inputs that random values hide, and times.
+"""Errors of attention in 8 bits against f64 on a GPU, on inputs that random values hide, beside those of 16 bits and of peers.
 
 Errors are relative, of 96 rows of two dense heads of head dim 128. Inputs have means, outliers, one key that dominates, or flat weights.
-Times are of `framestride bench`, of a spec and of the same with compute = "e4m3", in turns.
+Peers get the same bf16 tensors; fp8_peers.py says what they need, and those that are missing show nan.
 
-    PYTHONPATH=python FRAMESTRIDE_LIBRARY=libframestride.so FRAMESTRIDE=target/release/framestride python3 bench/e4m3.py
+    PYTHONPATH=python FRAMESTRIDE_LIBRARY=libframestride.so python3 bench/e4m3.py
 
-It needs PyTorch 2.11 and takes two minutes on an H200. It fails if 8 bits give V = 1 as anything else, or N(0, 1) an error above .055.
+It needs PyTorch 2.11 and takes a minute. It fails if 8 bits give V = 1 as anything else, or N(0, 1) an error above .055. `bench.py --e4m3`
+takes times, and `render.py` draws both.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import tempfile
+import datetime
+import math
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import framestride
 import torch
+import torch.nn.functional as F
+from bench import OURS, OURS_FP8, output_of, write
+from fp8_peers import BlockSparseFp8, CudnnFp8
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SHAPES = ["hunyuan_video_720p", "wan_14b_720p", "minimax_h3_14s_768x1344"]
-LENGTHS = [(16, 512), (33, 3600)]
+# As bench.py calls them.
+WHO = ["cuDNN", OURS, OURS_FP8, "cuDNN FP8", "block-sparse FP8"]
+LENGTHS = [(16, 512), (32, 3712)]
 ROWS = 96
 
 
@@ -76,7 +82,7 @@ def relative(found, expected):
 
 
 def errors(frames, tokens):
-    """The relative errors of each kind of input, in 16 and in 8 bits."""
+    """For each kind of input, the relative errors of all, and the output in 8 bits."""
     shape = {"frames": frames, "tokens_per_frame": tokens, "heads": 2, "head_dim": 128, "spatial": 0.25, "temporal": 0.25}
     spec = framestride.Spec(**shape)
     sequence = frames * tokens
@@ -84,48 +90,54 @@ def errors(frames, tokens):
     rows = torch.arange(0, sequence, sequence // ROWS, device="cuda")[:ROWS]
     for kind in KINDS:
         own = inputs(kind, q, k, v)
-        expected = reference(*own, rows)
-        found = []
+        heads_first = [x.transpose(1, 2).contiguous() for x in own]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            outs = [F.scaled_dot_product_attention(*heads_first).transpose(1, 2)]
         for compute in ("dtype", "e4m3"):
-            out = framestride.attention(*own, replace(spec, compute=compute), head_types="dense")
-            found.append(relative(out[0, rows].double(), expected))
-        yield kind, found, out
+            outs.append(framestride.attention(*own, replace(spec, compute=compute), head_types="dense"))
+        for peer in (lambda: CudnnFp8(*heads_first).output(), lambda: BlockSparseFp8(*heads_first, 1.0)()):
+            outs.append(attempt(peer))
+        expected = reference(*own, rows)
+        found = [math.nan if out is None else relative(out[0, rows].double(), expected) for out in outs]
+        yield kind, found, outs[WHO.index(OURS_FP8)]
 
 
-def timed(command, spec, rounds):
-    done = subprocess.run([command, "bench", spec, "--rounds", str(rounds), "--device", "gpu", "--json"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{command} bench {spec} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+def attempt(peer):
+    """The output of a peer as [B, S, H, D], or None with the reason printed."""
+    try:
+        return peer().transpose(1, 2)
+    except Exception as error:  # A peer that is missing, or does not run here, is left out.
+        print(f"  {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        return None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="shipped specs of head dim 128")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", help="folder for the results")
     options = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}")
-    failed = []
+    gpu = torch.cuda.get_device_name()
+    driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    print(f"{gpu}, torch {torch.__version__}, seed {torch.initial_seed()}")
+    failed, rows = [], []
     for frames, tokens in LENGTHS:
-        print(f"\nrelative errors at S = {frames * tokens}\n{'':32}{'16 bits':>10}{'8 bits':>10}")
-        for kind, (half, byte), out in errors(frames, tokens):
-            print(f"{kind:32}{half:10.5f}{byte:10.5f}", flush=True)
-            if kind == "V = 1" and not bool((out == 1).all()):
+        print(f"\nrelative errors at S = {frames * tokens}\n{'':32}{''.join(f'{who:>20}' for who in WHO)}")
+        for kind, found, ours in errors(frames, tokens):
+            print(f"{kind:32}{''.join(f'{error:20.5f}' for error in found)}", flush=True)
+            for who, error in zip(WHO, found):
+                rows.append({"sequence": frames * tokens, "inputs": kind, "who": who, "error": None if math.isnan(error) else error})
+            if kind == "V = 1" and not bool((ours == 1).all()):
                 failed.append("V = 1 is not 1")
-            if kind == "N(0, 1)" and byte > 0.055:
-                failed.append(f"N(0, 1) has an error of {byte}")
-    command = os.environ.get("FRAMESTRIDE", "target/release/framestride")
-    models = Path(__file__).resolve().parent.parent / "shapes/models"
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.shapes.split(","):
-            text = (models / f"{name}.toml").read_text()
-            spec = Path(folder) / f"{name}_e4m3.toml"
-            spec.write_text(text.replace(f'"{name}"', f'"{name}_e4m3"').replace("[attention]", '[attention]\ncompute = "e4m3"'))
-            half, byte = (timed(command, path, options.rounds) for path in (str(models / f"{name}.toml"), str(spec)))
-            print(f"\n{name:32}{'16 bits':>12}{'8 bits':>12}{'':>10}")
-            for before, after in zip(half["rows"], byte["rows"]):
-                label = f"{before['what']} {before.get('mask') or ''}, ms"
-                print(f"{label:32}{before['ms']:12.4f}{after['ms']:12.4f}{before['ms'] / after['ms']:9.2f}x")
+            if kind == "N(0, 1)" and found[WHO.index(OURS_FP8)] > 0.055:
+                failed.append(f"N(0, 1) has an error of {found[WHO.index(OURS_FP8)]}")
+    results = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "gpu": gpu,
+        "driver": driver and driver.splitlines()[0],
+        "versions": {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()},
+        "command": " ".join(["python3", "bench/e4m3.py", *sys.argv[1:]]),
+        "errors": rows,
+    }
+    write(options.out / f"{re.sub('[^a-z0-9]+', '_', gpu.lower())}_e4m3_errors.json", results)
     if failed:
         raise SystemExit("; ".join(failed))
 

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Makes BENCHMARKS.md and docs/density.svg from results of bench.py and diffusers_step.py. Standard library only: see README.md beside this file."""
+"""Makes BENCHMARKS.md and its pictures in docs from results of bench.py, e4m3.py and diffusers_step.py. Standard library only: see README.md
+beside this file."""
 
 import argparse
 import html
 import json
+import math
 import pathlib
 import re
 import statistics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OURS = "framestride"
+OURS, OURS_FP8 = "framestride", "framestride, 8 bits"
+# The inputs of e4m3.py that are in its picture.
+DRAWN = ["N(0, 1)", "V ~ N(1, 1)", "K with a mean and an outlier"]
 # A spec that only differs from another by its density, for the picture.
 SWEPT = re.compile(r"_d\d+$")
 
@@ -34,7 +38,8 @@ class Rows(list):
         return self.of(who=OURS).measured()
 
     def peers(self):
-        return Rows(row for row in self.measured() if not row["who"].startswith(OURS))
+        # Those in 8 bits are no peers of ours in 16.
+        return Rows(row for row in self.measured() if not row["who"].startswith(OURS) and "FP8" not in row["who"])
 
     def measured(self):
         return Rows(row for row in self if row.get("ms"))
@@ -129,10 +134,11 @@ def sections(name, shape, rows):
 
 def header(results):
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
-    ceilings = Rows(results["rows"]).of(what="ceiling", shape=None)
+    ceilings = Rows(results.get("rows", [])).of(what="ceiling", shape=None)
     copy, matmul = ceilings.of(who="copy").fastest(), ceilings.of(who="matmul").fastest()
-    rounds = f"Medians of {results['rounds']} rounds" if results["rounds"] > 1 else "One round"
-    text = f"{results['gpu']}, driver {results['driver']}, {results['date']}; {versions}. {rounds}.\n"
+    rounds = results.get("rounds", 0)
+    rounds = f" Medians of {rounds} rounds." if rounds > 1 else " One round." if rounds else ""
+    text = f"{results['gpu']}, driver {results['driver']}, {results['date']}; {versions}.{rounds}\n"
     if copy and matmul:
         text += (
             f"Ceilings: a copy of 2 GiB at {copy['gbps']:.0f} GB/s, an 8192 cubed bf16 matrix product at"
@@ -246,6 +252,79 @@ def density_picture(extent, group):
     return "\n".join(parts + ["</svg>"]) + "\n"
 
 
+def errors_table(results, sequence):
+    """Relative errors of e4m3.py at one length, inputs by contenders."""
+    found = {(row["inputs"], row["who"]): row["error"] for row in results["errors"] if row["sequence"] == sequence}
+    inputs, names = (list(dict.fromkeys(key[index] for key in found)) for index in (0, 1))
+    rows = [[kind, *(cell(found[kind, who], "{:.4f}") for who in names)] for kind in inputs]
+    return table([f"relative error over {sequence} keys", *names], rows)
+
+
+def error_picture(results, kernels):
+    """Error against speed: TFLOP/s of attention in bench.py's results of the same GPU, errors over the most keys."""
+    timed = [of_kernels for of_kernels in kernels if any(row["who"] == OURS_FP8 and row["ms"] for row in of_kernels["rows"])]
+    timed = next((of_kernels for of_kernels in timed if of_kernels["gpu"] == results["gpu"]), None)
+    if not timed:
+        return None
+    shape = next(row["shape"] for row in timed["rows"] if row["who"] == OURS_FP8)
+    speeds = {}
+    for row in timed["rows"]:
+        if row["shape"] == shape and row["tflops"] and row["what"] in ("dense", "sparse"):
+            density = "dense" if row["what"] == "dense" else f"density {row['density']:.2f}"
+            speeds.setdefault(row["who"], {}).setdefault(density, row["tflops"])
+    sequence = max(row["sequence"] for row in results["errors"])
+    errors = {}
+    for row in results["errors"]:
+        if row["sequence"] == sequence and row["inputs"] in DRAWN and row["error"]:
+            errors.setdefault(row["who"], {})[row["inputs"]] = row["error"]
+    points = [(who, density, speed) for who in errors for density, speed in speeds.get(who, {}).items()]
+    width, height, left, right, top, bottom = 880, 480, 70, 250, 50, 55
+    most, low, high = 1.1 * max(speed for *_, speed in points), 1e-3, 1.0
+    x = lambda speed: left + speed / most * (width - left - right)
+    y = lambda error: top + math.log(high / error) / math.log(high / low) * (height - top - bottom)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    text = lambda px, py, words, rest="": parts.append(f'<text x="{px:.1f}" y="{py:.1f}" {rest}>{html.escape(words)}</text>')
+    line = lambda x1, y1, x2, y2, rest: parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {rest}/>')
+    text(left, 28, f"Attention, {results['gpu']}: error against speed", 'font-size="15"')
+    for error in (0.001, 0.01, 0.1, 1.0):
+        line(left, y(error), x(most), y(error), 'stroke="#e5e5e5"')
+        text(left - 8, y(error) + 4, f"{error:g}", 'text-anchor="end"')
+    for speed in range(0, int(most) + 1, 200):
+        line(x(speed), y(low), x(speed), top, 'stroke="#e5e5e5"')
+        text(x(speed), y(low) + 18, f"{speed}", 'text-anchor="middle"')
+    text((left + x(most)) / 2, height - 14, f"TFLOP/s on visible pairs, {shape}", 'text-anchor="middle"')
+    middle = (top + y(low)) / 2
+    text(18, middle, f"relative error over {sequence} keys", f'text-anchor="middle" transform="rotate(-90 18 {middle:.0f})"')
+    colours = dict(zip(errors, ["#444", "#1d4ed8", "#c2410c", "#15803d", "#7e22ce"]))
+    marks = {
+        DRAWN[0]: lambda px, py, colour: f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour}"/>',
+        DRAWN[1]: lambda px, py, colour: f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="white" stroke="{colour}" stroke-width="2"/>',
+        DRAWN[2]: lambda px, py, colour: f'<path d="M{px:.1f} {py - 6:.1f}l6 11h-12z" fill="{colour}"/>',
+    }
+    for who, density, speed in points:
+        found = [y(error) for error in errors[who].values()]
+        dash = "" if density == "dense" else 'stroke-dasharray="4 3"'
+        line(x(speed), min(found), x(speed), max(found), f'stroke="{colours[who]}" {dash}')
+        parts += [marks[kind](x(speed), y(error), colours[who]) for kind, error in errors[who].items()]
+    at = top + 12
+    for who, colour in colours.items():
+        parts.append(f'<rect x="{x(most) + 18:.1f}" y="{at - 9:.1f}" width="12" height="12" fill="{colour}"/>')
+        text(x(most) + 40, at + 2, who)
+        at += 22
+    for kind, mark in marks.items():
+        parts.append(mark(x(most) + 24, at - 3, "#666"))
+        text(x(most) + 40, at + 2, kind)
+        at += 22
+    for words, dash in (("dense", ""), ("sparse", 'stroke-dasharray="4 3"')):
+        line(x(most) + 24, at - 12, x(most) + 24, at + 5, f'stroke="#666" {dash}')
+        text(x(most) + 40, at + 2, words)
+        at += 22
+    return "\n".join(parts + ["</svg>"]) + "\n"
+
+
 def sweep_table(group):
     rows = []
     for density, found in sorted(group.values(), key=lambda item: item[0]):
@@ -284,7 +363,8 @@ def main():
     if not paths:
         parser.error("no results: run bench/bench.py on a machine with a Hopper GPU first")
     all_results = [json.loads(path.read_text()) for path in paths]
-    of_steps = [results for results in all_results if "shapes" not in results]
+    of_errors = [results for results in all_results if "errors" in results]
+    of_steps = [results for results in all_results if "shapes" not in results and "errors" not in results]
     kernels = [(path, results) for path, results in zip(paths, all_results) if "shapes" in results]
     all_results = [results for _, results in kernels]
     text = INTRO
@@ -309,6 +389,13 @@ def main():
             if results["gpu"] == extent[0] and any(name in group for name in results["shapes"]):
                 text += header(results)
         text += sweep_table(group)
+    for results in of_errors:
+        lengths = sorted({row["sequence"] for row in results["errors"]})
+        text += f"\n## {results['gpu']}: errors of 8 bits\n\n" + header(results)
+        text += "\n".join(errors_table(results, sequence) for sequence in lengths) + "\n"
+        if error_svg := error_picture(results, all_results):
+            (args.out / "docs/errors.svg").write_text(error_svg)
+            text += "![Relative error of attention against its speed](docs/errors.svg)\n"
     for results in of_steps:
         text += f"\n## {results['gpu']}: steps of diffusers\n\n{STEPS}" + header(results) + steps(results) + "\n"
     (args.out / "BENCHMARKS.md").write_text(text.rstrip() + "\n")
