@@ -69,14 +69,19 @@ def load(spec: Spec, device: Device = None) -> Module:
     return Module(spec, name, *seconds, handle)
 
 
-def in_8_bits(spec: Spec, device: Device = None, otherwise: Callable[[str], object] = lambda reason: None) -> Spec:
-    """The spec with `compute="e4m3"`, whose kernels are then loaded on the device.
+def in_8_bits(
+    spec: Spec,
+    device: Device = None,
+    otherwise: Callable[[str], object] = lambda reason: None,
+    largest_error: float | None = None,
+) -> Spec:
+    """The spec with `compute="e4m3"` and a `largest_error`, whose kernels are then loaded on the device.
 
     It is the spec as it came where 8 bits cannot be had: for head dim 64, and on other GPUs than a Hopper.
     `otherwise` gets the reason. What else goes wrong is raised.
     """
     try:
-        narrow = replace(spec, compute="e4m3")
+        narrow = replace(spec, compute="e4m3", largest_error=largest_error)
         load(narrow, device)
     except Error as error:
         if error.status not in (Status.INVALID_SPEC, Status.UNSUPPORTED):

@@ -19,7 +19,7 @@ def test_the_programs_run(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda name, torch_dtype: pipe)
     original = pipe.transformer.blocks[0].attn1.processor
     programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(programs) == 12
+    assert len(programs) == 13
     names = {}
     for number, program in enumerate(programs):
         exec(compile(program, f"program {number} of {PAGE}", "exec"), names)

@@ -288,6 +288,51 @@ def test_a_function_gives_8_bits_by_step_and_layer(computes):
     assert torch.equal(outputs[None][0], outputs["dtype"][0]) and not torch.equal(outputs[None][0], outputs["e4m3"][0])
 
 
+def test_heads_beyond_the_largest_error_stay_in_16_bits(monkeypatch):
+    model, inputs = build("HunyuanVideo")
+    called, attention = [], framestride.attention
+
+    def watched(*rows, **options):
+        out = attention(*rows, **options)
+        called.append((options, out[1] if options.get("return_profile") else None))
+        return out
+
+    def outputs_of(model, **options) -> list[torch.Tensor]:
+        """Of a dense step and two sparse ones, each with two calls, as guidance does it."""
+        handle = apply(model, schedule=lambda step, layer: 1.0 if step.index == 0 else 0.5, **options)
+        called.clear()
+        return [(handle.step(call // 2, 3), run(model, inputs))[1] for call in range(6)]
+
+    monkeypatch.setattr(framestride, "attention", watched)
+    narrow = outputs_of(model, compute="e4m3")
+    half, outputs = len(called) // 6, {}
+    # All heads, none, and some of them exceed it.
+    for bound in (1e-6, 1.0, None):
+        bound = bound or errors.median().item()
+        outputs[bound] = outputs_of(model, compute="e4m3", largest_error=bound)
+        dense, judged, given = (called[2 * half * index : 2 * half * (index + 1)] for index in range(3))
+        assert not any("precisions" in options or found for options, found in dense)
+        bits = [found.precisions.amax(dim=0) for _, found in judged]
+        errors = torch.cat([found.precision_errors.flatten() for _, found in judged])
+        for layer, (options, found) in enumerate(given):
+            expected = torch.maximum(bits[layer % half], bits[layer % half + half])
+            assert found is None and torch.equal(options["precisions"], expected.expand(options["precisions"].shape))
+    assert set(torch.cat(bits).tolist()) == {8, 16}
+    wide = outputs_of(model)
+    assert all(map(torch.equal, outputs[1e-6], wide))
+    assert all(map(torch.equal, outputs[1.0], wide[:2] + narrow[2:]))
+    torch._dynamo.reset()
+    monkeypatch.setattr(framestride, "attention", attention)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, outputs_of(compiled, compute="e4m3", largest_error=bound), outputs[bound]))
+
+
+@pytest.mark.parametrize("error", [0, 1.5, float("nan")])
+def test_a_largest_error_is_a_part(error):
+    with pytest.raises(ValueError, match="largest_error is"):
+        apply(build("Wan")[0], compute="e4m3", largest_error=error)
+
+
 def test_what_no_tensor_core_multiplies_is_refused():
     model, _ = build("Wan")
     before = processors(model)

@@ -48,6 +48,7 @@ def apply(
     schedule: Densities | str | os.PathLike[str] | None = None,
     *,
     compute: Compute = "dtype",
+    largest_error: float | None = None,
     scheduler: Any = None,
 ) -> "Handle":
     """Makes attention over video sparse in a pipeline, or in one transformer.
@@ -59,7 +60,10 @@ def apply(
 
     With `compute="e4m3"` attention is computed in 8 bits: sparse or dense, in every layer that a schedule
     does not keep in 16. Layers for which there are no such kernels stay in 16 bits, which is said through
-    `warnings`: those of head dim 64, and all on other GPUs than a Hopper.
+    `warnings`: those of head dim 64, and all on other GPUs than a Hopper. `largest_error` is the relative
+    error that a head may have in them, above 0 and at most 1. The first sparse step of a video finds the
+    heads beyond it, and these stay in 16 bits in that step and all later ones. Dense steps before it are in
+    16 bits.
 
     Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
     `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
@@ -68,18 +72,20 @@ def apply(
     A model that is not known but calls the dispatcher of diffusers gets dense attention of
     framestride. What is out of reach stays as it was, and is said through `warnings`.
 
-    Raises `ValueError` where there is no transformer, or its weights are f32, for a density or a compute
-    that is none, and for the schedule of another model.
+    Raises `ValueError` where there is no transformer, or its weights are f32, for a density, a compute or an
+    error that is none, and for the schedule of another model.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
     check_compute(compute)
+    if largest_error is not None and not 0 < largest_error <= 1:
+        raise ValueError(f"largest_error is {largest_error}. It is a part of a head's output: above 0, and at most 1")
     models = transformers(target)
     if isinstance(schedule, (str, os.PathLike)):
         schedule = DensitySchedule.load(schedule)
     restore(target)
     scheduler = scheduler or getattr(target, "scheduler", None)
-    handle = Handle(density, compute)
+    handle = Handle(density, compute, largest_error)
     try:
         for model in models:
             handle.take_any(model)
@@ -140,10 +146,12 @@ def cp_plan(model: Any) -> dict:
 class Handle:
     """Framestride in some transformers, until `restore`."""
 
-    def __init__(self, density: float, compute: Compute = "dtype"):
+    def __init__(self, density: float, compute: Compute = "dtype", largest_error: float | None = None):
         self.density = density
         self.compute = compute
+        self.largest_error = largest_error
         self.schedule: Densities = Warmup()
+        self.told: Step | None = None
         self.layers: list[Any] = []
         # The classes whose layers these are, and how many each has.
         self.models: list[tuple[str, int]] = []
@@ -165,12 +173,17 @@ class Handle:
 
     def at(self, step: Step):
         """Every processor gets its density and its compute, outside any traced code."""
+        # A step may be told again before its second call.
+        begins, self.told = step != self.told, step
         for layer, processor in enumerate(self.layers):
             chosen = self.schedule(step, layer)
             density, compute = chosen if isinstance(chosen, tuple) else (chosen, None)
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
             processor.compute = self.compute if compute is None else check_compute(compute)
+            if begins:
+                processor.bits = None if step.index == 0 else processor.bits
+                processor.judging = processor.bits is None
 
     def take_any(self, model: Any) -> None:
         """Takes what can be taken of a model."""
@@ -195,6 +208,7 @@ class Handle:
                     "load it with torch_dtype=torch.bfloat16"
                 )
             processor = family.processor(shared, attn.processor, attn)
+            processor.bound = None if self.largest_error is None else repr(float(self.largest_error))
             self.layers.append(processor)
             self.exchange(attn, processor)
         self.models.append((shared.name, len(names)))

@@ -112,9 +112,9 @@ class Model:
             warnings.warn(f"framestride computes attention of {self.name} in 16 bits: {reason}", stacklevel=2)
 
     @torch.compiler.assume_constant_result
-    def plan(self, density: str, compute: str, device: torch.device, *shape) -> Plan | None:
+    def plan(self, density: str, compute: str, bound: str | None, device: torch.device, *shape) -> Plan | None:
         """The plan of a call, whose shape has the arguments of `make_spec`. None where there can be none."""
-        key = (density, compute, device, shape)
+        key = (density, compute, bound, device, shape)
         if key not in self.plans:
             try:
                 video, heads, head_dim, dtype, batch, before, after, norm, rope = shape
@@ -123,7 +123,8 @@ class Model:
                     norm=norm, rope=rope,
                 )
                 if compute == "e4m3":
-                    spec = framestride.in_8_bits(spec, device, self.stay_wide)
+                    largest_error = None if bound is None else float(bound)
+                    spec = framestride.in_8_bits(spec, device, self.stay_wide, largest_error)
                 self.plans[key] = Plan(spec, None if density == DENSE else spec.half_widths(float(density)))
             except framestride.Error as error:
                 self.plans[key] = self.refuse(str(error))
@@ -226,6 +227,11 @@ class Processor:
         # The density of the masks in this layer and step, as text, and what tensor cores multiply.
         self.density = DENSE
         self.compute = "dtype"
+        # The largest error of a head in 8 bits, as text. In some step calls find which heads exceed it, and
+        # later ones get the bits of each head.
+        self.bound: str | None = None
+        self.judging = True
+        self.bits: Tensor | None = None
         # What sees the output and all that was computed from, in a study.
         self.look: Callable[..., None] | None = None
 
@@ -354,7 +360,7 @@ class Processor:
         tokens = index(text.shape[1]) if text is not None else 0
         before, after = (tokens, 0) if self.side == "before" else (leading, tokens)
         shape = (model.video, heads, index(head_dim), video.q.dtype, index(batch), before, after, kind, form)
-        plan = model.plan(self.density, self.compute, video.q.device, *shape)
+        plan = model.plan(self.density, self.compute, self.bound, video.q.device, *shape)
         if plan is None:
             return None
         options: dict[str, Any] = {"spec": plan.spec}
@@ -369,15 +375,29 @@ class Processor:
             q, k, v = map(gpus.heads, (sides[1].q, sides[1].k, sides[1].v))
             options[self.side] = framestride.Text(q=q, k=k, v=v, lengths=lengths, q_norm=q_norm, k_norm=k_norm)
         if gpus.count == 1:
-            out = framestride.attention(video.q, video.k, video.v, rope=tables, **options)
+            out = self.heads_of(video.q, video.k, video.v, rope=tables, **options)
             if self.look is not None:
                 self.look(out, video.q, video.k, video.v, rope=tables, **options)
             return out.flatten(2)
         if tables is not None:
             video.q, video.k = (rotated(x, tables[0], tables[1], self.pairs) for x in (video.q, video.k))
-        attend = partial(framestride.attention, **options)
+        attend = partial(self.heads_of, **options)
         first, last = (tokens, 0) if self.side == "before" else (0, tokens)
         return gpus.attend(video.q, video.k, video.v, rows, attend, first, last).flatten(2)
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, spec: framestride.Spec, **options) -> Tensor:
+        """`framestride.attention`, with the bits that heads were found to need."""
+        if spec.largest_error is None:
+            return framestride.attention(q, k, v, spec=spec, **options)
+        if self.judging and "head_types" not in options:
+            out, found = framestride.attention(q, k, v, spec=spec, return_profile=True, **options)
+            # Where one item or one call needs 16 bits, all get them.
+            bits = found.precisions.amax(dim=0)
+            self.bits = bits if self.bits is None else torch.maximum(self.bits, bits)
+            return out
+        if self.bits is not None:
+            options["precisions"] = self.bits.expand(q.shape[0], -1)
+        return framestride.attention(q, k, v, spec=spec, **options)
 
     def project(self, attn: Any, x: Tensor, projections: tuple, norms: tuple) -> Rows:
         """Q, K and V of some rows, by the model's layers."""
