@@ -193,7 +193,9 @@ fn arrangements() {
 fn a_sample() {
     let (module, seed) = (module("tiny_heads_sinks"), fresh_seed());
     for case in Case::all(&module.spec().layout, true) {
-        for check in verify_case(&module, &case, seed, Effort { reference_operations: 0.0 }).unwrap() {
+        for check in
+            verify_case(&module, &case, seed, Effort { reference_operations: 0.0, ..Effort::default() }).unwrap()
+        {
             assert!(check.ok, "seed {seed}: {check:?}");
             let sampled = [
                 "packed q",

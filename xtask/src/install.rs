@@ -9,9 +9,11 @@ use crate::{cargo, root, run, step};
 /// what pkg-config reads in `lib/pkgconfig`. `debug` is for tests, which need not wait for a release
 /// build.
 pub fn c_library(prefix: &str, debug: bool) -> Result<(), String> {
-    let mut build = cargo();
-    build.args(["build", "--package", "framestride-capi", "--target-dir", "target"]);
-    run(if debug { &mut build } else { build.arg("--release") })?;
+    if debug {
+        build_debug()?;
+    } else {
+        run(cargo().args(["build", "--package", "framestride-capi", "--target-dir", "target", "--release"]))?;
+    }
     let built = root().join("target").join(if debug { "debug" } else { "release" });
     let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
     // The text has the whole path, since programs are compiled anywhere.
@@ -29,6 +31,13 @@ pub fn c_library(prefix: &str, debug: bool) -> Result<(), String> {
     let text = text.replace("@PREFIX@", &prefix.display().to_string()).replace("@VERSION@", env!("CARGO_PKG_VERSION"));
     let target = prefix.join("lib/pkgconfig/framestride.pc");
     place(&target, |new| fs::write(new, text)).map_err(|error| failed(&target, error))
+}
+
+/// Builds the library for tests, into `target/debug`. Beside the whole workspace and its examples,
+/// dependencies have the features that they have for `cargo test --workspace`, and are not compiled
+/// again.
+pub fn build_debug() -> Result<(), String> {
+    run(cargo().args(["build", "--workspace", "--lib", "--examples", "--target-dir", "target"]))
 }
 
 /// Makes a file beside its place and moves it there. So programs that have the old one open keep it.

@@ -215,8 +215,8 @@ fn judge(copy: &Path, Judged { spec, family }: Judged) -> Result<Verdict, String
         return Ok(Verdict::Broken(format!("does not build: {}", first_lines(&built.stderr))));
     }
     // Without these kernels, the command would take those of its templates.
-    let verified =
-        framestride(&["verify", "--device", "emulator", "--seed", SEED, "--ptx", &ptx.display().to_string()])?;
+    let verify = ["verify", "--device", "emulator", "--seed", SEED, "--fail-fast", "--ptx"];
+    let verified = framestride(&[&verify[..], &[&ptx.display().to_string()]].concat())?;
     let complaints: Vec<u8> = if verified.stderr.is_empty() {
         let text = String::from_utf8_lossy(&verified.stdout);
         text.lines().find(|line| line.contains("FAILED")).unwrap_or_default().into()

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fs, io};
 
-use crate::{cargo, root, run, setup, step};
+use crate::{install, root, run, setup, step};
 
 /// Makes the wheel in `dist`, and tries it in an environment of its own that has no PyTorch.
 pub fn wheel() -> Result<(), String> {
@@ -50,7 +50,7 @@ fn with_torch() -> Result<PathBuf, String> {
 /// Runs the tests that need no PyTorch, with the library of this build. `cargo xtask test` does it too.
 pub fn test_specs() -> Result<(), String> {
     let python = setup::python("python-specs", "python/tests/requirements_specs.txt")?;
-    run(cargo().args(["build", "--package", "framestride-capi"]))?;
+    install::build_debug()?;
     step("tests of the Python package that need no PyTorch");
     let library = root().join("target/debug/libframestride.so");
     run(of_checkout(&python)

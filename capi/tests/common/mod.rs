@@ -12,12 +12,15 @@ pub fn folder() -> &'static Path {
 
 /// The folder of the shared and of the static library, built by the first test that asks. Cargo
 /// builds neither for the tests of a package.
+///
+/// Beside the whole workspace and its examples, dependencies have the features that they have for
+/// `cargo test --workspace`. For this package alone they would be compiled again.
 pub fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let target = folder().parent().unwrap();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--locked", "--package", "framestride-capi", "--target-dir"]).arg(target);
+        cargo.args(["build", "--quiet", "--locked", "--workspace", "--lib", "--examples", "--target-dir"]).arg(target);
         succeeds(&mut cargo);
         target.join("debug")
     })

@@ -81,11 +81,13 @@ pub struct Effort {
     /// Multiply-adds of the f64 reference that one case may cost. A case that would cost more
     /// compares some heads and rows.
     pub reference_operations: f64,
+    /// Whether no case is run after one of which a check failed.
+    pub fail_fast: bool,
 }
 
 impl Default for Effort {
     fn default() -> Effort {
-        Effort { reference_operations: 6e9 }
+        Effort { reference_operations: 6e9, fail_fast: false }
     }
 }
 
@@ -112,7 +114,7 @@ impl Effort {
     }
 }
 
-/// Runs all cases, and launches a layer in all ways.
+/// Runs all cases, and launches a layer in all ways, unless [`Effort::fail_fast`] ends it.
 ///
 /// The memory that all this needs is worked out before anything is allocated. `progress` hears what
 /// is being done, and the part of everything that is done, 0 to 1.
@@ -144,12 +146,17 @@ pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn
         run_case(module, case, extents[index], seed.wrapping_add(1000 * index as u64), effort, &progress)
     };
     let mut checks = run(0)?;
+    let goes_on = |checks: &Checks| checks.all_passed() || !effort.fail_fast;
     for index in 1..cases.len() {
-        checks.extend(run(index)?);
+        if goes_on(&checks) {
+            checks.extend(run(index)?);
+        }
     }
-    let seed_of_launches = seed.wrapping_add(1000 * cases.len() as u64);
-    let progress_of_launches = |what: &str| progress(what, part(cases.len(), 0.0));
-    checks.extend(repeatability::verify_launches(module, launches, seed_of_launches, &progress_of_launches)?);
+    if goes_on(&checks) {
+        let seed = seed.wrapping_add(1000 * cases.len() as u64);
+        let progress = |what: &str| progress(what, part(cases.len(), 0.0));
+        checks.extend(repeatability::verify_launches(module, launches, seed, &progress)?);
+    }
     progress("done", 1.0);
     Ok(VerifyReport { ok: checks.all_passed(), device: device.name(), spec: spec.name.clone(), seed, reduced, checks })
 }

@@ -27,10 +27,13 @@ pub struct Verify {
     /// Seed of the inputs. Without it, the clock gives one.
     #[arg(long)]
     seed: Option<u64>,
+    /// Run no further case after one that fails.
+    #[arg(long)]
+    fail_fast: bool,
 }
 
 /// Verifies kernels.
-pub fn verify(Verify { spec, on, seed }: Verify) -> Result<Outcome> {
+pub fn verify(Verify { spec, on, seed, fail_fast }: Verify) -> Result<Outcome> {
     let bar = Bar::new();
     let spec = read_spec(&spec)?;
     let device = on.choose_for(&spec)?;
@@ -41,8 +44,8 @@ pub fn verify(Verify { spec, on, seed }: Verify) -> Result<Outcome> {
     let clock =
         || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
     let seed = seed.unwrap_or_else(clock);
-    let report =
-        framestride_check::verify::verify(&module, seed, Effort::default(), &|what, part| bar.say(what, Some(part)))?;
+    let effort = Effort { fail_fast, ..Effort::default() };
+    let report = framestride_check::verify::verify(&module, seed, effort, &|what, part| bar.say(what, Some(part)))?;
     drop(bar);
     Ok(Outcome::new(verify_text(&report), to_json(&report), report.ok))
 }
