@@ -41,6 +41,9 @@ DEFAULT_SHAPES = [
 PEERS = ["cudnn", "flash2", "flex", "flash4", "torch", "compile"]
 # Those in 8 bits are timed when they are named.
 FP8_PEERS = ["cudnn_fp8", "block_sparse_fp8"]
+# So are those for the instructions that all GPUs since Ampere have, which a Hopper's own leave behind.
+AMPERE_PEERS = ["efficient", "sage1"]
+ALL_PEERS = PEERS + FP8_PEERS + AMPERE_PEERS
 OURS, COMPILED, OURS_FP8 = "framestride", "framestride, compiled for the spec", "framestride, 8 bits"
 FLEX_BLOCK = 128
 ERROR_ROWS = 64
@@ -50,7 +53,7 @@ DEVICE = "cuda"
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(DEFAULT_SHAPES), help="names of shipped specs, or TOML files, with commas")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS + FP8_PEERS)}; 'none' for ours alone")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(ALL_PEERS)}; 'none' for ours alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape-seconds", type=float, default=80, help="no new round, and no new peer, of a shape after this long")
     parser.add_argument("--seconds", type=float, default=450, help="no new shape after this long, and the last one is cut short")
@@ -63,8 +66,8 @@ def arguments():
     parser.add_argument("--error-mib", type=float, default=256, help="errors are measured where Q is at most so large")
     args = parser.parse_args()
     args.peers = [] if args.peers == "none" else args.peers.split(",")
-    if unknown := set(args.peers) - set(PEERS + FP8_PEERS):
-        parser.error(f"--peers: {', '.join(sorted(unknown))}: not among {', '.join(PEERS + FP8_PEERS)}")
+    if unknown := set(args.peers) - set(ALL_PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))}: not among {', '.join(ALL_PEERS)}")
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
     args.binary = str(pathlib.Path(args.binary).resolve())
@@ -323,6 +326,20 @@ def contenders(shape, inputs, wanted):
         attention("cuDNN", lambda: sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v))
     if "flash2" in wanted:
         attention("FlashAttention-2", lambda: sdpa(SDPBackend.FLASH_ATTENTION, q, k, v))
+    if "efficient" in wanted:
+        attention("memory-efficient (SDPA)", lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION, q, k, v))
+    if "sage1" in wanted:
+        own_keys = []
+
+        def run_sage1():
+            from sageattention import sageattn
+
+            # It subtracts the mean of the keys from them in place.
+            if not own_keys:
+                own_keys.append(k.clone())
+            return sageattn(q, own_keys[0], v)
+
+        attention("SageAttention 1, Q K in int8", run_sage1)
     if "flex" in wanted:
         flex, masks = compiled(flex_attention), {}
 
@@ -582,7 +599,7 @@ def show(rows):
 def versions(args):
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found["framestride"] = (output_of([args.binary, "--version"]) or "unknown").removeprefix("framestride ")
-    for name in ("triton", "flash-attn-4", "nvidia-cudnn-frontend"):
+    for name in ("triton", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # a peer that is not there

@@ -9,5 +9,5 @@ export FRAMESTRIDE="${FRAMESTRIDE:-$folder/../target/release/framestride}" FAMIL
 "$FRAMESTRIDE" doctor | grep GPU
 "$folder/verify_gpu.sh" tiny_plain tiny_text_last tiny_layer_half tiny_text_rope tiny_heads_sinks demo ltx_video_512x704 \
     hunyuan_video_720p || exit 1
-python3 "$folder/bench.py" --family $FAMILY --peers flash2,flex,compile --shapes ltx_video_512x704,hunyuan_video_720p \
+python3 "$folder/bench.py" --family $FAMILY --peers flash2,efficient,sage1,flex,compile --shapes ltx_video_512x704,hunyuan_video_720p \
     --rounds 5 --name sm80 --out "${OUT:-$folder/results}"
