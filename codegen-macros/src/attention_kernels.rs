@@ -293,6 +293,8 @@ struct Family {
     attention_blocks: Vec<u32>,
     /// Those in **profile**.
     profile_blocks: Vec<u32>,
+    /// Keys of a tile of **profile** that a warp weighs.
+    profile_keys: u32,
     /// Columns of V that a warp of **profile** has.
     columns: u32,
     profile_threads: u32,
@@ -340,6 +342,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             products: quote!(tile_products),
             attention_blocks: vec![],
             profile_blocks: vec![],
+            profile_keys: PROFILE_KEY_ROWS,
             columns: PROFILE_COLUMNS,
             profile_threads: PROFILE_THREADS,
             attention_shared: AttentionShared::new(tiles, row_bytes).bytes,
@@ -350,15 +353,16 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             profile: quote!(profile::sm80),
             products: quote!(warp_products),
             attention_blocks: vec![WARP_BLOCKS as u32],
-            // One for the scores, and for the outputs one for each mask.
+            // Outputs of one mask alone, and of all.
             profile_blocks: vec![1, HeadType::ALL.len() as u32],
+            profile_keys: PROFILE_KEY_ROWS / 2,
             columns: head_dim / 2,
             profile_threads: 32 * PROFILE_WARPS,
             attention_shared: WarpAttentionShared::new(tiles, image).bytes,
             profile_shared: WarpProfileShared::new(image).bytes,
         },
     };
-    let Family { attention, profile, products, attention_blocks, profile_blocks, columns, .. } = &family;
+    let Family { attention, profile, products, attention_blocks, profile_blocks, profile_keys, columns, .. } = &family;
     let Family { profile_threads, attention_shared, profile_shared, .. } = family;
     let pack = match target {
         Target::Spec(spec) => PackBlock::new(arch, spec.heads, image),
@@ -456,7 +460,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
         }
         #krate::#products! {
             pub struct #profile_products;
-            element = #element, key_rows = #PROFILE_KEY_ROWS, head_dim = #head_dim, columns = #columns,
+            element = #element, key_rows = #profile_keys, head_dim = #head_dim, columns = #columns,
             blocks = [#(#profile_blocks),*]
         }
 

@@ -4,10 +4,11 @@
 //! from shared memory come four matrices of 8 x 8 at a time, and every block of 16 rows of the warp
 //! multiplies with them. The products are arithmetic on registers, which compilers may move.
 
+use framestride_shapes::fragment::row_of;
 use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, CHUNK_BYTES, Image};
 use proc_macro2::{Ident, TokenStream};
-use quote::quote;
-use syn::{Error, Result};
+use quote::{format_ident, quote};
+use syn::{Error, Result, Visibility};
 
 use crate::tile_products::{Element, Input, fields, products, types};
 
@@ -15,6 +16,8 @@ use crate::tile_products::{Element, Input, fields, products, types};
 const MATRIX: u32 = 8;
 /// Keys or columns of four matrices, two of which lie beside each other.
 const PAIR: u32 = 2 * MATRIX;
+/// Keys that each of two twins weighs.
+const HALF_KEYS: u32 = 32;
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let Input { kernels, visibility, name, element, key_rows, head_dim, columns, blocks } = syn::parse2(input)?;
@@ -53,6 +56,8 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             }
         }
     });
+    let half_products =
+        if key_rows == HALF_KEYS { half_products(&kernels, &visibility, &name, image) } else { TokenStream::new() };
     let multiply = format!(
         "mma.sync.aligned.m16n8k16.row.col.f32.{ptx}.{ptx}.f32 \
          {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}}, {{{{{{4}}, {{5}}, {{6}}, {{7}}}}}}, {{{{{{8}}, {{9}}}}}}, {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}};",
@@ -80,7 +85,89 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
         }
 
         #(#products_of_blocks)*
+
+        #half_products
     })
+}
+
+/// `HalfProducts`, for scores of 32 keys.
+fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, image: Image) -> TokenStream {
+    let [scores, weights, _] = types(name);
+    let queries_type = format_ident!("{name}Queries");
+    let queries = fields("q", image.head_dim / 4);
+    let steps = image.head_dim / 16;
+    let load_queries = (0..steps).map(|step| {
+        let load = load("q", image, 0, 16 * step, false);
+        let registers = &queries[4 * step as usize..][..4];
+        quote!(let [#(#registers),*] = #load;)
+    });
+    let add_scores = (0..steps).flat_map(|step| {
+        let queries = &queries;
+        (0..HALF_KEYS / PAIR).map(move |pair| {
+            let keys = load("k", image, PAIR * pair, 16 * step, false);
+            let registers = &queries[4 * step as usize..][..4];
+            let multiply = (0..2u32).map(|half| {
+                let group = group(2 * pair + half);
+                let (low, high) = (2 * half as usize, 2 * half as usize + 1);
+                quote!(Self::multiply([#(&mut scores.#group),*], [#(queries.#registers),*], [keys[#low], keys[#high]]);)
+            });
+            quote! {
+                let keys = #keys;
+                #(#multiply)*
+            }
+        })
+    });
+    let registers = fields("a", HALF_KEYS / 4);
+    let kept = (0..HALF_KEYS / 4).map(|index| {
+        let (register, row, group) = (&registers[index as usize], row_of(2 * index), index / 2);
+        // Two bytes of the first key's bit, and two of the second's.
+        let (first, second) = (8 + group, 8 + 4 + group);
+        let selector = first | first << 4 | second << 8 | second << 12;
+        quote!(#register: weights.#register & #kernels::cuda::math::byte_signs::<#selector>(seen[#row][0], seen[#row][1]))
+    });
+    let quads: Vec<_> = registers.chunks(4).collect();
+    let places: Vec<_> = (0..quads.len() as u32).map(|quad| quad * 32 * CHUNK_BYTES).collect();
+    quote! {
+        /// Query rows of one thread, two elements in a register.
+        #[derive(Clone, Copy)]
+        #visibility struct #queries_type { #(#queries: u32,)* }
+
+        impl #kernels::cuda::mma::HalfProducts for #name {
+            type Queries = #queries_type;
+
+            #[inline(always)]
+            unsafe fn queries(q: #kernels::cuda::mma::Matrices) -> #queries_type {
+                #(#load_queries)*
+                #queries_type { #(#queries,)* }
+            }
+
+            #[inline(always)]
+            unsafe fn add_half_scores(scores: &mut #scores, queries: &#queries_type, k: #kernels::cuda::mma::Matrices) {
+                #(#add_scores)*
+            }
+
+            #[inline(always)]
+            fn keep_seen(weights: &#weights, seen: [u32; 2], lane: u32) -> #weights {
+                // Of each group of 8 keys, the bits of the thread's two become signs of a byte.
+                let shift = 6 - #kernels::shapes::fragment::first_column(lane);
+                let seen = [[seen[0] << (shift + 1), seen[0] << shift], [seen[1] << (shift + 1), seen[1] << shift]];
+                #weights { #(#kept,)* }
+            }
+
+            #[inline(always)]
+            unsafe fn store_weights(weights: &#weights, to: u32, lane: u32) {
+                let to = to + lane * #CHUNK_BYTES;
+                #(#kernels::cuda::shared::store16(to + #places, [#(weights.#quads),*]);)*
+            }
+
+            #[inline(always)]
+            unsafe fn load_weights(from: u32, lane: u32) -> #weights {
+                let from = from + lane * #CHUNK_BYTES;
+                #(let [#(#quads),*] = #kernels::cuda::shared::load16(from + #places);)*
+                #weights { #(#registers,)* }
+            }
+        }
+    }
 }
 
 /// Loads four matrices of an operand: those at row `row` of the tile, a multiple of 16, and at

@@ -6,7 +6,7 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::{ByteWeights, Products, TileProducts, WarpProducts};
+use crate::cuda::mma::{ByteWeights, HalfProducts, Products, TileProducts, WarpProducts};
 use crate::element::Element;
 use crate::masks::CANDIDATES;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
@@ -33,7 +33,7 @@ pub trait Model {
     /// Products of the attention kernel, on key tiles of `TILES.key_rows`.
     type Attention: Products;
     /// Products of the profile kernel, on key tiles of
-    /// [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS).
+    /// [`PROFILE_KEY_ROWS`](framestride_shapes::blocks::PROFILE_KEY_ROWS), or on halves of them.
     type Profile: Products;
 
     /// The rows of packed Q, K and V.
@@ -102,12 +102,15 @@ impl<M: Hopper<Attention: ByteWeights>> HopperE4m3 for M {}
 
 /// A model whose products are those of single warps, which all GPUs since Ampere have.
 pub trait Ampere:
-    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>
+    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: HalfProducts + WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>
 {
 }
 
-impl<M: Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>> Ampere
-    for M
+impl<M> Ampere for M where
+    M: Model<
+            Attention: WarpProducts<WARP_BLOCKS>,
+            Profile: HalfProducts + WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>,
+        >
 {
 }
 

@@ -1,9 +1,9 @@
 //! Key tiles and value tiles on their way through a ring of slots in shared memory, where warps
 //! multiply on their own. All threads of the block copy a part of each (`cp.async`).
 //!
-//! A key tile takes two **steps**, one with its keys and one with its values. Before each the threads
-//! wait for each other. Then they start to copy the tile of a later step over that of the step
-//! before.
+//! A key tile takes two **steps**, one with its keys and one with its values. At every barrier of the
+//! block one step or two begin. Behind it the threads start to copy the tiles of later steps over
+//! those of as many steps before.
 
 use crate::cuda::{copy, math, shared, thread};
 use framestride_shapes::image::{CHUNK_BYTES, Image};
@@ -25,11 +25,14 @@ pub struct Ring<F> {
     pub first_row: F,
     /// The slots.
     pub slots: Parts,
-    /// Number of slots, 2 to 4.
+    /// Number of slots: 2 to 4 times `at_once`.
     pub stages: u32,
+    /// Steps that begin at a barrier, 1 or 2.
+    pub at_once: u32,
     /// Threads of the block.
     pub threads: u32,
-    /// The slot of the next step. It begins with 0.
+    /// The slot of the next step. It begins with 0, or with 1 where the caller takes the keys of the
+    /// first tile from slot 0.
     pub slot: u32,
 }
 
@@ -44,35 +47,62 @@ impl<F: Fn(u32) -> u32> Ring<F> {
         let mut step = 0;
         while step < self.stages - 1 {
             self.copy_step(step, step);
+            // With two steps at once the first one is a group by itself.
+            if step % self.at_once == 0 {
+                copy::commit_group();
+            }
             step += 1;
         }
     }
 
-    /// Waits for the next step, which is that of the keys of tile `tile`, or (`VALUES`) of its values.
-    /// Returns the address of the tile.
+    /// Waits for the thread's parts of the next steps. Behind a barrier of the block the parts of all
+    /// threads are there, and all are done with the steps before.
     ///
     /// # Safety
     /// All threads of the block come here.
     #[inline(always)]
-    pub unsafe fn next<const VALUES: bool>(&mut self, tile: u32) -> u32 {
-        if self.stages == 2 {
-            copy::wait_groups::<0>();
-        } else if self.stages == 3 {
-            copy::wait_groups::<1>();
-        } else {
-            copy::wait_groups::<2>();
+    pub unsafe fn wait(&self) {
+        match self.stages / self.at_once {
+            2 => copy::wait_groups::<0>(),
+            3 => copy::wait_groups::<1>(),
+            _ => copy::wait_groups::<2>(),
         }
-        // Now the parts of all threads are there, and all are done with the step before.
-        thread::sync_block();
+    }
+
+    /// Begins with step `step`: 2 t for the keys of tile t, and 2 t + 1 for its values. Returns the
+    /// address of the tile.
+    ///
+    /// # Safety
+    /// All threads of the block come here, after [`Ring::wait`] and a barrier.
+    #[inline(always)]
+    pub unsafe fn take(&mut self, step: u32) -> u32 {
         let own = self.slot;
         let last = if own == 0 { self.stages - 1 } else { own - 1 };
-        self.copy_step(2 * tile + VALUES as u32 + self.stages - 1, last);
+        self.copy_step(step + self.stages - 1, last);
+        copy::commit_group();
         self.slot = if own + 1 == self.stages { 0 } else { own + 1 };
         shared::address(self.slots, own)
     }
 
-    /// Starts to copy the tile of a step to a slot, as one group. Behind the last step the group is
-    /// empty.
+    /// Begins with two steps, the values of a tile (`step` is odd) and the keys of the next one.
+    /// Returns the addresses of both tiles.
+    ///
+    /// # Safety
+    /// As for [`Ring::take`].
+    #[inline(always)]
+    pub unsafe fn take_two(&mut self, step: u32) -> [u32; 2] {
+        // An odd slot, and the next one.
+        let own = self.slot;
+        let next = if own + 1 == self.stages { 0 } else { own + 1 };
+        let before = if own == 1 { self.stages - 1 } else { own - 2 };
+        self.copy_step(step + self.stages - 2, before);
+        self.copy_step(step + self.stages - 1, own - 1);
+        copy::commit_group();
+        self.slot = next + 1;
+        [own, next].map(|slot| shared::address(self.slots, slot))
+    }
+
+    /// Starts to copy the tile of a step to a slot. There is none behind the last step.
     #[inline(always)]
     unsafe fn copy_step(&self, step: u32, slot: u32) {
         let (tile, operand) = (step / 2, step % 2);
@@ -82,7 +112,6 @@ impl<F: Fn(u32) -> u32> Ring<F> {
             let from = if operand == 0 { self.packed[0] } else { self.packed[1] };
             copy_rows(self.image, self.threads, shared::address(self.slots, slot), from, first, self.rows);
         }
-        copy::commit_group();
     }
 }
 

@@ -28,7 +28,7 @@ use framestride_shapes::layout::Visible;
 
 /// The offset of a row that has seen nothing. With any finite score the weight is then infinite,
 /// and with a hidden one (-inf) it is exactly 0.
-const NOTHING_SEEN: f32 = 1e30;
+pub const NOTHING_SEEN: f32 = 1e30;
 
 /// Offset and sum of this thread's two rows. The weight of a score is 2^(score + offset).
 #[derive(Clone, Copy)]
@@ -120,13 +120,16 @@ impl Rows {
     #[inline(always)]
     pub unsafe fn lower<E: Element>(&mut self, scores: &mut impl Fragment) -> [f32; 2] {
         let max = max_of_rows(scores);
+        self.lower_to::<E>(scores, max)
+    }
+
+    /// The same where rows have other scores elsewhere: `max` are the largest of all.
+    #[inline(always)]
+    pub fn lower_to<E: Element>(&mut self, scores: &mut impl Fragment, max: [f32; 2]) -> [f32; 2] {
         let offset = [0, 1].map(|row| self.offset[row].min(E::HEADROOM - max[row]));
         let rescale = [0, 1].map(|row| math::exp2(offset[row] - self.offset[row]));
         self.offset = offset;
-        scores.for_each(
-            #[inline(always)]
-            |i, score| *score += offset[row_of(i)],
-        );
+        add_to_rows(scores, offset);
         self.tile_sum = weigh(scores);
         self.sum = [0, 1].map(|row| math::fma(self.sum[row], rescale[row], self.tile_sum[row]));
         rescale
@@ -164,7 +167,7 @@ pub fn fits<E: Element>(sum: [f32; 2]) -> bool {
 /// # Safety
 /// All lanes of the warp come here.
 #[inline(always)]
-unsafe fn max_of_rows(scores: &mut impl Fragment) -> [f32; 2] {
+pub unsafe fn max_of_rows(scores: &mut impl Fragment) -> [f32; 2] {
     let mut max = [f32::NEG_INFINITY; 2];
     scores.for_each(
         #[inline(always)]
@@ -188,6 +191,15 @@ pub fn weigh(exponents: &mut impl Fragment) -> [f32; 2] {
         },
     );
     sum
+}
+
+/// Adds to each row of a fragment.
+#[inline(always)]
+pub fn add_to_rows(fragment: &mut impl Fragment, summands: [f32; 2]) {
+    fragment.for_each(
+        #[inline(always)]
+        |i, value| *value += summands[row_of(i)],
+    );
 }
 
 /// Multiplies each row of a fragment by its factor.

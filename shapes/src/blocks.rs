@@ -84,13 +84,8 @@ pub const PACK_STEP_BYTES: u32 = 32 * CHUNK_BYTES;
 /// 56 heads of 128, and a multiprocessor then has room for two blocks.
 const MOST_HELD_STEPS: u32 = 28;
 
-/// Registers of a thread of **pack**. With 64, ptxas spills some of them for sm_100.
-const fn pack_registers(arch: Arch) -> u32 {
-    match arch.products {
-        Products::Wgmma => 64,
-        Products::MmaSync => 80,
-    }
-}
+/// Registers of a thread of **pack**.
+const PACK_REGISTERS: u32 = 64;
 
 /// A block of **pack**, whose warps take one row each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +116,7 @@ impl PackBlock {
     const fn of_warps(arch: Arch, warps: u32, held_steps: u32) -> PackBlock {
         let Arch { shared_bytes, reserved_shared_bytes, registers, .. } = arch;
         let room = shared_bytes / (reserved_shared_bytes + PackShared::new(warps, held_steps).bytes);
-        let most = registers / pack_registers(arch) / (32 * warps);
+        let most = registers / PACK_REGISTERS / (32 * warps);
         PackBlock { held_steps, warps, min_blocks: if room < most { room } else { most } }
     }
 
@@ -158,8 +153,8 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
 
-/// Warps of a block of **profile** whose warps multiply on their own. Each has 16 samples, and half of
-/// the columns of V.
+/// Warps of a block of **profile** whose warps multiply on their own. Two have the same 16 samples. Each
+/// weighs half of the keys, and has half of the columns of V.
 pub const PROFILE_WARPS: u32 = 2 * SAMPLE_ROWS / 16;
 
 /// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of

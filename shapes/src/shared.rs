@@ -5,7 +5,8 @@
 //! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
 use crate::blocks::{
-    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS, profile_stages,
+    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, PROFILE_WARPS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS,
+    profile_stages,
 };
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image};
 use crate::layout::HeadType;
@@ -143,7 +144,7 @@ impl AttentionShared {
 pub struct WarpAttentionShared {
     /// There are two u32: the numbers of this query tile and of the next.
     pub work: Parts,
-    /// Each row of the query tile has three u32: what it sees.
+    /// Each row of the query tile has three u32, which say what it sees, and an f32, its offset.
     pub seen: Parts,
     /// Each warp has three u32: what all of its rows see.
     pub warp_seen: Parts,
@@ -272,16 +273,23 @@ impl ProfileShared {
     }
 }
 
+/// Bytes of a warp's weights of half a key tile of **profile**: eight registers of each lane.
+pub const HALF_WEIGHTS_BYTES: u32 = 32 * 8 * 4;
+
 /// The map of **profile** of warps that multiply on their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WarpProfileShared {
-    /// The tile of sampled rows.
+    /// The tile of sampled rows. Weights come over it.
     pub query: Parts,
+    /// Two tiles have, for each warp, the weights of its half of the keys, in [`HALF_WEIGHTS_BYTES`].
+    pub weights: Parts,
     /// The slots of a ring, of which each has a key tile or a value tile.
     pub ring: Parts,
-    /// Two tiles have, for each sample, a u64 for each candidate mask. It says which keys of the tile
-    /// the sample sees through it.
+    /// [`SEEN_TILES`](WarpProfileShared::SEEN_TILES) have, for each half of their keys and each sample, a u32 for each candidate mask. It
+    /// says which of the keys the sample sees through it.
     pub seen: Parts,
+    /// Each mask, half of the keys and sample has an f32: what the other half must know.
+    pub halves: Parts,
     /// Half of the tiles, each candidate mask and sample have a u32: whether the sample sees any of
     /// their keys.
     pub sees_any: Parts,
@@ -290,18 +298,27 @@ pub struct WarpProfileShared {
 }
 
 impl WarpProfileShared {
-    /// Slots of the ring.
-    pub const STAGES: u32 = 4;
+    /// Tiles of which it is known what the samples see: the one that is multiplied, the next one, the
+    /// one behind that, and one for the remainder of a division.
+    pub const SEEN_TILES: u32 = 4;
+
+    /// Slots of the ring, which take 64 KiB.
+    pub const fn stages(image: Image) -> u32 {
+        64 * 1024 / image.bytes(PROFILE_KEY_ROWS)
+    }
 
     /// Makes the map for rows of an image.
     pub const fn new(image: Image) -> WarpProfileShared {
         let candidates = HeadType::CANDIDATES.len() as u32;
         let mut memory = Allocator::new();
-        let query = memory.tiles(1, image.bytes(SAMPLE_ROWS));
-        let ring = memory.tiles(WarpProfileShared::STAGES, image.bytes(PROFILE_KEY_ROWS));
-        let seen = memory.parts(2, SAMPLE_ROWS * candidates * PROFILE_KEY_ROWS / 8, 16);
+        let (query_bytes, weights_bytes) = (image.bytes(SAMPLE_ROWS), 2 * PROFILE_WARPS * HALF_WEIGHTS_BYTES);
+        let query = memory.tiles(1, if query_bytes > weights_bytes { query_bytes } else { weights_bytes });
+        let weights = Parts { distance: HALF_WEIGHTS_BYTES, ..query };
+        let ring = memory.tiles(WarpProfileShared::stages(image), image.bytes(PROFILE_KEY_ROWS));
+        let seen = memory.parts(WarpProfileShared::SEEN_TILES * 2 * SAMPLE_ROWS, 4 * candidates, 8);
+        let halves = memory.parts(HeadType::ALL.len() as u32 * 2 * SAMPLE_ROWS, 4, 4);
         let sees_any = memory.parts(2 * candidates * SAMPLE_ROWS, 4, 4);
-        WarpProfileShared { query, ring, seen, sees_any, bytes: memory.bytes }
+        WarpProfileShared { query, weights, ring, seen, halves, sees_any, bytes: memory.bytes }
     }
 }
 

@@ -1,5 +1,8 @@
 //! The body of **attention** for GPUs since Ampere. Every warp takes part in the copies (`cp.async`),
 //! and has 32 rows of the query tile, which it multiplies with `mma.sync`.
+//!
+//! Each warp decides alone whether its rows have offsets. There is one loop for both, so that all warps
+//! wait at the same barriers.
 
 use core::marker::PhantomData;
 
@@ -62,7 +65,7 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
         let work = Work::<M>::at(params, index);
         let mask = work.mask.uniform();
         let warp_row = work.first_row + own_warp * WARP_ROWS;
-        // What a row sees would take registers all through the tiles.
+        // What a row sees would take registers all through the tiles. Rows begin with an offset of 0.
         let [Visible { prefix, start, end }, _] = mask.thread([work.first_row + thread::index(); 2]);
         shared::store16(shared::address(memory.seen, thread::index()), [prefix, start, end, 0]);
         let mut rows = [Rows::new(); WARP_BLOCKS];
@@ -113,6 +116,7 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
                 first_row: |tile: u32| mask.first_key(tile),
                 slots: memory.ring,
                 stages: M::TILES.stages,
+                at_once: 1,
                 threads: Map::<M>::THREADS,
                 slot: 0,
             };
@@ -131,7 +135,8 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
             #[inline(always)]
             |block| {
                 let thread_rows = fragment::thread_rows(warp_row + 16 * block as u32, lane);
-                let sums = Sums { offset: rows[block].offset, total: rows[block].total() };
+                let offset = offset_places::<M>(block, lane).map(|place| shared::load_f32(place));
+                let sums = Sums { offset, total: rows[block].total() };
                 store::<M>(params, &work, &mut output[block], sums, thread_rows, lane, |_, means| means);
             },
         );
@@ -170,67 +175,90 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         let mut at = self.next_keys(0);
         let mut scores = self.scores(at);
         hide(&mut scores, 0);
-        if start_plain::<M>(rows, &mut scores)
-            && self.rounds::<false>(&mut at, &hide, weights::<M>(&scores), rows, output)
-        {
-            return;
+        let mut has_offsets = !start_plain::<M>(rows, &mut scores);
+        if has_offsets {
+            self.lower([[softmax::NOTHING_SEEN; 2]; WARP_BLOCKS], at, &hide, &mut scores, rows, output);
         }
         loop {
+            // These wait for the values, since they take half as many registers as the scores.
+            let weights = weights::<M>(&scores);
+            let values = Matrices::by_rows(self.next(2 * at.tile + 1), M::IMAGE, 0, self.lane);
+            M::Attention::add_output(output, &weights, values);
+            if at.tile + 1 == self.ring.tiles {
+                return;
+            }
+            at = self.next_keys(at.tile + 1);
             scores = self.scores(at);
             hide(&mut scores, at.tile);
-            each_block(
-                #[inline(always)]
-                |block| {
-                    let rescale = rows[block].lower::<M::Element>(&mut scores[block]);
-                    softmax::scale_rows(&mut output[block], rescale);
-                },
-            );
-            if self.rounds::<true>(&mut at, &hide, weights::<M>(&scores), rows, output) {
-                return;
+            if has_offsets {
+                let offsets = self.offsets();
+                each_block(
+                    #[inline(always)]
+                    |block| softmax::add_to_rows(&mut scores[block], offsets[block]),
+                );
+            }
+            if !absorb::<M>(rows, &mut scores) {
+                self.lower(self.offsets(), at, &hide, &mut scores, rows, output);
+                has_offsets = true;
             }
         }
     }
 
-    /// The rounds of [`Warp::sweep`], from the weights of the tile `at` on, with the rows' offsets
-    /// or (`OFFSETS` is false) with none.
-    ///
-    /// False means that the weights of a tile are too large. `at` is that one then, whose keys are
-    /// still there.
+    /// Computes the scores of a tile again, whose weights are too large with these offsets. Lowers the
+    /// offsets for it, and turns the scores into weights.
     #[inline(always)]
-    unsafe fn rounds<const OFFSETS: bool>(
-        &mut self,
-        at: &mut Keys,
+    unsafe fn lower(
+        &self,
+        offsets: [[f32; 2]; WARP_BLOCKS],
+        at: Keys,
         hide: &impl Fn(&mut Scores<M>, u32),
-        mut weights: Weights<M>,
+        scores: &mut Scores<M>,
         rows: &mut [Rows; WARP_BLOCKS],
         output: &mut Output<M>,
-    ) -> bool {
-        loop {
-            let values = Matrices::by_rows(self.ring.next::<true>(at.tile), M::IMAGE, 0, self.lane);
-            M::Attention::add_output(output, &weights, values);
-            if at.tile + 1 == self.ring.tiles {
-                return true;
-            }
-            *at = self.next_keys(at.tile + 1);
-            let mut scores = [<M::Attention as Products>::Scores::splat(0.0); WARP_BLOCKS];
-            each_block(
-                #[inline(always)]
-                |block| rows[block].put_offsets::<OFFSETS>(&mut scores[block]),
-            );
-            M::Attention::add_scores(&mut scores, self.queries.opaque(), at.keys);
-            hide(&mut scores, at.tile);
-            if !absorb::<M>(rows, &mut scores) {
-                return false;
-            }
-            // A round begins with these, since they take half as many registers as the scores.
-            weights = self::weights::<M>(&scores);
-        }
+    ) {
+        *scores = self.scores(at);
+        hide(scores, at.tile);
+        // All lanes have read what stands beside the offsets.
+        warp::sync();
+        each_block(
+            #[inline(always)]
+            |block| {
+                rows[block].offset = offsets[block];
+                let rescale = rows[block].lower::<M::Element>(&mut scores[block]);
+                softmax::scale_rows(&mut output[block], rescale);
+                if self.lane % 4 == 0 {
+                    let place = offset_places::<M>(block, self.lane);
+                    shared::store_f32(place[0], rows[block].offset[0]);
+                    shared::store_f32(place[1], rows[block].offset[1]);
+                }
+                // Nothing else reads it here.
+                rows[block].offset = [0.0; 2];
+            },
+        );
+        warp::sync();
+    }
+
+    /// The offsets of the thread's rows. They would take registers all through the tiles.
+    #[inline(always)]
+    unsafe fn offsets(&self) -> [[f32; 2]; WARP_BLOCKS] {
+        [0, 1].map(
+            #[inline(always)]
+            |block| offset_places::<M>(block, self.lane).map(|place| shared::load_f32(place)),
+        )
     }
 
     /// The keys of a tile, which is the next one.
     #[inline(always)]
     unsafe fn next_keys(&mut self, tile: u32) -> Keys {
-        Keys { tile, keys: Matrices::by_columns(self.ring.next::<false>(tile), M::IMAGE, self.lane) }
+        Keys { tile, keys: Matrices::by_columns(self.next(2 * tile), M::IMAGE, self.lane) }
+    }
+
+    /// Waits for the next step. Returns the address of its tile.
+    #[inline(always)]
+    unsafe fn next(&mut self, step: u32) -> u32 {
+        self.ring.wait();
+        thread::sync_block();
+        self.ring.take(step)
     }
 
     /// S of a tile.
@@ -240,6 +268,13 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         M::Attention::add_scores(&mut scores, self.queries.opaque(), at.keys);
         scores
     }
+}
+
+/// Where the offsets of the thread's rows lie, of a block.
+#[inline(always)]
+fn offset_places<M: Ampere>(block: usize, lane: u32) -> [u32; 2] {
+    fragment::thread_rows(thread::index() / 32 * WARP_ROWS + 16 * block as u32, lane)
+        .map(|row| shared::address(Map::<M>::SHARED.seen, row) + 12)
 }
 
 /// [`Rows::start_plain`] for the rows of a warp.

@@ -38,6 +38,19 @@ pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     out
 }
 
+/// Four bytes of ones or zeros: the signs of four of the eight bytes of `low` and `high`. Each digit of
+/// `SELECTOR`, the lowest first, is 8 plus the number of a byte (9.7.7.7, prmt).
+#[inline(always)]
+pub fn byte_signs<const SELECTOR: u32>(low: u32, high: u32) -> u32 {
+    let out: u32;
+    // SAFETY: this is arithmetic on registers.
+    unsafe {
+        asm!("prmt.b32 {}, {}, {}, {};", out(reg32) out, in(reg32) low, in(reg32) high, const SELECTOR,
+             options(pure, nomem, nostack))
+    };
+    out
+}
+
 /// x, but the compiler knows nothing of it. So it does not compute parts of what follows before a
 /// loop and keep each in a register.
 #[inline(always)]

@@ -186,3 +186,40 @@ pub trait WarpProducts<const BLOCKS: usize>: Products {
     /// As for [`WarpProducts::add_scores`].
     unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
 }
+
+/// Products of **twins**, two warps that have the same 16 query rows, on tiles of 64 keys. Each weighs
+/// 32 of the keys, and gets the weights of the other half from its twin. `warp_products!` makes them
+/// where `key_rows` is 32.
+pub trait HalfProducts: Products {
+    /// The query rows, in registers.
+    type Queries: Copy;
+
+    /// Loads the query rows.
+    ///
+    /// # Safety
+    /// All 32 lanes come here. The tile is there.
+    unsafe fn queries(q: Matrices) -> Self::Queries;
+
+    /// S += Q K^T. `k` begins at the first key of the half.
+    ///
+    /// # Safety
+    /// As for [`HalfProducts::queries`].
+    unsafe fn add_half_scores(scores: &mut Self::Scores, queries: &Self::Queries, k: Matrices);
+
+    /// The weights of keys that the thread's rows see, a bit of a word for each key of the half. Others
+    /// become zero.
+    fn keep_seen(weights: &Self::Weights, seen: [u32; 2], lane: u32) -> Self::Weights;
+
+    /// Stores the weights for the twin at `to`, in
+    /// [`HALF_WEIGHTS_BYTES`](framestride_shapes::shared::HALF_WEIGHTS_BYTES).
+    ///
+    /// # Safety
+    /// All 32 lanes come here. The place is in the block's shared memory, and nobody reads it now.
+    unsafe fn store_weights(weights: &Self::Weights, to: u32, lane: u32);
+
+    /// Loads weights that the twin has stored.
+    ///
+    /// # Safety
+    /// As for [`HalfProducts::store_weights`]. A barrier stands between the two.
+    unsafe fn load_weights(from: u32, lane: u32) -> Self::Weights;
+}

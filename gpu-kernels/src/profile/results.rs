@@ -2,10 +2,10 @@
 //! candidate mask.
 
 use super::{COLUMNS, SAMPLE_ROWS};
-use crate::cuda::mma::{Descriptor, Fragment, Matrices, Products, TileProducts, WarpProducts};
+use crate::cuda::mma::{Descriptor, Fragment, Products, TileProducts};
 use crate::cuda::{global, math, shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
-use crate::model::{Ampere, Hopper, Model};
+use crate::model::{Hopper, Model};
 use crate::softmax::{self, Rows};
 use framestride_shapes::fragment::{self, row_of, thread_keys};
 
@@ -77,23 +77,6 @@ impl<M: Model> Results<M> {
             );
         }
         weights
-    }
-}
-
-impl<M: Ampere> Results<M> {
-    /// Adds the products with V, which is loaded once for all outputs.
-    #[inline(always)]
-    pub unsafe fn add_outputs<const MASKED: bool>(&mut self, weights: &Weights<M>, values: Matrices) {
-        if MASKED {
-            let mut outputs = [self.all];
-            M::Profile::add_output(&mut outputs, &[weights.all], values);
-            [self.all] = outputs;
-        } else {
-            let [first, second] = self.masked;
-            let mut outputs = [self.all, first, second];
-            M::Profile::add_output(&mut outputs, &[weights.all, weights.masked[0], weights.masked[1]], values);
-            [self.all, self.masked[0], self.masked[1]] = outputs;
-        }
     }
 }
 

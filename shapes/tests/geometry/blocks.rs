@@ -77,8 +77,10 @@ fn shared_memory_of_warps() {
         assert_eq!(attention.warp_seen.at(tiles.query_rows / WARP_ROWS), attention.work.at(0));
         assert_eq!(attention.work.at(2), attention.bytes);
         assert_eq!(profile.query.at(1), profile.ring.at(0));
-        assert_eq!(profile.ring.at(WarpProfileShared::STAGES), profile.seen.at(0));
-        assert_eq!(profile.seen.at(2), profile.sees_any.at(0));
+        assert!(profile.weights.at(2 * 8) <= profile.ring.at(0));
+        assert_eq!(profile.ring.at(WarpProfileShared::stages(image)), profile.seen.at(0));
+        assert_eq!(profile.seen.at(4 * 2 * 64), profile.halves.at(0));
+        assert_eq!(profile.halves.at(3 * 2 * 64), profile.sees_any.at(0));
         assert_eq!(profile.sees_any.at(2 * 2 * 64), profile.bytes);
     }
 }
