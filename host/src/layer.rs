@@ -86,9 +86,11 @@ pub struct Layer {
     pub lse: u64,
     /// Where a call that profiles writes what it finds.
     pub found: Found,
-    /// Address of the precisions of the heads, u32 \[B, H\], for a spec with `[precision]`: a head
-    /// with 8 multiplies in 8 bits, every other one in 16, the type of the tensors. With 0, the table
-    /// [above](self) says what each does.
+    /// Address of the precisions of the heads, u32 \[B, H\], for a spec with `[precision]`: a head with 8
+    /// multiplies in 8 bits, every other one in 16, the type of the tensors.
+    ///
+    /// With 0, a call that profiles finds them. It computes all heads in 8 bits, and again in 16 those
+    /// whose error is above the bound. Any other call computes all heads in 16 bits.
     ///
     /// They may be those that an earlier call found, in other memory or in the same workspace, at
     /// `precisions` of its [`SparseAttention::workspace_layout`].

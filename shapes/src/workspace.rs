@@ -43,8 +43,8 @@ pub struct WorkspaceLayout {
     /// Relative errors of the heads in 8 bits, f32 \[batch, heads\]. Where attention has no 8 bits, it
     /// is empty.
     pub precision_errors: Range<u64>,
-    /// Precisions of the heads, u32 \[batch, heads\] ([`PackParams::precisions`](
-    /// crate::params::PackParams)), likewise.
+    /// Precisions of the heads, u32 \[batch, heads\], as
+    /// [`PackParams::precisions`](crate::params::PackParams) says, likewise.
     pub precisions: Range<u64>,
     /// Bytes of the whole, a multiple of [`ALIGNMENT`].
     pub bytes: u64,
