@@ -76,7 +76,7 @@ pub unsafe fn select<M: Model>(params: &SelectParams) {
 /// # Safety
 /// All threads come here.
 #[inline(always)]
-pub unsafe fn block_sums<M: Model, const N: usize>(values: [f32; N]) -> Option<[f32; N]> {
+pub(crate) unsafe fn block_sums<M: Model, const N: usize>(values: [f32; N]) -> Option<[f32; N]> {
     const { assert!(N <= CANDIDATES, "the map has room for a value for each candidate") };
     let values = values.map(
         #[inline(always)]
@@ -128,7 +128,7 @@ unsafe fn reduce<const N: usize>(mut values: [f32; N], add: impl Fn(f32, f32) ->
 
 /// The results of one sample in all splits, under some masks. Arrays over masks are in the order of
 /// `masks`.
-pub struct Sample<const N: usize> {
+pub(crate) struct Sample<const N: usize> {
     /// Address of the first f32 of the first split.
     partials: u64,
     plan: PartialsLayout,
@@ -158,7 +158,7 @@ impl<const N: usize> Sample<N> {
 
     /// The sample `row` of a head, among the partial results at `partials`.
     #[inline(always)]
-    pub fn of<M: Model>(partials: u64, splits: u32, head: u32, row: u32, masks: [u32; N]) -> Sample<N> {
+    pub(crate) fn of<M: Model>(partials: u64, splits: u32, head: u32, row: u32, masks: [u32; N]) -> Sample<N> {
         let plan = M::partials(splits);
         let partials = partials + plan.offset(head, row / SAMPLE_ROWS, 0) * 4;
         Sample { partials, plan, sample: row % SAMPLE_ROWS, masks }
@@ -167,7 +167,7 @@ impl<const N: usize> Sample<N> {
     /// The factors by which the outputs of a split are multiplied under each mask. It is the split
     /// with the lane's number. A split that has nothing to add has a factor of 0.
     #[inline(always)]
-    pub unsafe fn factors(&self, lane: u32) -> [f32; N] {
+    pub(crate) unsafe fn factors(&self, lane: u32) -> [f32; N] {
         let own = |index: u32| self.partials + (lane * self.plan.split_floats() + index + self.sample) as u64 * 4;
         let (mut offsets, mut sums) = ([0.0; N], [0.0; N]);
         if lane < self.plan.splits {
@@ -208,7 +208,7 @@ impl<const N: usize> Sample<N> {
     /// Loads the [`Values`] of splits from `first` on. Behind the last split, its values come
     /// again.
     #[inline(always)]
-    pub unsafe fn values<M: Model>(&self, column: u32, first: u32) -> Values<N> {
+    pub(crate) unsafe fn values<M: Model>(&self, column: u32, first: u32) -> Values<N> {
         let mut values = [[[0.0f32; 2]; N]; SPLITS_AT_ONCE];
         let mut i = 0;
         while i < SPLITS_AT_ONCE {
@@ -229,7 +229,12 @@ impl<const N: usize> Sample<N> {
     /// `values` are those of the first splits, and `factors` what [`Sample::factors`] gave each
     /// lane. They are 0 in lanes without a split, so that repeated values add nothing.
     #[inline(always)]
-    pub unsafe fn merge<M: Model>(&self, column: u32, mut values: Values<N>, factors: [f32; N]) -> [[f32; 2]; N] {
+    pub(crate) unsafe fn merge<M: Model>(
+        &self,
+        column: u32,
+        mut values: Values<N>,
+        factors: [f32; N],
+    ) -> [[f32; 2]; N] {
         let mut outputs = [[0.0f32; 2]; N];
         let mut first = 0;
         loop {
