@@ -124,17 +124,17 @@ impl Heads {
         self.held = Held { first, temporal, written, read: if self.blank { 0 } else { read }, ..self.held };
 
         if self.aligned {
-            self.copy::<M, true>(count);
+            self.copy::<true>(count);
             copy::wait_started();
         } else {
-            self.copy::<M, false>(count);
+            self.copy::<false>(count);
         }
     }
 
     /// Copies the lane's 16 bytes of each of `count` steps that is read. Copies of aligned rows are
     /// started, and must be waited for.
     #[inline(always)]
-    unsafe fn copy<M: Model, const ALIGNED: bool>(&self, count: u32) {
+    unsafe fn copy<const ALIGNED: bool>(&self, count: u32) {
         let mut to = self.held.address;
         let mut from = self.source + self.held.first as u64 * self.stride;
         let mut i = 0;
