@@ -18,8 +18,8 @@
 //! O += P V of the last tile;  O / sum -> the model's order
 //! ```
 //!
-//! In 8 bits ([`sm90::e4m3`]), each tile has weights of an offset of its own, and products with V of an
-//! accumulator of its own.
+//! In 8 bits ([`sm90::attention_e4m3`]), each tile has weights of an offset of its own, and products
+//! with V of an accumulator of its own.
 //!
 //! On other GPUs ([`sm80`]) a block has the structure of FlashAttention-2 (section 3). Every warp
 //! copies and has rows of its own, and does the same with products that are done when they return.
