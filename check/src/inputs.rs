@@ -10,7 +10,7 @@ use crate::random::Drawn::{self, K, Q, V};
 use crate::random::{Normals, norm_weights, quick_generator, row_generator};
 use crate::reference::norm;
 use crate::rope::RopeTables;
-use crate::tensors::{Inputs, Norm, Text, Tokens, narrow};
+use crate::tensors::{Inputs, Norm, Text, Tokens, narrow, widen};
 
 /// Gives a row a Euclidean norm.
 fn resize(row: &mut [f64], size: f64) {
@@ -397,6 +397,22 @@ impl Inputs {
             true
         });
         Inputs { scale: Some(ROUGH_SCALE), ..inputs }
+    }
+
+    /// Random inputs, but that V is 64 times as large in text as in the video.
+    ///
+    /// In 8 bits V has one factor, which must leave room for both.
+    pub fn large_text(spec: &Spec, batch: usize, heads: usize, seed: u64) -> Inputs {
+        let mut inputs = Inputs::random(spec, batch, heads, seed);
+        let Tokens { dtype, rows, heads, head_dim, .. } = inputs.v;
+        let first = spec.layout.before as usize;
+        let video = first..first + spec.layout.video_tokens() as usize;
+        for (row, bits) in inputs.v.bits.chunks_exact_mut(heads * head_dim).enumerate() {
+            if !video.contains(&(row % rows)) {
+                bits.iter_mut().for_each(|bits| *bits = narrow(dtype, 64.0 * widen(dtype, *bits)));
+            }
+        }
+        inputs
     }
 
     /// Random Q and K, and V whose mean changes along the video: it is 7 in the first quarter, and -1

@@ -346,12 +346,17 @@ pub struct Attended {
     /// sqrt(sum over keys of weight^2 |v|^2). It is the size of the error that independent relative
     /// errors of the weights make.
     ///
-    /// Weights that lie near each other are rounded alike. So keys whose scores lie within
-    /// [`ComputeType::alike`] count as one key, with the sum of their values. Values are those that
-    /// are multiplied, without a center.
+    /// Weights that lie near each other are rounded alike, or to neighbours where they lie on either
+    /// side of a boundary. So keys whose scores lie within [`ComputeType::alike`] count as one key, with
+    /// the sum of their values, or as several where that is more. Values are those that are multiplied,
+    /// without a center.
     pub spread: f64,
     /// The norm of the output without the center.
     pub summed: f64,
+    /// The smallest weight of a key that is seen, relative to the largest.
+    pub least: f64,
+    /// The part of all weights that lies below [`Attended::SMALL`], relative to the largest.
+    pub small: f64,
     /// sqrt(sum of the squared norms of the parts of the output that accumulators have), if there
     /// are several accumulators. Else it is 0.
     pub apart: f64,
@@ -365,6 +370,14 @@ pub struct Attended {
     pub score_size: f64,
     /// How many keys are seen.
     pub keys: usize,
+}
+
+impl Attended {
+    /// A weight this large beside the largest is not rounded to zero in 8 bits.
+    ///
+    /// The visible weights of a key tile have a mean of 2^-5 at least, or else its largest weight is
+    /// 4, and zero is what lies below 2^-10.
+    pub const SMALL: f64 = 1.0 / 32.0;
 }
 
 /// Rows of one query under the mask of each type, indexed by the type's value.
@@ -489,6 +502,8 @@ impl Head {
             maximum: f64::NEG_INFINITY,
             spread: 0.0,
             summed: 0.0,
+            least: 1.0,
+            small: 0.0,
             apart: 0.0,
             moved_by_scores: [0.0; 2],
             flat_spread: 0.0,
@@ -509,6 +524,8 @@ impl Head {
         let sum: f64 = weights.iter().sum();
         attended.lse = maximum + sum.ln();
         attended.maximum = maximum;
+        attended.least = weights.iter().copied().fold(1.0, f64::min);
+        attended.small = weights.iter().filter(|&&weight| weight < Attended::SMALL).sum::<f64>() / sum;
         let query_norm = norm(&self.queries[row * self.head_dim..][..self.head_dim]);
         let (mut square, mut flat) = (0.0, 0.0);
         let mut values = vec![0.0; self.head_dim];
@@ -524,17 +541,18 @@ impl Head {
                 flat += self.value_norms[key as usize].powi(2);
                 attended.score_size = attended.score_size.max(scale.abs() * query_norm * self.key_norms[key as usize]);
             }
-            let size = if let [(_, key)] = *run {
-                self.value_norms[key as usize]
+            let apart: f64 = run.iter().map(|&(_, key)| self.value_norms[key as usize].powi(2)).sum();
+            let together = if run.len() == 1 {
+                apart
             } else {
                 values.fill(0.0);
                 for &(_, key) in run {
                     let value = &self.values[key as usize * self.head_dim..][..self.head_dim];
                     values.iter_mut().zip(value).for_each(|(sum, value)| *sum += value);
                 }
-                norm(&values)
+                norm(&values).powi(2)
             };
-            square += (run_weights[0] / sum * size).powi(2);
+            square += (run_weights[0] / sum).powi(2) * apart.max(together);
             rest = others;
         }
         attended.spread = square.sqrt();

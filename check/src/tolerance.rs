@@ -37,8 +37,8 @@
 //!   approximate 2^x for each key tile.
 //! * **attention in 8 bits** sums the keys of each tile on their own, so its cuts are those of a
 //!   tile's steps. They are added in full for all tiles together, and as variances for what one
-//!   tile has more than another ([`Attended::apart`]). Weights below 2^-10 are lost, of which those
-//!   in range leave the others at least 31 of 32 parts of a tile. How far cut scores move a row is
+//!   tile has more than another ([`Attended::apart`]). Weights below 2^-6 lose up to 2^-10, a 32nd of
+//!   their tile's mean, and those below 2^-10 are lost. How far cut scores move a row is
 //!   computed from the scores. V is summed without its center, which is added exactly.
 //! * **the output as a whole** is compared with the root mean square that roundings are expected to
 //!   make over many rows ([`expected_error`]).
@@ -83,13 +83,16 @@ fn smallest_weight_error(dtype: Dtype) -> f64 {
     weight_flush(dtype) * 64.0 / f64::from(dtype.tile_sums()[0])
 }
 
-/// How much of its weights a row may lose to 8 bits, beside their rounding: those below 2^-10.
+/// What rounding to 8 bits takes from the weights of a row where they are small, beside their
+/// rounding: as independent errors, and as a part that is lost.
 ///
-/// The visible weights of a key tile have a mean of 1/32 at least, or else its largest weight is 4.
-fn lost_weights(compute: ComputeType) -> f64 {
+/// Weights of 2^-6 and more have the full precision. Of a smaller one 2^-10 is taken at most, a 32nd
+/// of the mean of its key tile, or of its largest weight. All of it is lost below 2^-10
+/// ([`Attended::SMALL`]).
+fn lost_weights(compute: ComputeType, row: &Attended) -> (f64, f64) {
     match compute {
-        ComputeType::Bf16 | ComputeType::F16 => 0.0,
-        ComputeType::E4m3 => 1.0 / 32.0,
+        ComputeType::E4m3 if row.least < 0.5 => (1.0 / 32.0, row.small.min(1.0 / 32.0)),
+        _ => (0.0, 0.0),
     }
 }
 
@@ -174,8 +177,8 @@ fn largest_cut(compute: ComputeType, row: &Attended) -> f64 {
 /// `rescaled` is the row whose keys may lower the offsets. `weight_error` is the largest absolute
 /// error of a weight too small for full precision, relative to the row's largest weight.
 fn output_error(compute: ComputeType, row: &Attended, rescaled: &Attended, weight_error: f64) -> (f64, f64) {
-    let lost_weights = lost_weights(compute);
-    let rounding = (compute.unit_roundoff() / 3f64.sqrt()).hypot(lost_weights) * row.spread;
+    let (small_weights, lost_weights) = lost_weights(compute, row);
+    let rounding = (compute.unit_roundoff() / 3f64.sqrt()).hypot(small_weights) * row.spread;
     let partial = row.spread.max(row.summed);
     let rescaling = rescaling_error(rescaled) * partial;
     let cut = largest_cut(compute, row);

@@ -142,6 +142,20 @@ fn precisions_of_heads() {
     }
 }
 
+/// One video token is its own mean, so nothing is left of V.
+#[test]
+fn few_tokens_in_eight_bits() {
+    for (frames, tokens) in [(1, 1), (3, 1), (1, 3), (2, 1)] {
+        let text = format!(
+            "name = \"few_{frames}_{tokens}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n
+            [attention]\nheads = 2\nhead_dim = 128\ncompute = \"e4m3\"\n
+            [masks.spatial]\nhalf_width = 1\n[masks.temporal]\nhalf_width = 1\n"
+        );
+        let module = Module::load(&Device::emulator(), &Spec::parse("few", &text).unwrap()).unwrap();
+        pass(&module, &Case::all(&module.spec().layout, true));
+    }
+}
+
 /// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would lose
 /// more than the tolerance allows.
 #[test]

@@ -73,6 +73,8 @@ pub enum CaseContent {
     Edges,
     /// [`Inputs::off_centre`].
     OffCentre,
+    /// [`Inputs::large_text`].
+    LargeText,
     /// [`Inputs::drifting`].
     Drifting,
     /// [`Inputs::rough`].
@@ -92,6 +94,7 @@ impl CaseContent {
             CaseContent::Constant => Inputs::constant,
             CaseContent::Edges => Inputs::edges,
             CaseContent::OffCentre => Inputs::off_centre,
+            CaseContent::LargeText => Inputs::large_text,
             CaseContent::Drifting => Inputs::drifting,
             CaseContent::Rough => Inputs::rough,
         };
@@ -156,10 +159,12 @@ impl Case {
     /// occur with given types and profiled. Where the spec has a bound of precisions, one case gives neither
     /// them nor types, and one gives them to heads that are profiled. With `is_emulated`, rows are scattered where a GPU has
     /// unaligned ones.
-    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 15] {
+    pub fn all(layout: &Layout, is_emulated: bool) -> [Case; 16] {
         use Arrangement::{HeadsFirst, PackedQkv, TokensFirst};
         let unaligned = if is_emulated { Arrangement::Scattered } else { Arrangement::Unaligned };
-        use CaseContent::{Constant, Drifting, Edges, Hidden, Lone, OffCentre, Planted, Random, Rising, Rough, Sudden};
+        use CaseContent::{
+            Constant, Drifting, Edges, Hidden, LargeText, Lone, OffCentre, Planted, Random, Rising, Rough, Sudden,
+        };
         use CaseText::{Beyond, Empty, Full, FullGiven, Partial};
         use CaseTypes::{All, Dense, Mixed, Profiled};
         let cases = [
@@ -202,6 +207,7 @@ impl Case {
             Case { text: [Full, FullGiven], ..Case::new(Profiled, Constant) },
             Case { text: [Empty; 2], gives_precisions: true, ..Case::new(Profiled, Hidden) },
             Case { text: [Partial; 2], ..Case::new(Mixed, OffCentre) },
+            Case { text: [FullGiven, Partial], ..Case::new(Mixed, LargeText) },
             Case::new(Dense, Drifting),
             Case { text: [Partial; 2], ..Case::new(Profiled, Rough) },
         ];
@@ -249,6 +255,7 @@ impl Case {
             CaseContent::Constant => ", equal scores and constant values",
             CaseContent::Edges => ", keys at the edges above all",
             CaseContent::OffCentre => ", keys and values that are not centered",
+            CaseContent::LargeText => ", large values in text",
             CaseContent::Drifting => ", values whose mean changes",
             CaseContent::Rough => ", 8 bits too rough for every other head",
         };

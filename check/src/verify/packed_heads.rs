@@ -249,21 +249,27 @@ impl PackedHead<'_> {
     }
 
     /// Compares what rounding took from V with what it takes from the reference's rows, relative to
-    /// the size of the image. Each unit of keys loses less than one step of the device's count.
+    /// the size of the image. Each unit of keys from which it takes something loses less than one step
+    /// of the device's count.
     pub fn compare_lost(&self, center: &DeviceCenter, worst: &mut Worst) {
         let mut expected = vec![0.0; center.lost.len()];
-        let mut square = 0.0;
-        for &row in &self.order[2][..self.live()] {
-            for (expected, x) in expected.iter_mut().zip(self.value_row(row)) {
-                if x.abs() <= f64::from(center.counted) {
-                    *expected += x - self.compute.round(x);
+        let (mut square, mut units) = (0.0, 0.0);
+        for unit in self.order[2][..self.live()].chunks(UNIT_KEYS as usize) {
+            let mut takes = false;
+            for &row in unit {
+                for (expected, x) in expected.iter_mut().zip(self.value_row(row)) {
+                    let taken = x - self.compute.round(x);
+                    if x.abs() <= f64::from(center.counted) {
+                        *expected += taken;
+                        takes |= taken != 0.0;
+                    }
+                    square += x * x;
                 }
-                square += x * x;
             }
+            units += f64::from(u8::from(takes));
         }
         let size = f64::sqrt(square).max(f64::MIN_POSITIVE);
-        let steps = self.live().div_ceil(UNIT_KEYS as usize) as f64 / f64::from(LOST_SCALE);
-        let tolerance = steps * (expected.len() as f64).sqrt() / size;
+        let tolerance = units / f64::from(LOST_SCALE) * (expected.len() as f64).sqrt() / size;
         worst.add(distance(&center.lost, &expected) / size, tolerance, || self.index.name());
     }
 
