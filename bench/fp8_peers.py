@@ -59,7 +59,7 @@ class CudnnFp8:
     @staticmethod
     def rounded(x):
         """`x` in e4m3, and what its values are to be multiplied with."""
-        scale = LARGEST / x.abs().amax().float().item()
+        scale = LARGEST / (x.abs().amax().float().item() or 1.0)
         return (x.float() * scale).to(torch.float8_e4m3fn), 1 / scale
 
     def __call__(self):
