@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from fp8_peers import BlockSparseFp8, CudnnFp8
+from precisions import in_8_bits
 from timing import Sampled
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -124,9 +125,8 @@ class Shape:
 
     def in_e4m3(self, folder):
         """A file with the same spec, computed in 8 bits."""
-        path = pathlib.Path(folder) / f"{self.name}_e4m3.toml"
-        text = self.path.read_text().replace(f'"{self.name}"', f'"{self.name}_e4m3"')
-        path.write_text(text.replace("[attention]", '[attention]\ncompute = "e4m3"'))
+        path = pathlib.Path(folder) / f"{self.name}.toml"
+        path.write_text(in_8_bits(self.path.read_text()))
         return str(path)
 
     def flop(self, mask):
@@ -555,7 +555,7 @@ def measure(shape, args, ceilings, end):
     for child in ours:
         try:
             report = child.finish()
-            rows += [row | {"shape": shape.name, "who": child.who} for row in report["rows"]]
+            rows += [row | {"who": child.who} for row in report["rows"]]
             if child.who == OURS:
                 about = {key: report[key] for key in ("memory", "ptx_sha256", "loading")}
         except Exception as error:

@@ -19,7 +19,7 @@ Rounds take the contenders in a new order each; medians are kept. `first` is the
 
     python3 bench/diffusers_step.py                   # a Hopper GPU, PyTorch 2.11, diffusers 0.42.1: some minutes
     python3 bench/diffusers_step.py --tiny            # any machine: tiny models on the CPU, to see that it works
-    python3 bench/diffusers_step.py --models hunyuan_video_720p --who "^framestride" --rounds 5     # 8 bits beside 16: two minutes
+    python3 bench/diffusers_step.py --models hunyuan_video_720p --who "^framestride" --rounds 5     # 8 bits beside 16
 """
 
 import argparse

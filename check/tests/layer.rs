@@ -142,16 +142,21 @@ fn precisions_of_heads() {
     }
 }
 
+/// Kernels in 8 bits for so many frames and tokens of each.
+fn in_eight_bits([frames, tokens]: [u32; 2], heads: u32, half_width: u32) -> Arc<Module> {
+    let text = format!(
+        "name = \"in_eight_bits\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n
+        [attention]\nheads = {heads}\nhead_dim = 128\ncompute = \"e4m3\"\n
+        [masks.spatial]\nhalf_width = {half_width}\n[masks.temporal]\nhalf_width = {half_width}\n"
+    );
+    Module::load(&Device::emulator(), &Spec::parse("in_eight_bits", &text).unwrap()).unwrap()
+}
+
 /// One video token is its own mean, so nothing is left of V.
 #[test]
 fn few_tokens_in_eight_bits() {
     for (frames, tokens) in [(1, 1), (3, 1), (1, 3), (2, 1)] {
-        let text = format!(
-            "name = \"few_{frames}_{tokens}\"\n[video]\nframes = {frames}\ntokens_per_frame = {tokens}\n
-            [attention]\nheads = 2\nhead_dim = 128\ncompute = \"e4m3\"\n
-            [masks.spatial]\nhalf_width = 1\n[masks.temporal]\nhalf_width = 1\n"
-        );
-        let module = Module::load(&Device::emulator(), &Spec::parse("few", &text).unwrap()).unwrap();
+        let module = in_eight_bits([frames, tokens], 2, 1);
         pass(&module, &Case::all(&module.spec().layout, true));
     }
 }
@@ -160,10 +165,7 @@ fn few_tokens_in_eight_bits() {
 /// more than the tolerance allows.
 #[test]
 fn many_keys_in_eight_bits() {
-    let text = "name = \"many_keys\"\n[video]\nframes = 4\ntokens_per_frame = 1024\n
-                [attention]\nheads = 1\nhead_dim = 128\ncompute = \"e4m3\"\n
-                [masks.spatial]\nhalf_width = 9\n[masks.temporal]\nhalf_width = 9\n";
-    let module = Module::load(&Device::emulator(), &Spec::parse("many_keys", text).unwrap()).unwrap();
+    let module = in_eight_bits([4, 1024], 1, 9);
     pass(&module, &[Case::new(CaseTypes::Dense, CaseContent::Drifting)]);
 }
 
@@ -172,10 +174,7 @@ fn many_keys_in_eight_bits() {
 /// output.
 #[test]
 fn flat_weights_in_eight_bits() {
-    let text = "name = \"flat_weights\"\n[video]\nframes = 4\ntokens_per_frame = 256\n
-                [attention]\nheads = 1\nhead_dim = 128\ncompute = \"e4m3\"\n
-                [masks.spatial]\nhalf_width = 1024\n[masks.temporal]\nhalf_width = 1024\n";
-    let module = Module::load(&Device::emulator(), &Spec::parse("flat_weights", text).unwrap()).unwrap();
+    let module = in_eight_bits([4, 256], 1, 1024);
     let seed = fresh_seed();
     let mut inputs = Inputs::random(module.spec(), 1, 1, seed);
     inputs.q.bits.fill(0);
@@ -183,7 +182,8 @@ fn flat_weights_in_eight_bits() {
     inputs.v.bits.iter_mut().for_each(|bits| *bits = narrow(Dtype::Bf16, 0.95 * widen(Dtype::Bf16, *bits)));
     let report = run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().report;
     let [head] = &report.heads[..] else { panic!("{} heads", report.heads.len()) };
-    assert!(head.ok && head.rel_error < 0.008, "seed {seed}: {}", head.rel_error);
+    // Twice what the output may lose when it is rounded to bf16.
+    assert!(head.ok && head.rel_error < 2.0 / 256.0, "seed {seed}: {}", head.rel_error);
 }
 
 /// Every arrangement of the inputs is tried with every arrangement of the output.

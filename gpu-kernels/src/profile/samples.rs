@@ -42,6 +42,21 @@ pub unsafe fn seen(places: [u32; 2]) -> [[u64; 2]; CANDIDATES] {
     [[word(a, b), word(e, f)], [word(c, d), word(g, h)]]
 }
 
+/// What is seen through the mask of number `mask`, of what is seen through each candidate.
+#[inline(always)]
+pub fn through<T: Copy>(mask: u32, seen: [[T; 2]; CANDIDATES]) -> [T; 2] {
+    let mut keys = seen[0];
+    each_candidate(
+        #[inline(always)]
+        |candidate| {
+            if mask == number(candidate) {
+                keys = seen[candidate];
+            }
+        },
+    );
+    keys
+}
+
 /// Sets the scores of keys that a sweep leaves out to -inf, of the tile from packed row `first` on.
 /// These are the keys from `end` on, which nobody sees, or (`MASKED`) those that `mask` hides. `seen`
 /// is what [`seen`] says of the tile.
@@ -55,15 +70,7 @@ pub fn hide<const MASKED: bool>(
     lane: u32,
 ) {
     if MASKED {
-        let mut keys = seen[0];
-        each_candidate(
-            #[inline(always)]
-            |candidate| {
-                if mask == number(candidate) {
-                    keys = seen[candidate];
-                }
-            },
-        );
+        let keys = through(mask, seen);
         softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, lane)), f32::NEG_INFINITY);
     } else if first + KEY_ROWS > end {
         let rows = [Visible { prefix: end, start: end, end }; 2];

@@ -379,16 +379,7 @@ impl<M: Ampere> Block<M> {
         let (lane, end) = (self.lane, self.end);
         let first = (self.tiles.start + tile) * KEY_ROWS;
         if MASKED {
-            let seen = self.seen(tile, self.half());
-            let mut keys = seen[0];
-            each_candidate(
-                #[inline(always)]
-                |candidate| {
-                    if mask == number(candidate) {
-                        keys = seen[candidate];
-                    }
-                },
-            );
+            let keys = samples::through(mask, self.seen(tile, self.half()));
             softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys as u64, lane)), f32::NEG_INFINITY);
         } else if first + KEY_ROWS > end {
             let rows = [Visible { prefix: end, start: end, end }; 2];
