@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from framestride.diffusers import Handle
+from framestride.diffusers.exchange import Gpus
+
 # torch.compile traces no model while there is a default device.
 if device := os.environ.get("FRAMESTRIDE_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -130,6 +133,49 @@ def planted_wan(heads: list[list[str]]) -> nn.Module:
     return model.to(torch.bfloat16).eval()
 
 
+def model_of(name: str, heads: int) -> tuple[nn.Module, dict]:
+    """A model with so many heads, whose rows GPUs can share."""
+    compare.HEADS = heads
+    model, inputs = build(name)
+    if name.startswith("Kandinsky"):
+        # A plan needs a first block and a last one.
+        model.visual_transformer_blocks.append(copy.deepcopy(model.visual_transformer_blocks[0]))
+        model.register_to_config(num_visual_blocks=2)
+    return model, inputs
+
+
+def plant(handle: Handle, model: nn.Module, gpus: Gpus):
+    """Makes heads spatial and temporal in turn, so that rounding decides about no type. Where a bound of
+    errors is given, V of the first half of them has a mean, of which 8 bits take nothing."""
+
+    def hook(module, inputs, output):
+        rows = output.shape[1]
+        if rows == compare.TEXT:
+            return output
+        codes = position_codes(output.shape[-1] // compare.HEADS).to(output).chunk(2, dim=-1)
+        codes = torch.cat([codes[head % 2] for head in range(compare.HEADS)], dim=-1)
+        total = len(codes) if gpus.uneven else rows * gpus.count
+        # The video comes last.
+        first = sum(gpus.shares(total)[: gpus.rank]) - (total - len(codes))
+        places = torch.arange(first, first + rows)
+        planted = output.clone()
+        planted[:, places >= 0] = codes[places[places >= 0]]
+        return planted
+
+    def with_mean(module, inputs, output):
+        heads = output.unflatten(2, (compare.HEADS, -1)).clone()
+        heads[:, :, : compare.HEADS // 2] += 16
+        return heads.flatten(2)
+
+    for module in model.modules():
+        if (processor := getattr(module, "processor", None)) in handle.layers:
+            for projection in processor.projections[:2]:
+                getattr(module, projection).register_forward_hook(hook)
+            for name in (processor.projections[2], processor.text_projections[2]):
+                if handle.largest_error and (projection := getattr(module, name, None)) is not None:
+                    projection.register_forward_hook(with_mean)
+
+
 class TinyWan(compare.diffusers.WanPipeline):
     """The real pipeline of Wan, without the models that read a prompt and paint frames."""
 
@@ -165,3 +211,8 @@ def run(model: nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         output = model(**inputs, return_dict=False)
     return (output[0] if isinstance(output, tuple) else output).float()
+
+
+def outputs_of(handle: Handle, model: nn.Module, inputs: dict) -> list[torch.Tensor]:
+    """Of a step that may find the bits of heads, and of one that gets them."""
+    return [(handle.step(index, 2), run(model, inputs))[1] for index in range(2 if handle.largest_error else 1)]

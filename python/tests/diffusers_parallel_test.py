@@ -1,6 +1,5 @@
 """Context parallelism: processes of this machine, each with a part of the rows, exchange heads."""
 
-import copy
 import os
 import sys
 import warnings
@@ -10,7 +9,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers_models import build, compare, position_codes, run
+from diffusers_models import build, compare, model_of, outputs_of, plant, run
 
 from framestride.diffusers import apply, cp_plan
 from framestride.diffusers.exchange import Gpus, gpus_of
@@ -18,47 +17,16 @@ from framestride.diffusers.exchange import Gpus, gpus_of
 pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="processes share no GPU here")
 
 
-def model_of(name: str, heads: int) -> tuple[torch.nn.Module, dict]:
-    compare.HEADS = heads
-    model, inputs = build(name)
-    if name.startswith("Kandinsky"):
-        # A plan needs a first block and a last one.
-        model.visual_transformer_blocks.append(copy.deepcopy(model.visual_transformer_blocks[0]))
-        model.register_to_config(num_visual_blocks=2)
-    return model, inputs
-
-
-def plant(handle: object, model: torch.nn.Module, gpus: Gpus):
-    """Makes heads spatial and temporal in turn, so that rounding decides about no type."""
-
-    def hook(module, inputs, output):
-        rows = output.shape[1]
-        if rows == compare.TEXT:
-            return output
-        codes = position_codes(output.shape[-1] // compare.HEADS).to(output.dtype).chunk(2, dim=-1)
-        codes = torch.cat([codes[head % 2] for head in range(compare.HEADS)], dim=-1)
-        total = len(codes) if gpus.uneven else rows * gpus.count
-        # The video comes last.
-        first = sum(gpus.shares(total)[: gpus.rank]) - (total - len(codes))
-        places = torch.arange(first, first + rows)
-        planted = output.clone()
-        planted[:, places >= 0] = codes[places[places >= 0]]
-        return planted
-
-    for module in model.modules():
-        if (processor := getattr(module, "processor", None)) in handle.layers:
-            for projection in processor.projections[:2]:
-                getattr(module, projection).register_forward_hook(hook)
-
-
-def one_rank(rank: int, ranks: int, names: list[str], first: str, heads: int, uneven: bool, folder: str):
-    """What one process does. It leaves its outputs and what was warned of in a file."""
+def one_rank(
+    rank: int, ranks: int, names: list[str], first: str, heads: int, uneven: bool, folder: str, options: dict
+):
+    """What one process does. It leaves its outputs, what was warned of and the bits of its heads in a file."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     # diffusers counts GPUs here, of which there may be none.
     torch._C._get_accelerator, torch.accelerator.device_count = lambda: torch.device("cpu"), lambda: ranks
-    outputs = []
+    outputs, bits = [], []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for name in names:
@@ -66,14 +34,15 @@ def one_rank(rank: int, ranks: int, names: list[str], first: str, heads: int, un
             config = diffusers.ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven)
             if first == "parallelism":
                 model.enable_parallelism(config=config, cp_plan=cp_plan(model))
-            handle = apply(model, density=0.5)
+            handle = apply(model, density=0.5, **options)
             if first == "apply":
                 model.enable_parallelism(config=config, cp_plan=cp_plan(model))
             plant(handle, model, Gpus(ranks, uneven, rank))
-            outputs.append(run(model, inputs))
+            outputs += outputs_of(handle, model, inputs)
+            bits += [layer.bits for layer in handle.layers]
     check_rows(gpus_of(model._parallel_config))
     said = [str(warning.message) for warning in said if "framestride" in str(warning.message)]
-    torch.save((outputs, said), Path(folder) / f"{rank}.pt")
+    torch.save((outputs, said, bits), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,9 +74,9 @@ WITH_TEXT = ["HunyuanVideo", "HunyuanVideo-1.5", "CogVideoX-1.5", "Mochi"]
     (3, ["HunyuanVideo", "CogVideoX", "Wan"], "apply", 4, True),
 ], ids=["apply first", "parallelism first", "four heads on three"])
 def test_heads_are_exchanged(ranks, names, first, heads, uneven, tmp_path, monkeypatch):
-    arguments = (ranks, names, first, heads, uneven, str(tmp_path))
+    arguments = (ranks, names, first, heads, uneven, str(tmp_path), {})
     torch.multiprocessing.spawn(one_rank, arguments, nprocs=ranks)
-    outputs, said = torch.load(tmp_path / "0.pt")
+    outputs, said, _ = torch.load(tmp_path / "0.pt")
     assert said == []
     monkeypatch.setattr(compare, "HEADS", heads)
     for other in range(1, ranks):
@@ -117,6 +86,25 @@ def test_heads_are_exchanged(ranks, names, first, heads, uneven, tmp_path, monke
         plant(apply(model, density=0.5), model, Gpus())
         alone = run(model, inputs)
         assert (output - alone).norm() / alone.norm() < 0.005, name
+
+
+def test_each_process_finds_the_bits_of_its_heads(tmp_path, monkeypatch):
+    name, heads, ranks = "HunyuanVideo", 4, 2
+    options = {"compute": "e4m3", "largest_error": 0.02}
+    monkeypatch.setattr(compare, "HEADS", heads)
+    model, inputs = model_of(name, heads)
+    handle = apply(model, density=0.5, **options)
+    plant(handle, model, Gpus())
+    outputs, bits = outputs_of(handle, model, inputs), [layer.bits for layer in handle.layers]
+    assert all(layer.tolist() == [8, 8, 16, 16] for layer in bits)
+
+    arguments = (ranks, [name], "apply", heads, False, str(tmp_path), options)
+    torch.multiprocessing.spawn(one_rank, arguments, nprocs=ranks)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for output, other, expected in zip(of_ranks[0][0], of_ranks[1][0], outputs, strict=True):
+        assert torch.equal(output, other) and (output - expected).norm() / expected.norm() < 0.005
+    of_layers = zip(*(bits for _, _, bits in of_ranks), strict=True)
+    assert all(map(torch.equal, map(torch.cat, of_layers), bits))
 
 
 def shared(model: torch.nn.Module, **options):

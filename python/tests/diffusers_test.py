@@ -323,8 +323,25 @@ def test_heads_beyond_the_largest_error_stay_in_16_bits(monkeypatch):
     assert all(map(torch.equal, outputs[1.0], wide[:2] + narrow[2:]))
     torch._dynamo.reset()
     monkeypatch.setattr(framestride, "attention", attention)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=overwriting(), fullgraph=True)
     assert all(map(torch.equal, outputs_of(compiled, compute="e4m3", largest_error=bound), outputs[bound]))
+
+
+def overwriting():
+    """A backend that does with the outputs of earlier calls what CUDA graphs do: the next call writes over them."""
+    earlier: list[torch.Tensor] = []
+
+    def backend(graph, inputs):
+        def replay(*inputs):
+            for tensor in earlier:
+                tensor.zero_()
+            outputs = graph(*inputs)
+            earlier[:] = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
+            return outputs
+
+        return replay
+
+    return backend
 
 
 @pytest.mark.parametrize("error", [0, 1.5, float("nan")])

@@ -1,7 +1,8 @@
 """What only a GPU shows: `python3 python/tests/gpu.py`, with PyTorch for CUDA. It needs neither pytest nor a network.
 
 Outputs are compared with the f64 reference and with PyTorch's own attention; then come other streams, CUDA graphs,
-torch.compile, several GPUs and misuse. Each line is one check, and the exit status is 0 when all passed.
+torch.compile, several GPUs and misuse. Where diffusers 0.42.1 is installed, `apply` is compiled and shared among GPUs too. Each
+line is one check, and the exit status is 0 when all passed.
 """
 
 import importlib
@@ -9,8 +10,10 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import reference
 import torch
@@ -126,6 +129,11 @@ def a_cuda_graph():
         assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
+def c_compiler() -> str | None:
+    """Triton compiles a launcher in C."""
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def layer(q, k, v, toml, options):
     spec = Spec.from_toml(toml)
     out, profile = framestride.attention(q + q, k, v, spec, return_profile=True, **options)
@@ -136,8 +144,7 @@ def layer(q, k, v, toml, options):
 def torch_compile():
     spec = model()
     ways = [{"backend": "aot_eager"}, {"backend": "cudagraphs"}]
-    # Triton compiles a launcher in C.
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = c_compiler()
     if compiler:
         ways += [{"mode": "default"}, {"mode": "reduce-overhead"}]
     for way in ways:
@@ -205,6 +212,15 @@ def memory_is_reused():
     assert used < 7, f"{used:.1f} times Q"
 
 
+def moved(value, device: str):
+    """What lies on another device, with all that is in it."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, framestride.Text):
+        return framestride.Text(**{name: moved(part, device) for name, part in vars(value).items()})
+    return tuple(moved(part, device) for part in value) if isinstance(value, tuple) else value
+
+
 @check
 def several_gpus():
     if torch.cuda.device_count() < 2:
@@ -213,16 +229,9 @@ def several_gpus():
     qkv, options = reference.inputs(spec, device="cuda:0")
     expected = framestride.attention(*qkv, spec, **options)
 
-    def moved(value):
-        if isinstance(value, torch.Tensor):
-            return value.to("cuda:1")
-        if isinstance(value, framestride.Text):
-            return framestride.Text(**{name: moved(part) for name, part in vars(value).items()})
-        return tuple(map(moved, value)) if isinstance(value, tuple) else value
-
-    there = {name: moved(value) for name, value in options.items()}
+    there = {name: moved(value, "cuda:1") for name, value in options.items()}
     # The current GPU is the first one, and stays so.
-    out = framestride.attention(*moved(tuple(qkv)), spec, **there)
+    out = framestride.attention(*moved(tuple(qkv), "cuda:1"), spec, **there)
     assert torch.cuda.current_device() == 0 and out.device.index == 1
     assert torch.equal(out.to("cuda:0"), expected)
     with torch.cuda.device(1):
@@ -235,6 +244,109 @@ def several_gpus():
     else:
         raise AssertionError("tensors of two GPUs were taken")
     return None
+
+
+def no_bits() -> str | None:
+    """Why no heads of a model of diffusers choose between 8 bits and 16 here."""
+    if not importlib.util.find_spec("diffusers"):
+        return "diffusers is not installed"
+    return None if torch.cuda.get_device_capability()[0] == 9 else "8 bits are for a Hopper"
+
+
+@check
+def bits_of_heads_under_cuda_graphs():
+    """What one step finds is kept outside the memory of graphs, which the next replay writes over."""
+    if (reason := no_bits()) or not c_compiler():
+        return reason or "Triton finds no C compiler here"
+    from diffusers_models import build, run
+    from torch._dynamo.utils import counters
+
+    from framestride.diffusers import apply
+
+    model, inputs = build("HunyuanVideo")
+    model, inputs = model.cuda(), {name: moved(value, "cuda") for name, value in inputs.items()}
+    videos = [inputs | {"hidden_states": inputs["hidden_states"] * scale} for scale in (1, 3)]
+
+    def found(model, bound: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The outputs of two videos, of six steps with two calls each, and the bits of both."""
+        options = {"compute": "e4m3", "largest_error": bound}
+        handle = apply(model, schedule=lambda step, layer: 1.0 if step.index == 0 else 0.5, **options)
+        outputs, bits = [], []
+        for video in videos:
+            for call in range(12):
+                handle.step(call // 2, 6)
+                outputs.append(run(model, video))
+            bits += [layer.bits.clone() for layer in handle.layers]
+        return outputs, bits
+
+    errors, attention = [], framestride.attention
+
+    def watched(*rows, **options):
+        out = attention(*rows, **options)
+        errors.extend([out[1].precision_errors] if options.get("return_profile") else [])
+        return out
+
+    framestride.attention = watched
+    try:
+        found(model, 1.0)
+    finally:
+        framestride.attention = attention
+    bound = torch.cat([part.flatten() for part in errors]).median().item()
+    ways = {}
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        counters.clear()
+        ways[mode] = found(torch.compile(model, mode=mode, fullgraph=True), bound)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    for plain, of_graphs in zip(*ways.values(), strict=True):
+        assert all(map(torch.equal, plain, of_graphs))
+    bits = torch.cat(ways["reduce-overhead"][1])
+    print(f"    bound {bound:.4f}: {(bits == 16).sum()} of {len(bits)} heads in 16 bits")
+    assert set(bits.tolist()) == {8, 16}
+    return None
+
+
+@check
+def bits_of_heads_on_several_gpus():
+    """Each GPU finds those of its heads."""
+    gpus = min(torch.cuda.device_count(), 4)
+    if (reason := no_bits()) or gpus < 2:
+        return reason or "one GPU here"
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(one_gpu, (1, folder), nprocs=1)
+        torch.multiprocessing.spawn(one_gpu, (gpus, folder), nprocs=gpus)
+        outputs, bits = torch.load(f"{folder}/0_of_1.pt")
+        of_gpus = [torch.load(f"{folder}/{rank}_of_{gpus}.pt") for rank in range(gpus)]
+    print(f"    on one GPU {[layer.tolist() for layer in bits]}")
+    assert set(torch.cat(bits).tolist()) == {8, 16}
+    for layer, parts in zip(bits, zip(*(bits for _, bits in of_gpus), strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), layer)
+    for (shared, _) in of_gpus:
+        for output, expected in zip(shared, outputs, strict=True):
+            assert (output - expected).norm() / expected.norm() < 0.005
+    return None
+
+
+def one_gpu(rank: int, gpus: int, folder: str):
+    """One of the GPUs that share the heads of a model. It leaves outputs and bits in a file."""
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig
+    from diffusers_models import model_of, outputs_of, plant
+
+    from framestride.diffusers import apply, cp_plan
+    from framestride.diffusers.exchange import Gpus
+
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/meeting_{gpus}", rank=rank, world_size=gpus)
+    model, inputs = model_of("HunyuanVideo", 4)
+    model, inputs = model.cuda(), {name: moved(value, "cuda") for name, value in inputs.items()}
+    handle = apply(model, density=0.5, compute="e4m3", largest_error=0.02)
+    if gpus > 1:
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=gpus), cp_plan=cp_plan(model))
+    plant(handle, model, Gpus(gpus, False, rank))
+    outputs = [output.cpu() for output in outputs_of(handle, model, inputs)]
+    torch.save((outputs, [layer.bits.cpu() for layer in handle.layers]), Path(folder) / f"{rank}_of_{gpus}.pt")
+    dist.destroy_process_group()
 
 
 @check

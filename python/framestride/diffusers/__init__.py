@@ -182,8 +182,7 @@ class Handle:
             processor.density = DENSE if density >= 1 else repr(float(density))
             processor.compute = self.compute if compute is None else check_compute(compute)
             if begins:
-                processor.bits = None if step.index == 0 else processor.bits
-                processor.judging = processor.bits is None
+                processor.begin_step(step.index)
 
     def take_any(self, model: Any) -> None:
         """Takes what can be taken of a model."""
@@ -210,6 +209,7 @@ class Handle:
             processor = family.processor(shared, attn.processor, attn)
             processor.bound = None if self.largest_error is None else repr(float(self.largest_error))
             self.layers.append(processor)
+            shared.layers.append(processor)
             self.exchange(attn, processor)
         self.models.append((shared.name, len(names)))
 

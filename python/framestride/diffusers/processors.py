@@ -46,6 +46,8 @@ NORMS = {
 }
 DTYPES: dict[torch.dtype, Literal["bf16", "f16"]] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HEAD_DIMS = (64, 128)
+# The bits of a head that nothing keeps in 16.
+NARROW = 8
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Model:
         self.gpus: Gpus | None = ALONE
         self.made: list[tuple[Tensor, Any]] = []
         self.plans: dict[tuple, Plan | None] = {}
+        self.layers: list["Processor"] = []
         self.said: set[str] = set()
 
     def begin(self, video: tuple[int, int, int] | None, parallel: Any = None):
@@ -129,6 +132,20 @@ class Model:
             except framestride.Error as error:
                 self.plans[key] = self.refuse(str(error))
         return self.plans[key]
+
+    @torch.compiler.assume_constant_result
+    def hold_bits(self, heads: int, device: torch.device) -> None:
+        """Gives each layer memory for the bits of its heads on this GPU, unless it has some.
+
+        A tensor that traced code made would lie in the memory of a CUDA graph, which the next replay writes
+        over. All layers get theirs at once, so that blocks which are compiled one by one share their graphs.
+        """
+        for layer in self.layers:
+            if layer.bits is None or (layer.bits.shape[0], layer.bits.device) != (heads, device):
+                with torch.inference_mode(False):
+                    layer.bits = torch.full([heads], NARROW, dtype=torch.int32, device=device)
+                # A CUDA graph then writes to it, and needs no copy.
+                torch._dynamo.mark_static_address(layer.bits)
 
 
 def make_spec(
@@ -231,9 +248,19 @@ class Processor:
         # later ones get the bits of each head.
         self.bound: str | None = None
         self.judging = True
-        self.bits: Tensor | None = None
+        self.has_found = False
+        # A tensor from `hold_bits`: one address for all calls, which CUDA graphs write to and read from.
+        self.bits: Any = None
         # What sees the output and all that was computed from, in a study.
         self.look: Callable[..., None] | None = None
+
+    def begin_step(self, index: int):
+        """A step begins, outside any traced code. The first one forgets what was found."""
+        if index == 0:
+            self.has_found = False
+            if self.bits is not None:
+                self.bits.fill_(NARROW)
+        self.judging = not self.has_found
 
     # What diffusers sets from outside belongs to the model's own processor, which comes back.
 
@@ -390,12 +417,13 @@ class Processor:
         if spec.largest_error is None:
             return framestride.attention(q, k, v, spec=spec, **options)
         if self.judging and "head_types" not in options:
+            self.model.hold_bits(index(q.shape[2]), q.device)
             out, found = framestride.attention(q, k, v, spec=spec, return_profile=True, **options)
             # Where one item or one call needs 16 bits, all get them.
-            bits = found.precisions.amax(dim=0)
-            self.bits = bits if self.bits is None else torch.maximum(self.bits, bits)
+            self.bits.copy_(torch.maximum(self.bits, found.precisions.amax(dim=0)))
+            self.has_found = True
             return out
-        if self.bits is not None:
+        if self.has_found:
             options["precisions"] = self.bits.expand(q.shape[0], -1)
         return framestride.attention(q, k, v, spec=spec, **options)
 
