@@ -3,35 +3,46 @@
 # the large ones), then compute-sanitizer's three tools on the small ones (half a minute each), where it is installed.
 #
 #     bench/verify_gpu.sh [SPEC ...]        # $FRAMESTRIDE: the command; $DEVICE: gpu, or emulator for a rehearsal with small specs;
-#                                           # $FAMILY: of the kernels, such as sm_80
+#                                           # $FAMILY: of the kernels, such as sm_80; $HEADS: so many heads for every
+#                                           # spec but the tiny ones, four specs at a time, which takes some minutes in all
 set -u
 framestride=${FRAMESTRIDE:-target/release/framestride}
 device=${DEVICE:-gpu}
+models=$(dirname "$0")/../shapes/models
 family=${FAMILY:+--family $FAMILY}
 small="tiny_plain tiny_text_last tiny_layer_half tiny_text_rope tiny_heads_sinks"
 # 8 bits are for Hopper alone.
 [ -n "${FAMILY:-}" ] || small="tiny_e4m3 $small"
 if [ $# -eq 0 ]; then
-    large=$(cd "$(dirname "$0")/../shapes/models" && ls ./*.toml | sed 's|^\./||; s|\.toml$||' | grep -v '^tiny_')
+    large=$(cd "$models" && ls ./*.toml | sed 's|^\./||; s|\.toml$||' | grep -v '^tiny_')
     set -- $small $large
 fi
-log=$(mktemp) || exit 2
-trap 'rm -f "$log"' EXIT
-failed=0
+folder=$(mktemp -d) || exit 2
+trap 'rm -rf "$folder"' EXIT
 
-# check NAME COMMAND...: runs it, and shows what it printed only when it fails.
+# check NAME COMMAND...: runs it, and shows what it printed only when it fails, which it notes in a file.
 check() {
     name=$1
     shift
+    log=$(mktemp -p "$folder")
     start=$(date +%s)
-    if "$@" >"$log" 2>&1; then verdict=ok; else verdict=FAILED; failed=1; fi
+    if "$@" >"$log" 2>&1; then verdict=ok; else verdict=FAILED; touch "$folder/failed"; fi
     printf '%-6s %4s s  %s\n' "$verdict" "$(($(date +%s) - start))" "$name"
     if [ $verdict = FAILED ]; then grep -v '^  ok' "$log"; fi
 }
 
+started=0
 for spec in "$@"; do
-    check "verify $spec" "$framestride" verify "$spec" --device "$device" $family
+    if [ -n "${HEADS:-}" ] && [ "${spec#tiny_}" = "$spec" ]; then
+        sed "s/^heads = .*/heads = $HEADS/; s/^name = \"\(.*\)\"/name = \"\1_heads_$HEADS\"/" "$models/$spec.toml" >"$folder/$spec.toml"
+        check "verify $spec with $HEADS heads" "$framestride" verify "$folder/$spec.toml" --device "$device" $family &
+        started=$((started + 1))
+        [ $((started % 4)) -ne 0 ] || wait
+    else
+        check "verify $spec" "$framestride" verify "$spec" --device "$device" $family
+    fi
 done
+wait
 if [ "$device" = gpu ] && command -v compute-sanitizer >/dev/null; then
     for spec in "$@"; do
         case " $small " in *" $spec "*) ;; *) continue ;; esac
@@ -40,4 +51,4 @@ if [ "$device" = gpu ] && command -v compute-sanitizer >/dev/null; then
         done
     done
 fi
-exit $failed
+[ ! -e "$folder/failed" ]

@@ -54,12 +54,19 @@ impl ComputeType {
         match self {
             ComputeType::Bf16 => widen(Dtype::Bf16, narrow(Dtype::Bf16, value)),
             ComputeType::F16 => widen(Dtype::F16, narrow(Dtype::F16, value)),
-            ComputeType::E4m3 => {
-                // Subnormal numbers have the step of the smallest normal ones.
-                let step = power(exponent(value).max(SMALLEST_EXPONENT) - 3);
-                ((value / step).round_ties_even() * step).clamp(-448.0, 448.0)
-            }
+            ComputeType::E4m3 => ((value / self.step(value)).round_ties_even() * self.step(value)).clamp(-448.0, 448.0),
         }
+    }
+
+    /// The distance of the type's numbers around a value. Subnormal numbers have the distance of the
+    /// smallest normal ones.
+    pub fn step(self, value: f64) -> f64 {
+        let (smallest_exponent, fraction_bits) = match self {
+            ComputeType::Bf16 => (-126, 7),
+            ComputeType::F16 => (-14, 10),
+            ComputeType::E4m3 => (SMALLEST_EXPONENT, 3),
+        };
+        power(exponent(value).max(smallest_exponent) - fraction_bits)
     }
 
     /// Largest relative error of rounding to the type.
@@ -73,12 +80,7 @@ impl ComputeType {
 
     /// Largest absolute error of rounding a number too small for full precision.
     pub fn smallest_error(self) -> f64 {
-        match self {
-            // The exponents are those of f32, so nothing that small matters.
-            ComputeType::Bf16 => 0.0,
-            ComputeType::F16 => 1.0 / (1u64 << 25) as f64,
-            ComputeType::E4m3 => 1.0 / 1024.0,
-        }
+        self.step(0.0) / 2.0
     }
 
     /// Scores that are no further apart may have weights that are rounded the same way. Such weights

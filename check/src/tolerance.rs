@@ -207,11 +207,14 @@ pub fn attention_row(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 
 /// The error that an output row of **attention** is expected to have, as an absolute error. It is no
 /// bound: independent roundings make it as the root mean square of many rows.
 ///
-/// The mantissas of weights and outputs are taken to be log-uniform. The mean of 1 / mantissa^2 is
-/// 3 / (8 ln 2) then. Of what cuts may take at most, accumulators that begin at zero lose a quarter.
+/// A number that is rounded lies anywhere between two of its type. So the error of each output has a
+/// root mean square of their distance, over sqrt(12). The mantissas of weights are taken to be
+/// log-uniform, and the mean of 1 / mantissa^2 is 3 / (8 ln 2) then. Of what cuts may take at most,
+/// accumulators that begin at zero lose a quarter.
 pub fn expected_error(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 {
-    let rounding = |compute: ComputeType| compute.unit_roundoff() / (8.0 * std::f64::consts::LN_2).sqrt();
-    let (weights, store) = (rounding(compute) * row.spread, rounding(dtype.into()) * norm(&row.out));
+    let weights = compute.unit_roundoff() / (8.0 * std::f64::consts::LN_2).sqrt() * row.spread;
+    let steps: Vec<f64> = row.out.iter().map(|&out| ComputeType::from(dtype).step(out)).collect();
+    let store = norm(&steps) / 12f64.sqrt();
     let cut = largest_cut(compute, row) / 4.0 * row.summed.hypot(row.apart);
     weights.hypot(store).hypot(cut).hypot(row.moved_by_scores[0])
 }
