@@ -69,6 +69,23 @@ impl ComputeType {
         power(exponent(value).max(smallest_exponent) - fraction_bits)
     }
 
+    /// What stands for a row of Q or K when it is rounded. In 8 bits, each block of 8 channels is
+    /// multiplied by an orthogonal matrix, so products of two such rows stay what they are.
+    pub fn mixed(self, row: &[f64]) -> Vec<f64> {
+        const SIGNS: [f64; 8] = [1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0];
+        match self {
+            ComputeType::Bf16 | ComputeType::F16 => row.to_vec(),
+            ComputeType::E4m3 => {
+                let element = |i: usize, x: f64, j: usize| if (i & j).count_ones() % 2 == 0 { x } else { -x };
+                let of_block = |block: &[f64], i: usize| -> f64 {
+                    block.iter().zip(SIGNS).enumerate().map(|(j, (x, sign))| element(i, x * sign, j)).sum()
+                };
+                let blocks = row.chunks_exact(8);
+                blocks.flat_map(|block| (0..8).map(move |i| of_block(block, i) / 8f64.sqrt())).collect()
+            }
+        }
+    }
+
     /// Largest relative error of rounding to the type.
     pub fn unit_roundoff(self) -> f64 {
         match self {

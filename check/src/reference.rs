@@ -430,11 +430,15 @@ impl Head {
     }
 
     /// The head with its rows rounded, as the kernels store them. Q is rounded times `query_scale`.
-    /// V has a 16-bit type already, and for 8 bits it is rounded without its center.
+    /// Rows of Q and K are those that are rounded ([`ComputeType::mixed`]). V has a 16-bit type already,
+    /// and for 8 bits it is rounded without its center.
     pub fn rounded(&self, layout: &Layout, compute: ComputeType, query_scale: f64) -> Head {
         let round =
             |rows: &[f64], scale: f64| rows.par_iter().map(|&x| compute.round(x * scale) / scale).collect::<Vec<f64>>();
-        let (queries, keys) = (round(&self.queries, query_scale), round(&self.keys, 1.0));
+        let mixed = |rows: &[f64]| -> Vec<f64> {
+            rows.par_chunks_exact(self.head_dim).flat_map_iter(|row| compute.mixed(row)).collect()
+        };
+        let (queries, keys) = (round(&mixed(&self.queries), query_scale), round(&mixed(&self.keys), 1.0));
         let (values, center) = match compute {
             ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
             ComputeType::E4m3 => {

@@ -26,7 +26,8 @@
 //!   is one of the numbers that such a row may be rounded to. The statistic of n terms in f32 adds
 //!   at most n / 2 roundings. It is half of n, since the root halves a relative error. It is scaled by how far the row's mean lies off centre, in deviations of which eps is a
 //!   part. Norm, weights, rotation and scale add at most 16 roundings of values no larger than 4
-//!   times the row.
+//!   times the row. In 8 bits, the transform adds three for its sums and two for its factor, of values
+//!   as large as the row.
 //! * **attention** rounds the weights w of the softmax before the product with V. The variance of a
 //!   row of the output is `u^2/3 sum w^2 |v|^2` (`spread^2`). Scores are sums of head_dim products.
 //!   They have four roundings and `head_dim / 16` steps. The largest term of a step is at most
@@ -115,6 +116,9 @@ pub const BLIND: f64 = 1.0;
 /// `input` is the row as it was given, or the whole token for a norm over all heads.
 pub fn packed_row(spec: &Spec, compute: ComputeType, input: &[f64], output: &[f64]) -> f64 {
     let mut error = 64.0 * F32 + APPROXIMATION;
+    if compute == ComputeType::E4m3 {
+        error += 5.0 * F32;
+    }
     if let Some(qk_norm) = &spec.qk_norm {
         let terms = spec.norm_length(spec.heads);
         let off_centre = match qk_norm.kind {

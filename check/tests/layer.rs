@@ -186,6 +186,26 @@ fn flat_weights_in_eight_bits() {
     assert!(head.ok && head.rel_error < 2.0 / 256.0, "seed {seed}: {}", head.rel_error);
 }
 
+/// Where one channel of each eight is 8 times as large in Q and in K, neighbours share what rounding takes
+/// from it. A simulation of other inputs of this kind has errors of 0.046 to 0.052 so, and of 0.096 to
+/// 0.107 where each channel is rounded by itself.
+#[test]
+fn large_channels_in_eight_bits() {
+    let module = in_eight_bits([4, 256], 2, 1024);
+    let seed = fresh_seed();
+    let mut inputs = Inputs::rough(module.spec(), 1, 2, seed);
+    for bits in [&mut inputs.q.bits, &mut inputs.k.bits] {
+        let large = bits.iter_mut().skip(3).step_by(8);
+        large.for_each(|bits| *bits = narrow(Dtype::Bf16, 8.0 * widen(Dtype::Bf16, *bits)));
+    }
+    // Scores get a standard deviation of 3.
+    inputs.scale = Some(3.0 / f32::sqrt(16.0 * (8f32.powi(4) + 7.0)));
+    let report = run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().report;
+    // The queries of the first head are zero.
+    let head = &report.heads[1];
+    assert!(head.ok && head.rel_error < 0.075, "seed {seed}: {}", head.rel_error);
+}
+
 /// Every arrangement of the inputs is tried with every arrangement of the output.
 #[test]
 fn arrangements() {

@@ -80,9 +80,11 @@ impl Image {
 
 /// The images of attention in 8 bits. Rows have 128 elements of one byte.
 ///
-/// Q and K are images as above, one atom wide. The image of V is transposed, since a product of
-/// 8-bit elements reads both operands along the keys. It consists of **units** of 16 keys. A unit
-/// has 16 bytes for each channel, one for each key:
+/// Q and K are images as above, one atom wide. **pack** has multiplied each 8 neighbouring channels of
+/// both by one orthogonal matrix, which leaves the products of rows as they are.
+///
+/// The image of V is transposed, since a product of 8-bit elements reads both operands along the keys. It
+/// consists of **units** of 16 keys. A unit has 16 bytes for each channel, one for each key:
 ///
 /// ```text
 /// byte            0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15

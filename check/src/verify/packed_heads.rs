@@ -222,18 +222,20 @@ impl PackedHead<'_> {
             let error = if found.iter().all(|&x| x == 0.0) { 0.0 } else { f64::INFINITY };
             return worst.add(error, 0.0, || format!("{} of the packed head, beyond what is valid", index.row(packed)));
         };
+        let mixed = |operand| self.compute.mixed(&self.reference.row(operand, index.item, row, index.head));
         let (tokens, expected) = match operand {
             0 => {
-                let mut expected = self.reference.row(Operand::Query, index.item, row, index.head);
+                let mut expected = mixed(Operand::Query);
                 expected.iter_mut().for_each(|x| *x *= self.inputs.query_scale());
                 (&self.inputs.q, expected)
             }
-            1 => (&self.inputs.k, self.reference.row(Operand::Key, index.item, row, index.head)),
+            1 => (&self.inputs.k, mixed(Operand::Key)),
             _ => (&self.inputs.v, self.value_row(row)),
         };
         let rounded: Vec<f64> = expected.iter().map(|&x| self.compute.round(x)).collect();
         // What is rounded of V is known, and so is that of K in a model without norm and RoPE.
-        let tolerance = if operand == 2 || (operand == 1 && spec.qk_norm.is_none() && spec.rope.is_none()) {
+        let is_plain = spec.qk_norm.is_none() && spec.rope.is_none() && self.compute != ComputeType::E4m3;
+        let tolerance = if operand == 2 || (operand == 1 && is_plain) {
             0.0
         } else {
             // The elements that the statistic was taken over.
@@ -281,7 +283,7 @@ impl PackedHead<'_> {
     }
 
     /// The whole image of Q (`operand` 0) or V (2), without its scale or factor, or K (1) as numbers,
-    /// `[rows, head_dim]` in the model's order.
+    /// `[rows, head_dim]` in the model's order. Rows of Q and K stay [mixed](ComputeType::mixed).
     pub fn unpack(&self, operand: usize, image: &[u8]) -> Vec<f64> {
         let (dim, order) = (self.spec.head_dim as usize, self.order[operand]);
         let mut packed_of = vec![0; order.len()];

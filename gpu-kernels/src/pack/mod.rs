@@ -3,13 +3,15 @@
 //! Each warp has one row: the heads of a token, of Q, K or V. First it starts copies of the whole
 //! row to shared memory ([`row`]). That is enough in flight to hide the latency of memory, and lets
 //! a norm over all heads see the row before it is written. Then the part of each head is normed
-//! ([`norm`]), rotated ([`rope`]) and, in Q, scaled. It goes into the
-//! [image](framestride_shapes::image) of the head, to the row that the head's layout wants.
+//! ([`norm`]), rotated ([`rope`]) and, in Q, scaled. In 8 bits, neighbouring channels are mixed
+//! ([`hadamard`]). It goes into the [image](framestride_shapes::image) of the head, to the row that
+//! the head's layout wants.
 //!
 //! A lane reads only what it has copied itself, so warps never wait for each other. Grid: x =
 //! packed_rows / warps of a block, y = 3, z = batch.
 
 pub mod e4m3;
+mod hadamard;
 mod norm;
 mod rope;
 mod row;
@@ -115,6 +117,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     let token_affine =
         if normed && !M::numbers().norm_over_heads { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
     let scale = if operand == Q { params.scale_log2 } else { 1.0 };
+    let scale = if in_8_bits { scale * hadamard::FACTOR } else { scale };
     let tables = Tables::of_item(params, item);
     let token_rotation = if rotated && !M::numbers().rope_per_head {
         Rotation::load::<M>(tables, rope_row, chunk).scaled(scale)
@@ -161,7 +164,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                     );
                 }
                 if in_8_bits {
-                    let [a, b, c, d, e, f, g, h] = x;
+                    let [a, b, c, d, e, f, g, h] = hadamard::transform(x);
                     values = [element::pack_e4m3([a, b, c, d]), element::pack_e4m3([e, f, g, h]), 0, 0];
                 } else {
                     values = element::narrow::<M::Element>(x);
