@@ -31,6 +31,7 @@ import math
 import pathlib
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -439,7 +440,7 @@ def main():
         "gpu": gpu,
         "driver": driver(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "diffusers": diffusers.__version__},
-        "command": " ".join(["python3", "bench/diffusers_step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python3", "bench/diffusers_step.py", *sys.argv[1:]]),
         "density": args.density,
         "rounds": args.rounds,
         "rows": [],

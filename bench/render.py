@@ -397,7 +397,8 @@ def main():
             (args.out / "docs/errors.svg").write_text(error_svg)
             text += "![Relative error of attention against its speed](docs/errors.svg)\n"
     for results in of_steps:
-        text += f"\n## {results['gpu']}: steps of diffusers\n\n{STEPS}" + header(results) + steps(results) + "\n"
+        about = STEPS if results is of_steps[0] else ""
+        text += f"\n## {results['gpu']}: steps of diffusers\n\n{about}" + header(results) + steps(results) + "\n"
     (args.out / "BENCHMARKS.md").write_text(text.rstrip() + "\n")
     print(f"wrote {args.out / 'BENCHMARKS.md'}" + (f" and {args.out / 'docs/density.svg'}" if picture else ""))
 
