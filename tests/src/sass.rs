@@ -75,7 +75,8 @@ impl Listing {
         let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
         fs::write(&source, ptx).map_err(|error| format!("cannot write {}: {error}", source.display()))?;
         let report = ptxas::assemble(name, assembler, target, &source, &cubin).map_err(|error| error.to_string())?;
-        let answer = Command::new(disassembler).arg("-c").arg(&cubin).output();
+        // Labels of branches need no analysis of data flow.
+        let answer = Command::new(disassembler).args(["-c", "-ndf"]).arg(&cubin).output();
         let answer = answer.map_err(|error| format!("{} does not start: {error}", disassembler.display()))?;
         if !answer.status.success() {
             return Err(format!("{name}: nvdisasm says: {}", String::from_utf8_lossy(&answer.stderr)));
