@@ -179,7 +179,7 @@ struct Item {
     /// Launches before each sample, which leave in the workspace what the work reads.
     before: Vec<Launch>,
     work: Work,
-    /// Bytes that must be moved. For `repack`, what the temporal heads add is not counted here.
+    /// Bytes that must be moved. For `repack` in 16 bits, what the temporal heads add is not counted here.
     bytes: u64,
     /// The visible pairs that the work computes.
     pairs: VisiblePairs,
@@ -295,6 +295,11 @@ impl Bench {
         let [batch, _, heads, _] = self.inputs.shape;
         let tensor = self.memory.tensor_bytes;
         let tables = spec.rope_table_bytes(heads as u32);
+        // Three tensors are read, and three images written.
+        let packed = match spec.compute {
+            Compute::Dtype => 6 * tensor,
+            Compute::E4m3 => 3 * tensor + 3 * tensor / 2,
+        };
         let item = |what, mask, before: &[Launch], work: &[Launch], bytes, pairs| Item {
             what,
             mask,
@@ -329,7 +334,7 @@ impl Bench {
             // spatial ones.
             if head == HeadType::Temporal || !items.iter().any(|item| item.what == "pack") {
                 let order = (head == HeadType::Temporal).then_some(head);
-                items.push(item("pack", order, &[], &pack, 6 * tensor + tables, VisiblePairs::None));
+                items.push(item("pack", order, &[], &pack, packed + tables, VisiblePairs::None));
             }
             let what = if mask.is_some() { "sparse" } else { "dense" };
             items.push(item(what, mask, &pack, &attention, 4 * tensor, VisiblePairs::All(head)));
@@ -341,13 +346,14 @@ impl Bench {
                 let partial_bytes = partials.end - partials.start;
                 items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
                 items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));
-                // What the second pack moves depends on how many heads come out temporal.
+                // In 16 bits it moves Q, and K and V of as many heads as come out temporal.
+                let repacked = if spec.compute == Compute::Dtype { 2 * tensor } else { packed };
                 items.push(item(
                     "repack",
                     None,
                     &[pack, profile, select],
                     &parts(&all).0,
-                    tables,
+                    repacked + tables,
                     VisiblePairs::Profiled,
                 ));
             }
@@ -428,8 +434,8 @@ impl Bench {
                 }
                 VisiblePairs::Profiled => (None, None),
             };
-            let bytes = if item.what == "repack" {
-                item.bytes as f64 + temporal / types.len() as f64 * 6.0 * self.memory.tensor_bytes as f64
+            let bytes = if item.what == "repack" && spec.compute == Compute::Dtype {
+                item.bytes as f64 + temporal / types.len() as f64 * 4.0 * self.memory.tensor_bytes as f64
             } else {
                 item.bytes as f64
             };

@@ -235,6 +235,7 @@ fn a_sample() {
                 "packed q",
                 "packed k",
                 "packed v",
+                "sampled rows of q",
                 "output",
                 "output as a whole",
                 "log-sum-exp",

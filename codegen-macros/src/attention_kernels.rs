@@ -9,14 +9,15 @@
 use framestride_shapes::arch::Products;
 use framestride_shapes::blocks::{
     CENTER_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PROFILE_WARPS, PackBlock, SELECT_THREADS,
-    Tiles, VALUES_THREADS, WARP_BLOCKS,
+    Tiles, VALUES_MIN_BLOCKS, VALUES_THREADS, WARP_BLOCKS,
 };
 use framestride_shapes::dtype::{Compute, Dtype};
 use framestride_shapes::image::{Image, e4m3};
 use framestride_shapes::layout::{Divisor, HeadType};
 use framestride_shapes::numbers::{Number, Numbers, PREFIX, Template};
 use framestride_shapes::shared::{
-    AttentionShared, CenterShared, PackShared, ProfileShared, SelectShared, WarpAttentionShared, WarpProfileShared,
+    AttentionShared, CenterShared, PackShared, ProfileShared, SelectShared, ValuesShared, WarpAttentionShared,
+    WarpProfileShared,
 };
 use framestride_shapes::spec::{Lines, Problem, Spec, SpecError};
 use proc_macro2::{Ident, Literal, Span, TokenStream};
@@ -374,6 +375,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
     let select_shared = SelectShared::new(SELECT_THREADS).bytes;
     let (attention_threads, attention_min_blocks) = (tiles.threads(arch), Tiles::min_blocks(arch));
     let center_shared = CenterShared::new().bytes;
+    let values_shared = ValuesShared::new().bytes;
     let [in_16_bits, in_8_bits] = match target {
         Target::Spec(spec) => spec.precisions(),
         Target::Template(_) => [true; 2],
@@ -432,7 +434,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             }
 
             /// Reordering of V into transposed images of 8 bits.
-            #[#krate::kernel(threads = #VALUES_THREADS)]
+            #[#krate::kernel(threads = #VALUES_THREADS, min_blocks = #VALUES_MIN_BLOCKS, shared_bytes = #values_shared)]
             pub unsafe fn pack_values(params: #krate::shapes::params::PackParams) {
                 unsafe { #krate::pack::e4m3::pack_values::<#model>(&params) }
             }

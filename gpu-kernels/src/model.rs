@@ -114,6 +114,13 @@ impl<M> Ampere for M where
 {
 }
 
+/// The row of the video, frame-major, that is sample `index` of a head. Samples beyond the last repeat it.
+#[inline(always)]
+pub fn sampled_video_row<M: Model>(seed: u64, head: u32, index: u32) -> u32 {
+    let samples = M::numbers().profile_rows;
+    M::layout().sampled_video_row(seed, head, index.min(samples.value - 1), samples)
+}
+
 /// Valid text tokens of a batch item, given the addresses of those before the video and of those
 /// after it. They are at most the text there is, whatever memory says.
 ///

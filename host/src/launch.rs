@@ -148,7 +148,7 @@ pub struct Launches {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Profiling {
-    /// Packs Q, K and V of all heads in the spatial layout.
+    /// Packs K and V of all heads in the spatial layout, and the sampled rows of Q.
     pub pack: Launch,
     /// Computes the sampled rows under all masks.
     pub profile: Launch,
@@ -177,8 +177,8 @@ pub struct EightBits {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SixteenBits {
-    /// Packs the heads. Where all heads multiply in 16 bits, after profiling it packs only those again
-    /// that turned out to be temporal.
+    /// Packs the heads. Where all heads multiply in 16 bits, after profiling it packs Q, and K and V of those
+    /// heads that turned out to be temporal.
     pub pack: Launch,
     /// Attention of the heads.
     pub attention: Launch,
@@ -207,7 +207,7 @@ mod tests {
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
-        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 12 * 8 + 6 * 4);
+        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 13 * 8 + 6 * 4);
         assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 6 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
         assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 7 * 8 + 6 * 4);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! head types  launches
-//! Profiled    pack(all, spatial layout) -> profile -> select -> pack(temporal heads) -> attention
+//! Profiled    pack(K, V, sampled rows of Q) -> profile -> select -> pack(Q, temporal K and V) -> attention
 //! Given       pack(all, by type) -> attention
 //! Dense       pack(all, spatial layout) -> attention
 //! ```

@@ -40,11 +40,11 @@ impl SparseAttention {
         };
         // In 8 bits, attention has images of its own in place of those that profiling had read.
         let has_images = profiles && precisions == Precisions::All(Compute::Dtype);
-        let pass = if has_images { PackPass::Temporal } else { PackPass::All };
+        let pass = if has_images { PackPass::AfterProfiling } else { PackPass::All };
         let pack = |kernel| call.pack(kernel, PackPass::All, head_types, in_8);
         Ok(Launches {
             profiling: profiles.then(|| Profiling {
-                pack: call.pack(Kernel::Pack, PackPass::All, 0, 0),
+                pack: call.pack(Kernel::Pack, PackPass::BeforeProfiling, 0, 0),
                 profile: call.profile(),
                 select: call.select(),
             }),
@@ -69,7 +69,7 @@ impl SparseAttention {
     /// run.
     pub(crate) fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<[Launch; 3]> {
         let call = Call::check(self, layer, Purpose::Profile, workspace)?;
-        Ok([call.pack(Kernel::Pack, PackPass::All, 0, 0), call.profile(), call.select()])
+        Ok([call.pack(Kernel::Pack, PackPass::BeforeProfiling, 0, 0), call.profile(), call.select()])
     }
 }
 
@@ -132,10 +132,16 @@ impl<'a> Call<'a> {
         self.workspace + part.start
     }
 
-    /// Addresses of packed Q, K and V.
+    /// Addresses of packed Q, K and V as attention reads them.
     fn packed(&self) -> [u64; 3] {
         let WorkspaceLayout { packed_q, packed_k, packed_v, .. } = &self.plan.workspace;
         [packed_q, packed_k, packed_v].map(|part| self.part(part))
+    }
+
+    /// Addresses of the sampled rows of packed Q, and of packed K and V as profile reads them.
+    fn profiled(&self) -> [u64; 3] {
+        let WorkspaceLayout { samples, profiled_k, profiled_v, .. } = &self.plan.workspace;
+        [samples, profiled_k, profiled_v].map(|part| self.part(part))
     }
 
     /// Seed of the rows that are sampled.
@@ -162,7 +168,10 @@ impl<'a> Call<'a> {
     /// A launch of pack, or of another kernel with its parameters.
     fn pack(&self, kernel: Kernel, pass: PackPass, head_types: u64, precisions: u64) -> Launch {
         let (spec, layer) = (self.plan.module.spec(), self.layer);
-        let [packed_q, packed_k, packed_v] = self.packed();
+        let [packed_q, packed_k, packed_v] = match pass {
+            PackPass::BeforeProfiling => self.profiled(),
+            PackPass::All | PackPass::AfterProfiling => self.packed(),
+        };
         let [[q, q_before, q_after], [k, k_before, k_after], [v, v_before, v_after]] =
             [0, 1, 2].map(|operand| row_groups(spec, layer, operand));
         let aligned = given_tensors(spec, self.shape, layer).all(|(_, tensor, shape)| is_aligned(&tensor, shape));
@@ -191,6 +200,7 @@ impl<'a> Call<'a> {
             packed_q,
             packed_k,
             packed_v,
+            seed: self.seed(),
             schedule: self.part(&self.plan.workspace.schedule),
             centers: self.part(&self.plan.workspace.centers),
             precisions,
@@ -202,12 +212,16 @@ impl<'a> Call<'a> {
             reserved: 0,
         });
         let (rows, batch, heads) = (spec.layout.packed_rows(), self.plan.batch, self.plan.heads);
-        let row_blocks = rows / PackBlock::new(self.plan.module.arch(), spec.heads, spec.image()).warps;
+        let warps = PackBlock::new(self.plan.module.arch(), spec.heads, spec.image()).warps;
+        let row_blocks = rows / warps;
+        let sample_blocks = heads * spec.partials(1).group_rows() / warps;
         let unit_blocks = rows.div_ceil(UNIT_KEYS).div_ceil(VALUES_THREADS / 32 * VALUES_UNITS);
         let grid = match kernel {
             Kernel::Center => [batch * heads, 1, 1],
             Kernel::PackE4m3 => [row_blocks, 2, batch],
             Kernel::PackValues => [unit_blocks * heads, batch, 1],
+            // Blocks of an item, row by row and then for its samples, lie in two columns.
+            _ if pass == PackPass::BeforeProfiling => [row_blocks + sample_blocks.div_ceil(2), 2, batch],
             _ => [row_blocks, 3, batch],
         };
         self.launch(kernel, grid, params)
@@ -215,11 +229,11 @@ impl<'a> Call<'a> {
 
     fn profile(&self) -> Launch {
         let (spec, splits) = (self.plan.module.spec(), self.plan.splits);
-        let [packed_q, packed_k, packed_v] = self.packed();
+        let [samples, packed_k, packed_v] = self.profiled();
         let [spatial_half_width, temporal_half_width] = self.half_widths;
         let (batch, heads) = (self.plan.batch, self.plan.heads);
         let params = Params::Profile(ProfileParams {
-            packed_q,
+            samples,
             packed_k,
             packed_v,
             before_lengths: self.layer.before.lengths,

@@ -126,8 +126,8 @@ impl PackBlock {
     }
 }
 
-/// Threads of a block of **center**.
-pub const CENTER_THREADS: u32 = 256;
+/// Threads of a block of **center**. All samples of a head are in flight at once.
+pub const CENTER_THREADS: u32 = 1024;
 
 /// Rows of V that **center** looks at.
 pub const CENTER_ROWS: u32 = 512;
@@ -138,8 +138,17 @@ pub const CENTER_TEXT_ROWS: u32 = 64;
 /// Threads of a block of **pack_values**.
 pub const VALUES_THREADS: u32 = 128;
 
+/// Blocks of **pack_values** that a multiprocessor holds.
+pub const VALUES_MIN_BLOCKS: u32 = 4;
+
 /// Units of keys that a warp of **pack_values** takes.
-pub const VALUES_UNITS: u32 = 4;
+pub const VALUES_UNITS: u32 = 8;
+
+/// Units whose rows a warp of **pack_values** holds in shared memory: one that it works on, and the next.
+pub const VALUES_STAGES: u32 = 2;
+
+/// Bytes of a row of V in a 16-bit type, with head dim 128.
+pub const VALUES_ROW_BYTES: u32 = 2 * e4m3::ROW_BYTES;
 
 /// Sampled rows of one block of **profile**, which a warpgroup multiplies at once.
 pub const SAMPLE_ROWS: u32 = WARPGROUP_ROWS;

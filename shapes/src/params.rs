@@ -40,11 +40,13 @@ pub struct NormWeights {
 #[repr(u32)]
 pub enum PackPass {
     /// It writes every head, in the layout of its type. Where `head_types` is 0, every head gets
-    /// the spatial layout, which profiling reads.
+    /// the spatial layout.
     All = 0,
-    /// It writes only heads whose type is temporal. After profiling, the others already lie in
-    /// their layout.
-    Temporal = 1,
+    /// It writes what **profile** reads: K and V of every head in the spatial layout, and of Q only the
+    /// sampled rows.
+    BeforeProfiling = 1,
+    /// It writes what **attention** reads besides: Q of every head, and K and V of temporal heads.
+    AfterProfiling = 2,
 }
 
 /// Parameters of **pack**, which applies norm and RoPE, and reorders Q, K and V into packed images.
@@ -98,12 +100,15 @@ pub struct PackParams {
     pub after_lengths: u64,
     /// Head types, u32 \[batch, heads\]. 0 packs every head in the spatial layout.
     pub head_types: u64,
-    /// Packed Q, an [image](crate::image) of each head.
+    /// Packed Q, an [image](crate::image) of each head. Before profiling it has only the sampled rows
+    /// ([`ProfileParams::samples`]).
     pub packed_q: u64,
-    /// Packed K, likewise.
+    /// Packed K, likewise an image of each head.
     pub packed_k: u64,
     /// Packed V, likewise.
     pub packed_v: u64,
+    /// Seed with which sampled rows are drawn.
+    pub seed: u64,
     /// Memory that pack sets to zero for the **attention** that follows:
     /// [`AttentionParams::schedule`].
     pub schedule: u64,
@@ -134,9 +139,10 @@ pub struct PackParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProfileParams {
-    /// Packed Q, in which every head has the spatial layout.
-    pub packed_q: u64,
-    /// Packed K, likewise.
+    /// The sampled rows of packed Q, an [image](crate::image) of each head. It has whole groups of 64
+    /// samples, of which those beyond the last repeat it.
+    pub samples: u64,
+    /// Packed K, in which every head has the spatial layout.
     pub packed_k: u64,
     /// Packed V, likewise.
     pub packed_v: u64,
@@ -304,6 +310,12 @@ impl PartialsLayout {
     #[inline(always)]
     pub const fn new(rows: u32, head_dim: u32, splits: u32) -> PartialsLayout {
         PartialsLayout { rows, groups: rows.div_ceil(SAMPLE_ROWS), splits, head_dim }
+    }
+
+    /// Rows of whole groups: samples of a head, of which those beyond the last repeat it.
+    #[inline(always)]
+    pub const fn group_rows(&self) -> u32 {
+        self.groups * SAMPLE_ROWS
     }
 
     /// Number of f32 of one (head, group, split).

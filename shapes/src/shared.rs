@@ -5,10 +5,10 @@
 //! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
 use crate::blocks::{
-    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, PROFILE_WARPS, SAMPLE_ROWS, Tiles, WARP_ROWS, WARPGROUP_ROWS,
-    profile_stages,
+    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, PROFILE_WARPS, SAMPLE_ROWS, Tiles, VALUES_ROW_BYTES,
+    VALUES_STAGES, VALUES_THREADS, WARP_ROWS, WARPGROUP_ROWS, profile_stages,
 };
-use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image};
+use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image, e4m3};
 use crate::layout::HeadType;
 
 /// Bytes of an mbarrier.
@@ -189,8 +189,10 @@ impl PackShared {
 /// The map of **center**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CenterShared {
-    /// Each 16 threads have the sums that they took of 128 channels.
+    /// Each warp has an f32 for each channel: the sum of its samples.
     pub sums: Parts,
+    /// Each channel has an f32: the mean.
+    pub means: Parts,
     /// Each warp has an f32: the sum of its squares.
     pub squares: Parts,
     /// Each warp has an f32: the largest of its values.
@@ -204,10 +206,31 @@ impl CenterShared {
     #[expect(clippy::new_without_default, reason = "a default is not const")]
     pub const fn new() -> CenterShared {
         let mut memory = Allocator::new();
-        let sums = memory.parts(CENTER_THREADS / 16, 128 * 4, CHUNK_BYTES);
+        let channels = e4m3::ROW_BYTES * 4;
+        let (sums, means) = (memory.parts(CENTER_THREADS / 32, channels, 16), memory.parts(1, channels, 16));
         let squares = memory.parts(CENTER_THREADS / 32, 4, 4);
         let most = memory.parts(CENTER_THREADS / 32, 4, 4);
-        CenterShared { sums, squares, most, bytes: memory.bytes }
+        CenterShared { sums, means, squares, most, bytes: memory.bytes }
+    }
+}
+
+/// The map of **pack_values**.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ValuesShared {
+    /// Each warp has the rows of [`VALUES_STAGES`] units of keys.
+    pub rows: Parts,
+    /// The size of all, in bytes.
+    pub bytes: u32,
+}
+
+impl ValuesShared {
+    /// Makes the map.
+    #[expect(clippy::new_without_default, reason = "a default is not const")]
+    pub const fn new() -> ValuesShared {
+        let mut memory = Allocator::new();
+        let units = VALUES_THREADS / 32 * VALUES_STAGES;
+        let rows = memory.parts(units, e4m3::UNIT_KEYS * VALUES_ROW_BYTES, CHUNK_BYTES);
+        ValuesShared { rows, bytes: memory.bytes }
     }
 }
 

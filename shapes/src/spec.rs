@@ -517,6 +517,6 @@ impl Spec {
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts
     /// of the keys.
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
-        WorkspaceLayout::new(&self.layout, self.template(), batch, heads, self.partials(splits))
+        WorkspaceLayout::new(&self.layout, self.image(), self.precisions(), batch, heads, self.partials(splits))
     }
 }

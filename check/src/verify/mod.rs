@@ -38,7 +38,7 @@ use std::sync::Arc;
 
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
 use framestride::device::Buffer;
-use framestride::shapes::layout::{HeadType, Layout, ValidText};
+use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::shapes::spec::{Compute, Dtype};
 use framestride::{Device, HeadTypes, Layer, Module, Result, SparseAttention, Stream, Workspace};
@@ -251,11 +251,22 @@ fn run_case(
     let reference = Reference::new(spec, &inputs);
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
+    let mut packed_samples = Worst::new();
     let (mut centers, mut lost) = (Worst::new(), Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
     let mut squares = Squares::default();
     let mut sampled = Sampled::new(&spec.profile, all_heads);
     let mut choices = Vec::new();
+    // The rows that are sampled of a head, and their image.
+    let read_samples = |index: usize| -> Result<(Vec<usize>, Vec<u8>)> {
+        let (samples, last) = (Divisor::new(spec.profile.rows), spec.profile.rows - 1);
+        let row = |sample: u32| layout.sampled_video_row(seed_of_rows, index as u32, sample.min(last), samples);
+        let rows: Vec<usize> =
+            (0..spec.partials(1).group_rows()).map(|sample| (layout.before + row(sample)) as usize).collect();
+        let bytes = rows.len() as u64 * u64::from(spec.image().bytes(1));
+        let image = device.read(buffer, plan.samples.start + index as u64 * bytes, bytes)?;
+        Ok((rows, image))
+    };
     for (index, (profile, &head_type)) in profiles.iter().zip(&types).enumerate() {
         // Making inputs and running the kernels takes about half of the time.
         progress(0.5 + 0.5 * index as f64 / all_heads as f64);
@@ -336,6 +347,9 @@ fn run_case(
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
             if case.types == CaseTypes::Profiled && spec.compute == Compute::Dtype {
+                let (rows, image) = read_samples(index)?;
+                let mut queries = vec![0.0; sequence * head_dim];
+                packed.compare_samples(&rows, &image, &mut queries, &mut packed_samples);
                 let expected = head.profile(layout, scale, seed_of_rows, index as u32, spec.profile.rows);
                 let partials = Partials::read(device, buffer, &attention, index as u32)?;
                 clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
@@ -356,7 +370,7 @@ fn run_case(
     }
     if case.types == CaseTypes::Profiled && spec.compute == Compute::E4m3 {
         // Attention has images of its own, in place of those that profiling had read. So it is
-        // repeated. Its images have the spatial order.
+        // repeated. Its images have the spatial order, and of Q there are only the sampled rows.
         // SAFETY: as above.
         unsafe { attention.profile(Stream::DEFAULT, &on_device.layer, &workspace)? };
         for &index in &whole_heads {
@@ -375,14 +389,15 @@ fn run_case(
                 center: None,
                 order,
             };
-            let mut unpacked = Vec::new();
-            for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
+            let mut unpacked = [(); 3].map(|()| vec![0.0; sequence * head_dim]);
+            let (rows, image) = read_samples(index)?;
+            packed.compare_samples(&rows, &image, &mut unpacked[0], &mut packed_samples);
+            for (operand, part) in [(1, &plan.profiled_k), (2, &plan.profiled_v)] {
                 let bytes = packed.read(device, buffer, part.start, index, 0..packed.image_rows())?;
                 let worst = std::mem::replace(&mut packs[operand], Worst::new());
                 packs[operand] = worst.merge(packed.compare(operand, 0, &bytes));
-                unpacked.push(packed.unpack(operand, &bytes));
+                unpacked[operand] = packed.unpack(operand, &bytes);
             }
-            let unpacked = unpacked.try_into().expect("there are three");
             let head = Head::new(layout, compute, valid, unpacked, vec![0.0; head_dim]);
             let expected = head.profile(layout, inputs.scale(), seed_of_rows, index as u32, spec.profile.rows);
             let partials = Partials::read(device, buffer, &attention, index as u32)?;
@@ -400,6 +415,8 @@ fn run_case(
         checks.push(lost.check("pack_values", &name, "what rounding took from v", heads));
     }
     if case.types == CaseTypes::Profiled {
+        let samples = spec.partials(1).group_rows() as usize;
+        checks.push(packed_samples.check("pack", &name, "sampled rows of q", rows(samples)));
         checks.extend(sampled.checks(&name));
         let types = check_choices(&choices, case.content == CaseContent::Planted);
         checks.push(types.check("select", &name, "head types", heads));

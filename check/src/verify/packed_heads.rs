@@ -217,11 +217,31 @@ impl PackedHead<'_> {
     }
 
     fn compare_row(&self, operand: usize, packed: usize, found: &[f64], worst: &mut Worst) {
-        let (spec, index) = (self.spec, self.index);
+        let index = self.index;
         let Some(&row) = self.order[operand][..self.live()].get(packed) else {
             let error = if found.iter().all(|&x| x == 0.0) { 0.0 } else { f64::INFINITY };
             return worst.add(error, 0.0, || format!("{} of the packed head, beyond what is valid", index.row(packed)));
         };
+        self.compare_token(operand, row, found, worst);
+    }
+
+    /// Compares the sampled rows of packed Q, which are `rows` of the model's order, and puts them without
+    /// their scale where they belong in `queries`, `[rows, head_dim]` in the model's order.
+    pub fn compare_samples(&self, rows: &[usize], image: &[u8], queries: &mut [f64], worst: &mut Worst) {
+        let (dim, group) = (self.spec.head_dim as usize, ATOM_ROWS as usize);
+        for (atoms, rows) in image.chunks_exact(group * self.row_bytes()).zip(rows.chunks_exact(group)) {
+            for (place, &row) in rows.iter().enumerate() {
+                let found = &mut queries[row * dim..][..dim];
+                self.decode(0, atoms, place, found);
+                self.compare_token(0, row, found, worst);
+                found.iter_mut().for_each(|x| *x /= self.inputs.query_scale());
+            }
+        }
+    }
+
+    /// Compares what was packed of a row of the model's order.
+    fn compare_token(&self, operand: usize, row: usize, found: &[f64], worst: &mut Worst) {
+        let (spec, index) = (self.spec, self.index);
         let mixed = |operand| self.compute.mixed(&self.reference.row(operand, index.item, row, index.head));
         let (tokens, expected) = match operand {
             0 => {

@@ -49,6 +49,17 @@ pub unsafe fn load16(address: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// Loads 8 bytes.
+///
+/// # Safety
+/// The address is valid and a multiple of 8.
+#[inline(always)]
+pub unsafe fn load8(address: u32) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    asm!("ld.shared.v2.b32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
+    [a, b]
+}
+
 /// Stores an f32.
 ///
 /// # Safety

@@ -52,7 +52,7 @@ pub unsafe fn exchange<T: Register>(value: T, mask: u32) -> T {
     T::from_bits(out)
 }
 
-/// The value of lane `from`, in every lane.
+/// The value of lane `from`. Each lane may name another.
 ///
 /// # Safety
 /// All 32 lanes come here.

@@ -1,15 +1,17 @@
 //! V for attention in 8 bits: its centers, and its transposed images.
 
-use crate::cuda::{global, math, shared, thread, warp};
+use crate::cuda::{copy, global, math, shared, thread, warp};
 use crate::element::{self, Element};
 use crate::model::{Model, valid_text};
-use framestride_shapes::blocks::{CENTER_ROWS, CENTER_TEXT_ROWS, CENTER_THREADS, VALUES_THREADS, VALUES_UNITS};
+use framestride_shapes::blocks::{
+    CENTER_ROWS, CENTER_TEXT_ROWS, CENTER_THREADS, VALUES_ROW_BYTES, VALUES_STAGES, VALUES_THREADS, VALUES_UNITS,
+};
 use framestride_shapes::image::e4m3::{
     self, CENTER_COUNTED, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, UNIT_BYTES, UNIT_KEYS,
 };
 use framestride_shapes::layout::{HeadType, ValidText};
 use framestride_shapes::params::{PackParams, Tensor};
-use framestride_shapes::shared::CenterShared;
+use framestride_shapes::shared::{CenterShared, ValuesShared};
 
 /// Lanes that share a row of a head. Each has 16 bytes of it, 8 channels.
 const LANES: u32 = 16;
@@ -17,11 +19,14 @@ const LANES: u32 = 16;
 /// What lies where in the shared memory of **center**.
 const CENTER_SHARED: CenterShared = CenterShared::new();
 
+/// What lies where in the shared memory of **pack_values**.
+const VALUES_SHARED: ValuesShared = ValuesShared::new();
+
 /// **center**: the mean of each channel of V, and its size, over a sample of the video.
 ///
 /// Weights of a row sum up to 1. So any vector may be subtracted from the values and added to the
-/// output. This one leaves the least to be rounded to 8 bits. A block takes a head. Grid: x =
-/// batch x heads.
+/// output. This one leaves the least to be rounded to 8 bits. A block takes a head, and loads all of its
+/// samples at once. Grid: x = batch x heads.
 ///
 /// # Safety
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
@@ -32,7 +37,7 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
     if !M::has_head(params.precisions, head) {
         return;
     }
-    let (chunk, group) = (thread::index() % LANES, thread::index() / LANES);
+    let chunk = thread::index() % LANES;
     let mut sums = [0.0; 8];
     each_sample::<M>(
         params,
@@ -40,26 +45,31 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
         #[inline(always)]
         |i, value| sums[i] += value,
     );
-    let place = |group: u32| shared::address(CENTER_SHARED.sums, group) + chunk * 16;
-    shared::store16(place(group), [sums[0], sums[1], sums[2], sums[3]].map(f32::to_bits));
-    shared::store16(place(group) + 256, [sums[4], sums[5], sums[6], sums[7]].map(f32::to_bits));
-    thread::sync_block();
-    let mut means = [0.0; 8];
-    let mut group = 0;
-    while group < CENTER_THREADS / LANES {
-        let (low, high) = (shared::load16(place(group)), shared::load16(place(group) + 256));
-        let mut i = 0;
-        while i < 4 {
-            means[i] += f32::from_bits(low[i]);
-            means[i + 4] += f32::from_bits(high[i]);
-            i += 1;
-        }
-        group += 1;
-    }
-    let means = means.map(
+    let sums = sums.map(
         #[inline(always)]
-        |sum| sum * (1.0 / CENTER_ROWS as f32),
+        |sum| sum + warp::exchange(sum, LANES),
     );
+    // Of the channels of a chunk, the first four lie 256 bytes before the others.
+    let place = |row: u32, half: u32| row + half * 256 + chunk * 16;
+    if thread::lane() < LANES {
+        let row = shared::address(CENTER_SHARED.sums, thread::index() / 32);
+        shared::store16(place(row, 0), [sums[0], sums[1], sums[2], sums[3]].map(f32::to_bits));
+        shared::store16(place(row, 1), [sums[4], sums[5], sums[6], sums[7]].map(f32::to_bits));
+    }
+    thread::sync_block();
+    if thread::index() < e4m3::ROW_BYTES {
+        let channel = thread::index() * 4;
+        let (mut sum, mut warp) = (0.0, 0);
+        while warp < CENTER_THREADS / 32 {
+            sum += shared::load_f32(shared::address(CENTER_SHARED.sums, warp) + channel);
+            warp += 1;
+        }
+        shared::store_f32(shared::address(CENTER_SHARED.means, 0) + channel, sum * (1.0 / CENTER_ROWS as f32));
+    }
+    thread::sync_block();
+    let means = shared::address(CENTER_SHARED.means, 0);
+    let ([a, b, c, d], [e, f, g, h]) = (shared::load16(place(means, 0)), shared::load16(place(means, 1)));
+    let means = [a, b, c, d, e, f, g, h].map(f32::from_bits);
     let (mut squares, mut most) = (0.0, 0.0f32);
     each_sample::<M>(
         params,
@@ -131,42 +141,49 @@ fn factors(square: f32, most: f32) -> [f32; 3] {
 }
 
 /// Calls `f` with each of a thread's sampled values, and the number of the channel in its chunk.
-/// Samples are video rows at equal distances.
+/// Samples are video rows at equal distances. A thread has eight, whose loads are all in flight at once.
 #[inline(always)]
 unsafe fn each_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMut(usize, f32)) {
-    let (chunk, group) = (thread::index() % LANES, thread::index() / LANES);
-    let mut sample = group;
-    while sample < CENTER_ROWS {
-        let video = (sample as u64 * M::layout().video_tokens() as u64 / CENTER_ROWS as u64) as u32;
-        each_finite::<M::Element>(load::<M>(params, params.v, head, M::numbers().before_tokens + video, chunk), &mut f);
-        sample += CENTER_THREADS / LANES;
-    }
+    const ROWS: u32 = CENTER_THREADS / LANES;
+    const _: () = assert!(8 * ROWS == CENTER_ROWS);
+    let (chunk, first) = (thread::index() % LANES, thread::index() / LANES);
+    let load = |i: u32| {
+        let video = ((first + i * ROWS) as u64 * M::layout().video_tokens() as u64 / CENTER_ROWS as u64) as u32;
+        load::<M>(params, params.v, head, M::numbers().before_tokens + video, chunk)
+    };
+    // This is spelled out, since an array that a loop indexes would be in memory.
+    let (s0, s1, s2, s3) = (load(0), load(1), load(2), load(3));
+    let (s4, s5, s6, s7) = (load(4), load(5), load(6), load(7));
+    each_finite::<M::Element>(s0, &mut f);
+    each_finite::<M::Element>(s1, &mut f);
+    each_finite::<M::Element>(s2, &mut f);
+    each_finite::<M::Element>(s3, &mut f);
+    each_finite::<M::Element>(s4, &mut f);
+    each_finite::<M::Element>(s5, &mut f);
+    each_finite::<M::Element>(s6, &mut f);
+    each_finite::<M::Element>(s7, &mut f);
 }
 
-/// Calls `f` with each of a thread's sampled values of valid text, likewise.
+/// Calls `f` with each of a thread's sampled values of valid text, likewise. It has one sample.
 #[inline(always)]
-unsafe fn each_text_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMut(usize, f32)) {
-    let (chunk, group) = (thread::index() % LANES, thread::index() / LANES);
+unsafe fn each_text_sample<M: Model>(params: &PackParams, head: u32, f: impl FnMut(usize, f32)) {
+    const _: () = assert!(CENTER_THREADS / LANES == CENTER_TEXT_ROWS);
+    let (chunk, sample) = (thread::index() % LANES, thread::index() / LANES);
     let valid = valid_text::<M>(params.before_lengths, params.after_lengths, head / params.heads);
-    let mut sample = group;
-    while valid.sum() != 0 && sample < CENTER_TEXT_ROWS {
-        // In the spatial layout, valid text comes first.
-        let packed = (sample as u64 * valid.sum() as u64 / CENTER_TEXT_ROWS as u64) as u32;
-        let row = M::layout().model_row(HeadType::Spatial, packed, valid);
-        let values = if row < M::numbers().before_tokens {
-            load::<M>(params, params.v_before, head, row, chunk)
-        } else {
-            load::<M>(params, params.v_after, head, row, chunk)
-        };
-        each_finite::<M::Element>(values, &mut f);
-        sample += CENTER_THREADS / LANES;
+    if valid.sum() == 0 {
+        return;
     }
+    // In the spatial layout, valid text comes first.
+    let packed = (sample as u64 * valid.sum() as u64 / CENTER_TEXT_ROWS as u64) as u32;
+    let row = M::layout().model_row(HeadType::Spatial, packed, valid);
+    let tensor = if row < M::numbers().before_tokens { params.v_before } else { params.v_after };
+    each_finite::<M::Element>(load::<M>(params, tensor, head, row, chunk), f);
 }
 
 /// Calls `f` with each of the 8 values of a chunk, and its number. One value that is not finite would
 /// make the whole head so, and counts as zero.
 #[inline(always)]
-fn each_finite<E: Element>(chunk: [u32; 4], f: &mut impl FnMut(usize, f32)) {
+fn each_finite<E: Element>(chunk: [u32; 4], mut f: impl FnMut(usize, f32)) {
     let values = element::widen::<E>(chunk);
     let mut i = 0;
     while i < 8 {
@@ -175,21 +192,31 @@ fn each_finite<E: Element>(chunk: [u32; 4], f: &mut impl FnMut(usize, f32)) {
     }
 }
 
-/// 16 bytes of a row of a head: those of chunk `chunk`. `row` counts in the model's order, and `head`
-/// over batch x heads.
+/// Address of element `element` of a row of a head. `row` counts in the model's order, and `head` over
+/// batch x heads.
+#[inline(always)]
+fn address<M: Model>(params: &PackParams, tensor: Tensor, head: u32, row: u32, element: u32) -> u64 {
+    let (item, head) = (head / params.heads, head % params.heads);
+    let element = item as u64 * tensor.batch + row as u64 * tensor.row + head as u64 * tensor.head + element as u64;
+    tensor.data + element * M::Element::DTYPE.bytes() as u64
+}
+
+/// Chunk `chunk` of a row of a head, likewise.
 #[inline(always)]
 unsafe fn load<M: Model>(params: &PackParams, tensor: Tensor, head: u32, row: u32, chunk: u32) -> [u32; 4] {
-    let (item, head) = (head / params.heads, head % params.heads);
-    let element = item as u64 * tensor.batch + row as u64 * tensor.row + head as u64 * tensor.head + (chunk * 8) as u64;
-    let address = tensor.data + element * M::Element::DTYPE.bytes() as u64;
+    let address = address::<M>(params, tensor, head, row, chunk * 8);
     if params.aligned != 0 { global::load16(address) } else { global::load16_unaligned(address) }
 }
 
 /// **pack_values**: V without its mean, reordered and transposed ([`e4m3`]).
 ///
-/// Each warp takes some units of 16 keys of a head. Heads of the same keys are worked on near each
-/// other, since their rows lie beside each other in memory. What rounding took from the mean of a
-/// channel is added up, and given back to the output. Grid: x = heads x blocks of units, y = batch.
+/// Each warp takes some units of 16 keys of a head. While it works on one, the rows of the next are copied
+/// to shared memory. There each lane finds four channels of all keys. What it makes of them goes back, so
+/// that neighbouring lanes store neighbouring bytes of the image.
+///
+/// Heads of the same keys are worked on near each other, since their rows lie beside each other in memory.
+/// What rounding took from the mean of a channel is added up, and given back to the output. Grid: x =
+/// heads x blocks of units, y = batch.
 ///
 /// # Safety
 /// As for [`center`], which has run before.
@@ -203,180 +230,258 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
     if !M::has_head(params.precisions, head) {
         return;
     }
-    let first = (block / params.heads * (VALUES_THREADS / 32) + thread::warp()) * VALUES_UNITS;
     let units = e4m3::bytes(layout.packed_rows()) / UNIT_BYTES;
+    let mut unit = (block / params.heads * (VALUES_THREADS / 32) + thread::warp()) * VALUES_UNITS;
+    let end = units.min(unit + VALUES_UNITS);
+    if unit >= end {
+        return;
+    }
     let lane = thread::lane();
-    // A lane has the even or the odd keys of its chunk of 8 channels.
-    let (chunk, odd) = (lane % LANES, lane / LANES);
-    let center = params.centers + (head * CENTER_FLOATS) as u64 * 4;
-    let values = Values {
+    let valid = valid_text::<M>(params.before_lengths, params.after_lengths, item);
+    let source = Source {
         head,
         head_type: if params.head_types == 0 {
             HeadType::Spatial
         } else {
             HeadType::from_u32(global::load_u32(params.head_types + head as u64 * 4))
         },
-        valid: valid_text::<M>(params.before_lengths, params.after_lengths, item),
-        chunk,
-        odd,
-        factor: global::load_f32(center + CENTER_FACTOR as u64 * 4),
+        valid,
+        live: valid.sum() + layout.video_tokens(),
     };
+    let center = params.centers + (head * CENTER_FLOATS) as u64 * 4;
+    let [factor, inverse] = global::load_f32x2(center + CENTER_FACTOR as u64 * 4);
     let counted = global::load_f32(center + CENTER_COUNTED as u64 * 4);
-    let mean = global::load_f32x8(center + (chunk * 32) as u64);
+    let mean = global::load_f32x4(center + (lane * 16) as u64);
+    let rounding = Rounding::new::<M::Element>(factor, inverse, counted, mean);
     let image = params.packed_v + head as u64 * M::IMAGE.bytes(layout.packed_rows()) as u64;
-    let mut lost = [0.0; 8];
-    let mut unit = first;
-    while unit < units && unit < first + VALUES_UNITS {
-        let place = image + (unit * UNIT_BYTES) as u64;
-        let rows = values.load::<M>(params, unit);
-        // This is spelled out, since arrays that a loop indexes would be in memory.
-        let pairs = [
-            Pair::new::<M::Element>(rows, 0, [mean[0], mean[1]], counted),
-            Pair::new::<M::Element>(rows, 1, [mean[2], mean[3]], counted),
-            Pair::new::<M::Element>(rows, 2, [mean[4], mean[5]], counted),
-            Pair::new::<M::Element>(rows, 3, [mean[6], mean[7]], counted),
-        ];
-        let [a, b, c, d] = pairs.map(
-            #[inline(always)]
-            |pair| pair.lost,
-        );
-        let lost_here = [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]];
+    let slot = |index: u32| shared::address(VALUES_SHARED.rows, thread::warp() * VALUES_STAGES + index % VALUES_STAGES);
+
+    let mut lost = [0.0; 4];
+    source.start::<M>(params, unit, slot(unit));
+    copy::commit_group();
+    while unit < end {
+        if unit + 1 < end {
+            source.start::<M>(params, unit + 1, slot(unit + 1));
+        }
+        copy::commit_group();
+        copy::wait_groups::<1>();
+        // Each lane reads what others have copied.
+        warp::sync();
+        let place = slot(unit) + lane * 8;
+        // This is spelled out, since an array that a loop indexes would be in memory.
+        let [a, b, c, d] = [load_quad(place, 0), load_quad(place, 2), load_quad(place, 4), load_quad(place, 6)];
+        let usual = (rounding.usual(a) & rounding.usual(b)) & (rounding.usual(c) & rounding.usual(d));
+        let keys = source.live.saturating_sub(unit * UNIT_KEYS);
+        let [a, b, c, d] = if warp::any(keys < UNIT_KEYS || usual & 0x8000_8000 != 0x8000_8000) {
+            let round = |quad: Quad, key: u32| {
+                let present = [key < keys, key + 1 < keys, key + 8 < keys, key + 9 < keys];
+                rounding.round::<M::Element, false>(quad, present)
+            };
+            [round(a, 0), round(b, 2), round(c, 4), round(d, 6)]
+        } else {
+            let round = |quad: Quad| rounding.round::<M::Element, true>(quad, [true; 4]);
+            [round(a), round(b), round(c), round(d)]
+        };
+        let channel = |i: usize| [a.words[i], b.words[i], c.words[i], d.words[i]];
+        let channels = [channel(0), channel(1), channel(2), channel(3)];
         let mut i = 0;
-        while i < 8 {
-            lost[i] += lost_here[i];
+        while i < 4 {
+            lost[i] += (a.lost[i] + b.lost[i]) + (c.lost[i] + d.lost[i]);
             i += 1;
         }
-        let [a, b, c, d] = pairs.map(
-            #[inline(always)]
-            |pair| pair.keys,
-        );
-        // Of the 8 channels, the lane with the even keys stores the first four.
-        let place = place + ((chunk * 8 + odd * 4) * UNIT_KEYS) as u64;
-        store_channel(place, odd, a[0], c[0]);
-        store_channel(place + UNIT_KEYS as u64, odd, a[1], c[1]);
-        store_channel(place + 2 * UNIT_KEYS as u64, odd, b[0], d[0]);
-        store_channel(place + 3 * UNIT_KEYS as u64, odd, b[1], d[1]);
+        // All lanes have read their rows.
+        warp::sync();
+        store_channels(slot(unit), image + (unit * UNIT_BYTES) as u64, lane, channels);
+        // The slot is free for another unit.
+        warp::sync();
         unit += 1;
     }
-    // As fixed-point numbers, the sums do not depend on the order in which warps add to them. The
-    // lanes of a chunk have different keys of the same channels.
-    let mut channel = 0;
-    while channel < 8 {
-        let both = lost[channel] + warp::exchange(lost[channel], LANES);
-        if channel / 4 == odd as usize {
-            let place = center + (CENTER_LOST + chunk * 8 + channel as u32) as u64 * 4;
-            global::add_u32(place, (both * LOST_SCALE) as i32 as u32);
-        }
-        channel += 1;
+    // As fixed-point numbers, the sums do not depend on the order in which warps add to them.
+    let sums = slot(0);
+    let lost = lost.map(
+        #[inline(always)]
+        |lost| (lost * LOST_SCALE) as i32 as u32,
+    );
+    shared::store16(sums + lane * 16, lost);
+    warp::sync();
+    let mut i = 0;
+    while i < 4 {
+        let channel = i * 32 + lane;
+        global::add_u32(center + (CENTER_LOST + channel) as u64 * 4, shared::load_u32(sums + channel * 4));
+        i += 1;
     }
 }
 
-/// What a lane has of the values of a head.
-struct Values {
+/// The rows of a head, in the order of its keys.
+struct Source {
     head: u32,
     head_type: HeadType,
     valid: ValidText,
-    chunk: u32,
-    odd: u32,
-    factor: f32,
+    /// Keys that are neither padding nor invalid text. They come first.
+    live: u32,
 }
 
-impl Values {
-    /// Every other row of a unit.
+impl Source {
+    /// Address of the row of a key, or 0 where there is none.
     #[inline(always)]
-    unsafe fn load<M: Model>(&self, params: &PackParams, unit: u32) -> [Row; 8] {
-        let first = unit * UNIT_KEYS + self.odd;
-        [
-            self.row::<M>(params, first),
-            self.row::<M>(params, first + 2),
-            self.row::<M>(params, first + 4),
-            self.row::<M>(params, first + 6),
-            self.row::<M>(params, first + 8),
-            self.row::<M>(params, first + 10),
-            self.row::<M>(params, first + 12),
-            self.row::<M>(params, first + 14),
-        ]
-    }
-
-    /// One row, by its packed row.
-    #[inline(always)]
-    unsafe fn row<M: Model>(&self, params: &PackParams, key: u32) -> Row {
-        let layout = M::layout();
-        if key >= self.valid.sum() + layout.video_tokens() {
-            return Row { words: [0; 4], factor: 0.0 };
+    unsafe fn row<M: Model>(&self, params: &PackParams, key: u32) -> u64 {
+        if key >= self.live {
+            return 0;
         }
+        let layout = M::layout();
         let row = layout.model_row(self.head_type, key, self.valid);
-        let words = if row < layout.before {
-            load::<M>(params, params.v_before, self.head, row, self.chunk)
+        let tensor = if row < layout.before {
+            params.v_before
         } else if row < layout.before + layout.video_tokens() {
-            load::<M>(params, params.v, self.head, row, self.chunk)
+            params.v
         } else {
-            load::<M>(params, params.v_after, self.head, row, self.chunk)
+            params.v_after
         };
-        Row { words, factor: self.factor }
+        address::<M>(params, tensor, self.head, row, 0)
+    }
+
+    /// Starts copies of the rows of a unit to `slot`. Where there is no key, the row becomes zero.
+    ///
+    /// Each lane knows where one row lies, since it may take divisions to find it.
+    #[inline(always)]
+    unsafe fn start<M: Model>(&self, params: &PackParams, unit: u32, slot: u32) {
+        let lane = thread::lane();
+        let own = self.row::<M>(params, unit * UNIT_KEYS + lane % UNIT_KEYS);
+        let halves = [own as u32, (own >> 32) as u32];
+        let mut i = 0;
+        while i < UNIT_KEYS * LANES / 32 {
+            let key = i * (32 / LANES) + lane / LANES;
+            let [low, high] = halves.map(
+                #[inline(always)]
+                |half| warp::broadcast(half, key),
+            );
+            let (row, chunk) = (low as u64 | (high as u64) << 32, lane % LANES * 16);
+            let (from, to) = (row + chunk as u64, slot + key * VALUES_ROW_BYTES + chunk);
+            if row == 0 {
+                shared::store16(to, [0; 4]);
+            } else if params.aligned != 0 {
+                copy::start16(to, from);
+            } else {
+                shared::store16(to, global::load16_unaligned(from));
+            }
+            i += 1;
+        }
     }
 }
 
-/// A lane's part of a row.
-#[derive(Clone, Copy)]
-struct Row {
-    /// Its 8 channels, two in a word.
-    words: [u32; 4],
-    /// The factor. It is 0 for invalid text and padding, which become zero.
+/// A lane's four channels of four keys of a unit: two neighbours, and those that lie 8 keys further. Their
+/// bytes lie beside each other in the image. A word has two channels.
+type Quad = [[u32; 2]; 4];
+
+/// Reads a quad, of which the first key is number `key`. The lane's place in the first row is `place`.
+#[inline(always)]
+unsafe fn load_quad(place: u32, key: u32) -> Quad {
+    let load = |key: u32| shared::load8(place + key * VALUES_ROW_BYTES);
+    [load(key), load(key + 1), load(key + 8), load(key + 9)]
+}
+
+/// How a lane's channels are rounded.
+struct Rounding {
     factor: f32,
+    /// The mean of each channel, times minus the factor.
+    offset: [f32; 4],
+    /// The largest value, times the factor, of which is counted what rounding takes.
+    counted: f32,
+    /// 2^15 and the bits of an element that leaves every channel below `counted`, in both halves. Without
+    /// such an element it is less than 2^15.
+    limit: u32,
 }
 
-/// Two channels of a lane's 8 keys.
-#[derive(Clone, Copy)]
-struct Pair {
-    /// Of each channel, keys 0, 2, 4, 6 of the unit (or 1, 3, 5, 7), and then 8, 10, 12, 14 (or one
-    /// more), each four in a word.
-    keys: [[u32; 2]; 2],
-    /// Of each channel, what rounding took from the sum of the keys.
-    lost: [f32; 2],
+/// A lane's channels of a quad: a word of the image for each, and what rounding took from its keys.
+struct Rounded {
+    words: [u32; 4],
+    lost: [f32; 4],
 }
 
-impl Pair {
-    /// Centres, scales and rounds the two channels that are in word `word` of each row. Of values up to
-    /// `counted` it counts what rounding takes.
+impl Rounding {
     #[inline(always)]
-    fn new<E: Element>(rows: [Row; 8], word: usize, mean: [f32; 2], counted: f32) -> Pair {
-        let values = rows.map(
+    fn new<E: Element>(factor: f32, inverse: f32, counted: f32, mean: [f32; 4]) -> Rounding {
+        let [a, b, c, d] = mean.map(
             #[inline(always)]
-            |row| {
-                let [x, y] = E::unpack(row.words[word]);
-                // What is infinite becomes no number, since e4m3 has no infinity.
-                [math::fma(x - mean[0], row.factor, x * 0.0), math::fma(y - mean[1], row.factor, y * 0.0)]
+            |mean| mean.abs(),
+        );
+        let largest = counted * inverse - a.max(b).max(c.max(d));
+        // Rounding may have made it larger, so the number before it is taken.
+        let limit = if largest > 0.0 { 0x8000 + (E::pack(largest, 0.0) & 0x7fff).saturating_sub(1) } else { 0x7fff };
+        let offset = mean.map(
+            #[inline(always)]
+            |mean| -(mean * factor),
+        );
+        Rounding { factor, offset, counted, limit: limit | limit << 16 }
+    }
+
+    /// A word whose bits 15 and 31 are set where all elements of a quad are finite, and what rounding takes
+    /// from each is counted.
+    #[inline(always)]
+    fn usual(&self, quad: Quad) -> u32 {
+        // Bits of elements without their signs are in the order of the elements. Where one is larger than
+        // the limit, the difference of its half has lost the upper bit.
+        let fits = |word: u32| self.limit.wrapping_sub(word & 0x7fff_7fff);
+        let [a, b, c, d] = quad.map(
+            #[inline(always)]
+            |[low, high]| fits(low) & fits(high),
+        );
+        (a & b) & (c & d)
+    }
+
+    /// Centres, scales and rounds a quad. `USUAL` says that [`Rounding::usual`] holds, and that all keys are
+    /// there; else `present` says which are.
+    #[inline(always)]
+    fn round<E: Element, const USUAL: bool>(&self, quad: Quad, present: [bool; 4]) -> Rounded {
+        let rows = quad.map(
+            #[inline(always)]
+            |[low, high]| {
+                let ([a, b], [c, d]) = (E::unpack(low), E::unpack(high));
+                [a, b, c, d]
             },
         );
-        let [a, b, c, d, e, f, g, h] = values;
-        let round = |channel: usize| {
-            let (low, high) =
-                ([a[channel], b[channel], c[channel], d[channel]], [e[channel], f[channel], g[channel], h[channel]]);
-            let lost = |four: [f32; 4], rounded: u32| {
-                let rounded = element::unpack_e4m3(rounded);
-                let of = |i: usize| if four[i].abs() <= counted { four[i] - rounded[i] } else { 0.0 };
-                (of(0) + of(1)) + (of(2) + of(3))
+        let channel = |i: usize| {
+            let value = |key: usize| {
+                let x = rows[key][i];
+                let y = math::fma(x, self.factor, self.offset[i]);
+                if USUAL {
+                    y
+                } else if present[key] {
+                    // What is infinite becomes no number, since e4m3 has no infinity.
+                    math::fma(x, 0.0, y)
+                } else {
+                    0.0
+                }
             };
-            let keys = [element::pack_e4m3(low), element::pack_e4m3(high)];
-            (keys, lost(low, keys[0]) + lost(high, keys[1]))
+            let four = [value(0), value(1), value(2), value(3)];
+            let word = element::pack_e4m3(four);
+            let rounded = element::unpack_e4m3(word);
+            let lost = |key: usize| {
+                if USUAL || four[key].abs() <= self.counted { four[key] - rounded[key] } else { 0.0 }
+            };
+            (word, (lost(0) + lost(1)) + (lost(2) + lost(3)))
         };
-        let (first, second) = (round(0), round(1));
-        Pair { keys: [first.0, second.0], lost: [first.1, second.1] }
+        let [a, b, c, d] = [channel(0), channel(1), channel(2), channel(3)];
+        Rounded { words: [a.0, b.0, c.0, d.0], lost: [a.1, b.1, c.1, d.1] }
     }
 }
 
-/// Stores a channel of a unit at `place`. The lane with the even keys stores its channel `low`, and the
-/// one with the odd keys its channel `high`. Each gets the other keys of its channel.
+/// Stores a unit at `place`. A lane has four channels next to each other. They are exchanged through
+/// `slot`, so that neighbouring lanes store neighbouring channels.
 #[inline(always)]
-unsafe fn store_channel(place: u64, odd: u32, low: [u32; 2], high: [u32; 2]) {
-    let (mine, given) = if odd == 0 { (low, high) } else { (high, low) };
-    let got = [warp::exchange(given[0], LANES), warp::exchange(given[1], LANES)];
-    let (even, odd) = if odd == 0 { (mine, got) } else { (got, mine) };
-    // Bytes of keys 0, 1, 8, 9, then 2, 3, 10, 11, and so on.
-    let quad = |i: u32| {
-        let pair = |word: usize| (even[word] >> (8 * i) & 0xff) | (odd[word] >> (8 * i) & 0xff) << 8;
-        pair(0) | pair(1) << 16
-    };
-    global::store16(place, [quad(0), quad(1), quad(2), quad(3)]);
+unsafe fn store_channels(slot: u32, place: u64, lane: u32, channels: [[u32; 4]; 4]) {
+    // So both accesses to eight channels at a time reach all banks.
+    let shuffled = |channel: u32| slot + (channel ^ channel / 8 % 8) * UNIT_KEYS;
+    let [a, b, c, d] = channels;
+    shared::store16(shuffled(lane * 4), a);
+    shared::store16(shuffled(lane * 4 + 1), b);
+    shared::store16(shuffled(lane * 4 + 2), c);
+    shared::store16(shuffled(lane * 4 + 3), d);
+    warp::sync();
+    let mut i = 0;
+    while i < 4 {
+        let channel = i * 32 + lane;
+        global::store16(place + (channel * UNIT_KEYS) as u64, shared::load16(shuffled(channel)));
+        i += 1;
+    }
 }

@@ -7,8 +7,13 @@
 //! ([`hadamard`]). It goes into the [image](framestride_shapes::image) of the head, to the row that
 //! the head's layout wants.
 //!
-//! A lane reads only what it has copied itself, so warps never wait for each other. Grid: x =
-//! packed_rows / warps of a block, y = 3, z = batch.
+//! A lane reads only what it has copied itself, so warps never wait for each other.
+//!
+//! Profiling reads all of K and V, and few rows of Q. So what is packed before it
+//! ([`PackPass::BeforeProfiling`]) has no other rows of Q.
+//!
+//! Grid: x = packed_rows / warps of a block, y = 3 (in 8 bits 2), z = batch. Before profiling y = 2, and x
+//! is larger, so that there are blocks for a warp for each sample.
 
 pub mod e4m3;
 mod hadamard;
@@ -18,7 +23,7 @@ mod row;
 
 use crate::cuda::{global, shared, thread, warp};
 use crate::element::{self, Element};
-use crate::model::{Model, valid_text};
+use crate::model::{Model, sampled_video_row, valid_text};
 use framestride_shapes::dtype::Compute;
 use framestride_shapes::image::{CHUNK_BYTES, e4m3 as e4m3_image};
 use framestride_shapes::layout::HeadType;
@@ -36,29 +41,56 @@ use row::{Head, Heads, Held, chunk, head_of, heads_at_once};
 #[inline(always)]
 pub unsafe fn pack<M: Model>(params: &PackParams) {
     let in_8_bits = const { matches!(M::COMPUTE, Compute::E4m3) };
+    let before_profiling = !in_8_bits && params.pass == PackPass::BeforeProfiling as u32;
     // Rows that read the same tables of RoPE are worked on near each other. Blocks start in the
     // order of x, y, z. Three in a row take some tokens of one item, one for each warp. The next
     // three take the same tokens of the next item, whose tables L2 still has. Of the three, two
-    // have Q and K of half of the tokens, whose tables L1 has, and one has V.
-    let parts = if in_8_bits { 2 } else { 3 };
+    // have Q and K of half of the tokens, whose tables L1 has, and one has V. Before profiling, two in a
+    // row have K and V of the same tokens.
+    let parts = if in_8_bits || before_profiling { 2 } else { 3 };
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + parts * thread::block_z());
     if block == 0 && thread::index() == 0 {
         global::store_u32(params.schedule, 0);
         global::store_u32(params.schedule + 4, 0);
     }
+    let Numbers { before_tokens, rope_before, rope_after, .. } = M::numbers();
     // A division by what might be zero would come with a branch to a trap.
-    core::hint::assert_unchecked(params.batch != 0);
+    core::hint::assert_unchecked(params.batch != 0 && params.heads != 0);
     let (part, item, group) = (block % parts, block / parts % params.batch, block / parts / params.batch);
     let (own_warp, warps) = (thread::warp(), M::numbers().pack_threads / 32);
-    let (operand, row) = if part == V { (V, own_warp) } else { (own_warp % 2, part * (warps / 2) + own_warp / 2) };
-    let row = group * warps + row;
+    let (mut operand, row) = if before_profiling {
+        (K + part, own_warp)
+    } else if part == V {
+        (V, own_warp)
+    } else {
+        (own_warp % 2, part * (warps / 2) + own_warp / 2)
+    };
+    let rows = M::layout().packed_rows();
+    let image_bytes = M::IMAGE.bytes(rows) as u64;
+    let (mut item, mut row) = (item, group * warps + row);
+    // Which of a head's samples the row is, and the head.
+    let (mut sample, mut chosen) = (0, 0);
+    let mut first_image = (item * params.heads) as u64 * image_bytes;
+    if before_profiling && row >= rows {
+        let of_head = M::partials(1).group_rows();
+        let first = rows / warps * parts * params.batch;
+        let index = (block - first) * warps + own_warp;
+        let head = index / of_head;
+        if head >= params.batch * params.heads {
+            return;
+        }
+        (operand, item, chosen, sample) = (Q, head / params.heads, head % params.heads, index % of_head);
+        row = before_tokens + sampled_video_row::<M>(params.seed, head, sample);
+        // The image of these samples is found as that of the chosen head.
+        let image = head as u64 * M::IMAGE.bytes(of_head) as u64;
+        first_image = image.wrapping_sub(chosen as u64 * image_bytes);
+    }
     let (packed, norm, norm_before, norm_after) = match operand {
         Q => (params.packed_q, params.q_norm, params.q_norm_before, params.q_norm_after),
         K => (params.packed_k, params.k_norm, params.k_norm_before, params.k_norm_after),
         _ => (params.packed_v, NormWeights::default(), NormWeights::default(), NormWeights::default()),
     };
 
-    let Numbers { before_tokens, rope_before, rope_after, .. } = M::numbers();
     let valid = valid_text::<M>(params.before_lengths, params.after_lengths, item);
     let is_before = row < before_tokens;
     let first_after = before_tokens + M::layout().video_tokens();
@@ -99,9 +131,15 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
             + head_of::<M>(0) as u64 * head_bytes,
         stride: heads_at_once::<M>() as u64 * head_bytes,
         aligned: params.aligned != 0,
-        types: if params.head_types == 0 { 0 } else { params.head_types + (item * params.heads) as u64 * 4 },
+        types: if before_profiling && operand == Q {
+            chosen as u64 + 1
+        } else if params.head_types == 0 {
+            0
+        } else {
+            params.head_types + (item * params.heads) as u64 * 4
+        },
         precisions: if params.precisions == 0 { 0 } else { params.precisions + (item * params.heads) as u64 * 4 },
-        only_temporal: params.pass == PackPass::Temporal as u32,
+        only_temporal: params.pass == PackPass::AfterProfiling as u32 && operand != Q,
         blank,
         all_read: normed && M::numbers().norm_over_heads,
         held: Held {
@@ -126,14 +164,16 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     };
     let token_statistic =
         if normed && M::numbers().norm_over_heads { token_statistic::<M>(&mut heads) } else { Statistic::IDENTITY };
-    let rows = M::layout().packed_rows();
-    let image_bytes = M::IMAGE.bytes(rows) as u64;
     let place = |head_type: HeadType| {
+        if before_profiling && operand == Q {
+            return M::IMAGE.chunk(sample, chunk);
+        }
         let order = if operand == Q { M::layout().query_order() } else { M::layout() };
         let row = order.packed_row(head_type, row, valid);
         // In 8 bits, two lanes share a chunk.
         if in_8_bits { e4m3_image::chunk(row, chunk / 2) + chunk % 2 * 8 } else { M::IMAGE.chunk(row, chunk) }
     };
+    let images = packed.wrapping_add(first_image);
     let (spatial_place, temporal_place) = (place(HeadType::Spatial), place(HeadType::Temporal));
 
     heads.each::<M>(
@@ -171,7 +211,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                 }
             }
             if written {
-                let image = packed + (item * params.heads + index) as u64 * image_bytes;
+                let image = images + index as u64 * image_bytes;
                 let place = if temporal { temporal_place } else { spatial_place };
                 if in_8_bits {
                     global::store8(image + place as u64, [values[0], values[1]]);

@@ -24,6 +24,9 @@ pub fn chunk<M: Model>() -> u32 {
     thread::lane() % head_lanes::<M>()
 }
 
+/// No memory lies below it, and no head has so large a number.
+pub const LEAST_ADDRESS: u64 = 1 << 16;
+
 /// The heads of one row, as a lane sees them. In each step it has 16 bytes of one head, beside
 /// those that the other lanes have.
 pub struct Heads {
@@ -36,6 +39,9 @@ pub struct Heads {
     pub aligned: bool,
     /// Address of the item's head types. It is 0 when every head is packed in the spatial layout,
     /// because all are dense or not yet profiled.
+    ///
+    /// Below [`LEAST_ADDRESS`] it is one more than the number of the only head that is written. That has
+    /// the spatial layout. A field of its own would take a register that ptxas has not.
     pub types: u64,
     /// Address of the item's precisions. It is 0 when heads of every precision are written.
     pub precisions: u64,
@@ -109,9 +115,11 @@ impl Heads {
             let head = head_of::<M>(first + i + chunk::<M>());
             let is_present = head < self.count;
             let is_temporal = is_present
-                && self.types != 0
+                && self.types >= LEAST_ADDRESS
                 && global::load_u32(self.types + head as u64 * 4) == HeadType::Temporal as u32;
-            let is_chosen = is_present && M::has_head(self.precisions, head);
+            let is_chosen = is_present
+                && (self.types == 0 || self.types >= LEAST_ADDRESS || self.types == head as u64 + 1)
+                && M::has_head(self.precisions, head);
             let seen =
                 |by_lane: u32| (by_lane >> (thread::lane() - chunk::<M>()) & ((1 << head_lanes::<M>()) - 1)) << i;
             present |= seen(warp::ballot(is_present));

@@ -35,7 +35,7 @@ use crate::cuda::barrier::{self, Barrier, Slot};
 use crate::cuda::mma::Descriptor;
 use crate::cuda::{shared, thread, warp};
 use crate::masks::{CANDIDATES, each_candidate};
-use crate::model::{Hopper, Model, valid_text};
+use crate::model::{Hopper, Model, sampled_video_row, valid_text};
 use consumer::consume;
 use framestride_shapes::blocks::{
     PROFILE_COLUMNS as COLUMNS, PROFILE_CONSUMERS as CONSUMERS, PROFILE_KEY_ROWS as KEY_ROWS, PROFILE_THREADS,
@@ -142,7 +142,7 @@ pub unsafe fn profile<M: Hopper>(params: &ProfileParams) {
         const THREADS: u32 = CONSUMERS * WARPGROUP;
         let thread = thread::index() - (PROFILE_THREADS - THREADS);
         let query = shared::address(M::PROFILE_SHARED.query, 0);
-        samples::gather::<M>(params, [group, head], valid_text, query, [thread, THREADS]);
+        samples::copy::<M>(params, [group, head], query, [thread, THREADS]);
         shared::publish_to_async();
         thread::sync_two_warpgroups();
         consume::<M>(params, thread_warp - 4, [split, group, head], valid_text, tiles);
@@ -191,10 +191,8 @@ fn next_sweep(mask: u32, lost: u32) -> u32 {
     next
 }
 
-/// The row of the video, frame-major, that is a sample. Samples beyond the last repeat it.
+/// The row of the video, frame-major, that is a sample of a group.
 #[inline(always)]
 fn sampled_row<M: Model>(params: &ProfileParams, head: u32, group: u32, sample: u32) -> u32 {
-    let samples = M::numbers().profile_rows;
-    let index = (group * SAMPLE_ROWS + sample).min(samples.value - 1);
-    M::layout().sampled_video_row(params.seed, head, index, samples)
+    sampled_video_row::<M>(params.seed, head, group * SAMPLE_ROWS + sample)
 }

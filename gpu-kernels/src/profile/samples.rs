@@ -1,34 +1,26 @@
 //! The sampled rows of a block, and what they see of a tile of keys.
 
-use super::{CANDIDATES, KEY_ROWS, SAMPLE_ROWS, number, sampled_row};
+use super::{CANDIDATES, KEY_ROWS, SAMPLE_ROWS, number};
 use crate::cuda::mma::Fragment;
 use crate::cuda::{global, shared};
 use crate::masks::each_candidate;
 use crate::model::Model;
 use crate::softmax;
 use framestride_shapes::fragment::thread_keys;
+use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::layout::Visible;
 use framestride_shapes::params::ProfileParams;
 
-/// Copies the sampled rows of packed Q into the image of a query tile, which lies at `query`. This is
-/// thread `thread` of `threads` that take part.
+/// Copies the tile of a group's sampled rows to `query`. This is thread `thread` of `threads` that take
+/// part.
 #[inline(always)]
-pub unsafe fn gather<M: Model>(
-    params: &ProfileParams,
-    [group, head]: [u32; 2],
-    valid_text: u32,
-    query: u32,
-    [thread, threads]: [u32; 2],
-) {
-    let packed_q = params.packed_q + M::IMAGE.bytes(M::layout().packed_rows()) as u64 * head as u64;
-    let mut chunk = thread;
-    let chunks = M::IMAGE.row_chunks();
-    while chunk < SAMPLE_ROWS * chunks {
-        let (sample, column) = (chunk / chunks, chunk % chunks);
-        let row = valid_text + sampled_row::<M>(params, head, group, sample);
-        let from = packed_q + M::IMAGE.chunk(row, column) as u64;
-        shared::store16(query + M::IMAGE.chunk(sample, column), global::load16(from));
-        chunk += threads;
+pub unsafe fn copy<M: Model>(params: &ProfileParams, [group, head]: [u32; 2], query: u32, [thread, threads]: [u32; 2]) {
+    let bytes = const { M::IMAGE.bytes(SAMPLE_ROWS) };
+    let tile = params.samples + (head * M::partials(1).groups + group) as u64 * bytes as u64;
+    let mut byte = thread * CHUNK_BYTES;
+    while byte < bytes {
+        shared::store16(query + byte, global::load16(tile + byte as u64));
+        byte += threads * CHUNK_BYTES;
     }
 }
 

@@ -77,7 +77,7 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
     let end = valid_text + M::layout().video_tokens();
     let tiles = block_tiles(params, split, end);
     let query = shared::address(Map::<M>::SHARED.query, 0);
-    samples::gather::<M>(params, [group, head], valid_text, query, [thread::index(), THREADS]);
+    samples::copy::<M>(params, [group, head], query, [thread::index(), THREADS]);
 
     let looker = thread::index() % LOOKERS;
     let (candidate, sample) = (looker / SAMPLE_ROWS, looker % SAMPLE_ROWS);

@@ -155,12 +155,26 @@ fn workspaces() {
             let all_heads = u64::from(batch * heads);
             let packed = all_heads * u64::from(spec.layout.packed_rows()) * u64::from(spec.head_dim) * 2;
             let samples = u64::from(spec.profile.rows.div_ceil(64)) * 64;
+            let sampled = all_heads * samples * u64::from(spec.head_dim) * 2;
             // The maximum of each sample, and for three masks its sum and output, in f32.
             let partials = all_heads * samples * u64::from(splits) * 3 * u64::from(2 + spec.head_dim) * 4;
+            let only_8_bits = spec.compute == Compute::E4m3 && spec.largest_error.is_none();
+            let std::ops::Range { start, end } = workspace.profiled_k;
+            let queries = if only_8_bits {
+                // A head's Q and K share the place of its K in 16 bits.
+                let half = packed / all_heads / 2;
+                assert_eq!((&workspace.packed_q, &workspace.packed_k), (&(start..end - half), &(start + half..end)));
+                0..0
+            } else {
+                assert_eq!(workspace.packed_k, workspace.profiled_k);
+                workspace.packed_q.clone()
+            };
+            assert_eq!(workspace.packed_v, workspace.profiled_v);
             let parts = [
-                (&workspace.packed_q, packed),
-                (&workspace.packed_k, packed),
-                (&workspace.packed_v, packed),
+                (&queries, if only_8_bits { 0 } else { packed }),
+                (&workspace.profiled_k, packed),
+                (&workspace.profiled_v, packed),
+                (&workspace.samples, sampled),
                 (&workspace.partials, partials),
                 (&workspace.errors, all_heads * 2 * 4),
                 (&workspace.head_types, all_heads * 4),
