@@ -1,6 +1,6 @@
 //! Loads, stores and atomics of a warp, lane by lane.
 
-use super::{Warp, lanes, space_of};
+use super::{Warp, first, lanes, put, space_of};
 use crate::alu::*;
 use crate::block::Block;
 use crate::fault::{FaultKind, Step, Trouble};
@@ -69,7 +69,10 @@ impl Warp {
     pub(super) fn load(&mut self, block: &mut Block, access: &LoadStore, statement: u32, active: u32) -> Step {
         let bytes = access.width * access.slots.len();
         let (mut offsets, mut shared) = ([0; 32], 0);
-        for lane in lanes(active) {
+        // A parameter is the same for all lanes, so one of them loads it.
+        let parameter = access.space == Space::Param && matches!(access.address.base, Base::None);
+        let loading = if parameter { active & active.wrapping_neg() } else { active };
+        for lane in lanes(loading) {
             let (space, address) = self.resolve(access.space, &access.address, lane);
             let mut words = [0u32; 8];
             let part = (address % 4) as usize;
@@ -125,6 +128,15 @@ impl Warp {
             } else {
                 for (i, slot) in access.slots.iter().enumerate() {
                     self.put_slot(*slot, lane, element(&words, i, access.width, access.signed));
+                }
+            }
+        }
+        if parameter {
+            for slot in &access.slots {
+                match *slot {
+                    Slot::R32(r, _) => spread(&mut self.r32[r as usize], active),
+                    Slot::R64(r) => spread(&mut self.r64[r as usize], active),
+                    Slot::Sink => {}
                 }
             }
         }
@@ -315,6 +327,12 @@ impl Warp {
         block.progress += 1;
         Ok(())
     }
+}
+
+/// Gives the value of the lowest active lane to all active lanes.
+fn spread<T: Copy>(register: &mut Lanes<T>, active: u32) {
+    let value = register[first(active)];
+    put(register, &[value; 32], active);
 }
 
 /// Element `i` of loaded words, extended to 64 bits by its sign if `signed` is set.
