@@ -194,6 +194,41 @@ def sweep(all_results):
     return (extent, group) if len({density for density, _ in group.values()}) >= 3 else (None, {})
 
 
+class Picture:
+    """An SVG of a plot with a legend at its right. Methods take pixels."""
+
+    width, height, left, top, bottom = 880, 480, 70, 50, 55
+
+    def __init__(self, title, right):
+        self.right = self.width - right
+        self.base = self.height - self.bottom
+        size = f'viewBox="0 0 {self.width} {self.height}" font-family="sans-serif" font-size="13"'
+        self.parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f'<rect width="{self.width}" height="{self.height}" fill="white"/>']
+        self.text(self.left, 28, title, 'font-size="15"')
+
+    def text(self, x, y, words, rest=""):
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {rest}>{html.escape(words)}</text>')
+
+    def line(self, points, rest):
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(f'<polyline points="{points}" fill="none" {rest}/>')
+
+    def grid(self, columns, rows, below, beside):
+        """Lines through places of both axes, which have a label each, and the names of the axes."""
+        for x, label in columns:
+            self.line([(x, self.base), (x, self.top)], 'stroke="#e5e5e5"')
+            self.text(x, self.base + 18, label, 'text-anchor="middle"')
+        for y, label in rows:
+            self.line([(self.left, y), (self.right, y)], 'stroke="#e5e5e5"')
+            self.text(self.left - 8, y + 4, label, 'text-anchor="end"')
+        middle = (self.top + self.base) / 2
+        self.text((self.left + self.right) / 2, self.height - 14, below, 'text-anchor="middle"')
+        self.text(18, middle, beside, f'text-anchor="middle" transform="rotate(-90 18 {middle:.0f})"')
+
+    def svg(self):
+        return "\n".join([*self.parts, "</svg>"]) + "\n"
+
+
 def density_picture(extent, group):
     """Time against density, with the ideal: own dense time x density."""
     series = {}
@@ -207,49 +242,35 @@ def density_picture(extent, group):
             levels[who] = statistics.median(found)
     if not series or OURS not in levels:
         return None
-    width, height, left, right, top, bottom = 880, 480, 70, 310, 50, 55
+    gpu, batch, sequence, heads, head_dim, dtype = extent
+    picture = Picture(f"Attention, {gpu}: {batch} x {sequence} x {heads} x {head_dim}, {dtype}", 310)
     most = 1.08 * max([ms for points in series.values() for _, ms in points] + list(levels.values()))
-    x = lambda density: left + density * (width - left - right)
-    y = lambda ms: height - bottom - ms / most * (height - top - bottom)
+    x = lambda density: picture.left + density * (picture.right - picture.left)
+    y = lambda ms: picture.base - ms / most * (picture.base - picture.top)
     power = 10 ** (len(str(int(most))) - 1) if most >= 1 else 0.1
     step = next(step for step in (power / 5, power / 2, power, 2 * power) if most / step <= 8)
-    gpu, batch, sequence, heads, head_dim, dtype = extent
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="28" font-size="15">Attention, {html.escape(gpu)}: {batch} x {sequence} x {heads} x {head_dim}, {dtype}</text>',
-    ]
-    text = lambda px, py, words, rest="": parts.append(f'<text x="{px:.1f}" y="{py:.1f}" {rest}>{html.escape(words)}</text>')
-    line = lambda points, rest: parts.append(
-        f'<polyline points="{" ".join(f"{px:.1f},{py:.1f}" for px, py in points)}" fill="none" {rest}/>'
-    )
-    for tenth in range(0, 11, 2):
-        line([(x(tenth / 10), y(0)), (x(tenth / 10), top)], 'stroke="#e5e5e5"')
-        text(x(tenth / 10), y(0) + 18, f"{tenth / 10:g}", 'text-anchor="middle"')
-    for index in range(int(most / step) + 1):
-        line([(left, y(index * step)), (x(1), y(index * step))], 'stroke="#e5e5e5"')
-        text(left - 8, y(index * step) + 4, f"{index * step:g}", 'text-anchor="end"')
-    text((left + x(1)) / 2, height - 14, "density: visible pairs over all pairs", 'text-anchor="middle"')
-    text(18, (top + y(0)) / 2, "milliseconds", f'text-anchor="middle" transform="rotate(-90 18 {(top + y(0)) / 2:.0f})"')
+    columns = [(x(tenth / 10), f"{tenth / 10:g}") for tenth in range(0, 11, 2)]
+    rows = [(y(index * step), f"{index * step:g}") for index in range(int(most / step) + 1)]
+    picture.grid(columns, rows, "density: visible pairs over all pairs", "milliseconds")
     legend = []
-    line([(x(0), y(0)), (x(1), y(levels[OURS]))], 'stroke="#555" stroke-dasharray="2 4"')
+    picture.line([(x(0), y(0)), (x(1), y(levels[OURS]))], 'stroke="#555" stroke-dasharray="2 4"')
     legend.append(("#555", 'stroke-dasharray="2 4"', "ideal: own dense x density"))
     colours = iter(["#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#444"])
     for name, points in sorted(series.items(), key=lambda item: not item[0].startswith(OURS)):
         colour = next(colours)
         placed = [(x(density), y(ms)) for density, ms in sorted(points)]
-        line(placed, f'stroke="{colour}" stroke-width="1.5"')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in placed]
+        picture.line(placed, f'stroke="{colour}" stroke-width="1.5"')
+        picture.parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in placed]
         legend.append((colour, "", name))
     for who, ms in levels.items():
         colour = next(colours, "#444")
-        line([(x(0), y(ms)), (x(1), y(ms))], f'stroke="{colour}" stroke-dasharray="7 4"')
+        picture.line([(x(0), y(ms)), (x(1), y(ms))], f'stroke="{colour}" stroke-dasharray="7 4"')
         legend.append((colour, 'stroke-dasharray="7 4"', f"{who}, dense"))
     for index, (colour, dash, name) in enumerate(legend):
-        at = top + 12 + 22 * index
-        line([(x(1) + 18, at), (x(1) + 46, at)], f'stroke="{colour}" stroke-width="2" {dash}')
-        text(x(1) + 52, at + 4, name)
-    return "\n".join(parts + ["</svg>"]) + "\n"
+        at = picture.top + 12 + 22 * index
+        picture.line([(picture.right + 18, at), (picture.right + 46, at)], f'stroke="{colour}" stroke-width="2" {dash}')
+        picture.text(picture.right + 52, at + 4, name)
+    return picture.svg()
 
 
 def errors_table(results, sequence):
@@ -278,26 +299,13 @@ def error_picture(results, kernels):
         if row["sequence"] == sequence and row["inputs"] in DRAWN and row["error"]:
             errors.setdefault(row["who"], {})[row["inputs"]] = row["error"]
     points = [(who, density, speed) for who in errors for density, speed in speeds.get(who, {}).items()]
-    width, height, left, right, top, bottom = 880, 480, 70, 250, 50, 55
+    picture = Picture(f"Attention, {results['gpu']}: error against speed", 250)
     most, low, high = 1.1 * max(speed for *_, speed in points), 1e-3, 1.0
-    x = lambda speed: left + speed / most * (width - left - right)
-    y = lambda error: top + math.log(high / error) / math.log(high / low) * (height - top - bottom)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    text = lambda px, py, words, rest="": parts.append(f'<text x="{px:.1f}" y="{py:.1f}" {rest}>{html.escape(words)}</text>')
-    line = lambda x1, y1, x2, y2, rest: parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {rest}/>')
-    text(left, 28, f"Attention, {results['gpu']}: error against speed", 'font-size="15"')
-    for error in (0.001, 0.01, 0.1, 1.0):
-        line(left, y(error), x(most), y(error), 'stroke="#e5e5e5"')
-        text(left - 8, y(error) + 4, f"{error:g}", 'text-anchor="end"')
-    for speed in range(0, int(most) + 1, 200):
-        line(x(speed), y(low), x(speed), top, 'stroke="#e5e5e5"')
-        text(x(speed), y(low) + 18, f"{speed}", 'text-anchor="middle"')
-    text((left + x(most)) / 2, height - 14, f"TFLOP/s on visible pairs, {shape}", 'text-anchor="middle"')
-    middle = (top + y(low)) / 2
-    text(18, middle, f"relative error over {sequence} keys", f'text-anchor="middle" transform="rotate(-90 18 {middle:.0f})"')
+    x = lambda speed: picture.left + speed / most * (picture.right - picture.left)
+    y = lambda error: picture.top + math.log(high / error) / math.log(high / low) * (picture.base - picture.top)
+    columns = [(x(speed), f"{speed}") for speed in range(0, int(most) + 1, 200)]
+    rows = [(y(error), f"{error:g}") for error in (0.001, 0.01, 0.1, 1.0)]
+    picture.grid(columns, rows, f"TFLOP/s on visible pairs, {shape}", f"relative error over {sequence} keys")
     colours = dict(zip(errors, ["#444", "#1d4ed8", "#c2410c", "#15803d", "#7e22ce"]))
     marks = {
         DRAWN[0]: lambda px, py, colour: f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour}"/>',
@@ -307,22 +315,22 @@ def error_picture(results, kernels):
     for who, density, speed in points:
         found = [y(error) for error in errors[who].values()]
         dash = "" if density == "dense" else 'stroke-dasharray="4 3"'
-        line(x(speed), min(found), x(speed), max(found), f'stroke="{colours[who]}" {dash}')
-        parts += [marks[kind](x(speed), y(error), colours[who]) for kind, error in errors[who].items()]
-    at = top + 12
+        picture.line([(x(speed), min(found)), (x(speed), max(found))], f'stroke="{colours[who]}" {dash}')
+        picture.parts += [marks[kind](x(speed), y(error), colours[who]) for kind, error in errors[who].items()]
+    at = picture.top + 12
     for who, colour in colours.items():
-        parts.append(f'<rect x="{x(most) + 18:.1f}" y="{at - 9:.1f}" width="12" height="12" fill="{colour}"/>')
-        text(x(most) + 40, at + 2, who)
+        picture.parts.append(f'<rect x="{picture.right + 18:.1f}" y="{at - 9:.1f}" width="12" height="12" fill="{colour}"/>')
+        picture.text(picture.right + 40, at + 2, who)
         at += 22
     for kind, mark in marks.items():
-        parts.append(mark(x(most) + 24, at - 3, "#666"))
-        text(x(most) + 40, at + 2, kind)
+        picture.parts.append(mark(picture.right + 24, at - 3, "#666"))
+        picture.text(picture.right + 40, at + 2, kind)
         at += 22
     for words, dash in (("dense", ""), ("sparse", 'stroke-dasharray="4 3"')):
-        line(x(most) + 24, at - 12, x(most) + 24, at + 5, f'stroke="#666" {dash}')
-        text(x(most) + 40, at + 2, words)
+        picture.line([(picture.right + 24, at - 12), (picture.right + 24, at + 5)], f'stroke="#666" {dash}')
+        picture.text(picture.right + 40, at + 2, words)
         at += 22
-    return "\n".join(parts + ["</svg>"]) + "\n"
+    return picture.svg()
 
 
 def sweep_table(group):
