@@ -18,6 +18,7 @@ fn every_program_and_command_works() {
     let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let page = fs::read_to_string(checkout.join("capi/README.md")).unwrap();
     let home = tempfile::tempdir().unwrap();
+    let xtask = common::library().join("xtask");
     let (mut files, mut commands) = (0, 0);
     // Every second part lies between fences: its language, then its lines.
     for block in page.split("```").skip(1).step_by(2) {
@@ -31,9 +32,11 @@ fn every_program_and_command_works() {
                 let mut shell = Command::new("sh");
                 shell.arg("-ec");
                 match lines[..] {
-                    // A release build takes a minute, and the tests have built the library already.
+                    // A release build takes a minute, and xtask alone half of one. The tests have
+                    // built library and xtask already.
                     [install] if install.starts_with("cargo xtask install-c ") => {
-                        let line = install.replace('~', &home.path().display().to_string());
+                        let line = install.replace("cargo xtask", xtask.to_str().unwrap());
+                        let line = line.replace('~', &home.path().display().to_string());
                         shell.arg(format!("{line} --debug")).current_dir(&checkout);
                     }
                     _ => {

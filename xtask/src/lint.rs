@@ -5,7 +5,7 @@
 //! are runs of their own, by the device compiler's clippy and rustdoc.
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use framestride_builder::toolchain::{Toolchain, on_path};
@@ -28,9 +28,9 @@ pub fn run_all() -> Result<(), String> {
     let toolchain = setup::device_compiler()?;
     setup::linters(&toolchain)?;
     step("format, lints and documentation");
-    // Tests share what was compiled with the cargo that runs this process.
-    let own = env::var_os("CARGO").map(PathBuf::from).filter(|cargo| setup::has_linters(cargo));
-    let host_cargo = own.as_ref().unwrap_or(&toolchain.cargo);
+    // Tests share what was compiled with the cargo that compiled this process.
+    let own = Path::new(env!("CARGO"));
+    let host_cargo = if setup::has_linters(own) { own } else { &toolchain.cargo };
     let checks = [format(&toolchain), host(host_cargo), device(&toolchain), minimum_rust()];
     let failures: Vec<String> = checks.into_iter().filter_map(Result::err).collect();
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }

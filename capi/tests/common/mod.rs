@@ -10,8 +10,8 @@ pub fn folder() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The folder of the shared and of the static library, built by the first test that asks. Cargo
-/// builds neither for the tests of a package.
+/// The folder of the shared and of the static library, and of xtask, built by the first test that
+/// asks. Cargo builds none of them for the tests of a package.
 ///
 /// Beside the whole workspace and its examples, dependencies have the features that they have for
 /// `cargo test --workspace`. For this package alone they would be compiled again.
@@ -20,7 +20,9 @@ pub fn library() -> &'static Path {
     LIBRARY.get_or_init(|| {
         let target = folder().parent().unwrap();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--locked", "--workspace", "--lib", "--examples", "--target-dir"]).arg(target);
+        cargo
+            .args(["build", "--quiet", "--locked", "--workspace", "--lib", "--bins", "--examples", "--target-dir"])
+            .arg(target);
         succeeds(&mut cargo);
         target.join("debug")
     })
