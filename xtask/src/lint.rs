@@ -1,5 +1,5 @@
-//! What a change must pass before any test runs: format, lints, documentation, and the promised
-//! minimum Rust.
+//! What a change must pass beside the tests: format, lints, documentation, and the promised minimum
+//! Rust.
 //!
 //! The code of the device exists only for `nvptx64-nvidia-cuda`. So its lints and its documentation
 //! are runs of their own, by the device compiler's clippy and rustdoc.

@@ -11,6 +11,7 @@ mod setup;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::thread;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
 
@@ -87,19 +88,23 @@ fn test(arguments: &[String]) -> Result<(), String> {
     setup::device_compiler()?;
     setup::cuda_tools()?;
     setup::c_tools()?;
-    if arguments.is_empty() {
-        lint::run_all()?;
+    if !arguments.is_empty() {
+        return cargo_test(arguments);
     }
-    let everything = ["--workspace".to_string()];
-    let chosen = if arguments.is_empty() { &everything } else { arguments };
-    step(&format!("cargo test {}", chosen.join(" ")));
+    // Each of the two leaves a core idle at times, and needs nothing of the other.
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| [python::test_specs(), lint::run_all()]);
+        let tests = cargo_test(&["--workspace".into()]).and_then(|()| mutants::plant(mutants::Choice::Ci));
+        let beside = beside.join().map_err(|_| "a thread panicked")?;
+        let failures: Vec<String> = beside.into_iter().chain([tests]).filter_map(Result::err).collect();
+        if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+    })
+}
+
+fn cargo_test(arguments: &[String]) -> Result<(), String> {
+    step(&format!("cargo test {}", arguments.join(" ")));
     // A snapshot that differs is a failure, never a new file.
-    run(cargo().args(["test", "--no-fail-fast"]).args(chosen).env("INSTA_UPDATE", "no"))?;
-    if arguments.is_empty() {
-        python::test_specs()?;
-        mutants::plant(mutants::Choice::Ci)?;
-    }
-    Ok(())
+    run(cargo().args(["test", "--no-fail-fast"]).args(arguments).env("INSTA_UPDATE", "no"))
 }
 
 /// Compares dense attention with the models of diffusers.
