@@ -594,7 +594,8 @@ framestride_status framestride_study_table(const char *study,
                                            size_t *needed);
 
 // Writes the schedule of a study to `buffer`, as framestride_spec_toml does: JSON of the least
-// density of each layer and step with which the layer is within `error`.
+// density of each layer and step with which the layer is within `error`. Where the study tried 8 bits, it
+// says which layers have them, and which of their heads stay in 16.
 framestride_status framestride_study_schedule(const char *study,
                                               size_t bytes,
                                               double error,

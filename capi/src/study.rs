@@ -39,7 +39,8 @@ pub unsafe extern "C" fn framestride_study_table(
 }
 
 /// Writes the schedule of a study to `buffer`, as framestride_spec_toml does: JSON of the least
-/// density of each layer and step with which the layer is within `error`.
+/// density of each layer and step with which the layer is within `error`. Where the study tried 8 bits, it
+/// says which layers have them, and which of their heads stay in 16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn framestride_study_schedule(
     study: *const c_char,

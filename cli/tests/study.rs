@@ -65,16 +65,24 @@ fn inputs(heads: Heads, seed: u64) -> Inputs {
 }
 
 fn write(file: &Path, inputs: &Inputs) {
+    write_of(file, inputs, SHAPE);
+}
+
+fn write_of(file: &Path, inputs: &Inputs, shape: [usize; 4]) {
     let bytes = |tokens: &Tokens| tokens.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<u8>>();
     let data = [("q", bytes(&inputs.q)), ("k", bytes(&inputs.k)), ("v", bytes(&inputs.v))];
-    let views = data.iter().map(|(name, data)| (*name, TensorView::new(Dtype::BF16, SHAPE.to_vec(), data).unwrap()));
+    let views = data.iter().map(|(name, data)| (*name, TensorView::new(Dtype::BF16, shape.to_vec(), data).unwrap()));
     fs::write(file, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
 fn study(folder: &Path, arguments: &[&str]) -> Output {
+    study_of(folder, "planted.toml", arguments)
+}
+
+fn study_of(folder: &Path, spec: &str, arguments: &[&str]) -> Output {
     fs::write(folder.join("planted.toml"), SPEC).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_framestride"));
-    command.current_dir(folder).args(["study", "planted.toml", "--device", "emulator"]).args(arguments);
+    command.current_dir(folder).args(["study", spec, "--device", "emulator"]).args(arguments);
     command.output().unwrap()
 }
 
@@ -201,6 +209,67 @@ fn files_without_layers_in_their_names_are_layers_in_their_order() {
     let output = study(folder.path(), &["a.safetensors", "--densities", "0.3", "--out", "/dev/stdout"]);
     assert!(serde_json::from_str::<Value>(&text(&output)).unwrap()["framestride_schedule"] == 1);
     assert!(String::from_utf8_lossy(&output.stderr).contains("relative errors of layers"));
+}
+
+/// Of head dim 128, since no other one has 8 bits.
+#[test]
+fn eight_bits_are_tried_beside_16() {
+    let folder = tempfile::tempdir().unwrap();
+    let text_of = |compute: &str| {
+        SPEC.replace("head_dim = 64", &format!("head_dim = 128\ncompute = \"{compute}\""))
+            .replace("frames = 8", "frames = 4")
+    };
+    let spec = Spec::parse("planted.toml", &text_of("dtype")).unwrap();
+    let mut inputs = Inputs::planted(&spec, 1, 2, 5);
+    // V of head 0 is the same in all rows, of which 8 bits take nothing.
+    for token in inputs.v.bits.as_chunks_mut::<256>().0 {
+        token[..128].fill(0x4080);
+    }
+    let shape = [1, spec.layout.sequence() as usize, 2, 128];
+    write_of(&folder.path().join("layer_0.safetensors"), &inputs, shape);
+    let mut found = Vec::new();
+    for (compute, option) in [("dtype", &["--compute", "e4m3"][..]), ("e4m3", &[]), ("e4m3", &["--compute", "dtype"])] {
+        fs::write(folder.path().join("spec.toml"), text_of(compute)).unwrap();
+        let options = ["layer_0.safetensors", "--densities", "0.1,0.6", "--error", "0.002", "--report", "report"];
+        let said =
+            text(&study_of(folder.path(), "spec.toml", &[&options[..], &["--out", "schedule.json"], option].concat()));
+        let study = Study::parse("study.json", &fs::read_to_string(folder.path().join("report/study.json")).unwrap());
+        let schedule: Value =
+            serde_json::from_str(&fs::read_to_string(folder.path().join("schedule.json")).unwrap()).unwrap();
+        found.push((study.unwrap(), schedule, said));
+    }
+    // The spec says it, or the option.
+    assert!(found[0].0 == found[1].0 && found[0].1 == found[1].1);
+    let [of_8_bits, _, of_16_bits] =
+        [0, 1, 2].map(|number: usize| found[number].0.steps[0].layers[0].as_ref().unwrap());
+    assert_eq!((&of_8_bits.size, &of_8_bits.errors), (&of_16_bits.size, &of_16_bits.errors));
+    assert!(of_16_bits.eight_bits.is_none());
+    let errors = of_8_bits.eight_bits.as_ref().unwrap();
+    // Text alone takes more than the first density.
+    assert_eq!(errors[0], [None, None]);
+    let relative =
+        |density: usize, head: usize| (errors[density][head].unwrap() / of_8_bits.size[head].unwrap()).sqrt();
+    for density in [1, 2] {
+        assert!(relative(density, 0) < 0.002 && (0.005..0.1).contains(&relative(density, 1)), "{errors:?}");
+    }
+    // So head 1 decides, and where it exceeds the error it stays in 16 bits.
+    assert!(found[0].2.contains("8 bits:") && !found[2].2.contains("8 bits"), "{}", found[0].2);
+    assert_eq!(
+        (&found[0].1["steps"][0]["compute"][0], &found[2].1["steps"][0]["compute"]),
+        (&"e4m3".into(), &Value::Null)
+    );
+    println!("{}{}", found[0].2, found[0].1);
+
+    fs::write(folder.path().join("spec.toml"), text_of("dtype")).unwrap();
+    for (spec, options, words) in [
+        ("planted.toml", &["--compute", "e4m3"][..], "head_dim"),
+        ("spec.toml", &["--compute", "fp8"], "possible values: dtype, e4m3"),
+        ("spec.toml", &["--compute", "e4m3", "--ptx", "some.ptx"], "--ptx: found some.ptx, and 8 bits to be tried"),
+    ] {
+        let output = study_of(folder.path(), spec, &[&["layer_0.safetensors"][..], options].concat());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && error.contains(words), "{words}: {error}");
+    }
 }
 
 #[test]

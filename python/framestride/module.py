@@ -81,14 +81,14 @@ def in_8_bits(
     `otherwise` gets the reason. What else goes wrong is raised.
     """
     try:
-        narrow = replace(spec, compute="e4m3", largest_error=largest_error)
-        load(narrow, device)
+        found = replace(spec, compute="e4m3", largest_error=largest_error)
+        load(found, device)
     except Error as error:
         if error.status not in (Status.INVALID_SPEC, Status.UNSUPPORTED):
             raise
         otherwise(str(error))
         return spec
-    return narrow
+    return found
 
 
 def is_loaded(toml: str, device: str) -> bool:

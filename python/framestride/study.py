@@ -55,18 +55,19 @@ class Study:
 
     def table(self, *, error: float | None = None, heads: bool = False) -> str:
         """The relative error of each layer at each density, and the density that it needs; with `heads`, the
-        relative error of each head under each mask."""
+        relative error of each head under each mask, and the bits that it needs where 8 were tried."""
         return _text(self._ask("study_table", error, int(heads)))
 
     def plot(self, *, error: float | None = None) -> bytes:
         """A picture as the bytes of a PNG file: density against error, and at each density the heads of all
-        layers, which mask is better and how large its error is. Several steps are one, by root mean squares."""
+        layers, which mask is better and how large its error is. Several steps are one, by root mean squares.
+        Where 8 bits were tried, it also shows in how many steps a head stays in 16."""
         return self._ask("study_plot", error, capacity=1 << 20)
 
     def schedule(self, error: float | None = None) -> DensitySchedule:
         """The least density of each layer and step with which the layer is within `error`. Where none that was
-        tried suffices, it is 1, which is dense attention. Where 8 bits were tried, a layer has them if its least
-        density in them takes less time."""
+        tried suffices, it is 1, which is dense attention. Where 8 bits were tried, a layer has them if that takes
+        less time, but for the fewest heads that must stay in 16 so that the layer is within `error`."""
         return DensitySchedule.from_json(_text(self._ask("study_schedule", error)))
 
     def save(self, path: Place) -> None:
@@ -114,6 +115,9 @@ class ScheduledStep:
     """The density of each layer, 1 for dense attention. None where the step did not call the layer."""
     compute: tuple[Compute | None, ...] | None = None
     """What tensor cores multiply in each layer. None where that is not the schedule's to say."""
+    heads_in_16_bits: tuple[tuple[int, ...] | None, ...] | None = None
+    """The numbers of the heads of each layer that stay in 16 bits where its compute is e4m3, from 0. None where
+    no layer has any."""
 
     def place(self, by_noise: bool) -> float:
         """Where in the denoising it is, from 0 to 1."""
@@ -126,9 +130,9 @@ class DensitySchedule:
 
     Steps are compared by their noise, so another number of steps has densities too, and a model of few steps.
     Where the noise is not known, they are compared by their share of all steps. A step between two that were
-    studied has the larger density of both, and 8 bits if both have. One before the first is dense and in 16
-    bits, and one after the last is as the last. Where no step is known, a layer has the largest of its
-    densities, and 8 bits if it has them in all steps.
+    studied has the larger density of both, and 8 bits if both have, but for the heads that stay in 16 in one of
+    them. One before the first is dense and in 16 bits, and one after the last is as the last. Where no step is
+    known, a layer has the largest of its densities, and 8 bits if it has them in all steps.
     """
 
     models: Models
@@ -137,15 +141,18 @@ class DensitySchedule:
     """The relative error that each layer was within."""
     steps: tuple[ScheduledStep, ...]
 
-    def __call__(self, step: Step, layer: int) -> float | tuple[float, Compute]:
-        """The density of a layer in a step, with what tensor cores multiply where the schedule says it. Layers
-        count from 0, through all transformers."""
+    def __call__(self, step: Step, layer: int) -> float | tuple[float, Compute, tuple[int, ...]]:
+        """The density of a layer in a step. Where the schedule says what tensor cores multiply there, that and
+        the heads that stay in 16 bits stand behind it. Layers count from 0, through all transformers."""
         near = self._near(step, [scheduled for scheduled in self.steps if scheduled.density[layer] is not None], layer)
         density = max((scheduled.density[layer] or 1.0 for scheduled in near), default=1.0)
         if any(scheduled.compute is None for scheduled in self.steps):
             return density
         computes = {scheduled.compute[layer] for scheduled in near if scheduled.compute is not None}
-        return density, "e4m3" if computes == {"e4m3"} else "dtype"
+        if computes != {"e4m3"}:
+            return density, "dtype", ()
+        heads = {head for scheduled in near for head in (scheduled.heads_in_16_bits or {layer: ()})[layer] or ()}
+        return density, "e4m3", tuple(sorted(heads))
 
     def _near(self, step: Step, known: list[ScheduledStep], layer: int) -> list[ScheduledStep]:
         """The steps of those that are known whose densities decide about a step."""
@@ -176,7 +183,8 @@ class DensitySchedule:
             "error": self.error,
         }
         head = "".join(f'  "{key}": {json.dumps(value)},\n' for key, value in keys.items())
-        said = [{key: value for key, value in vars(step).items() if key != "compute" or value} for step in self.steps]
+        own = ("compute", "heads_in_16_bits")
+        said = [{key: value for key, value in vars(step).items() if key not in own or value} for step in self.steps]
         steps = ",\n".join(f"    {json.dumps(step)}" for step in said)
         Path(path).write_text(f'{{\n{head}  "steps": [\n{steps}\n  ]\n}}\n', encoding="utf-8")
 
@@ -204,8 +212,9 @@ class DensitySchedule:
             del data["framestride_schedule"]
             models, allowed = _models(data), float(data["error"])
             steps = [dict(step) for step in data["steps"]]
-            listed = [{key: tuple(step[key]) for key in ("density", "compute") if key in step} for step in steps]
-            scheduled = tuple(ScheduledStep(**step | lists) for step, lists in zip(steps, listed))
+            keys = ("density", "compute", "heads_in_16_bits")
+            listed = [{key: tuple(map(_frozen, step[key])) for key in keys if key in step} for step in steps]
+            scheduled = tuple(ScheduledStep(**step | values) for step, values in zip(steps, listed))
             unknown = set(data) - {"models", "error", "steps"}
         except (KeyError, TypeError, ValueError) as error:
             raise wrong(f"{type(error).__name__}: {error}", "the keys of a schedule") from None
@@ -230,6 +239,15 @@ class DensitySchedule:
             for compute in step.compute or ():
                 if compute not in (None, *get_args(Compute)):
                     raise wrong(f"compute {compute!r} in step {step.index}", '"dtype", "e4m3" or null')
+            lists = step.heads_in_16_bits
+            if lists is not None and len(lists) != layers:
+                raise wrong(f"{len(lists)} lists of heads in step {step.index}", f"{layers}, one for each layer")
+            for layer, heads in enumerate(lists or ()):
+                if heads is not None and not (isinstance(heads, tuple) and all(map(is_head, heads))):
+                    raise wrong(f"heads {heads!r} in step {step.index}", "lists of numbers from 0, or null")
+                if heads and (step.compute or {layer: None})[layer] != "e4m3":
+                    found = f"heads in 16 bits of layer {layer} in step {step.index}"
+                    raise wrong(found, "such heads where the compute of a layer is e4m3")
         return DensitySchedule(models, allowed, scheduled)
 
 
@@ -254,7 +272,7 @@ def study(
         error: the relative error that a layer may have in tables, pictures and schedules, unless these are
             asked for another one.
         compute: with `"e4m3"`, 8 bits are tried too, and schedules have them where they are within the error
-            and take less time.
+            and take less time, but for the heads that must stay in 16.
 
     Every layer is dense, by framestride. In a studied step, each also profiles its heads once for every
     density, from some sampled rows. That takes a fraction of dense attention, and all steps together less
@@ -262,7 +280,8 @@ def study(
     layer is computed in them dense and at every density as well, and its outputs are compared over all rows.
 
     Several transformers, guidance by a batch or by two calls, models of few steps, offloading and compiled
-    transformers (which run uncompiled meanwhile) work as with `apply`; context parallelism does not.
+    transformers (which run uncompiled meanwhile) work as with `apply`. So does Ulysses: each process studies its
+    heads, and gets the numbers of all.
 
     A bar of tqdm shows the progress, where that is installed, unless `pipe.set_progress_bar_config(disable=True)`
     was called.
@@ -284,6 +303,15 @@ def study(
     numbers: dict[str, Any] = {"framestride_study": _VERSION, "densities": tried, "error": error}
     numbers |= record(pipe, inputs, arguments, chosen, tried, compute)
     return Study(json.dumps(numbers))
+
+
+def is_head(number: object) -> bool:
+    """Whether it is the number of a head."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_error(error: float) -> None:

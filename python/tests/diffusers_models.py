@@ -207,6 +207,22 @@ def tiny_wan(transformer: nn.Module, **parts: object) -> TinyWan:
     return pipe
 
 
+class Loop:
+    """A pipeline of any model: a call of it in each step."""
+
+    def __init__(self, model: nn.Module, inputs: dict):
+        self.components, self.inputs = {"transformer": model}, inputs
+        self.scheduler = compare.diffusers.FlowMatchEulerDiscreteScheduler()
+        self._progress_bar_config = {"disable": True}
+
+    def __call__(self, num_inference_steps: int):
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.zeros(1, 4, 1, 2, 2)
+        for time in self.scheduler.timesteps:
+            run(self.components["transformer"], self.inputs)
+            self.scheduler.step(sample, time, sample)
+
+
 def run(model: nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         output = model(**inputs, return_dict=False)

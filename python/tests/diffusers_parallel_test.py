@@ -1,5 +1,6 @@
 """Context parallelism: processes of this machine, each with a part of the rows, exchange heads."""
 
+import json
 import os
 import sys
 import warnings
@@ -9,8 +10,9 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers_models import build, compare, model_of, outputs_of, plant, run
+from diffusers_models import Loop, build, compare, model_of, outputs_of, plant, run
 
+import framestride
 from framestride.diffusers import apply, cp_plan
 from framestride.diffusers.exchange import Gpus, gpus_of
 
@@ -40,6 +42,10 @@ def one_rank(
             plant(handle, model, Gpus(ranks, uneven, rank))
             outputs += outputs_of(handle, model, inputs)
             bits += [layer.bits for layer in handle.layers]
+            if handle.largest_error:
+                # An apply within it undoes this one.
+                study = framestride.study(Loop(model, inputs), 1, densities=[0.5], error=0.1, compute="e4m3")
+                (Path(folder) / f"{rank}.json").write_text(study.text)
     check_rows(gpus_of(model._parallel_config))
     said = [str(warning.message) for warning in said if "framestride" in str(warning.message)]
     torch.save((outputs, said, bits), Path(folder) / f"{rank}.pt")
@@ -103,8 +109,19 @@ def test_each_process_finds_the_bits_of_its_heads(tmp_path, monkeypatch):
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for output, other, expected in zip(of_ranks[0][0], of_ranks[1][0], outputs, strict=True):
         assert torch.equal(output, other) and (output - expected).norm() / expected.norm() < 0.005
-    of_layers = zip(*(bits for _, _, bits in of_ranks), strict=True)
-    assert all(map(torch.equal, map(torch.cat, of_layers), bits))
+    # A study has all heads in every process.
+    found, other = ((tmp_path / f"{rank}.json").read_text() for rank in range(ranks))
+    alone = framestride.study(Loop(model, inputs), 1, densities=[0.5], error=0.1, compute="e4m3").numbers
+    assert found == other and framestride.Study(found).numbers | {"steps": None} == alone | {"steps": None}
+    for layer, expected in zip(json.loads(found)["steps"][0]["layers"], alone["steps"][0]["layers"], strict=True):
+        assert layer["size"] == pytest.approx(expected["size"], rel=0.01)
+        # Q and K are rounded before heads are exchanged, and other rows are sampled.
+        for name in ("eight_bits", "errors"):
+            own, other = torch.tensor(layer[name]), torch.tensor(expected[name])
+            torch.testing.assert_close(own, other, rtol=0.5, atol=0.001 * min(expected["size"]))
+    # Of the heads of others, a process knows nothing.
+    for rank, (_, _, found) in enumerate(of_ranks):
+        assert [layer.tolist() for layer in found] == [[8, 8, 8, 8] if rank == 0 else [8, 8, 16, 16]] * len(bits)
 
 
 def shared(model: torch.nn.Module, **options):

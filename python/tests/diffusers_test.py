@@ -327,6 +327,53 @@ def test_heads_beyond_the_largest_error_stay_in_16_bits(monkeypatch):
     assert all(map(torch.equal, outputs_of(compiled, compute="e4m3", largest_error=bound), outputs[bound]))
 
 
+def test_a_schedule_names_heads_that_stay_in_16_bits(monkeypatch):
+    model, inputs = build("Wan-VACE")
+    heads = {0: (0,), 1: ()}
+    schedule = lambda step, layer: (None, "e4m3", [0, 1][: step.index] if layer else heads[layer])
+    given, attention = [], framestride.attention
+
+    def watched(*rows, spec, **options):
+        bits = options.get("precisions")
+        # The next step writes others there.
+        given.append((spec.compute, None if bits is None else bits[0].tolist()))
+        return attention(*rows, spec=spec, **options)
+
+    def outputs_of(model) -> list[torch.Tensor]:
+        handle = apply(model, density=0.5, schedule=schedule)
+        # A step may be told again before its second call.
+        return [(handle.step(call // 2, 3), run(model, inputs))[1] for call in range(6)]
+
+    monkeypatch.setattr(framestride, "attention", watched)
+    outputs = outputs_of(model)
+    assert {compute for compute, _ in given} == {"e4m3"}
+    layers = len(given) // 6
+    found = [[bits for _, bits in given[at * layers :][:layers]] for at in range(6)]
+    first, second = [16, 8], [None, [16, 8], [16, 16]]
+    # VACE calls its control layers first, which are the last ones.
+    assert found == [[second[call // 2], first] for call in range(6)]
+    # A head in 16 bits is what it is where all are.
+    monkeypatch.setattr(framestride, "attention", attention)
+    apply(model, density=0.5, schedule=lambda step, layer: (None, "dtype") if layer else (None, "e4m3", (0,)))
+    assert torch.equal(run(model, inputs), outputs[4])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=overwriting(), fullgraph=True)
+    assert all(map(torch.equal, outputs_of(compiled), outputs))
+
+
+@pytest.mark.parametrize("heads", [[2], [-1], [True], 0, "0", [0.0]])
+def test_heads_that_a_layer_has_not_are_refused(heads):
+    model, _ = build("Wan")
+    with pytest.raises(ValueError, match=r"heads of layer 0 in 16 bits are .* They are a list of numbers from 0 to 1"):
+        apply(model, schedule=lambda step, layer: (None, "e4m3", heads))
+    assert not hasattr(model, "_framestride")
+
+
+def test_a_largest_error_stands_beside_no_schedule_of_heads():
+    with pytest.raises(ValueError, match="by itself which heads stay in 16 bits. Leave one of them out"):
+        apply(build("Wan")[0], largest_error=0.1, schedule=lambda step, layer: (None, "e4m3", [0]))
+
+
 def overwriting():
     """A backend that does with the outputs of earlier calls what CUDA graphs do: the next call writes over them."""
     earlier: list[torch.Tensor] = []

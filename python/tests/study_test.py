@@ -36,6 +36,9 @@ SCHEDULE = {
 }
 
 
+IN_8_BITS = SCHEDULE["steps"][0] | {"compute": ["e4m3", "dtype", None]}
+
+
 def study(**changes) -> Study:
     return Study(json.dumps(STUDY | changes))
 
@@ -112,15 +115,41 @@ def test_8_bits_are_those_that_all_near_steps_have(tmp_path):
     steps = [written | {"compute": compute} for written, compute in zip(SCHEDULE["steps"], computes)]
     found = DensitySchedule.from_json(json.dumps(SCHEDULE | {"steps": steps}))
     of = lambda *at: [found(step(*at), layer) for layer in range(3)]
-    dense = (1.0, "dtype")
+    dense = (1.0, "dtype", ())
     assert of(3, 50, 0.95) == [dense] * 3
-    assert of(3, 50, 0.9) == [(0.5, "e4m3"), (0.2, "e4m3"), dense]
-    assert of(3, 50, 0.6) == [(0.5, "e4m3"), (0.5, "dtype"), dense]
-    assert of(3, 50, 0.1) == [(0.2, "e4m3"), (0.5, "dtype"), dense]
-    assert of(0, 0, None) == [(1.0, "dtype"), (0.5, "dtype"), dense]
+    assert of(3, 50, 0.9) == [(0.5, "e4m3", ()), (0.2, "e4m3", ()), dense]
+    assert of(3, 50, 0.6) == [(0.5, "e4m3", ()), (0.5, "dtype", ()), dense]
+    assert of(3, 50, 0.1) == [(0.2, "e4m3", ()), (0.5, "dtype", ()), dense]
+    assert of(0, 0, None) == [dense, (0.5, "dtype", ()), dense]
     found.save(tmp_path / "schedule.json")
     assert DensitySchedule.load(tmp_path / "schedule.json") == found
     assert json.loads((tmp_path / "schedule.json").read_text())["steps"] == steps
+
+
+def test_heads_stay_in_16_bits_that_any_near_step_keeps_there(tmp_path):
+    of_steps = [None, [[3, 1], [], None], [[0, 3], None, None]]
+    steps = [written | {"compute": ["e4m3"] * 3} for written in SCHEDULE["steps"]]
+    steps = [written | ({} if heads is None else {"heads_in_16_bits": heads}) for written, heads in zip(steps, of_steps)]
+    found = DensitySchedule.from_json(json.dumps(SCHEDULE | {"steps": steps}))
+    of = lambda noise: [found(step(3, 50, noise), layer)[2] for layer in range(2)]
+    assert [of(noise) for noise in (1.0, 0.95, 0.9, 0.6, 0.1)] == [
+        [(), ()], [(1, 3), ()], [(1, 3), ()], [(0, 1, 3), ()], [(0, 3), ()],
+    ]
+    found.save(tmp_path / "schedule.json")
+    assert DensitySchedule.load(tmp_path / "schedule.json") == found
+    assert json.loads((tmp_path / "schedule.json").read_text())["steps"] == steps
+
+
+def test_a_study_keeps_the_fewest_heads_in_16_bits():
+    [first, second] = STUDY["steps"]
+    # At 0.2, 8 bits add 0.01 to one head and 0.03 to the other one.
+    eight_bits = [[0.05, 0.04], [0.006, 0.04], [0.002, 0.04]]
+    layer = first["layers"][0] | {"eight_bits": eight_bits}
+    found = study(steps=[first | {"layers": [layer, None]}, second])
+    steps = [(step.density, step.compute, step.heads_in_16_bits) for step in found.schedule(0.175).steps]
+    assert steps == [((0.2, None), ("e4m3", None), ((1,), None)), ((None, 0.5), (None, "dtype"), None)]
+    assert "0.2 e4m3" in found.table(error=0.175) and "1 of 2" in found.table(error=0.175)
+    assert found.plot() != study().plot()
 
 
 def test_a_schedule_comes_back_from_its_file(tmp_path):
@@ -148,6 +177,11 @@ def test_a_schedule_comes_back_from_its_file(tmp_path):
     ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3"]}]}, "1 computes in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3", "fp8", None]}]}, "compute 'fp8' in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"noise": "high"}]}, "noise 'high'"),
+    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0]]}]}, "1 lists of heads in step 0"),
+    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0], [-1], None]}]}, "heads (-1,) in step 0"),
+    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0], 1, None]}]}, "heads 1 in step 0"),
+    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[], [0], None]}]}, "heads in 16 bits of layer 1 in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"heads_in_16_bits": [[0], [], None]}]}, "heads in 16 bits of layer 0"),
 ])
 def test_a_schedule_that_is_none_is_refused(wrong, words, tmp_path):
     path = tmp_path / "schedule.json"

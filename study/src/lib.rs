@@ -1,5 +1,5 @@
-//! What masks would cost each layer and head of a model, as profiling found it in a few steps that
-//! stayed dense.
+//! What masks and 8 bits would cost each layer and head of a model, as profiling found it in a few steps
+//! that stayed dense.
 //!
 //! A [`Study`] has numbers alone. For each layer of a step it has, of every head,
 //! * the mean square of the dense output over the rows of the video: `size`;
@@ -11,6 +11,9 @@
 //! the root of its error over its size, and that of a layer the root of the sum of its heads' errors
 //! over the sum of their sizes. A head has the mask with the lower error. So the relative error of a
 //! layer is how far the output of its attention lies from the dense one, as part of its length.
+//!
+//! A layer **needs** the density that takes the least time of those with which it is within an error, and 8
+//! bits where these take less. The heads then stay in 16 bits whose rounding is too much: the fewest of them.
 //!
 //! The file is JSON: a [`Study`] as serde writes it. A number that was not finite is null, and so is
 //! an error at a density that the mask cannot have, and a layer that a step did not call.
@@ -155,15 +158,15 @@ impl Study {
                     let found = format!("layer {number} of step {} with numbers of another shape", step.index);
                     return Err((found, "one size a head, and two errors for each density and head"));
                 }
-                let narrow = layer.eight_bits.as_deref().unwrap_or_default();
-                let whole = layer.eight_bits.is_none() || narrow.len() == densities.len() + 1;
-                if !whole || narrow.iter().any(|errors| errors.len() != heads) {
+                let in_8_bits = layer.eight_bits.as_deref().unwrap_or_default();
+                let whole = layer.eight_bits.is_none() || in_8_bits.len() == densities.len() + 1;
+                if !whole || in_8_bits.iter().any(|errors| errors.len() != heads) {
                     let found =
                         format!("layer {number} of step {} with numbers of another shape in 8 bits", step.index);
                     return Err((found, "one error for each density and head, and one for each head when dense"));
                 }
                 let of_masks = errors.iter().flatten().flatten();
-                let mut squares = layer.size.iter().chain(of_masks).chain(narrow.iter().flatten()).flatten();
+                let mut squares = layer.size.iter().chain(of_masks).chain(in_8_bits.iter().flatten()).flatten();
                 if let Some(square) = squares.find(|&&square| square < 0.0) {
                     return Err((format!("{square} in layer {number} of step {}", step.index), "means of squares"));
                 }
@@ -200,28 +203,53 @@ impl Study {
         )
     }
 
-    /// The number of the least density from which on a layer is within the allowed error, or `None`
-    /// where only dense attention is.
-    fn least_density(&self, layer: &Layer) -> Option<usize> {
-        (0..self.densities.len()).rev().take_while(|&density| layer.error(density) <= self.error).last()
-    }
-
-    /// What a layer needs to be within the allowed error: of 8 and 16 bits those that take less time at
-    /// their least density, which is 1 where only dense attention is within it.
-    fn needs(&self, layer: &Layer) -> (f64, Compute) {
-        let density = |number: usize| self.densities.get(number).copied().unwrap_or(1.0);
-        let wide = self.least_density(layer).map_or(1.0, density);
-        let within = |&number: &usize| layer.error_in_8_bits(number) <= self.error;
-        let narrow = (0..=self.densities.len()).rev().take_while(within).last().map(density);
-        match narrow {
-            Some(narrow) if narrow * EIGHT_BITS_TIME < wide => (narrow, Compute::E4m3),
-            _ => (wide, Compute::Dtype),
-        }
+    /// What a layer needs to be within the allowed error, and takes the least time of all that suffices. It is
+    /// dense attention in 16 bits where nothing is known to suffice.
+    fn needs(&self, layer: &Layer) -> Needs {
+        let heads = layer.size.len();
+        let of_density = |number: usize| {
+            let in_16_bits = layer.heads_in_16_bits(number, self.error)?;
+            let density = self.densities.get(number).copied().unwrap_or(1.0);
+            let in_8_bits = (heads - in_16_bits.len()) as f64 / heads as f64;
+            let time = density * (1.0 - in_8_bits * (1.0 - EIGHT_BITS_TIME));
+            Some((
+                time,
+                if in_8_bits > 0.0 { Needs::in_8_bits(density, in_16_bits) } else { Needs::in_16_bits(density) },
+            ))
+        };
+        // A density counts if all larger ones suffice too, since sampled errors may fall by chance.
+        let all = (0..=self.densities.len()).rev().map_while(of_density);
+        all.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(Needs::in_16_bits(1.0), |(_, needs)| needs)
     }
 
     /// Whether 8 bits were tried in some layer.
     fn has_eight_bits(&self) -> bool {
         self.steps.iter().flat_map(|step| step.layers.iter().flatten()).any(|layer| layer.eight_bits.is_some())
+    }
+}
+
+/// What a layer needs to be within the allowed error.
+struct Needs {
+    /// Its density, 1 for dense attention.
+    density: f64,
+    /// What tensor cores multiply in it.
+    compute: Compute,
+    /// The numbers of the heads that stay in 16 bits, where the others multiply in 8.
+    heads_in_16_bits: Vec<usize>,
+}
+
+impl Needs {
+    fn in_16_bits(density: f64) -> Needs {
+        Needs { density, compute: Compute::Dtype, heads_in_16_bits: Vec::new() }
+    }
+
+    fn in_8_bits(density: f64, heads_in_16_bits: Vec<usize>) -> Needs {
+        Needs { density, compute: Compute::E4m3, heads_in_16_bits }
+    }
+
+    /// In how many bits a head multiplies.
+    fn bits(&self, head: usize) -> u32 {
+        if self.compute == Compute::Dtype || self.heads_in_16_bits.contains(&head) { 16 } else { 8 }
     }
 }
 
@@ -240,7 +268,6 @@ impl Layer {
 
     /// The relative error of the layer at a density.
     fn error(&self, density: usize) -> f64 {
-        let least = |errors: &[Option<f64>; MASKS]| errors.iter().flatten().copied().reduce(f64::min);
         let errors: Option<f64> = self.errors[density].iter().map(least).sum();
         ratio(errors, self.size.iter().copied().sum())
     }
@@ -250,11 +277,46 @@ impl Layer {
         ratio(self.eight_bits.as_ref().and_then(|errors| errors[density][head]), self.size[head])
     }
 
+    /// The least heads that must stay in 16 bits so that the layer is within an error at a density, or dense
+    /// behind the last one. `None` where it is not within it in 16 bits either.
+    fn heads_in_16_bits(&self, density: usize, allowed: f64) -> Option<Vec<usize>> {
+        let heads = self.size.len();
+        let known = |error: Option<f64>| error.unwrap_or(f64::INFINITY);
+        let in_16_bits: Vec<f64> = match self.errors.get(density) {
+            Some(errors) => errors.iter().map(|masks| known(least(masks))).collect(),
+            None => vec![0.0; heads],
+        };
+        let in_8_bits: Vec<f64> = match &self.eight_bits {
+            Some(errors) => errors[density].iter().copied().map(known).collect(),
+            None => vec![f64::INFINITY; heads],
+        };
+        // Those come first whose error 8 bits raise most.
+        let mut order: Vec<usize> = (0..heads).collect();
+        let rise = |&head: &usize| in_8_bits[head] - in_16_bits[head];
+        order.sort_by(|a, b| rise(b).total_cmp(&rise(a)));
+        let size = self.size.iter().copied().sum();
+        let within = |count: usize| {
+            let [first, rest] = [&order[..count], &order[count..]];
+            let error =
+                first.iter().map(|&head| in_16_bits[head]).chain(rest.iter().map(|&head| in_8_bits[head])).sum();
+            ratio(Some(error), size) <= allowed
+        };
+        let count = (0..=heads).find(|&count| within(count))?;
+        order.truncate(count);
+        order.sort_unstable();
+        Some(order)
+    }
+
     /// The relative error of the layer in 8 bits at a density, or dense behind the last one.
     fn error_in_8_bits(&self, density: usize) -> f64 {
         let errors = self.eight_bits.as_ref().and_then(|errors| errors[density].iter().copied().sum());
         ratio(errors, self.size.iter().copied().sum())
     }
+}
+
+/// The mean squared error of the better mask of a head.
+fn least(masks: &[Option<f64>; MASKS]) -> Option<f64> {
+    masks.iter().flatten().copied().reduce(f64::min)
 }
 
 /// The root of a quotient of squares. It is 0 where nothing is wrong, and infinite where something

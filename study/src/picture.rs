@@ -37,13 +37,15 @@ const SPATIAL: [Rgb<u8>; 3] = [Rgb([206, 239, 234]), Rgb([42, 157, 143]), Rgb([8
 const TEMPORAL: [Rgb<u8>; 3] = [Rgb([253, 236, 200]), Rgb([232, 141, 48]), Rgb([84, 32, 6])];
 /// Of heads in 8 bits.
 const EIGHT_BITS: [Rgb<u8>; 3] = [Rgb([224, 232, 250]), Rgb([76, 110, 200]), Rgb([16, 24, 84])];
+/// Of heads that stay in 16 bits, from no step to all of them.
+const SIXTEEN_BITS: [Rgb<u8>; 3] = [Rgb([224, 232, 250]), Rgb([190, 140, 190]), Rgb([120, 20, 90])];
 /// The errors at both ends of these colours.
 const ENDS: [f64; 2] = [0.01, 1.0];
 
 /// Draws the relative error of each layer against the density, and below it the heads of all
 /// layers at each density: which mask is better, and how large its error is. Where 8 bits were tried,
-/// thin lines have their errors, and one more panel those of dense heads. Of several steps it shows
-/// root mean squares.
+/// thin lines have their errors, and two more panels show those of dense heads, and in how many steps a head
+/// stays in 16 bits. Of several steps it shows root mean squares.
 pub fn picture(study: &Study) -> Picture {
     let layers = study.steps[0].layers.len();
     let heads = study.steps.iter().flat_map(|step| step.layers.iter().flatten()).map(|layer| layer.size.len());
@@ -51,7 +53,7 @@ pub fn picture(study: &Study) -> Picture {
     let cell = (PANEL / layers.max(heads) as u32).clamp(CELL[0], CELL[1]);
     let panel = [(layers as u32 * cell).max(26 * LETTER) + LABELS[0], heads as u32 * cell + 3 * LINE];
     let chart_width = LABELS[0] + CHART[0] + 30 * LETTER;
-    let panels = study.densities.len() as u32 + u32::from(study.has_eight_bits());
+    let panels = study.densities.len() as u32 + 2 * u32::from(study.has_eight_bits());
     let columns = (chart_width.max(1100) / (panel[0] + MARGIN)).clamp(1, panels);
     let rows = panels.div_ceil(columns);
     let panels_top = MARGIN + 3 * LINE + CHART[1] + LABELS[1] + MARGIN;
@@ -71,9 +73,14 @@ pub fn picture(study: &Study) -> Picture {
     for number in 0..panels {
         let left = MARGIN + LABELS[0] + number % columns * (panel[0] + MARGIN);
         let top = panels_top + 3 * LINE + number / columns * (panel[1] + MARGIN);
-        let density = study.densities.get(number as usize);
-        picture.text(left, top, &density.map_or("in 8 bits, dense".into(), |density| format!("density {density}")));
-        draw_heads(&mut picture, study, number as usize, [left, top + LINE], heads, cell);
+        let number = number as usize;
+        let title = match study.densities.get(number) {
+            Some(density) => format!("density {density}"),
+            None if number == study.densities.len() => "in 8 bits, dense".into(),
+            None => "stay in 16 bits".into(),
+        };
+        picture.text(left, top, &title);
+        draw_heads(&mut picture, study, number, [left, top + LINE], heads, cell);
     }
     picture
 }
@@ -96,9 +103,9 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
         let point = |layer, density| over_steps(study, layer, |layer| error(layer, density));
         (0..layers).map(|layer| (0..study.densities.len()).map(|density| point(layer, density)).collect()).collect()
     };
-    let (wide, narrow) = (lines(Layer::error), lines(Layer::error_in_8_bits));
+    let (in_16, in_8) = (lines(Layer::error), lines(Layer::error_in_8_bits));
     // Powers of ten enclose all errors.
-    let all = || wide.iter().chain(&narrow).flatten().flatten().copied();
+    let all = || in_16.iter().chain(&in_8).flatten().flatten().copied();
     let least = all().fold(study.error, f64::min).max(LEAST);
     let most = all().fold(study.error, f64::max).min(MOST);
     let (low, high) = (least.log10().floor(), most.log10().ceil().max(least.log10().floor() + 1.0));
@@ -132,7 +139,7 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     picture.line([left as i32, bottom], [right, bottom], AXIS);
     picture.line([left as i32, y(study.error)], [right, y(study.error)], ALLOWED);
     picture.text(left + 6, (y(study.error) - 16).max(0) as u32, &format!("allowed: {}", study.error));
-    for (number, line) in narrow.iter().chain(&wide).enumerate() {
+    for (number, line) in in_8.iter().chain(&in_16).enumerate() {
         let colour = between(LAYERS, (number % layers) as f64 / (layers.max(2) - 1) as f64);
         let points: Vec<[i32; 2]> =
             study.densities.iter().zip(line).filter_map(|(&at, error)| Some([x(at), y((*error)?)])).collect();
@@ -156,27 +163,20 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     }
 }
 
-/// Draws the heads at a density, or those of dense attention in 8 bits behind the last one.
-fn draw_heads(picture: &mut Picture, study: &Study, density: usize, [left, top]: [u32; 2], heads: usize, cell: u32) {
+/// Draws the heads at a density. Behind the last one follow those of dense attention in 8 bits, and which stay
+/// in 16.
+fn draw_heads(picture: &mut Picture, study: &Study, panel: usize, [left, top]: [u32; 2], heads: usize, cell: u32) {
     let layers = study.steps[0].layers.len();
     for layer in 0..layers {
         for head in 0..heads {
-            let of_steps = |error: &dyn Fn(&Layer) -> f64| {
-                let known = |layer: &Layer| if head < layer.size.len() { error(layer) } else { f64::INFINITY };
-                over_steps(study, layer, known)
-            };
-            let best = if density < study.densities.len() {
-                let masks = (0..).zip(HeadType::CANDIDATES);
-                let errors = masks.filter_map(|(mask, head_type)| {
-                    Some((of_steps(&|layer| layer.head_error(density, head, mask))?, ramp(head_type)))
-                });
-                errors.min_by(|a, b| a.0.total_cmp(&b.0))
-            } else {
-                of_steps(&|layer| layer.head_error_in_8_bits(density, head)).map(|error| (error, EIGHT_BITS))
-            };
             let (x, y) = (left + layer as u32 * cell, top + head as u32 * cell);
-            let colour = best.map_or(UNKNOWN, |(error, ramp)| colour(ramp, error));
-            picture.rectangle(x, y, cell - 1, cell - 1, colour);
+            let mut fill = |colour| picture.rectangle(x, y, cell - 1, cell - 1, colour);
+            if panel > study.densities.len() {
+                fill(steps_in_16_bits(study, layer, head).map_or(UNKNOWN, |part| between(SIXTEEN_BITS, part)));
+                continue;
+            }
+            let best = error_of_head(study, panel, layer, head);
+            fill(best.map_or(UNKNOWN, |(error, ramp)| colour(ramp, error)));
             if best.is_some_and(|(error, _)| error > study.error) {
                 let dot = cell / 4 + 1;
                 let middle = (cell - 1 - dot) / 2;
@@ -195,26 +195,60 @@ fn draw_heads(picture: &mut Picture, study: &Study, density: usize, [left, top]:
     picture.text(left - LABELS[0], top, "head");
 }
 
-/// The scales of colours with the errors at their ends, and what a dot means.
+/// The least error of a head at a density, or dense in 8 bits behind the last one, and its colours.
+fn error_of_head(study: &Study, density: usize, layer: usize, head: usize) -> Option<(f64, [Rgb<u8>; 3])> {
+    let of_steps = |error: &dyn Fn(&Layer) -> f64| {
+        let known = |layer: &Layer| if head < layer.size.len() { error(layer) } else { f64::INFINITY };
+        over_steps(study, layer, known)
+    };
+    if density == study.densities.len() {
+        return of_steps(&|layer| layer.head_error_in_8_bits(density, head)).map(|error| (error, EIGHT_BITS));
+    }
+    let masks = (0..).zip(HeadType::CANDIDATES);
+    let errors = masks.filter_map(|(mask, head_type)| {
+        Some((of_steps(&|layer| layer.head_error(density, head, mask))?, ramp(head_type)))
+    });
+    errors.min_by(|a, b| a.0.total_cmp(&b.0))
+}
+
+/// The part of the steps that called a layer in which a head of it needs 16 bits.
+fn steps_in_16_bits(study: &Study, layer: usize, head: usize) -> Option<f64> {
+    let called = study.steps.iter().filter_map(|step| step.layers[layer].as_ref());
+    let bits: Vec<u32> =
+        called.filter(|layer| head < layer.size.len()).map(|layer| study.needs(layer).bits(head)).collect();
+    let in_16 = bits.iter().filter(|&&bits| bits == 16).count();
+    (!bits.is_empty()).then(|| in_16 as f64 / bits.len() as f64)
+}
+
+/// The scales of colours with what is at their ends, and what a dot means.
 fn draw_legend(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
-    const WIDTH: u32 = 100;
-    let mut x = left;
     let masks = HeadType::CANDIDATES.map(|mask| (mask.name(), ramp(mask)));
-    let narrow = study.has_eight_bits().then_some(("8 bits", EIGHT_BITS));
-    for (name, ramp) in masks.into_iter().chain(narrow) {
-        picture.text(x, top, &format!("{name} {}", ENDS[0]));
-        x += LETTER * (name.len() as u32 + 6);
-        for at in 0..WIDTH {
-            picture.rectangle(x + at, top + 1, 1, 11, between(ramp, f64::from(at) / f64::from(WIDTH - 1)));
-        }
-        picture.text(x + WIDTH + LETTER, top, &ENDS[1].to_string());
-        x += WIDTH + 5 * LETTER;
+    let in_8_bits = study.has_eight_bits().then_some(("8 bits", EIGHT_BITS));
+    let errors = ENDS.map(|end| end.to_string());
+    let mut x = left;
+    for (name, ramp) in masks.into_iter().chain(in_8_bits) {
+        x = draw_scale(picture, [x, top], &format!("{name} {}", errors[0]), ramp, &errors[1]);
     }
     picture.rectangle(x, top + 4, 5, 5, ALLOWED);
     picture.text(x + 2 * LETTER, top, &format!("above {}", study.error));
     x += LETTER * 16;
     picture.rectangle(x, top + 1, 10, 11, UNKNOWN);
     picture.text(x + 2 * LETTER, top, "not known");
+    if in_8_bits.is_some() {
+        draw_scale(picture, [left, top + LINE], "16 bits in no step", SIXTEEN_BITS, "in all");
+    }
+}
+
+/// A scale of colours between two texts. It returns where the next one begins.
+fn draw_scale(picture: &mut Picture, [left, top]: [u32; 2], first: &str, ramp: [Rgb<u8>; 3], last: &str) -> u32 {
+    const WIDTH: u32 = 100;
+    picture.text(left, top, first);
+    let x = left + LETTER * (first.len() as u32 + 1);
+    for at in 0..WIDTH {
+        picture.rectangle(x + at, top + 1, 1, 11, between(ramp, f64::from(at) / f64::from(WIDTH - 1)));
+    }
+    picture.text(x + WIDTH + LETTER, top, last);
+    x + WIDTH + LETTER * (last.len() as u32 + 4)
 }
 
 fn ramp(mask: HeadType) -> [Rgb<u8>; 3] {

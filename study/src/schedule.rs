@@ -15,11 +15,17 @@
 //! ```
 //!
 //! Density 1 is dense attention, and null a layer that the step did not call. Where 8 bits were tried,
-//! each step has also `compute`, which names `"e4m3"` or `"dtype"` for each layer.
+//! each step has also `compute`, which names `"e4m3"` or `"dtype"` for each layer. Where some heads of a
+//! layer in 8 bits would exceed the error, `heads_in_16_bits` lists their numbers, for each layer of the step:
+//!
+//! ```json
+//! {"index":4,"count":8,"noise":0.83,"density":[0.5,0.25,null],
+//!  "compute":["e4m3","e4m3",null],"heads_in_16_bits":[[3,11],[],null]}
+//! ```
 
 use serde::Serialize;
 
-use crate::{Model, Study, VERSION, compact, lines};
+use crate::{Model, Needs, Study, VERSION, compact, lines};
 
 /// Densities by step and layer, with which each layer is within an error.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -46,19 +52,31 @@ pub struct ScheduledStep {
     /// What tensor cores multiply in each layer, as a spec says it. Without it, that is not said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compute: Option<Vec<Option<&'static str>>>,
+    /// The numbers of the heads that stay in 16 bits where a layer is in 8, from 0. Without it, there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads_in_16_bits: Option<Vec<Option<Vec<usize>>>>,
 }
 
 impl Study {
-    /// The least densities that were tried with which each layer is within the study's error, in 8 bits
-    /// where that takes less time.
+    /// The least densities that were tried with which each layer is within the study's error. Where that takes
+    /// less time, they are those in 8 bits, but for the fewest heads that must stay in 16.
     pub fn schedule(&self) -> Schedule {
         let has_eight_bits = self.has_eight_bits();
         let steps = self.steps.iter().map(|step| {
-            let needs = step.layers.iter().map(|layer| layer.as_ref().map(|layer| self.needs(layer)));
-            let (density, compute) =
-                needs.map(|needs| needs.map(|(density, compute)| (density, compute.as_str())).unzip()).unzip();
-            let compute = has_eight_bits.then_some(compute);
-            ScheduledStep { index: step.index, count: step.count, noise: step.noise, density, compute }
+            let needs: Vec<Option<Needs>> =
+                step.layers.iter().map(|layer| layer.as_ref().map(|layer| self.needs(layer))).collect();
+            let density = needs.iter().map(|needs| needs.as_ref().map(|needs| needs.density)).collect();
+            let compute = needs.iter().map(|needs| needs.as_ref().map(|needs| needs.compute.as_str())).collect();
+            let is_mixed = needs.iter().flatten().any(|needs| !needs.heads_in_16_bits.is_empty());
+            let heads = needs.into_iter().map(|needs| needs.map(|needs| needs.heads_in_16_bits)).collect();
+            ScheduledStep {
+                index: step.index,
+                count: step.count,
+                noise: step.noise,
+                density,
+                compute: has_eight_bits.then_some(compute),
+                heads_in_16_bits: is_mixed.then_some(heads),
+            }
         });
         Schedule { models: self.models.clone(), error: self.error, steps: steps.collect() }
     }

@@ -14,33 +14,40 @@ pub fn by_layer(study: &Study) -> String {
     text += &format!("{:>5} {:>6} {:>5}", "step", "noise", "layer");
     study.densities.iter().for_each(|density| text += &format!(" {density:>7}"));
     heads_of_8_bits(study, &mut text);
+    let (width, in_16_bits) = if study.has_eight_bits() { (12, "  in 16 bits") } else { (7, "") };
     let last = ["needs", "spatial", "temporal", "worst head"];
-    let width = if study.has_eight_bits() { 12 } else { 7 };
-    text += &format!("  {:>width$} {:>8} {:>8}  {}\n", last[0], last[1], last[2], last[3]);
+    text += &format!("  {:>width$}{in_16_bits} {:>8} {:>8}  {}\n", last[0], last[1], last[2], last[3]);
     for_each_layer(study, &mut text, |text, layer| {
         (0..study.densities.len()).for_each(|density| *text += &format!(" {:>7}", shown(layer.error(density))));
         in_8_bits(study, text, |density| layer.error_in_8_bits(density));
-        let least = study.least_density(layer);
-        let (density, compute) = study.needs(layer);
-        let mut needs = if density < 1.0 { density.to_string() } else { "dense".into() };
-        if compute != Compute::Dtype {
+        let found = study.needs(layer);
+        let mut needs = if found.density < 1.0 { found.density.to_string() } else { "dense".into() };
+        if found.compute != Compute::Dtype {
             needs += " ";
-            needs += compute.as_str();
+            needs += found.compute.as_str();
+        }
+        *text += &format!("  {needs:>width$}");
+        let size = layer.size.len();
+        if study.has_eight_bits() {
+            let count = (0..size).filter(|&head| found.bits(head) == 16).count();
+            *text += &format!(" {:>11}", format!("{count} of {size}"));
         }
         // Where nothing suffices, heads are those of the largest density.
-        let density = least.unwrap_or(study.densities.len() - 1);
-        let heads: Vec<_> = (0..layer.size.len()).map(|head| layer.head(density, head)).collect();
+        let known = study.densities.iter().position(|&density| density == found.density);
+        let density = known.unwrap_or(study.densities.len() - 1);
+        let heads: Vec<_> = (0..size).map(|head| layer.head(density, head)).collect();
         let [spatial, temporal] =
             HeadType::CANDIDATES.map(|mask| heads.iter().flatten().filter(|head| head.0 == mask).count());
         let error = |head: usize| heads[head].map_or(f64::INFINITY, |(_, error)| error);
         let worst = (0..heads.len()).max_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap_or(0);
-        *text += &format!("  {needs:>width$} {spatial:>8} {temporal:>8}  {worst} ({})\n", shown(error(worst)));
+        *text += &format!(" {spatial:>8} {temporal:>8}  {worst} ({})\n", shown(error(worst)));
     });
-    text += "\nspatial, temporal and the worst head are at the density that is needed in 16 bits, or at the largest where that is dense\n";
+    text += "\nspatial, temporal and the worst head are those of masks at the density that is needed, or at the largest where that is dense\n";
     text
 }
 
-/// The relative errors of both masks of each head at each density.
+/// The relative errors of both masks of each head at each density, and where 8 bits were tried, how many the
+/// head needs.
 pub fn by_head(study: &Study) -> String {
     let mut text = heading(study);
     text += "relative errors of heads under each mask\n\n";
@@ -50,8 +57,9 @@ pub fn by_head(study: &Study) -> String {
         study.densities.iter().for_each(|density| text += &format!(" {density:>7}"));
     }
     heads_of_8_bits(study, &mut text);
-    text += "\n";
+    text += if study.has_eight_bits() { " | needs\n" } else { "\n" };
     for_each_layer(study, &mut text, |text, layer| {
+        let needs = study.needs(layer);
         let place = text.split_off(text.rfind('\n').map_or(0, |end| end + 1));
         for head in 0..layer.size.len() {
             let known = (0..study.densities.len()).filter_map(|density| layer.head(density, head));
@@ -70,6 +78,9 @@ pub fn by_head(study: &Study) -> String {
                 }
             }
             in_8_bits(study, text, |density| layer.head_error_in_8_bits(density, head));
+            if study.has_eight_bits() {
+                *text += &format!(" | {:>2} bits", needs.bits(head));
+            }
             *text += "\n";
         }
     });

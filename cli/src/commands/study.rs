@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use framestride::shapes::density::{half_width_of_density, least_density};
 use framestride::shapes::layout::HeadType;
-use framestride::shapes::spec::Spec;
-use framestride::{Device, Error, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
+use framestride::shapes::spec::{Compute, Spec};
+use framestride::{Error, HeadTypes, Module, Result, SparseAttention, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, Placement};
 use framestride_check::tensors::{Inputs, Tokens};
 use framestride_study::{Layer, Model, Step, by_head, by_layer, picture};
@@ -24,8 +25,8 @@ use crate::tensor_files::load_inputs;
 /// A model has no more layers.
 const MOST_LAYERS: usize = 1000;
 
-/// Finds what masks would cost each layer and head of a model, on captured Q, K and V: the relative
-/// error of each mask at several densities, and a schedule of densities for an error of your choice.
+/// Finds what masks and 8 bits would cost each layer and head of a model, on captured Q, K and V: the
+/// relative error at several densities, and a schedule of densities for an error of your choice.
 ///
 /// The relative error of a head is the root of the mean squared error over its sampled rows, as part
 /// of the root mean square of its dense output. That of a layer is the same over all its heads, each
@@ -48,6 +49,10 @@ pub struct Study {
     /// The relative error that a layer may have, above 0 and below 1.
     #[arg(long, value_name = "NUMBER", default_value_t = 0.05)]
     error: f64,
+    /// What is tried: dtype, the type of the tensors, or e4m3, 8 bits beside it. The schedule then has 8 bits
+    /// where that takes less time, but for heads that must stay in 16. Without it, it is the spec's.
+    #[arg(long, value_name = "COMPUTE", value_parser = computes())]
+    compute: Option<Compute>,
     /// How many steps the denoising has. Names with steps need it.
     #[arg(long, value_name = "STEPS")]
     steps: Option<u32>,
@@ -79,6 +84,16 @@ pub struct Study {
 pub fn study(arguments: Study) -> Result<Outcome> {
     let bar = Bar::new();
     let spec = read_spec(&arguments.spec)?;
+    let tries_8_bits = arguments.compute.unwrap_or(spec.compute) == Compute::E4m3;
+    let in_8_bits = tries_8_bits.then(|| of_compute(&spec, Compute::E4m3)).transpose()?;
+    if let Some(ptx) = arguments.on.files().next().filter(|_| tries_8_bits) {
+        return Err(Error::input(
+            "--ptx",
+            format!("{}, and 8 bits to be tried", ptx.display()),
+            "kernels of one spec",
+            "Leave it out, since 8 and 16 bits have kernels of their own, or say --compute dtype",
+        ));
+    }
     let places = places(&arguments.files)?;
     let mut study = empty(&arguments, &spec, &places)?;
     // Outputs come first, so that what is wrong with them is said before the work.
@@ -101,13 +116,14 @@ pub fn study(arguments: Study) -> Result<Outcome> {
         ));
     }
     let device = arguments.on.choose_for(&spec)?;
-    let module = arguments.on.load(&spec, &device, &bar)?;
+    let in_16_bits = arguments.on.load(&of_compute(&spec, Compute::Dtype)?, &device, &bar)?;
+    let in_8_bits = in_8_bits.map(|spec| arguments.on.load(&spec, &device, &bar)).transpose()?;
     for (number, (&(step, layer), &file)) in places.iter().enumerate() {
         bar.say(&format!("{}", file.display()), Some(number as f64 / places.len() as f64));
         let mut inputs = load_inputs(file, &spec)?;
         inputs.scale = arguments.scale;
         inputs.check(&spec, &file.display().to_string())?;
-        let found = study_layer(&module, &inputs, &study.densities)?;
+        let found = study_layer(&in_16_bits, in_8_bits.as_ref(), &inputs, &study.densities)?;
         if let Some(of_step) = study.steps.iter_mut().find(|found| found.index == step) {
             of_step.layers[layer] = Some(found);
         }
@@ -263,50 +279,96 @@ fn number_after(text: &str, word: &str) -> Option<u32> {
     })
 }
 
-/// Runs one layer dense, and profiles it at each density.
-fn study_layer(module: &Arc<Module>, inputs: &Inputs, densities: &[f64]) -> Result<Layer> {
-    let (spec, device) = (module.spec(), module.device());
+/// The values that `--compute` takes.
+fn computes() -> impl TypedValueParser<Value = Compute> {
+    let named = |name: String| Compute::ALL.into_iter().find(|compute| compute.as_str() == name);
+    PossibleValuesParser::new(Compute::ALL.map(Compute::as_str)).try_map(move |name| named(name).ok_or("no compute"))
+}
+
+/// The spec with all heads in 16 bits, or all in 8.
+fn of_compute(spec: &Spec, compute: Compute) -> Result<Spec> {
+    Ok(spec.to_builder().compute(compute).largest_error(None).build()?)
+}
+
+/// Runs one layer dense and profiles it at each density, in 16 bits. Where there are kernels in 8 bits, it runs
+/// in them as well, dense and with the heads' better masks.
+fn study_layer(
+    in_16_bits: &Arc<Module>,
+    in_8_bits: Option<&Arc<Module>>,
+    inputs: &Inputs,
+    densities: &[f64],
+) -> Result<Layer> {
+    let (spec, device) = (in_16_bits.spec(), in_16_bits.device());
     let [batch, _, heads, _] = inputs.q.shape();
-    let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
-    let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
+    let planned = |module: &Arc<Module>| {
+        let attention = SparseAttention::new(module, batch as u32, heads as u32)?;
+        let workspace = Workspace::allocate(device, attention.workspace_bytes())?;
+        Ok::<_, Error>((attention, workspace))
+    };
+    let in_16_bits = planned(in_16_bits)?;
+    let (attention, workspace) = &in_16_bits;
+    let in_8_bits = in_8_bits.map(planned).transpose()?;
     let text = [&inputs.before, &inputs.after].map(|text| text.is_apart.then_some(Arrangement::TokensFirst));
     let placement = Placement { text, ..Placement::all(Arrangement::TokensFirst) };
     let placed = DeviceLayer::upload(device, &spec.layout, inputs, placement)?;
-    // SAFETY: all memory is this function's, sized by the library, and outlives the work, which
-    // reading the output waits for.
-    unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Dense, &workspace)? };
-    let size = mean_squares(spec, device, &placed)?;
-    let mut errors = Vec::new();
+    let run = |(attention, workspace): &(SparseAttention, Workspace), layer: &_, types| {
+        // SAFETY: all memory is this function's, sized by the library, and outlives the work, which
+        // reading the output waits for.
+        unsafe { attention.forward(Stream::DEFAULT, layer, types, workspace)? };
+        Ok::<_, Error>(placed.out.download(device)?.0)
+    };
+    let dense = run(&in_16_bits, &placed.layer, HeadTypes::Dense)?;
+    let size = mean_squares(spec, &dense, None);
+    let (mut errors, mut errors_in_8_bits) = (Vec::new(), Vec::new());
     for &density in densities {
         // Text and sinks alone may take more than a density. Then no error is known.
         let can = HeadType::CANDIDATES.iter().all(|&mask| density >= least_density(&spec.layout, mask));
         let mut means = vec![[if can { 0.0 } else { f64::NAN }; HeadType::CANDIDATES.len()]; heads];
+        let mut squares = vec![None; heads];
         if can {
             let half_widths = HeadType::CANDIDATES.map(|mask| half_width_of_density(&spec.layout, mask, density));
             let layer = framestride::Layer { half_widths: Some(half_widths), ..placed.layer };
             // SAFETY: as above. Reading what was found waits for the work.
-            unsafe { attention.profile(Stream::DEFAULT, &layer, &workspace)? };
-            for profile in attention.read_profile(&workspace)? {
+            unsafe { attention.profile(Stream::DEFAULT, &layer, workspace)? };
+            for profile in attention.read_profile(workspace)? {
                 for (mean, error) in means[profile.head as usize].iter_mut().zip(profile.errors) {
                     *mean += f64::from(error) / batch as f64;
                 }
             }
+            if let Some(in_8_bits) = &in_8_bits {
+                let found = workspace.address() + attention.workspace_layout().head_types.start;
+                squares = mean_squares(spec, &run(in_8_bits, &layer, HeadTypes::Given(found))?, Some(&dense));
+            }
         }
         errors.push(means.into_iter().map(|means| means.map(finite)).collect());
+        errors_in_8_bits.push(squares);
     }
-    Ok(Layer { size, errors, eight_bits: None })
+    let eight_bits = in_8_bits.as_ref().map(|in_8_bits| {
+        let out = run(in_8_bits, &placed.layer, HeadTypes::Dense)?;
+        errors_in_8_bits.push(mean_squares(spec, &out, Some(&dense)));
+        Ok::<_, Error>(errors_in_8_bits)
+    });
+    Ok(Layer { size, errors, eight_bits: eight_bits.transpose()? })
 }
 
-/// The mean square of each head's output over the rows of the video.
-fn mean_squares(spec: &Spec, device: &Device, placed: &DeviceLayer) -> Result<Vec<Option<f64>>> {
-    let (out, _): (Tokens, usize) = placed.out.download(device)?;
+/// The mean square of each head's output over the rows of the video, or of its difference to another one.
+fn mean_squares(spec: &Spec, out: &Tokens, other: Option<&Tokens>) -> Vec<Option<f64>> {
     let (first, rows) = (spec.layout.before as usize, spec.layout.video_tokens() as usize);
     let video = first * out.head_dim..(first + rows) * out.head_dim;
     let mean = |head: usize| {
-        let squares = |item| out.head(item, head)[video.clone()].iter().map(|value| value * value).sum::<f64>();
+        let squares = |item| {
+            let mut values = out.head(item, head)[video.clone()].to_vec();
+            if let Some(other) = other {
+                values
+                    .iter_mut()
+                    .zip(&other.head(item, head)[video.clone()])
+                    .for_each(|(value, other)| *value -= other);
+            }
+            values.iter().map(|value| value * value).sum::<f64>()
+        };
         finite((0..out.batch).map(squares).sum::<f64>() / (out.batch * video.len()) as f64)
     };
-    Ok((0..out.heads).map(mean).collect())
+    (0..out.heads).map(mean).collect()
 }
 
 fn finite(value: f64) -> Option<f64> {

@@ -14,7 +14,7 @@ else. `reach` says what it can do for a model. README.md beside this file tells 
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, get_args
@@ -37,8 +37,9 @@ from framestride.study import DensitySchedule
 
 __all__ = ["Handle", "Step", "Warmup", "apply", "backend", "cp_plan", "reach", "restore"]
 
-# What a schedule says of a layer in a step: its density, or that and what tensor cores multiply there.
-Chosen = float | tuple[float | None, Compute | None] | None
+# What a schedule says of a layer in a step: its density, or that and what tensor cores multiply there, and also
+# which heads stay in 16 bits where that is e4m3.
+Chosen = float | tuple[float | None, Compute | None] | tuple[float | None, Compute | None, Sequence[int]] | None
 Densities = Callable[[Step, int], Chosen]
 
 
@@ -63,7 +64,8 @@ def apply(
     `warnings`: those of head dim 64, and all on other GPUs than a Hopper. `largest_error` is the relative
     error that a head may have in them, above 0 and at most 1. The first sparse step of a video finds the
     heads beyond it, and these stay in 16 bits in that step and all later ones. Dense steps before it are in
-    16 bits.
+    16 bits. A schedule may say by itself which heads stay in 16 bits, as one of a study does. Then there is no
+    `largest_error`.
 
     Steps are those of the pipeline's scheduler. For a transformer alone, give its `scheduler`, or call
     `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
@@ -72,8 +74,8 @@ def apply(
     A model that is not known but calls the dispatcher of diffusers gets dense attention of
     framestride. What is out of reach stays as it was, and is said through `warnings`.
 
-    Raises `ValueError` where there is no transformer, or its weights are f32, for a density, a compute or an
-    error that is none, and for the schedule of another model.
+    Raises `ValueError` where there is no transformer, or its weights are f32, for a density, a compute, a head or
+    an error that is none, for an error beside a schedule that names heads, and for the schedule of another model.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
@@ -91,6 +93,8 @@ def apply(
             handle.take_any(model)
         if isinstance(schedule, DensitySchedule):
             schedule.check(tuple(handle.models))
+            if largest_error is not None and any(step.heads_in_16_bits for step in schedule.steps):
+                raise ValueError(BOTH)
         shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
         handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
         if scheduler is None:
@@ -177,12 +181,14 @@ class Handle:
         begins, self.told = step != self.told, step
         for layer, processor in enumerate(self.layers):
             chosen = self.schedule(step, layer)
-            density, compute = chosen if isinstance(chosen, tuple) else (chosen, None)
+            density, compute, *heads = chosen if isinstance(chosen, tuple) else (chosen, None)
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
             processor.compute = self.compute if compute is None else check_compute(compute)
-            if begins:
-                processor.begin_step(step.index)
+            in_16_bits = heads[0] if heads and processor.compute == "e4m3" else ()
+            if in_16_bits and self.largest_error is not None:
+                raise ValueError(BOTH)
+            processor.begin_step(layer, begins, step.index == 0, in_16_bits)
 
     def take_any(self, model: Any) -> None:
         """Takes what can be taken of a model."""
@@ -207,7 +213,7 @@ class Handle:
                     "load it with torch_dtype=torch.bfloat16"
                 )
             processor = family.processor(shared, attn.processor, attn)
-            processor.bound = None if self.largest_error is None else repr(float(self.largest_error))
+            processor.largest_error = None if self.largest_error is None else repr(float(self.largest_error))
             self.layers.append(processor)
             shared.layers.append(processor)
             self.exchange(attn, processor)
@@ -258,6 +264,9 @@ class Handle:
     def mark(self, model: Any):
         model._framestride = self
         self.undo.append(partial(delattr, model, "_framestride"))
+
+
+BOTH = "a largest_error was given, and the schedule says by itself which heads stay in 16 bits. Leave one of them out"
 
 
 def check_compute(compute: str) -> str:

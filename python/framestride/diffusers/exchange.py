@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
@@ -32,9 +33,17 @@ class Gpus:
         """How many of so many rows or heads each GPU has. The first ones have one more."""
         return [size // self.count + (gpu < size % self.count) for gpu in range(self.count)]
 
-    def heads(self, x: Tensor) -> Tensor:
-        """This GPU's heads of [B, rows, H, D]."""
-        return x.split(self.shares(x.shape[2]), dim=2)[self.rank]
+    def heads(self, x: Tensor, dim: int = 2) -> Tensor:
+        """This GPU's heads of [B, rows, H, D], or of another tensor with heads in a dimension."""
+        return x if self.count == 1 else x.split(self.shares(x.shape[dim]), dim=dim)[self.rank]
+
+    def gathered(self, own: Any) -> list[Any]:
+        """What each GPU has in place of `own`, in their order. It waits for all of them."""
+        if self.count == 1:
+            return [own]
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, own, group=self.mesh.get_group())
+        return found
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Sends some rows of x to each GPU, and gets as many from it as `received` says."""

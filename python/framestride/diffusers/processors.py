@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import framestride
 from framestride.diffusers.exchange import ALONE, Gpus, gpus_of
+from framestride.study import is_head
 
 # Stands for the density of a dense head.
 DENSE = "dense"
@@ -46,8 +47,6 @@ NORMS = {
 }
 DTYPES: dict[torch.dtype, Literal["bf16", "f16"]] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HEAD_DIMS = (64, 128)
-# The bits of a head that nothing keeps in 16.
-NARROW = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Model:
             self.said.add(reason)
             warnings.warn(f"framestride leaves attention of {self.name} as it was: {reason}", stacklevel=2)
 
-    def stay_wide(self, reason: str) -> None:
+    def stay_in_16_bits(self, reason: str) -> None:
         """Says once why attention is computed in 16 bits, where 8 were asked for."""
         if reason not in self.said:
             self.said.add(reason)
@@ -127,25 +126,26 @@ class Model:
                 )
                 if compute == "e4m3":
                     largest_error = None if bound is None else float(bound)
-                    spec = framestride.in_8_bits(spec, device, self.stay_wide, largest_error)
+                    spec = framestride.in_8_bits(spec, device, self.stay_in_16_bits, largest_error)
                 self.plans[key] = Plan(spec, None if density == DENSE else spec.half_widths(float(density)))
             except framestride.Error as error:
                 self.plans[key] = self.refuse(str(error))
         return self.plans[key]
 
     @torch.compiler.assume_constant_result
-    def hold_bits(self, heads: int, device: torch.device) -> None:
-        """Gives each layer memory for the bits of its heads on this GPU, unless it has some.
+    def hold_bits(self, device: torch.device) -> None:
+        """Gives each layer memory for the bits of its heads, unless it has some there.
 
         A tensor that traced code made would lie in the memory of a CUDA graph, which the next replay writes
         over. All layers get theirs at once, so that blocks which are compiled one by one share their graphs.
         """
         for layer in self.layers:
-            if layer.bits is None or (layer.bits.shape[0], layer.bits.device) != (heads, device):
+            if layer.bits is None or layer.bits.device != device:
                 with torch.inference_mode(False):
-                    layer.bits = torch.full([heads], NARROW, dtype=torch.int32, device=device)
+                    layer.bits = torch.empty(layer.count, dtype=torch.int32, device=device)
                 # A CUDA graph then writes to it, and needs no copy.
                 torch._dynamo.mark_static_address(layer.bits)
+                layer.write_bits()
 
 
 def make_spec(
@@ -244,23 +244,48 @@ class Processor:
         # The density of the masks in this layer and step, as text, and what tensor cores multiply.
         self.density = DENSE
         self.compute = "dtype"
-        # The largest error of a head in 8 bits, as text. In some step calls find which heads exceed it, and
-        # later ones get the bits of each head.
+        # The largest error of a head in 8 bits, as text: what `apply` got, and what the spec of a call has.
+        self.largest_error: str | None = None
         self.bound: str | None = None
+        # In some step calls find which heads exceed it, and later ones get the bits of each head. Or a schedule
+        # names the heads that stay in 16 bits.
         self.judging = True
-        self.has_found = False
+        self.has_bits = False
+        self.in_16_bits: tuple[int, ...] = ()
         # A tensor from `hold_bits`: one address for all calls, which CUDA graphs write to and read from.
         self.bits: Any = None
+        # How many heads there are on all GPUs.
+        self.count = getattr(attn, self.heads)
         # What sees the output and all that was computed from, in a study.
         self.look: Callable[..., None] | None = None
 
-    def begin_step(self, index: int):
-        """A step begins, outside any traced code. The first one forgets what was found."""
-        if index == 0:
-            self.has_found = False
-            if self.bits is not None:
-                self.bits.fill_(NARROW)
-        self.judging = not self.has_found
+    def begin_step(self, layer: int, begins: bool, first: bool, in_16_bits: Any):
+        """A step begins, or is told again, outside any traced code. `in_16_bits` are the heads that a schedule
+        keeps in 16 bits."""
+        known = isinstance(in_16_bits, (list, tuple)) and all(map(is_head, in_16_bits))
+        if not known or max(in_16_bits, default=0) >= self.count:
+            allowed = f"a list of numbers from 0 to {self.count - 1}"
+            raise ValueError(f"the heads of layer {layer} in 16 bits are {in_16_bits!r} in the schedule. They are {allowed}")
+        if self.largest_error is None:
+            self.has_bits, self.judging = bool(in_16_bits), False
+            # With any bound there are kernels of both kinds. It decides about no head, since bits are given.
+            self.bound = "1.0" if in_16_bits else None
+            if self.in_16_bits != (in_16_bits := tuple(in_16_bits)):
+                self.in_16_bits = in_16_bits
+                self.write_bits()
+            return
+        self.bound = self.largest_error
+        if begins:
+            # The first step forgets what was found.
+            self.has_bits = self.has_bits and not first
+            if first:
+                self.write_bits()
+            self.judging = not self.has_bits
+
+    def write_bits(self):
+        """Writes the bits of all heads, 8 but for those that a schedule keeps in 16."""
+        if self.bits is not None:
+            self.bits.copy_(torch.tensor([16 if head in self.in_16_bits else 8 for head in range(self.count)]))
 
     # What diffusers sets from outside belongs to the model's own processor, which comes back.
 
@@ -402,10 +427,7 @@ class Processor:
             q, k, v = map(gpus.heads, (sides[1].q, sides[1].k, sides[1].v))
             options[self.side] = framestride.Text(q=q, k=k, v=v, lengths=lengths, q_norm=q_norm, k_norm=k_norm)
         if gpus.count == 1:
-            out = self.heads_of(video.q, video.k, video.v, rope=tables, **options)
-            if self.look is not None:
-                self.look(out, video.q, video.k, video.v, rope=tables, **options)
-            return out.flatten(2)
+            return self.heads_of(video.q, video.k, video.v, rope=tables, **options).flatten(2)
         if tables is not None:
             video.q, video.k = (rotated(x, tables[0], tables[1], self.pairs) for x in (video.q, video.k))
         attend = partial(self.heads_of, **options)
@@ -413,18 +435,23 @@ class Processor:
         return gpus.attend(video.q, video.k, video.v, rows, attend, first, last).flatten(2)
 
     def heads_of(self, q: Tensor, k: Tensor, v: Tensor, spec: framestride.Spec, **options) -> Tensor:
-        """`framestride.attention`, with the bits that heads were found to need."""
+        """`framestride.attention` of this GPU's heads, with the bits that they were found to need."""
+        gpus = self.model.gpus or ALONE
         if spec.largest_error is None:
-            return framestride.attention(q, k, v, spec=spec, **options)
+            out = framestride.attention(q, k, v, spec=spec, **options)
+            if self.look is not None:
+                self.look(gpus, out, q, k, v, spec=spec, **options)
+            return out
+        self.model.hold_bits(q.device)
+        bits = gpus.heads(self.bits, dim=0)
         if self.judging and "head_types" not in options:
-            self.model.hold_bits(index(q.shape[2]), q.device)
             out, found = framestride.attention(q, k, v, spec=spec, return_profile=True, **options)
             # Where one item or one call needs 16 bits, all get them.
-            self.bits.copy_(torch.maximum(self.bits, found.precisions.amax(dim=0)))
-            self.has_found = True
+            bits.copy_(torch.maximum(bits, found.precisions.amax(dim=0)))
+            self.has_bits = True
             return out
-        if self.has_found:
-            options["precisions"] = self.bits.expand(q.shape[0], -1)
+        if self.has_bits:
+            options["precisions"] = bits.expand(q.shape[0], -1)
         return framestride.attention(q, k, v, spec=spec, **options)
 
     def project(self, attn: Any, x: Tensor, projections: tuple, norms: tuple) -> Rows:

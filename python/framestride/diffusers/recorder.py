@@ -20,6 +20,7 @@ from torch import Tensor
 import framestride
 from framestride._library import refuse
 from framestride.diffusers import apply
+from framestride.diffusers.exchange import ALONE, Gpus
 from framestride.diffusers.schedule import Step
 from framestride.spec import Compute, details_of
 
@@ -44,6 +45,7 @@ class Recorder:
         self.layers = 0
         # Of the step that runs: of each layer that was called, its numbers, and how many items these are of.
         self.sums: dict[int, tuple[dict[str, Tensor], int]] = {}
+        self.gpus = ALONE
         self.said: set[str] = set()
         self.steps: list[dict] = []
         self.spec: framestride.Spec | None = None
@@ -67,20 +69,28 @@ class Recorder:
             raise Finished
 
     def end(self):
-        """A step ends. This waits for the GPU."""
+        """A step ends. This waits for the GPU, and where GPUs share heads for all of them."""
         if not self.sums:
             return
         layers: list[dict | None] = [None] * self.layers
-        for layer, (sums, items) in self.sums.items():
-            layers[layer] = {name: numbers(tensor / items) for name, tensor in sums.items()}
+        means = {
+            layer: {name: (tensor / items).cpu() for name, tensor in sums.items()}
+            for layer, (sums, items) in self.sums.items()
+        }
+        # Each GPU has some of the heads.
+        of_gpus = self.gpus.gathered(means)
+        for layer, names in means.items():
+            joined = {name: [means[layer][name] for means in of_gpus] for name in names}
+            layers[layer] = {name: numbers(torch.cat(parts, min(parts[0].ndim - 1, 1))) for name, parts in joined.items()}
         self.sums = {}
         self.steps.append(vars(self.step) | {"layers": layers})
 
-    def look(self, layer: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor, spec, head_types, **options):
-        """Records a layer from its dense output, and from what `framestride.attention` got for it."""
+    def look(self, layer: int, gpus: Gpus, out: Tensor, q: Tensor, k: Tensor, v: Tensor, spec, head_types, **options):
+        """Records a layer from its dense output, and from what `framestride.attention` got for it: the heads of
+        this GPU."""
         if self.step.count == 0 or not (self.chosen is None or self.step.index in self.chosen):
             return
-        self.spec = spec
+        self.spec, self.gpus = spec, gpus
         batch, _, heads, head_dim = out.shape
 
         def squares(rows: Tensor) -> Tensor:
@@ -91,10 +101,10 @@ class Recorder:
 
         size = squares(out)
         sums = {"size": size, "errors": size.new_full((len(self.densities), heads, 2), math.nan)}
-        narrow = spec if self.compute == "dtype" else framestride.in_8_bits(spec, out.device, self.stay_wide)
-        if narrow.compute == "e4m3":
+        tried = spec if self.compute == "dtype" else framestride.in_8_bits(spec, out.device, self.stay_in_16_bits)
+        if tried.compute == "e4m3":
             sums["eight_bits"] = size.new_full((len(self.densities) + 1, heads), math.nan)
-            in_8_bits = framestride.attention(q, k, v, narrow, head_types="dense", **options)
+            in_8_bits = framestride.attention(q, k, v, tried, head_types="dense", **options)
             sums["eight_bits"][-1] = squares(in_8_bits - out)
         for number, density in enumerate(self.densities):
             with contextlib.suppress(framestride.Error):
@@ -102,8 +112,8 @@ class Recorder:
                 given = options | {"half_widths": spec.half_widths(density)}
                 found = framestride.profile(q, k, v, spec, **given)
                 sums["errors"][number] = found.errors.sum(dim=0)
-                if narrow.compute == "e4m3":
-                    in_8_bits = framestride.attention(q, k, v, narrow, head_types=found.head_types, **given)
+                if tried.compute == "e4m3":
+                    in_8_bits = framestride.attention(q, k, v, tried, head_types=found.head_types, **given)
                     sums["eight_bits"][number] = squares(in_8_bits - out)
         if layer in self.sums:
             # Another call of the same step, as guidance makes it.
@@ -113,14 +123,14 @@ class Recorder:
             self.sums[layer] = (sums, batch)
             self.show()
 
-    def stay_wide(self, reason: str):
+    def stay_in_16_bits(self, reason: str):
         """Says once why a layer has no numbers of 8 bits."""
         if reason not in self.said:
             self.said.add(reason)
             warnings.warn(f"framestride studies layers in 16 bits alone: {reason}", stacklevel=2)
 
     def show(self):
-        if tqdm is None:
+        if tqdm is None or self.gpus.rank > 0:
             return
         if self.bar is None:
             steps = self.step.count if self.chosen is None else len(self.chosen)
@@ -180,7 +190,7 @@ def record(
         raise refuse(
             "pipe",
             "no call of a layer whose attention framestride computes",
-            "a model and a call that apply makes sparse, on one GPU",
+            "a model and a call that apply makes sparse",
             "Look at the warnings, which say what was left as it was",
         )
     spec = recorder.spec
