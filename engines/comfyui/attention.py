@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 import framestride
+from framestride.backends import DTYPES, make_spec
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # On a CPU, framestride is an emulator, far too slow for a video.
 DEVICES = ("cuda",)
 # An additive mask hides a key by a number as low as this, and its weight is then 0.
@@ -180,14 +180,8 @@ class SparseAttention:
         """The spec, and which heads and masks it is called with. None where there are no kernels for it."""
         key = (now.video, now.sinks, before, after, heads, q.shape[3], q.dtype, q.device)
         if key not in self.plans:
-            frames, height, width = now.video
-            widest = framestride.Width(half_width=frames * height * width)
             try:
-                spec = framestride.Spec(
-                    name="comfyui", frames=frames, tokens_per_frame=height * width, grid=(height, width),
-                    before=before, after=after, heads=heads, head_dim=q.shape[3], dtype=DTYPES[q.dtype],
-                    spatial=widest, temporal=widest, sink_frames=now.sinks,
-                )
+                spec = make_spec("comfyui", now.video, heads, q.shape[3], q.dtype, before, after, now.sinks)
                 dense = self.density >= 1
                 options = {"head_types": "dense"} if dense else {"half_widths": spec.half_widths(self.density)}
                 if self.compute == "e4m3":

@@ -4,8 +4,6 @@ SGLang calls a backend with Q, K and V after norm and RoPE, and tells it the siz
 and a sparsity. What is not known to be attention over video goes to the backend that SGLang would choose.
 """
 
-import functools
-import logging
 import math
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -21,9 +19,7 @@ from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum, curren
 from sglang.multimodal_gen.runtime.server_args import get_global_server_args
 
 import framestride
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-HEAD_DIMS = [64, 128]
+from framestride import backends
 
 
 class FramestrideBackend(AttentionBackend):
@@ -33,7 +29,7 @@ class FramestrideBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_head_sizes() -> list[int]:
-        return HEAD_DIMS
+        return list(backends.HEAD_DIMS)
 
     @staticmethod
     def get_enum() -> AttentionBackendEnum:
@@ -95,49 +91,16 @@ class FramestrideImpl(AttentionImpl):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: FramestrideMetadata
     ) -> torch.Tensor:
         """Attention of [B, S, H, D]."""
-        known = query.dtype in DTYPES and query.shape[-1] in HEAD_DIMS and query.shape == key.shape == value.shape
-        ours = isinstance(attn_metadata, FramestrideMetadata) and known and not self.causal
+        takes = backends.takes(query, key, value) and not self.causal
+        ours = isinstance(attn_metadata, FramestrideMetadata) and takes
         if not ours or query.shape[1] != math.prod(attn_metadata.grid):
             # SGLang made the metadata for this backend, and no other one reads them.
             return self.other.forward(query, key, value, None)
         _, _, heads, head_dim = query.shape
-        shape = (attn_metadata.grid, heads, head_dim, DTYPES[query.dtype], attn_metadata.compute, query.device)
-        spec, options = plan(attn_metadata.density, *shape)
-        return framestride.attention(query, key, value, spec, scale=self.scale, **options)
-
-
-def plan(density: float, *shape):
-    """A spec, and the arguments that give its heads a density. `shape` has the arguments of `make_spec`."""
-    spec = make_spec(*shape)
-    if density < 1:
-        try:
-            return spec, {"half_widths": spec.half_widths(density)}
-        except framestride.Error as error:
-            warn_once("stays dense", str(error))
-    return spec, {"head_types": "dense"}
-
-
-@functools.lru_cache(maxsize=64)
-def make_spec(
-    grid: tuple, heads: int, head_dim: int, dtype: str, compute: str, device: torch.device
-) -> framestride.Spec:
-    frames, height, width = grid
-    widest = framestride.Width(half_width=math.prod(grid))
-    spec = framestride.Spec(
-        name="sglang", frames=frames, tokens_per_frame=height * width, grid=(height, width), heads=heads,
-        head_dim=head_dim, dtype=dtype, spatial=widest, temporal=widest,
         # All rows of Wan see the first frame.
-        sink_frames=1 if frames > 1 else 0,
-    )
-    if compute == "e4m3":
-        return framestride.in_8_bits(spec, device, functools.partial(warn_once, "is in 16 bits"))
-    return spec
-
-
-@functools.lru_cache(maxsize=64)
-def warn_once(what: str, reason: str) -> None:
-    """Says why attention is not as it was asked for, such as a density below what the first frame alone takes."""
-    logging.getLogger("framestride").warning("attention %s: %s", what, reason)
+        shape = ("sglang", attn_metadata.grid, heads, head_dim, query.dtype, 0, 0, 1)
+        spec, options = backends.plan(attn_metadata.density, attn_metadata.compute, query.device, *shape)
+        return framestride.attention(query, key, value, spec, scale=self.scale, **options)
 
 
 class Resolver:

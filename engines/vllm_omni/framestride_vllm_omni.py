@@ -5,8 +5,6 @@ vllm-omni calls a backend with Q, K and V after norm and RoPE, and models publis
 would choose.
 """
 
-import functools
-import logging
 import math
 import re
 
@@ -16,9 +14,7 @@ from vllm_omni.diffusion.attention.selector import get_attn_backend_for_role
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
 import framestride
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-HEAD_DIMS = [64, 128]
+from framestride import backends
 
 
 class FramestrideBackend(AttentionBackend):
@@ -90,8 +86,9 @@ class FramestrideImpl(AttentionImpl):
         after = rows - start - math.prod(grid)
         dense = self.stays_dense or not self.step_is_sparse()
         density = 1.0 if dense else self.density
-        shape = (grid, start, after, heads, head_dim, DTYPES[query.dtype], self.compute, query.device)
-        spec, options = plan(density, *shape)
+        # All rows of Wan see the first frame, and Wan has no rows before the video.
+        shape = ("vllm_omni", tuple(grid), heads, head_dim, query.dtype, start, after, 1 if start == 0 else 0)
+        spec, options = backends.plan(density, self.compute, query.device, *shape)
         if after > 0:
             # Rows between the video and those that are used are valid, such as sound. The rest is padding.
             valid = used - start - math.prod(grid)
@@ -101,8 +98,7 @@ class FramestrideImpl(AttentionImpl):
     def video(self, query, key, value, metadata) -> tuple[int, tuple[int, int, int], int] | None:
         """Where the video begins, its frames, height and width, and how many rows are used."""
         layout = None if metadata is None else metadata.video_layout
-        known = query.dtype in DTYPES and query.ndim == 4 and query.shape[-1] in HEAD_DIMS
-        if layout is None or not known or self.causal or not query.shape == key.shape == value.shape:
+        if layout is None or self.causal or query.ndim != 4 or not backends.takes(query, key, value):
             return None
         if metadata.full_attn_spans is not None or metadata.query_ranges is not None:
             return None
@@ -131,40 +127,6 @@ class FramestrideImpl(AttentionImpl):
         early = step < self.start_step
         late = self.end_step > 0 and (count is None or step >= count - self.end_step)
         return not early and not late
-
-
-@functools.lru_cache(maxsize=64)
-def make_spec(
-    grid: tuple, before: int, after: int, heads: int, head_dim: int, dtype: str, compute: str, device: torch.device
-) -> framestride.Spec:
-    frames, height, width = grid
-    widest = framestride.Width(half_width=math.prod(grid))
-    spec = framestride.Spec(
-        name="vllm_omni", frames=frames, tokens_per_frame=height * width, grid=(height, width), before=before,
-        after=after, heads=heads, head_dim=head_dim, dtype=dtype, spatial=widest, temporal=widest,
-        # All rows of Wan see the first frame, and Wan has no rows before the video.
-        sink_frames=1 if before == 0 and frames > 1 else 0,
-    )
-    if compute == "e4m3":
-        return framestride.in_8_bits(spec, device, functools.partial(warn_once, "is in 16 bits"))
-    return spec
-
-
-def plan(density: float, *shape):
-    """A spec, and the arguments that give its heads a density. `shape` has the arguments of `make_spec`."""
-    spec = make_spec(*shape)
-    if density < 1:
-        try:
-            return spec, {"half_widths": spec.half_widths(density)}
-        except framestride.Error as error:
-            warn_once("stays dense", str(error))
-    return spec, {"head_types": "dense"}
-
-
-@functools.lru_cache(maxsize=64)
-def warn_once(what: str, reason: str) -> None:
-    """Says why attention is not as it was asked for, such as a density that is less than what text alone takes."""
-    logging.getLogger("framestride").warning("attention %s: %s", what, reason)
 
 
 def register() -> None:

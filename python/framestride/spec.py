@@ -204,7 +204,7 @@ def plot(spec: Spec) -> bytes:
 T = TypeVar("T")
 
 
-def _constant(function: T) -> T:
+def constant(function: T) -> T:
     """Makes `torch.compile` call a function of constants when it traces, as a constant of the graph."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -221,7 +221,7 @@ def _spec(function: str, text: str) -> Spec:
     return Spec(*fields)
 
 
-@_constant
+@constant
 def _values(function: str, text: str) -> tuple[Any, ...]:
     """The values of a spec, in the order of its fields."""
     encoded = text.encode()
@@ -249,14 +249,14 @@ def _values(function: str, text: str) -> tuple[Any, ...]:
     )
 
 
-@_constant
+@constant
 @functools.lru_cache(maxsize=1024)
 def _said(toml: str) -> tuple[Any, ...]:
     """What the text of a spec says."""
     return _values("spec_parse", toml)
 
 
-@_constant
+@constant
 def _rope_shape(toml: str) -> tuple[int, ...] | None:
     details = details_of(toml)
     if not details.rope_channels:
@@ -265,7 +265,7 @@ def _rope_shape(toml: str) -> tuple[int, ...] | None:
     return (details.rope_rows, *heads, details.rope_channels // 2)
 
 
-@_constant
+@constant
 def _half_widths(toml: str, spatial: float | None = None, temporal: float | None = None) -> tuple[int, int]:
     return half_widths_of(toml, spatial, temporal)
 

@@ -18,8 +18,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 import framestride
+from framestride.backends import make_spec, takes
 from framestride.diffusers.exchange import gpus_of
-from framestride.diffusers.processors import DTYPES, HEAD_DIMS, make_spec
 
 NAME = "framestride"
 
@@ -30,7 +30,7 @@ specs: dict[tuple, framestride.Spec] = {}
 def dense_spec(*shape) -> framestride.Spec:
     """A spec from the arguments of `make_spec`."""
     if shape not in specs:
-        specs[shape] = make_spec(*shape)
+        specs[shape] = make_spec("diffusers", *shape)
     return specs[shape]
 
 
@@ -48,8 +48,7 @@ def attention(
     """Attention of [B, S, H, D], as diffusers calls it."""
     gpus = gpus_of(_parallel_config)
     _, rows, heads, head_dim = map(index, query.shape)
-    known = query.dtype in DTYPES and head_dim in HEAD_DIMS and key.shape == query.shape
-    if gpus is None or gpus.uneven or not known or attn_mask is not None or dropout_p > 0 or is_causal:
+    if gpus is None or gpus.uneven or not takes(query, key, value) or attn_mask is not None or dropout_p > 0 or is_causal:
         return attention_dispatch._native_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
         )

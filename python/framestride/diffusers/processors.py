@@ -24,13 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models import normalization
 from torch import Tensor, nn
 
 import framestride
+from framestride.backends import DTYPES, HEAD_DIMS, make_spec
 from framestride.diffusers.exchange import ALONE, Gpus, gpus_of
 from framestride.study import is_head
 
@@ -45,8 +46,6 @@ NORMS = {
     nn.LayerNorm: "layer",
     normalization.FP32LayerNorm: "layer",
 }
-DTYPES: dict[torch.dtype, Literal["bf16", "f16"]] = {torch.bfloat16: "bf16", torch.float16: "f16"}
-HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,8 @@ class Model:
         if key not in self.plans:
             try:
                 video, heads, head_dim, dtype, batch, before, after, norm, rope = shape
-                spec = make_spec(
-                    video, heads, head_dim, dtype, batch=batch, before=before, after=after, sinks=self.sinks,
-                    norm=norm, rope=rope,
-                )
+                sides = (before, after, self.sinks)
+                spec = make_spec("diffusers", video, heads, head_dim, dtype, *sides, batch=batch, norm=norm, rope=rope)
                 if compute == "e4m3":
                     largest_error = None if bound is None else float(bound)
                     spec = framestride.in_8_bits(spec, device, self.stay_in_16_bits, largest_error)
@@ -146,33 +143,6 @@ class Model:
                 # A CUDA graph then writes to it, and needs no copy.
                 torch._dynamo.mark_static_address(layer.bits)
                 layer.write_bits()
-
-
-def make_spec(
-    video: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, *, batch: int = 1, before: int = 0,
-    after: int = 0, sinks: int = 0, norm: tuple | None = None, rope: tuple | None = None,
-) -> framestride.Spec:
-    """A spec whose calls give half widths of their own."""
-    frames, height, width = video
-    widest = framestride.Width(half_width=frames * height * width)
-    pairs, channels, per_head, leading = rope or (None, None, False, False)
-    return framestride.Spec(
-        name="diffusers",
-        frames=frames,
-        tokens_per_frame=height * width,
-        grid=(height, width),
-        before=before,
-        after=after,
-        heads=heads,
-        head_dim=head_dim,
-        dtype=DTYPES[dtype],
-        batch=batch,
-        qk_norm=framestride.QkNorm(*norm) if norm else None,
-        rope=framestride.Rope(pairs, channels=channels, before=leading, per_head=per_head) if rope else None,
-        spatial=widest,
-        temporal=widest,
-        sink_frames=min(sinks, frames - 1),
-    )
 
 
 def norm_size(norm: Any) -> int:
@@ -405,7 +375,8 @@ class Processor:
         if rope is not None:
             first = rope if isinstance(rope, Tensor) else rope[0]
             tables = model.once(first, lambda: tuple(x.float().contiguous() for x in self.tables(rope, heads)))
-            form = (self.pairs, 2 * index(tables[0].shape[-1]), tables[0].ndim > 2, self.leading_rows)
+            # Rows before the video are rotated too, and none after it.
+            form = (self.pairs, 2 * index(tables[0].shape[-1]), self.leading_rows, False, tables[0].ndim > 2)
         if gpus.count > 1:
             form = None
 
