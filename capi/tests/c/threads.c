@@ -1,6 +1,7 @@
 // Many threads at once: they share handles, make and free their own, and run calls.
 //
-//     threads CALLS      CALLS: how many threads run a call at the end
+//     threads ROUNDS CALLS      ROUNDS: how often each makes and frees its own
+//                               CALLS: how many threads run a call at the end
 #define _POSIX_C_SOURCE 200809L
 #include <framestride.h>
 #include <pthread.h>
@@ -17,16 +18,16 @@
     }                                                                                                               \
   } while (0)
 
-enum { THREADS = 8, ROUNDS = 40 };
+enum { THREADS = 8, MOST_ROUNDS = 40 };
 
 static framestride_device device;
 static framestride_spec spec;
 static framestride_module module;
 static framestride_attention attention;
-static framestride_spec contested[ROUNDS];
-static atomic_int freed[ROUNDS];
+static framestride_spec contested[MOST_ROUNDS];
+static atomic_int freed[MOST_ROUNDS];
 static pthread_barrier_t barrier;
-static int calls;
+static int rounds, calls;
 
 // Rows of V are all equal, so every row of the output equals them too, whatever the mask is.
 static void forward(int thread) {
@@ -68,7 +69,7 @@ static void *run(void *argument) {
   char name[32];
   snprintf(name, sizeof name, "no_such_spec_%d", thread);
   pthread_barrier_wait(&barrier);
-  for (int round = 0; round < ROUNDS; round++) {
+  for (int round = 0; round < rounds; round++) {
     framestride_spec own;
     framestride_attention planned;
     framestride_spec_details details;
@@ -92,13 +93,15 @@ static void *run(void *argument) {
 }
 
 int main(int count, char **arguments) {
-  if (count != 2) return 1;
-  calls = atoi(arguments[1]);
+  if (count != 3) return 1;
+  rounds = atoi(arguments[1]);
+  calls = atoi(arguments[2]);
+  if (rounds > MOST_ROUNDS) return 1;
   RIGHT(framestride_device_emulator(&device));
   RIGHT(framestride_spec_shipped("tiny_plain", &spec));
   RIGHT(framestride_load(device, spec, &module));
   RIGHT(framestride_attention_new(module, 1, 1, &attention));
-  for (int round = 0; round < ROUNDS; round++) RIGHT(framestride_spec_shipped("tiny_plain", &contested[round]));
+  for (int round = 0; round < rounds; round++) RIGHT(framestride_spec_shipped("tiny_plain", &contested[round]));
   pthread_t threads[THREADS];
   int numbers[THREADS];
   pthread_barrier_init(&barrier, NULL, THREADS);
@@ -107,7 +110,7 @@ int main(int count, char **arguments) {
     if (pthread_create(&threads[i], NULL, run, &numbers[i])) return 1;
   }
   for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
-  for (int round = 0; round < ROUNDS; round++) {
+  for (int round = 0; round < rounds; round++) {
     if (freed[round] != 1) {
       printf("%d threads freed one handle\n", freed[round]);
       return 1;
