@@ -39,6 +39,11 @@ pub struct Attention {
     pub after: Text,
     /// Where the type of each head comes from.
     pub head_types: HeadTypes,
+    /// In how many bits each head multiplies, u32 \[B, H\], for a spec with `[precision]`: 8, or any other
+    /// number for those of the tensors. [`Output::precisions`] of an earlier call may be given, so that no
+    /// head is computed twice. Without them, a call that profiles finds them, and any other one computes all
+    /// heads in 16 bits.
+    pub precisions: Option<Tensor>,
     /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
     /// are taken.
     pub half_widths: Option<[u32; 2]>,
@@ -106,6 +111,12 @@ pub struct Output {
     /// The mean squared errors of the spatial and the temporal mask over the sampled rows, f32
     /// \[B, H, 2\], likewise.
     pub errors: Option<Tensor>,
+    /// The bits in which the heads multiplied, u32 \[B, H\]: 8 or 16. Only a profiled call of a spec with
+    /// `[precision]` has them, to which none were given.
+    pub precisions: Option<Tensor>,
+    /// What 8 bits change of the sampled rows, f32 \[B, H\], likewise: the norm of the difference to 16 bits
+    /// over the norm in 16 bits.
+    pub precision_errors: Option<Tensor>,
 }
 
 /// The kernels of one spec in the context of a candle device.
@@ -139,6 +150,7 @@ impl Attention {
             before: Text::default(),
             after: Text::default(),
             head_types: HeadTypes::Profiled,
+            precisions: None,
             half_widths: None,
             scale: None,
             seed: None,
@@ -180,11 +192,13 @@ impl Attention {
     fn output<P: Place>(&self, place: &P, qkv: [(&str, &Tensor); 3]) -> Result<Output> {
         let locked = qkv.map(|(name, tensor)| (name, tensor.storage_and_layout()));
         let [q, k, v] = locked.each_ref().map(|(name, (storage, layout))| (own(place, name, storage), *layout));
-        let Launched { out, lse, found } = Call::new(self, place).launch([(q.0?, q.1), (k.0?, k.1), (v.0?, v.1)])?;
+        let Launched { out, lse, found, judged } =
+            Call::new(self, place).launch([(q.0?, q.1), (k.0?, k.1), (v.0?, v.1)])?;
         let tensor =
             |(storage, shape): Made<P>| Tensor::from_storage(P::storage(storage), shape, BackpropOp::none(), false);
-        let (head_types, errors) = found.map(|found| found.map(tensor).into()).unzip();
-        Ok(Output { out: tensor(out), lse: tensor(lse), head_types, errors })
+        let [found, judged] = [found, judged].map(|pair| pair.map(|pair| pair.map(tensor).into()).unzip());
+        let ((head_types, errors), (precisions, precision_errors)) = (found, judged);
+        Ok(Output { out: tensor(out), lse: tensor(lse), head_types, errors, precisions, precision_errors })
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) struct Launched<P: BackendDevice> {
     pub lse: Made<P>,
     /// Types and errors of the heads, when the call profiles them.
     pub found: Option<[Made<P>; 2]>,
+    /// Precisions of the heads and their errors, when the call finds them.
+    pub judged: Option<[Made<P>; 2]>,
 }
 
 /// A call while its tensors are checked.
@@ -104,6 +106,13 @@ impl<'a, P: Place> Call<'a, P> {
             }
         };
 
+        if let Some(precisions) = &attention.precisions {
+            if spec.largest_error.is_none() {
+                return not_in_spec("precisions", spec, "heads of both precisions", "[precision]");
+            }
+            layer.precisions = self.words("precisions", precisions, DType::U32, &[batch, heads])?;
+        }
+
         let make = |dims: &[usize], dtype: DType| -> Result<Made<P>> {
             let shape = Shape::from(dims);
             // SAFETY: kernels write every element before anybody reads it.
@@ -113,12 +122,18 @@ impl<'a, P: Place> Call<'a, P> {
         layer.out = Rows { data: place.written(&mut out.0), ..contiguous_rows(shape(sequence)) };
         let mut lse = make(&[batch, heads, sequence], DType::F32)?;
         layer.lse = place.written(&mut lse.0);
-        let mut found = None;
+        let (mut found, mut judged) = (None, None);
         if types == framestride::HeadTypes::Profiled {
             let mut both = [make(&[batch, heads], DType::U32)?, make(&[batch, heads, 2], DType::F32)?];
             let [head_types, errors] = both.each_mut().map(|(storage, _)| place.written(storage));
             layer.found = Found { head_types, errors, ..Found::default() };
             found = Some(both);
+            if spec.largest_error.is_some() && attention.precisions.is_none() {
+                let mut both = [make(&[batch, heads], DType::U32)?, make(&[batch, heads], DType::F32)?];
+                [layer.found.precisions, layer.found.precision_errors] =
+                    both.each_mut().map(|(storage, _)| place.written(storage));
+                judged = Some(both);
+            }
         }
         // The address of a workspace is a multiple of `ALIGNMENT`, which memory of the CPU need not be.
         let bytes = plan.workspace_bytes();
@@ -140,11 +155,12 @@ impl<'a, P: Place> Call<'a, P> {
         for storage in self.read.iter().filter_map(|storage| place.own(storage)) {
             place.read(storage);
         }
-        for (storage, _) in [&mut out, &mut lse, &mut memory].into_iter().chain(found.iter_mut().flatten()) {
+        let all_found = found.iter_mut().chain(&mut judged).flatten();
+        for (storage, _) in [&mut out, &mut lse, &mut memory].into_iter().chain(all_found) {
             place.written(storage);
         }
         launched.map_err(Error::wrap)?;
-        Ok(Launched { out, lse, found })
+        Ok(Launched { out, lse, found, judged })
     }
 
     /// The element type of Q, K, V and the output.

@@ -105,6 +105,16 @@ fn what_the_spec_does_not_have() -> Result<()> {
         attention.forward(&x, &x, &x),
         ["rope: found a tensor", "nothing: spec tiny_plain has no RoPE", "Leave it out, or change [rope] of the spec"],
     );
+    attention.rope = None;
+    attention.precisions = Some(Tensor::full(8_u32, (1, 1), &device)?);
+    expect(
+        attention.forward(&x, &x, &x),
+        [
+            "precisions: found a tensor",
+            "nothing: spec tiny_plain has no heads of both precisions",
+            "Leave it out, or change [precision] of the spec",
+        ],
+    );
     Ok(())
 }
 

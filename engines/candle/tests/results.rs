@@ -8,7 +8,7 @@ mod common;
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 use common::{device, rows, wave};
 use framestride_candle::shapes::dtype::Dtype;
-use framestride_candle::shapes::spec::{self, NormKind, NormOver, Pairs, QkNorm, Width};
+use framestride_candle::shapes::spec::{self, Compute, NormKind, NormOver, Pairs, QkNorm, Width};
 use framestride_candle::{Attention, HeadTypes, Norm, Rope, Spec, Text};
 
 const FRAMES: usize = 5;
@@ -376,6 +376,54 @@ fn numbers_of_a_call() -> Result<()> {
     };
     assert_eq!(errors(None)?, errors(None)?);
     assert_ne!(errors(None)?, errors(Some(99))?);
+    Ok(())
+}
+
+#[test]
+fn bits_of_heads() -> Result<()> {
+    let device = device()?;
+    let load = |compute: Compute, bound: Option<f64>| {
+        let spec = Spec::shipped("tiny_e4m3").expect("it is shipped").to_builder();
+        Attention::load(&device, &spec.compute(compute).largest_error(bound).build().expect("the spec is right"))
+    };
+    let attention = match load(Compute::E4m3, Some(1.0)) {
+        // Other GPUs than a Hopper have no such kernels.
+        Err(error) if cfg!(feature = "cuda") => {
+            println!("left out: {error}");
+            return Ok(());
+        }
+        attention => attention?,
+    };
+    let spec = attention.spec();
+    let shape = (2, spec.layout.sequence() as usize, 3, 128);
+    let [q, k, v] = [0.7, 1.3, 0.2].map(|seed| rows(seed, shape, DType::BF16, &device));
+    let (q, k, v) = (q?, k?, v?);
+    let angles = (wave(2.1, (spec.layout.video_tokens() as usize, 64), &device)? * 3.0)?;
+    let rope = Some(Rope { cos: angles.cos()?, sin: angles.sin()? });
+    let output = |attention: &Attention| {
+        let mut attention = attention.clone();
+        attention.rope.clone_from(&rope);
+        attention.forward_with_output(&q, &k, &v)
+    };
+    let mut errors = bits(&output(&attention)?.precision_errors.expect("the call found them"))?;
+    errors.sort_by(f32::total_cmp);
+    // A bound that half of the heads exceed.
+    let mut attention = load(Compute::E4m3, Some(f64::from(errors[2] + errors[3]) / 2.0))?;
+    let found = output(&attention)?;
+    let precisions = found.precisions.expect("the call found them");
+    assert_eq!(precisions.flatten_all()?.to_vec1::<u32>()?.iter().filter(|&&bits| bits == 16).count(), 3);
+    // What was found can be given, and gives the same bits.
+    let types = HeadTypes::Given(found.head_types.expect("the call profiled"));
+    (attention.head_types, attention.precisions) = (types.clone(), Some(precisions));
+    let given = output(&attention)?;
+    assert_eq!(bits(&given.out)?, bits(&found.out)?);
+    assert!(given.precisions.is_none() && given.precision_errors.is_none(), "nothing was found");
+    // All in 16 bits are those of a spec in 16.
+    attention.precisions = Some(Tensor::full(16_u32, (2, 3), &device)?);
+    let mut in_16_bits = load(Compute::Dtype, None)?;
+    in_16_bits.head_types = types;
+    assert_eq!(bits(&output(&attention)?.out)?, bits(&output(&in_16_bits)?.out)?);
+    assert_ne!(bits(&given.out)?, bits(&output(&in_16_bits)?.out)?);
     Ok(())
 }
 
