@@ -1,5 +1,5 @@
-//! What masks and 8 bits would cost each layer and head of a model, as profiling found it in a few steps
-//! that stayed dense.
+//! What masks and 8 bits would cost each layer and head of a model, as profiling found it in a few
+//! steps that stayed dense.
 //!
 //! A [`Study`] has numbers alone. For each layer of a step it has, of every head,
 //! * the mean square of the dense output over the rows of the video: `size`;
@@ -12,8 +12,9 @@
 //! over the sum of their sizes. A head has the mask with the lower error. So the relative error of a
 //! layer is how far the output of its attention lies from the dense one, as part of its length.
 //!
-//! A layer **needs** the density that takes the least time of those with which it is within an error, and 8
-//! bits where these take less. The heads then stay in 16 bits whose rounding is too much: the fewest of them.
+//! A layer **needs** the density that takes the least time of those with which it is within an
+//! error, and 8 bits where these take less. The heads then stay in 16 bits whose rounding is too
+//! much: the fewest of them.
 //!
 //! The file is JSON: a [`Study`] as serde writes it. A number that was not finite is null, and so is
 //! an error at a density that the mask cannot have, and a layer that a step did not call.
@@ -95,7 +96,8 @@ pub struct Layer {
     pub size: Vec<Option<f64>>,
     /// The mean squared errors, by density, head and mask: spatial, temporal.
     pub errors: Vec<Vec<[Option<f64>; MASKS]>>,
-    /// The mean squared errors in 8 bits, by density and head. The last ones are those of dense attention.
+    /// The mean squared errors in 8 bits, by density and head. The last ones are those of dense
+    /// attention.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eight_bits: Option<Vec<Vec<Option<f64>>>>,
 }
@@ -203,8 +205,8 @@ impl Study {
         )
     }
 
-    /// What a layer needs to be within the allowed error, and takes the least time of all that suffices. It is
-    /// dense attention in 16 bits where nothing is known to suffice.
+    /// What a layer needs to be within the allowed error, and takes the least time of all that
+    /// suffices. It is dense attention in 16 bits where nothing is known to suffice.
     fn needs(&self, layer: &Layer) -> Needs {
         let heads = layer.size.len();
         let of_density = |number: usize| {
@@ -277,8 +279,8 @@ impl Layer {
         ratio(self.eight_bits.as_ref().and_then(|errors| errors[density][head]), self.size[head])
     }
 
-    /// The least heads that must stay in 16 bits so that the layer is within an error at a density, or dense
-    /// behind the last one. `None` where it is not within it in 16 bits either.
+    /// The least heads that must stay in 16 bits so that the layer is within an error at a density,
+    /// or dense behind the last one. `None` where it is not within it in 16 bits either.
     fn heads_in_16_bits(&self, density: usize, allowed: f64) -> Option<Vec<usize>> {
         let heads = self.size.len();
         let known = |error: Option<f64>| error.unwrap_or(f64::INFINITY);

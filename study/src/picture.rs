@@ -42,10 +42,10 @@ const SIXTEEN_BITS: [Rgb<u8>; 3] = [Rgb([224, 232, 250]), Rgb([190, 140, 190]), 
 /// The errors at both ends of these colours.
 const ENDS: [f64; 2] = [0.01, 1.0];
 
-/// Draws the relative error of each layer against the density, and below it the heads of all
-/// layers at each density: which mask is better, and how large its error is. Where 8 bits were tried,
-/// thin lines have their errors, and two more panels show those of dense heads, and in how many steps a head
-/// stays in 16 bits. Of several steps it shows root mean squares.
+/// Draws the relative error of each layer against the density, and below it the heads of all layers
+/// at each density: which mask is better, and how large its error is. Where 8 bits were tried, thin
+/// lines have their errors, and two more panels show those of dense heads, and in how many steps a
+/// head stays in 16 bits. Of several steps it shows root mean squares.
 pub fn picture(study: &Study) -> Picture {
     let layers = study.steps[0].layers.len();
     let heads = study.steps.iter().flat_map(|step| step.layers.iter().flatten()).map(|layer| layer.size.len());
@@ -163,8 +163,8 @@ fn draw_chart(picture: &mut Picture, study: &Study, [left, top]: [u32; 2]) {
     }
 }
 
-/// Draws the heads at a density. Behind the last one follow those of dense attention in 8 bits, and which stay
-/// in 16.
+/// Draws the heads at a density. Behind the last one follow those of dense attention in 8 bits, and
+/// which stay in 16.
 fn draw_heads(picture: &mut Picture, study: &Study, panel: usize, [left, top]: [u32; 2], heads: usize, cell: u32) {
     let layers = study.steps[0].layers.len();
     for layer in 0..layers {

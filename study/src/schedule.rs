@@ -14,9 +14,10 @@
 //! }
 //! ```
 //!
-//! Density 1 is dense attention, and null a layer that the step did not call. Where 8 bits were tried,
-//! each step has also `compute`, which names `"e4m3"` or `"dtype"` for each layer. Where some heads of a
-//! layer in 8 bits would exceed the error, `heads_in_16_bits` lists their numbers, for each layer of the step:
+//! Density 1 is dense attention, and null a layer that the step did not call. Where 8 bits were
+//! tried, each step has also `compute`, which names `"e4m3"` or `"dtype"` for each layer. Where
+//! some heads of a layer in 8 bits would exceed the error, `heads_in_16_bits` lists their numbers,
+//! for each layer of the step:
 //!
 //! ```json
 //! {"index":4,"count":8,"noise":0.83,"density":[0.5,0.25,null],
@@ -52,14 +53,16 @@ pub struct ScheduledStep {
     /// What tensor cores multiply in each layer, as a spec says it. Without it, that is not said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compute: Option<Vec<Option<&'static str>>>,
-    /// The numbers of the heads that stay in 16 bits where a layer is in 8, from 0. Without it, there are none.
+    /// The numbers of the heads that stay in 16 bits where a layer is in 8, from 0. Without it,
+    /// there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads_in_16_bits: Option<Vec<Option<Vec<usize>>>>,
 }
 
 impl Study {
-    /// The least densities that were tried with which each layer is within the study's error. Where that takes
-    /// less time, they are those in 8 bits, but for the fewest heads that must stay in 16.
+    /// The least densities that were tried with which each layer is within the study's error. Where
+    /// that takes less time, they are those in 8 bits, but for the fewest heads that must stay in
+    /// 16.
     pub fn schedule(&self) -> Schedule {
         let has_eight_bits = self.has_eight_bits();
         let steps = self.steps.iter().map(|step| {

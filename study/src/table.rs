@@ -46,8 +46,8 @@ pub fn by_layer(study: &Study) -> String {
     text
 }
 
-/// The relative errors of both masks of each head at each density, and where 8 bits were tried, how many the
-/// head needs.
+/// The relative errors of both masks of each head at each density, and where 8 bits were tried, how
+/// many the head needs.
 pub fn by_head(study: &Study) -> String {
     let mut text = heading(study);
     text += "relative errors of heads under each mask\n\n";

@@ -46,8 +46,8 @@ fn a_layer_has_the_least_density_within_the_error() {
     assert_eq!(densities(relative - 1e-9)[0][0], Some(0.4));
 }
 
-/// The study with 8 bits in layer 1, whose heads have these mean squared errors: at both densities, and dense.
-/// Their sizes are 1, 4 and 1.
+/// The study with 8 bits in layer 1, whose heads have these mean squared errors: at both densities,
+/// and dense. Their sizes are 1, 4 and 1.
 fn with_8_bits(errors: [[f64; 3]; 3]) -> Study {
     let mut study = study().allowing(0.02).unwrap();
     let Some(Some(layer)) = study.steps[1].layers.get_mut(1) else { panic!() };
@@ -67,7 +67,8 @@ fn eight_bits_are_chosen_where_they_take_less_time() {
         let heads = step.heads_in_16_bits.map_or(Vec::new(), |heads| heads[1].clone().unwrap());
         (step.density[1].unwrap(), step.compute.unwrap()[1].unwrap(), heads)
     };
-    // In 16 bits the layer needs 0.4, where its error is 0.0123. At 0.2 it is 0.0245, nearly all of it head 2's.
+    // In 16 bits the layer needs 0.4, where its error is 0.0123. At 0.2 it is 0.0245, nearly all of
+    // it head 2's.
     assert_eq!(needs(&with_8_bits([alike(0.015), alike(0.014), alike(0.013)])), (0.2, "e4m3", vec![]));
     let rounded = [0.0, 0.0, 0.0036].map(|mask| mask + 0.00001);
     assert_eq!(needs(&with_8_bits([rounded, alike(0.014), alike(0.013)])), (0.4, "e4m3", vec![]));

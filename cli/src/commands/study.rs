@@ -49,8 +49,9 @@ pub struct Study {
     /// The relative error that a layer may have, above 0 and below 1.
     #[arg(long, value_name = "NUMBER", default_value_t = 0.05)]
     error: f64,
-    /// What is tried: dtype, the type of the tensors, or e4m3, 8 bits beside it. The schedule then has 8 bits
-    /// where that takes less time, but for heads that must stay in 16. Without it, it is the spec's.
+    /// What is tried: dtype, the type of the tensors, or e4m3, 8 bits beside it. The schedule then
+    /// has 8 bits where that takes less time, but for heads that must stay in 16. Without it, it is
+    /// the spec's.
     #[arg(long, value_name = "COMPUTE", value_parser = computes())]
     compute: Option<Compute>,
     /// How many steps the denoising has. Names with steps need it.
@@ -290,8 +291,8 @@ fn of_compute(spec: &Spec, compute: Compute) -> Result<Spec> {
     Ok(spec.to_builder().compute(compute).largest_error(None).build()?)
 }
 
-/// Runs one layer dense and profiles it at each density, in 16 bits. Where there are kernels in 8 bits, it runs
-/// in them as well, dense and with the heads' better masks.
+/// Runs one layer dense and profiles it at each density, in 16 bits. Where there are kernels in 8
+/// bits, it runs in them as well, dense and with the heads' better masks.
 fn study_layer(
     in_16_bits: &Arc<Module>,
     in_8_bits: Option<&Arc<Module>>,
@@ -351,7 +352,8 @@ fn study_layer(
     Ok(Layer { size, errors, eight_bits: eight_bits.transpose()? })
 }
 
-/// The mean square of each head's output over the rows of the video, or of its difference to another one.
+/// The mean square of each head's output over the rows of the video, or of its difference to
+/// another one.
 fn mean_squares(spec: &Spec, out: &Tokens, other: Option<&Tokens>) -> Vec<Option<f64>> {
     let (first, rows) = (spec.layout.before as usize, spec.layout.video_tokens() as usize);
     let video = first * out.head_dim..(first + rows) * out.head_dim;

@@ -14,12 +14,12 @@ use crate::place::Place;
 
 /// Sparse attention of Q, K and V, with the kernels of one spec on one device.
 ///
-/// Q, K and V are \[B, S, H, D\] as the projections left them, neither normalised nor rotated, in the
-/// spec's type. They may have any strides and offset, but the elements of a row are contiguous; so
-/// parts of one packed tensor and `transpose(1, 2)` of \[B, H, S, D\] need no copy. The output is
-/// contiguous, \[B, S, H, D\]. B is any number, and so is H, unless the spec has a QK-norm over all
-/// heads. Q, K and V have no rows of a side of the text that has tensors of its own ([`Text::qkv`]); the
-/// output has them all.
+/// Q, K and V are \[B, S, H, D\] as the projections left them, neither normalised nor rotated, in
+/// the spec's type. They may have any strides and offset, but the elements of a row are contiguous;
+/// so parts of one packed tensor and `transpose(1, 2)` of \[B, H, S, D\] need no copy. The output
+/// is contiguous, \[B, S, H, D\]. B is any number, and so is H, unless the spec has a QK-norm over
+/// all heads. Q, K and V have no rows of a side of the text that has tensors of its own
+/// ([`Text::qkv`]); the output has them all.
 ///
 /// The fields say what else a call is given. A clone shares the kernels, so each layer of a model may
 /// have one with weights of its own.
@@ -39,10 +39,10 @@ pub struct Attention {
     pub after: Text,
     /// Where the type of each head comes from.
     pub head_types: HeadTypes,
-    /// In how many bits each head multiplies, u32 \[B, H\], for a spec with `[precision]`: 8, or any other
-    /// number for those of the tensors. [`Output::precisions`] of an earlier call may be given, so that no
-    /// head is computed twice. Without them, a call that profiles finds them, and any other one computes all
-    /// heads in 16 bits.
+    /// In how many bits each head multiplies, u32 \[B, H\], for a spec with `[precision]`: 8, or
+    /// any other number for those of the tensors. [`Output::precisions`] of an earlier call may be
+    /// given, so that no head is computed twice. Without them, a call that profiles finds them, and
+    /// any other one computes all heads in 16 bits.
     pub precisions: Option<Tensor>,
     /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
     /// are taken.
@@ -111,11 +111,11 @@ pub struct Output {
     /// The mean squared errors of the spatial and the temporal mask over the sampled rows, f32
     /// \[B, H, 2\], likewise.
     pub errors: Option<Tensor>,
-    /// The bits in which the heads multiplied, u32 \[B, H\]: 8 or 16. Only a profiled call of a spec with
-    /// `[precision]` has them, to which none were given.
+    /// The bits in which the heads multiplied, u32 \[B, H\]: 8 or 16. Only a profiled call of a
+    /// spec with `[precision]` has them, to which none were given.
     pub precisions: Option<Tensor>,
-    /// What 8 bits change of the sampled rows, f32 \[B, H\], likewise: the norm of the difference to 16 bits
-    /// over the norm in 16 bits.
+    /// What 8 bits change of the sampled rows, f32 \[B, H\], likewise: the norm of the difference
+    /// to 16 bits over the norm in 16 bits.
     pub precision_errors: Option<Tensor>,
 }
 
