@@ -2,6 +2,7 @@
 """Errors of attention in 8 bits against f64 on a GPU, on inputs that random values hide, beside those of 16 bits and of peers.
 
 Errors are relative, of 96 rows of two dense heads of head dim 128. Inputs have means, outliers, one key that dominates, or flat weights.
+Where V has a mean, the **bias** stands below: how much too large the output is on average, compared with the rounded reference.
 Peers get the same bf16 tensors; fp8_peers.py says what they need, and those that are missing show nan.
 
     PYTHONPATH=python FRAMESTRIDE_LIBRARY=libframestride.so python3 bench/e4m3.py
@@ -37,6 +38,9 @@ def inputs(name, q, k, v):
         return q, k, torch.ones_like(v)
     if name == "V ~ N(1, 1)":
         return q, k, v + 1
+    if name == "V ~ N(1 to 2, 1)":
+        # Each channel has a mean of its own, so that outputs lie anywhere between two bf16.
+        return q, k, v + torch.linspace(1, 2, v.shape[3], device=v.device).to(v.dtype)
     if name == "V ~ N(4, 1)":
         return q, k, v + 4
     if name == "flat weights (Q = 0)":
@@ -60,12 +64,17 @@ KINDS = [
     "N(0, 1)",
     "V = 1",
     "V ~ N(1, 1)",
+    "V ~ N(1 to 2, 1)",
     "V ~ N(4, 1)",
     "V ~ 1e-4 N(0, 1)",
     "flat weights (Q = 0)",
     "one key dominates",
     "K with a mean and an outlier",
 ]
+
+
+# Kinds whose bias is looked at.
+WITH_A_MEAN = ["V ~ N(1, 1)", "V ~ N(1 to 2, 1)", "V ~ N(4, 1)"]
 
 
 def reference(q, k, v, rows):
@@ -81,8 +90,14 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def bias(found, expected):
+    """The mean error, relative to the output's size, and positive where the output is too large."""
+    error = found.double() - expected.to(found.dtype).double()
+    return ((error * expected.sign()).sum() / expected.abs().sum()).item()
+
+
 def errors(frames, tokens):
-    """For each kind of input, the relative errors of all, and the output in 8 bits."""
+    """For each kind of input, the relative errors and the biases of all, and the output in 8 bits."""
     shape = {"frames": frames, "tokens_per_frame": tokens, "heads": 2, "head_dim": 128, "spatial": 0.25, "temporal": 0.25}
     spec = framestride.Spec(**shape)
     sequence = frames * tokens
@@ -99,7 +114,8 @@ def errors(frames, tokens):
             outs.append(attempt(peer))
         expected = reference(*own, rows)
         found = [math.nan if out is None else relative(out[0, rows].double(), expected) for out in outs]
-        yield kind, found, outs[WHO.index(OURS_FP8)]
+        biases = [math.nan if out is None else bias(out[0, rows], expected) for out in outs]
+        yield kind, found, biases, outs[WHO.index(OURS_FP8)]
 
 
 def attempt(peer):
@@ -121,10 +137,14 @@ def main():
     failed, rows = [], []
     for frames, tokens in LENGTHS:
         print(f"\nrelative errors at S = {frames * tokens}\n{'':32}{''.join(f'{who:>20}' for who in WHO)}")
-        for kind, found, ours in errors(frames, tokens):
+        for kind, found, biases, ours in errors(frames, tokens):
             print(f"{kind:32}{''.join(f'{error:20.5f}' for error in found)}", flush=True)
-            for who, error in zip(WHO, found):
-                rows.append({"sequence": frames * tokens, "inputs": kind, "who": who, "error": None if math.isnan(error) else error})
+            has_mean = kind in WITH_A_MEAN
+            if has_mean:
+                print(f"{'    bias':32}{''.join(f'{bias:+20.1e}' for bias in biases)}", flush=True)
+            for who, error, own in zip(WHO, found, biases):
+                row = {"sequence": frames * tokens, "inputs": kind, "who": who, "error": None if math.isnan(error) else error}
+                rows.append(row | ({"bias": None if math.isnan(own) else own} if has_mean else {}))
             if kind == "V = 1" and not bool((ours == 1).all()):
                 failed.append("V = 1 is not 1")
             if kind == "N(0, 1)" and found[WHO.index(OURS_FP8)] > 0.055:
