@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use framestride::device::Buffer;
+use framestride::shapes::blocks::VALUES_UNITS;
 use framestride::shapes::image::e4m3::{
     CENTER_COUNTED, CENTER_FACTOR, CENTER_FLOATS, CENTER_LOST, LOST_SCALE, UNIT_KEYS,
 };
@@ -271,14 +272,14 @@ impl PackedHead<'_> {
     }
 
     /// Compares what rounding took from V with what it takes from the reference's rows, relative to
-    /// the size of the image. Each unit of keys from which it takes something loses less than one step
-    /// of the device's count.
+    /// the size of the image. Each warp's units of keys from which it takes something lose less than one
+    /// step of the device's count.
     pub fn compare_lost(&self, center: &DeviceCenter, worst: &mut Worst) {
         let mut expected = vec![0.0; center.lost.len()];
-        let (mut square, mut units) = (0.0, 0.0);
-        for unit in self.order[2][..self.live()].chunks(UNIT_KEYS as usize) {
+        let (mut square, mut warps) = (0.0, 0.0);
+        for keys in self.order[2][..self.live()].chunks((UNIT_KEYS * VALUES_UNITS) as usize) {
             let mut takes = false;
-            for &row in unit {
+            for &row in keys {
                 for (expected, x) in expected.iter_mut().zip(self.value_row(row)) {
                     let taken = x - self.compute.round(x);
                     if x.abs() <= f64::from(center.counted) {
@@ -288,10 +289,10 @@ impl PackedHead<'_> {
                     square += x * x;
                 }
             }
-            units += f64::from(u8::from(takes));
+            warps += f64::from(u8::from(takes));
         }
         let size = f64::sqrt(square).max(f64::MIN_POSITIVE);
-        let tolerance = units / f64::from(LOST_SCALE) * (expected.len() as f64).sqrt() / size;
+        let tolerance = warps / f64::from(LOST_SCALE) * (expected.len() as f64).sqrt() / size;
         worst.add(distance(&center.lost, &expected) / size, tolerance, || self.index.name());
     }
 
