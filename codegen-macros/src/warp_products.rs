@@ -30,7 +30,7 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let [scores, weights, output] = types(&name);
     let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
     let image = Image { head_dim, dtype };
-    let products_of_blocks = blocks.into_iter().map(|blocks| {
+    let products_of_blocks = blocks.iter().map(|&blocks| {
         let blocks = blocks as usize;
         let add_scores = add_scores(image, key_rows, blocks);
         let add_output = add_output(image, key_rows, columns, blocks);
@@ -51,13 +51,19 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
                     weights: &[#weights; #blocks],
                     v: #kernels::cuda::mma::Matrices,
                 ) {
-                    #add_output
+                    #(#add_output)*
                 }
             }
         }
     });
-    let half_products =
-        if key_rows == HALF_KEYS { half_products(&kernels, &visibility, &name, image) } else { TokenStream::new() };
+    let half_products = if key_rows == HALF_KEYS {
+        let both_products =
+            blocks.iter().map(|&blocks| both_products(&kernels, &name, image, columns, blocks as usize));
+        let half_products = half_products(&kernels, &visibility, &name, image);
+        quote!(#half_products #(#both_products)*)
+    } else {
+        TokenStream::new()
+    };
     let multiply = format!(
         "mma.sync.aligned.m16n8k16.row.col.f32.{ptx}.{ptx}.f32 \
          {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}}, {{{{{{4}}, {{5}}, {{6}}, {{7}}}}}}, {{{{{{8}}, {{9}}}}}}, {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}};",
@@ -101,22 +107,7 @@ fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, i
         let registers = &queries[4 * step as usize..][..4];
         quote!(let [#(#registers),*] = #load;)
     });
-    let add_scores = (0..steps).flat_map(|step| {
-        let queries = &queries;
-        (0..HALF_KEYS / PAIR).map(move |pair| {
-            let keys = load("k", image, PAIR * pair, 16 * step, false);
-            let registers = &queries[4 * step as usize..][..4];
-            let multiply = (0..2u32).map(|half| {
-                let group = group(2 * pair + half);
-                let (low, high) = (2 * half as usize, 2 * half as usize + 1);
-                quote!(Self::multiply([#(&mut scores.#group),*], [#(queries.#registers),*], [keys[#low], keys[#high]]);)
-            });
-            quote! {
-                let keys = #keys;
-                #(#multiply)*
-            }
-        })
-    });
+    let add_scores = add_half_scores(image);
     let registers = fields("a", HALF_KEYS / 4);
     let kept = (0..HALF_KEYS / 4).map(|index| {
         let (register, row, group) = (&registers[index as usize], row_of(2 * index), index / 2);
@@ -165,6 +156,27 @@ fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, i
                 let from = from + lane * #CHUNK_BYTES;
                 #(let [#(#quads),*] = #kernels::cuda::shared::load16(from + #places);)*
                 #weights { #(#registers,)* }
+            }
+        }
+    }
+}
+
+/// `BothProducts`, for scores of 32 keys.
+fn both_products(kernels: &TokenStream, name: &Ident, image: Image, columns: u32, blocks: usize) -> TokenStream {
+    let ([scores, weights, output], queries) = (types(name), format_ident!("{name}Queries"));
+    let add_both = add_both(image, columns, blocks);
+    quote! {
+        impl #kernels::cuda::mma::BothProducts<#blocks> for #name {
+            #[inline(always)]
+            unsafe fn add_both(
+                output: &mut [#output; #blocks],
+                weights: &[#weights; #blocks],
+                v: #kernels::cuda::mma::Matrices,
+                scores: &mut #scores,
+                queries: &#queries,
+                k: #kernels::cuda::mma::Matrices,
+            ) {
+                #add_both
             }
         }
     }
@@ -219,32 +231,58 @@ fn add_scores(image: Image, key_rows: u32, blocks: usize) -> TokenStream {
     quote!(#(#steps)*)
 }
 
-/// O += P V, in key_rows / 16 steps.
-fn add_output(image: Image, key_rows: u32, columns: u32, blocks: usize) -> TokenStream {
-    let steps = (0..key_rows / 16).map(|step| {
-        let factors = fields("a", key_rows / 4)[4 * step as usize..][..4].to_vec();
-        let pairs = (0..columns / PAIR).map(|pair| {
-            let values = load("v", image, 16 * step, PAIR * pair, true);
-            let factors = &factors;
-            let multiply = (0..2).flat_map(|half| {
-                let registers = group(2 * pair + half);
-                let (low, high) = (2 * half as usize, 2 * half as usize + 1);
-                (0..blocks).map(move |block| {
-                    quote! {
-                        Self::multiply(
-                            [#(&mut output[#block].#registers),*],
-                            [#(weights[#block].#factors),*],
-                            [values[#low], values[#high]],
-                        );
-                    }
-                })
-            });
-            quote! {
-                let values = #values;
-                #(#multiply)*
-            }
+/// O += P V, a piece for each load of values.
+fn add_output(image: Image, key_rows: u32, columns: u32, blocks: usize) -> Vec<TokenStream> {
+    let steps = (0..key_rows / 16).flat_map(|step| (0..columns / PAIR).map(move |pair| (step, pair)));
+    let piece = |(step, pair)| {
+        let factors = &fields("a", key_rows / 4)[4 * step as usize..][..4];
+        let values = load("v", image, 16 * step, PAIR * pair, true);
+        let multiply = (0..2).flat_map(|half| {
+            let registers = group(2 * pair + half);
+            let (low, high) = (2 * half as usize, 2 * half as usize + 1);
+            (0..blocks).map(move |block| {
+                quote! {
+                    Self::multiply(
+                        [#(&mut output[#block].#registers),*],
+                        [#(weights[#block].#factors),*],
+                        [values[#low], values[#high]],
+                    );
+                }
+            })
         });
-        quote!(#(#pairs)*)
-    });
-    quote!(#(#steps)*)
+        quote! {
+            let values = #values;
+            #(#multiply)*
+        }
+    };
+    steps.map(piece).collect()
+}
+
+/// S += Q K^T of half a tile, a piece for each load of keys.
+fn add_half_scores(image: Image) -> Vec<TokenStream> {
+    let queries = fields("q", image.head_dim / 4);
+    let steps = (0..image.head_dim / 16).flat_map(|step| (0..HALF_KEYS / PAIR).map(move |pair| (step, pair)));
+    let piece = |(step, pair)| {
+        let keys = load("k", image, PAIR * pair, 16 * step, false);
+        let registers = &queries[4 * step as usize..][..4];
+        let multiply = (0..2u32).map(|half| {
+            let group = group(2 * pair + half);
+            let (low, high) = (2 * half as usize, 2 * half as usize + 1);
+            quote!(Self::multiply([#(&mut scores.#group),*], [#(queries.#registers),*], [keys[#low], keys[#high]]);)
+        });
+        quote! {
+            let keys = #keys;
+            #(#multiply)*
+        }
+    };
+    steps.map(piece).collect()
+}
+
+/// Both, whose pieces take turns. Where keys need more loads than values, several of theirs come
+/// between two of values.
+fn add_both(image: Image, columns: u32, blocks: usize) -> TokenStream {
+    let (scores, output) = (add_half_scores(image), add_output(image, HALF_KEYS, columns, blocks));
+    let pieces =
+        scores.chunks(scores.len() / output.len()).zip(&output).map(|(scores, output)| quote!(#(#scores)* #output));
+    quote!(#(#pieces)*)
 }

@@ -6,7 +6,7 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::{ByteWeights, HalfProducts, Products, TileProducts, WarpProducts};
+use crate::cuda::mma::{BothProducts, ByteWeights, Products, TileProducts, WarpProducts};
 use crate::element::Element;
 use crate::masks::CANDIDATES;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
@@ -102,15 +102,12 @@ impl<M: Hopper<Attention: ByteWeights>> HopperE4m3 for M {}
 
 /// A model whose products are those of single warps, which all GPUs since Ampere have.
 pub trait Ampere:
-    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: HalfProducts + WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>>
+    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: BothProducts<1> + BothProducts<{ 1 + CANDIDATES }>>
 {
 }
 
 impl<M> Ampere for M where
-    M: Model<
-            Attention: WarpProducts<WARP_BLOCKS>,
-            Profile: HalfProducts + WarpProducts<1> + WarpProducts<{ 1 + CANDIDATES }>,
-        >
+    M: Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: BothProducts<1> + BothProducts<{ 1 + CANDIDATES }>>
 {
 }
 

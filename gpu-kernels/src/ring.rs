@@ -1,5 +1,5 @@
 //! Key tiles and value tiles on their way through a ring of slots in shared memory, where warps
-//! multiply on their own. All threads of the block copy a part of each (`cp.async`).
+//! multiply on their own. Threads copy a part of each (`cp.async`).
 //!
 //! A key tile takes two **steps**, one with its keys and one with its values. At every barrier of the
 //! block one step or two begin. Behind it the threads start to copy the tiles of later steps over
@@ -29,8 +29,10 @@ pub struct Ring<F> {
     pub stages: u32,
     /// Steps that begin at a barrier, 1 or 2.
     pub at_once: u32,
-    /// Threads of the block.
+    /// The first threads of the block, which copy.
     pub threads: u32,
+    /// Whether this thread is one of them.
+    pub copies: bool,
     /// The slot of the next step. It begins with 0, or with 1 where the caller takes the keys of the
     /// first tile from slot 0.
     pub slot: u32,
@@ -95,8 +97,11 @@ impl<F: Fn(u32) -> u32> Ring<F> {
         let own = self.slot;
         let next = if own + 1 == self.stages { 0 } else { own + 1 };
         let before = if own == 1 { self.stages - 1 } else { own - 2 };
-        self.copy_step(step + self.stages - 2, before);
-        self.copy_step(step + self.stages - 1, own - 1);
+        if self.copies {
+            let copy = |step: u32, slot: u32| self.copy_tile(self.head_row, step, slot, step / 2 < self.tiles);
+            copy(step + self.stages - 2, before);
+            copy(step + self.stages - 1, own - 1);
+        }
         copy::commit_group();
         self.slot = next + 1;
         [own, next].map(|slot| shared::address(self.slots, slot))
@@ -105,27 +110,33 @@ impl<F: Fn(u32) -> u32> Ring<F> {
     /// Starts to copy the tile of a step to a slot. There is none behind the last step.
     #[inline(always)]
     unsafe fn copy_step(&self, step: u32, slot: u32) {
-        let (tile, operand) = (step / 2, step % 2);
-        if tile < self.tiles {
+        if self.copies && step / 2 < self.tiles {
             // The addresses of the head would take registers all through the products.
-            let first = math::opaque(self.head_row) + (self.first_row)(tile);
-            let from = if operand == 0 { self.packed[0] } else { self.packed[1] };
-            copy_rows(self.image, self.threads, shared::address(self.slots, slot), from, first, self.rows);
+            self.copy_tile(math::opaque(self.head_row), step, slot, true);
         }
+    }
+
+    /// Starts to copy the tile of a step to a slot, if there `is_one`.
+    #[inline(always)]
+    unsafe fn copy_tile(&self, head_row: u32, step: u32, slot: u32, is_one: bool) {
+        let (tile, operand) = (step / 2, step % 2);
+        let first = head_row + (self.first_row)(tile);
+        let from = if operand == 0 { self.packed[0] } else { self.packed[1] };
+        copy_rows(self.image, self.threads, shared::address(self.slots, slot), from, first, self.rows, is_one);
     }
 }
 
-/// Starts to copy `rows` rows of an image to shared memory, from row `first` on.
+/// Starts to copy `rows` rows of an image to shared memory, from row `first` on, if they are `wanted`.
 ///
 /// # Safety
-/// All of the block's `threads` threads come here. The rows are those of atoms.
+/// The block's first `threads` threads come here. Wanted rows are those of atoms.
 #[inline(always)]
-pub unsafe fn copy_rows(image: Image, threads: u32, to: u32, from: u64, first: u32, rows: u32) {
+pub unsafe fn copy_rows(image: Image, threads: u32, to: u32, from: u64, first: u32, rows: u32, wanted: bool) {
     let own = thread::index() * CHUNK_BYTES;
     let (to, from) = (to + own, from + first as u64 * image.bytes(1) as u64 + own as u64);
     let mut bytes = 0;
     while bytes < image.bytes(rows) {
-        copy::start16(to + bytes, from + bytes as u64);
+        copy::start16_if(wanted, to + bytes, from + bytes as u64);
         bytes += threads * CHUNK_BYTES;
     }
 }

@@ -313,8 +313,7 @@ pub struct WarpProfileShared {
     pub seen: Parts,
     /// Each mask, half of the keys and sample has an f32: what the other half must know.
     pub halves: Parts,
-    /// Half of the tiles, each candidate mask and sample have a u32: whether the sample sees any of
-    /// their keys.
+    /// Each candidate mask and sample have a u32: whether the sample sees any key.
     pub sees_any: Parts,
     /// The size of all, in bytes.
     pub bytes: u32,
@@ -340,7 +339,7 @@ impl WarpProfileShared {
         let ring = memory.tiles(WarpProfileShared::stages(image), image.bytes(PROFILE_KEY_ROWS));
         let seen = memory.parts(WarpProfileShared::SEEN_TILES * 2 * SAMPLE_ROWS, 4 * candidates, 8);
         let halves = memory.parts(HeadType::ALL.len() as u32 * 2 * SAMPLE_ROWS, 4, 4);
-        let sees_any = memory.parts(2 * candidates * SAMPLE_ROWS, 4, 4);
+        let sees_any = memory.parts(candidates * SAMPLE_ROWS, 4, 4);
         WarpProfileShared { query, weights, ring, seen, halves, sees_any, bytes: memory.bytes }
     }
 }

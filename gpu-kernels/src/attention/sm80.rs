@@ -106,6 +106,7 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
                 params.packed_q,
                 head_row + work.first_row,
                 M::TILES.query_rows,
+                true,
             );
             let ring = Ring {
                 image: M::IMAGE,
@@ -118,6 +119,7 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
                 stages: M::TILES.stages,
                 at_once: 1,
                 threads: Map::<M>::THREADS,
+                copies: true,
                 slot: 0,
             };
             ring.start();

@@ -27,8 +27,19 @@ pub unsafe fn start16(to: u32, from: u64) {
     asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack));
 }
 
-/// Makes a group of all that this thread has started with [`start16`] since its last group. It may be
-/// empty.
+/// The same if it is `wanted`, without a branch, across which ptxas would move nothing.
+///
+/// # Safety
+/// As for [`start16`], where it is wanted.
+#[inline(always)]
+pub unsafe fn start16_if(wanted: bool, to: u32, from: u64) {
+    asm!(
+        "{{ .reg .pred %wanted; setp.ne.u32 %wanted, {}, 0; @%wanted cp.async.cg.shared.global [{}], [{}], 16; }}",
+        in(reg32) wanted as u32, in(reg32) to, in(reg64) from, options(nostack)
+    );
+}
+
+/// Makes a group of all that this thread has started since its last group. It may be empty.
 ///
 /// # Safety
 /// This is always sound. It is `unsafe` because the waits for groups count on it.

@@ -223,3 +223,20 @@ pub trait HalfProducts: Products {
     /// As for [`HalfProducts::store_weights`]. A barrier stands between the two.
     unsafe fn load_weights(from: u32, lane: u32) -> Self::Weights;
 }
+
+/// Both products of twins, beside each other.
+pub trait BothProducts<const BLOCKS: usize>: HalfProducts + WarpProducts<BLOCKS> {
+    /// O += P V, as [`WarpProducts::add_output`], and S += Q K^T, as [`HalfProducts::add_half_scores`].
+    /// Their loads take turns, so that products of one need not wait for loads of the other.
+    ///
+    /// # Safety
+    /// As for both.
+    unsafe fn add_both(
+        output: &mut [Self::Output; BLOCKS],
+        weights: &[Self::Weights; BLOCKS],
+        v: Matrices,
+        scores: &mut Self::Scores,
+        queries: &Self::Queries,
+        k: Matrices,
+    );
+}

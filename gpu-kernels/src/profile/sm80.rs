@@ -3,14 +3,18 @@
 //!
 //! There is one barrier for each tile. At it the warps exchange weights, in shared memory. Behind it
 //! the products of a tile with its values stand beside those of the queries with the next tile's keys.
-//! There are no producers: meanwhile, some threads look up which keys of a later tile each sample sees.
+//! Once a warp has the scores, it weighs them beside the rest of the products. ptxas moves nothing
+//! across a branch, so there is one alone behind the copies: it hides keys behind the end.
+//!
+//! There are no producers. The first half of the threads also copies tiles. The second half also looks
+//! up which keys of a later tile each sample sees.
 
 use core::ops::Range;
 
 use super::results::Store;
 use super::samples;
 use super::{DENSE, KEY_ROWS, MASKS, SAMPLE_ROWS, block_tiles, next_sweep, number, sampled_row};
-use crate::cuda::mma::{Fragment, HalfProducts, Matrices, Products, WarpProducts};
+use crate::cuda::mma::{BothProducts, Fragment, HalfProducts, Matrices, Products, WarpProducts};
 use crate::cuda::{math, shared, thread, warp};
 use crate::element::Element;
 use crate::masks::{CANDIDATES, band, each_candidate};
@@ -28,11 +32,11 @@ const THREADS: u32 = 32 * PROFILE_WARPS;
 /// Keys of half a tile.
 const HALF_ROWS: u32 = KEY_ROWS / 2;
 
-/// Threads that look up what the samples see of one tile. Each has a sample and a candidate mask.
+/// Threads that look up what the samples see of a tile. Each has a sample and a candidate mask.
 const LOOKERS: u32 = SAMPLE_ROWS * CANDIDATES as u32;
 
-/// Groups of threads that take turns in looking.
-const TURNS: u32 = THREADS / LOOKERS;
+/// Threads that copy tiles, which come before the others.
+const COPIERS: u32 = THREADS - LOOKERS;
 
 struct Map<M>(core::marker::PhantomData<M>);
 
@@ -79,15 +83,12 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
     let query = shared::address(Map::<M>::SHARED.query, 0);
     samples::copy::<M>(params, [group, head], query, [thread::index(), THREADS]);
 
-    let looker = thread::index() % LOOKERS;
-    let (candidate, sample) = (looker / SAMPLE_ROWS, looker % SAMPLE_ROWS);
-    let video = sampled_row::<M>(params, head, group, sample);
     let first_row = own_warp / 2 * 16;
     // The samples are there.
     thread::sync_block();
     let block = Block::<M> {
         half_widths: params.half_widths(),
-        looker: Looker { turn: thread::index() / LOOKERS, candidate, sample, video },
+        video: sampled_row::<M>(params, head, group, looker().1),
         packed: [params.packed_k, params.packed_v],
         head_row: head * M::layout().packed_rows(),
         tiles,
@@ -99,10 +100,12 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
         queries: M::Profile::queries(Matrices::by_rows(query + M::IMAGE.bytes(first_row), M::IMAGE, 0, lane)),
     };
     let (mut results, sees_any) = block.sweep::<false>(DENSE);
-    let place_of_sees = |turn: u32, candidate: u32, sample: u32| {
-        shared::address(Map::<M>::SHARED.sees_any, (turn * CANDIDATES as u32 + candidate) * SAMPLE_ROWS + sample)
-    };
-    shared::store_u32(place_of_sees(block.looker.turn, candidate, sample), sees_any as u32);
+    let place_of_sees =
+        |candidate: u32, sample: u32| shared::address(Map::<M>::SHARED.sees_any, candidate * SAMPLE_ROWS + sample);
+    if !block.copies() {
+        let (candidate, sample) = looker();
+        shared::store_u32(place_of_sees(candidate, sample), sees_any as u32);
+    }
     block.give(DENSE, results.rows.total());
     each_candidate(
         #[inline(always)]
@@ -123,16 +126,16 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
             let is_lost = [0, 1].map(
                 #[inline(always)]
                 |row| {
-                    let sees_any = |turn: u32| shared::load_u32(place_of_sees(turn, mask as u32, block.samples[row]));
+                    let sees_any = shared::load_u32(place_of_sees(mask as u32, block.samples[row])) != 0;
                     // A sum that is no number is lost as well.
-                    (sees_any(0) | sees_any(1) != 0) & !(sums[mask][row] >= M::Element::DTYPE.least_masked_sum())
+                    sees_any & !(sums[mask][row] >= M::Element::DTYPE.least_masked_sum())
                 },
             );
             lost |= (thread::any_of_block(is_lost[0] | is_lost[1]) as u32) << number(mask);
         },
     );
-    let Results { rows, all, masked, .. } = &mut results;
-    let store = block.store(rows);
+    let store = block.store(&results.rows);
+    let [all, masked @ ..] = &mut results.outputs;
     store.mask::<M>(place(DENSE), total, all);
     each_candidate(
         #[inline(always)]
@@ -145,18 +148,27 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
         block.give(DENSE, results.rows.total());
         thread::sync_block();
         let total = block.given(DENSE).map(add);
-        block.store(&results.rows).mask::<M>(place(mask), total, &mut results.all);
+        block.store(&results.rows).mask::<M>(place(mask), total, &mut results.outputs[0]);
         mask = next_sweep(mask, lost);
     }
 }
 
-/// What a thread has found for its two samples in a sweep, as the [results](super::results::Results) of
-/// Hopper. Sums are those of the warp's half of the keys, outputs are of all keys.
+/// The candidate mask and the sample of a thread that looks.
+#[inline(always)]
+fn looker() -> (u32, u32) {
+    // Either would take a register all through the tiles.
+    let looker = math::opaque(thread::index()) % LOOKERS;
+    (looker / SAMPLE_ROWS, looker % SAMPLE_ROWS)
+}
+
+/// What a thread has found for its two samples in a sweep. Sums are those of the warp's half of the
+/// keys, outputs are of all keys.
 struct Results<M: Model> {
     rows: Rows,
-    all: Output<M>,
+    /// The output of the sweep's keys, which is not normalised, and those under each candidate mask.
+    outputs: [Output<M>; 1 + CANDIDATES],
+    /// The sums of weights under each candidate mask.
     sums: [[f32; 2]; CANDIDATES],
-    masked: [Output<M>; CANDIDATES],
 }
 
 /// What a warp knows of its half of a tile.
@@ -172,32 +184,41 @@ impl<M: Ampere> Results<M> {
     /// Those of no keys. Rows are plain.
     #[inline(always)]
     fn new() -> Results<M> {
-        let output = Output::<M>::splat(0.0);
-        Results { rows: Rows::plain([0.0; 2]), all: output, sums: [[0.0; 2]; CANDIDATES], masked: [output; CANDIDATES] }
+        Results {
+            rows: Rows::plain([0.0; 2]),
+            outputs: [Output::<M>::splat(0.0); 1 + CANDIDATES],
+            sums: [[0.0; 2]; CANDIDATES],
+        }
     }
 
-    /// Adds the products of half a tile. `seen` is what the samples see of it through each candidate
-    /// mask.
+    /// Adds the products of half a tile.
     #[inline(always)]
-    unsafe fn add<const MASKED: bool>(
+    unsafe fn add<const MASKED: bool>(&mut self, weights: &[Weights<M>; 1 + CANDIDATES], values: Matrices) {
+        if MASKED {
+            let mut outputs = [self.outputs[0]];
+            M::Profile::add_output(&mut outputs, &[weights[0]], values);
+            [self.outputs[0]] = outputs;
+        } else {
+            M::Profile::add_output(&mut self.outputs, weights, values);
+        }
+    }
+
+    /// Adds the products of half a tile, and those of the queries with half of the next one to `scores`.
+    #[inline(always)]
+    unsafe fn add_both<const MASKED: bool>(
         &mut self,
-        weights: &Weights<M>,
-        seen: [[u32; 2]; CANDIDATES],
+        weights: &[Weights<M>; 1 + CANDIDATES],
         values: Matrices,
-        lane: u32,
+        scores: &mut Scores<M>,
+        queries: &Queries<M>,
+        keys: Matrices,
     ) {
         if MASKED {
-            let mut outputs = [self.all];
-            M::Profile::add_output(&mut outputs, &[*weights], values);
-            [self.all] = outputs;
+            let mut outputs = [self.outputs[0]];
+            M::Profile::add_both(&mut outputs, &[weights[0]], values, scores, queries, keys);
+            [self.outputs[0]] = outputs;
         } else {
-            let kept = seen.map(
-                #[inline(always)]
-                |seen| M::Profile::keep_seen(weights, seen, lane),
-            );
-            let mut outputs = [self.all, self.masked[0], self.masked[1]];
-            M::Profile::add_output(&mut outputs, &[*weights, kept[0], kept[1]], values);
-            [self.all, self.masked[0], self.masked[1]] = outputs;
+            M::Profile::add_both(&mut self.outputs, weights, values, scores, queries, keys);
         }
     }
 
@@ -209,12 +230,13 @@ impl<M: Ampere> Results<M> {
             self.rows = Rows::new();
         }
         let rescale = self.rows.lower_to::<M::Element>(scores, max);
-        softmax::scale_rows(&mut self.all, rescale);
+        let [all, masked @ ..] = &mut self.outputs;
+        softmax::scale_rows(all, rescale);
         if !MASKED {
             each_candidate(
                 #[inline(always)]
                 |mask| {
-                    softmax::scale_rows(&mut self.masked[mask], rescale);
+                    softmax::scale_rows(&mut masked[mask], rescale);
                     self.sums[mask] = [0, 1].map(|row| self.sums[mask][row] * rescale[row]);
                 },
             );
@@ -222,22 +244,11 @@ impl<M: Ampere> Results<M> {
     }
 }
 
-/// A thread's part in looking up what samples see.
-struct Looker {
-    /// Of the numbers of tiles, the part that it looks at.
-    turn: u32,
-    /// Index of its candidate mask.
-    candidate: u32,
-    /// Its sample, counted in the group.
-    sample: u32,
-    /// The sample's row of the video.
-    video: u32,
-}
-
 /// A thread, and what its block does.
 struct Block<M: Ampere> {
     half_widths: [u32; CANDIDATES],
-    looker: Looker,
+    /// The row of the video of the sample that the thread looks for, if it looks.
+    video: u32,
     /// Addresses of packed K and V.
     packed: [u64; 2],
     /// First row of the head, counted over all heads.
@@ -261,8 +272,14 @@ impl<M: Ampere> Block<M> {
         self.own_warp % 2
     }
 
+    /// Whether the thread copies tiles. Otherwise it looks.
+    #[inline(always)]
+    fn copies(&self) -> bool {
+        self.own_warp < COPIERS / 32
+    }
+
     /// Goes over the tiles, and returns the results. With `MASKED`, keys that `mask` hides count for
-    /// nothing. Also says whether the looker's sample sees any key in the looker's turns.
+    /// nothing. Also says whether a looker's sample sees any key.
     #[inline(always)]
     unsafe fn sweep<const MASKED: bool>(&self, mask: u32) -> (Results<M>, bool) {
         let (tiles, image) = (&self.tiles, M::IMAGE);
@@ -276,7 +293,8 @@ impl<M: Ampere> Block<M> {
             slots: Map::<M>::SHARED.ring,
             stages: WarpProfileShared::stages(image),
             at_once: 2,
-            threads: THREADS,
+            threads: COPIERS,
+            copies: self.copies(),
             slot: 1,
         };
         let own_half = self.half();
@@ -323,27 +341,25 @@ impl<M: Ampere> Block<M> {
                 |mask| results.sums[mask] = [0, 1].map(|row| results.sums[mask][row] + own.masked_sums[mask][row]),
             );
             let [value, key] = ring.take_two(2 * tile + 1);
-            all_seen |= self.look(tile + 2);
+            // Behind the last tile there are no keys. The values take their place, for no use.
             let is_last = tile + 1 == ring.tiles;
-            let seen = self.seen_by_weights::<MASKED>(tile, own_half);
-            results.add::<MASKED>(&own.weights, seen, values_at(value, own_half), self.lane);
-            // These products do not depend on the others, so that a warp need not wait for either.
-            if !is_last {
-                keys = keys_at(key);
-                results.rows.put_offsets::<true>(&mut scores);
-                M::Profile::add_half_scores(&mut scores, &self.queries, keys);
-            }
+            keys = keys_at(if is_last { value } else { key });
+            results.rows.put_offsets::<true>(&mut scores);
+            let weights = self.kept::<MASKED>(own.weights, tile, own_half);
+            let values = values_at(value, own_half);
+            results.add_both::<MASKED>(&weights, values, &mut scores, &self.queries, keys);
+            self.hide::<MASKED>(mask, &mut scores, tile + 1);
             let twin = M::Profile::load_weights(Map::<M>::weights(tile, self.own_warp ^ 1), self.lane);
-            let seen = self.seen_by_weights::<MASKED>(tile, 1 - own_half);
-            results.add::<MASKED>(&twin, seen, values_at(value, 1 - own_half), self.lane);
-            if is_last {
-                return (results, all_seen != 0);
-            }
+            let weights = self.kept::<MASKED>(twin, tile, 1 - own_half);
+            results.add::<MASKED>(&weights, values_at(value, 1 - own_half));
             tile += 1;
-            self.hide::<MASKED>(mask, &mut scores, tile);
             let sums = softmax::weigh(&mut scores);
             fits = softmax::fits::<M::Element>(sums);
             own = self.share::<MASKED>(&scores, sums, tile);
+            all_seen |= self.look(tile + 1);
+            if is_last {
+                return (results, all_seen != 0);
+            }
         }
     }
 
@@ -351,16 +367,29 @@ impl<M: Ampere> Block<M> {
     /// of all of the thread's weights.
     #[inline(always)]
     unsafe fn share<const MASKED: bool>(&self, weights: &Scores<M>, sums: [f32; 2], tile: u32) -> Half<M> {
-        let masked_sums = self.masked_sums::<MASKED>(weights, sums, tile);
+        let masked_sums = self.masked_sums::<MASKED>(weights, tile);
         let weights = M::Profile::weights(weights);
         M::Profile::store_weights(&weights, Map::<M>::weights(tile, self.own_warp), self.lane);
         Half { weights, sums, masked_sums }
     }
 
-    /// What the samples see of the weights of half a tile. Where `MASKED`, scores were hidden before.
+    /// The weights of half a tile, and those that each candidate mask keeps. Where `MASKED`, scores
+    /// were hidden before, and only the first are used.
     #[inline(always)]
-    unsafe fn seen_by_weights<const MASKED: bool>(&self, tile: u32, half: u32) -> [[u32; 2]; CANDIDATES] {
-        if MASKED { [[0; 2]; CANDIDATES] } else { self.seen(tile, half) }
+    unsafe fn kept<const MASKED: bool>(
+        &self,
+        weights: Weights<M>,
+        tile: u32,
+        half: u32,
+    ) -> [Weights<M>; 1 + CANDIDATES] {
+        if MASKED {
+            return [weights; 1 + CANDIDATES];
+        }
+        let [first, second] = self.seen(tile, half).map(
+            #[inline(always)]
+            |seen| M::Profile::keep_seen(&weights, seen, self.lane),
+        );
+        [weights, first, second]
     }
 
     /// S of the warp's half of a tile.
@@ -389,34 +418,21 @@ impl<M: Ampere> Block<M> {
     }
 
     /// The sums of the thread's weights in the warp's half of a tile, under each candidate mask.
-    /// `tile_sum` are those of all its weights.
     #[inline(always)]
-    unsafe fn masked_sums<const MASKED: bool>(
-        &self,
-        weights: &Scores<M>,
-        tile_sum: [f32; 2],
-        tile: u32,
-    ) -> [[f32; 2]; CANDIDATES] {
+    unsafe fn masked_sums<const MASKED: bool>(&self, weights: &Scores<M>, tile: u32) -> [[f32; 2]; CANDIDATES] {
         let mut sums = [[0.0; 2]; CANDIDATES];
         if !MASKED {
             let seen = self.seen(tile, self.half());
             each_candidate(
                 #[inline(always)]
                 |mask| {
-                    let is_whole = |keys: u32| keys == 0 || keys == u32::MAX;
-                    let keys = seen[mask];
-                    if warp::any(!(is_whole(keys[0]) & is_whole(keys[1]))) {
-                        let mut masked = *weights;
-                        let own = keys.map(|keys| thread_keys(keys as u64, self.lane));
-                        softmax::replace_unseen(&mut masked, own, 0.0);
-                        masked.for_each(
-                            #[inline(always)]
-                            |i, weight| sums[mask][row_of(i)] += *weight,
-                        );
-                    } else {
-                        // Most halves are wholly inside or outside of what a row sees.
-                        sums[mask] = [0, 1].map(|row| if keys[row] != 0 { tile_sum[row] } else { 0.0 });
-                    }
+                    let mut masked = *weights;
+                    let own = seen[mask].map(|keys| thread_keys(keys as u64, self.lane));
+                    softmax::replace_unseen(&mut masked, own, 0.0);
+                    masked.for_each(
+                        #[inline(always)]
+                        |i, weight| sums[mask][row_of(i)] += *weight,
+                    );
                 },
             );
         }
@@ -443,17 +459,22 @@ impl<M: Ampere> Block<M> {
         )
     }
 
-    /// Looks up which keys of a tile, counted in the split, the looker's sample sees, if it is its
-    /// turn. Another group of threads looks at the next one.
+    /// Looks up which keys of a tile, counted in the split, the looker's sample sees, unless the thread
+    /// copies. There are none behind the last tile.
     #[inline(always)]
     unsafe fn look(&self, tile: u32) -> u64 {
-        let Looker { turn, candidate, sample, video } = self.looker;
-        let tiles = &self.tiles;
-        if tile % TURNS != turn || tile >= tiles.end - tiles.start {
+        if self.copies() {
             return 0;
         }
-        let first = (tiles.start + tile) * KEY_ROWS;
-        let seen = band::sample_keys::<M>(self.half_widths, candidate, video, self.valid_text, first);
+        let (candidate, sample) = looker();
+        let tile_of_all = self.tiles.start + tile;
+        let seen = if tile_of_all < self.tiles.end {
+            // What follows from it would take registers as well.
+            let video = math::opaque(self.video);
+            band::sample_keys::<M>(self.half_widths, candidate, video, self.valid_text, tile_of_all * KEY_ROWS)
+        } else {
+            0
+        };
         shared::store_u32(Map::<M>::seen(tile, 0, sample) + candidate * 4, seen as u32);
         shared::store_u32(Map::<M>::seen(tile, 1, sample) + candidate * 4, (seen >> 32) as u32);
         seen

@@ -81,6 +81,6 @@ fn shared_memory_of_warps() {
         assert_eq!(profile.ring.at(WarpProfileShared::stages(image)), profile.seen.at(0));
         assert_eq!(profile.seen.at(4 * 2 * 64), profile.halves.at(0));
         assert_eq!(profile.halves.at(3 * 2 * 64), profile.sees_any.at(0));
-        assert_eq!(profile.sees_any.at(2 * 2 * 64), profile.bytes);
+        assert_eq!(profile.sees_any.at(2 * 64), profile.bytes);
     }
 }
