@@ -76,7 +76,7 @@ impl ComputeType {
         match self {
             ComputeType::Bf16 | ComputeType::F16 => row.to_vec(),
             ComputeType::E4m3 => {
-                let element = |i: usize, x: f64, j: usize| if (i & j).count_ones() % 2 == 0 { x } else { -x };
+                let element = |i: usize, x: f64, j: usize| if (i & j).count_ones().is_multiple_of(2) { x } else { -x };
                 let of_block = |block: &[f64], i: usize| -> f64 {
                     block.iter().zip(SIGNS).enumerate().map(|(j, (x, sign))| element(i, x * sign, j)).sum()
                 };

@@ -471,7 +471,7 @@ impl Rounding {
 #[inline(always)]
 unsafe fn store_channels(slot: u32, place: u64, lane: u32, channels: [[u32; 4]; 4]) {
     // So both accesses to eight channels at a time reach all banks.
-    let shuffled = |channel: u32| slot + (channel ^ channel / 8 % 8) * UNIT_KEYS;
+    let shuffled = |channel: u32| slot + (channel ^ (channel / 8 % 8)) * UNIT_KEYS;
     let [a, b, c, d] = channels;
     shared::store16(shuffled(lane * 4), a);
     shared::store16(shuffled(lane * 4 + 1), b);
