@@ -274,10 +274,15 @@ def density_picture(extent, group):
 
 
 def errors_table(results, sequence):
-    """Relative errors of e4m3.py at one length, inputs by contenders."""
-    found = {(row["inputs"], row["who"]): row["error"] for row in results["errors"] if row["sequence"] == sequence}
+    """Relative errors of e4m3.py at one length, inputs by contenders, with the bias where it was taken."""
+    found = {(row["inputs"], row["who"]): row for row in results["errors"] if row["sequence"] == sequence}
     inputs, names = (list(dict.fromkeys(key[index] for key in found)) for index in (0, 1))
-    rows = [[kind, *(cell(found[kind, who], "{:.4f}") for who in names)] for kind in inputs]
+    rows = []
+    for kind in inputs:
+        of_kind = [found[kind, who] for who in names]
+        rows.append([kind, *(cell(row["error"], "{:.4f}") for row in of_kind)])
+        if any(row.get("bias") is not None for row in of_kind):
+            rows.append([f"{kind}, bias", *(cell(row.get("bias"), "{:+.0e}") for row in of_kind)])
     return table([f"relative error over {sequence} keys", *names], rows)
 
 

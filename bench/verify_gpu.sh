@@ -34,8 +34,10 @@ check() {
 started=0
 for spec in "$@"; do
     if [ -n "${HEADS:-}" ] && [ "${spec#tiny_}" = "$spec" ]; then
-        sed "s/^heads = .*/heads = $HEADS/; s/^name = \"\(.*\)\"/name = \"\1_heads_$HEADS\"/" "$models/$spec.toml" >"$folder/$spec.toml"
-        check "verify $spec with $HEADS heads" "$framestride" verify "$folder/$spec.toml" --device "$device" $family &
+        name=$(basename "$spec" .toml)
+        [ -f "$spec" ] || spec=$models/$spec.toml
+        sed "s/^heads = .*/heads = $HEADS/; s/^name = \"\(.*\)\"/name = \"\1_heads_$HEADS\"/" "$spec" >"$folder/$name.toml"
+        check "verify $name with $HEADS heads" "$framestride" verify "$folder/$name.toml" --device "$device" $family &
         started=$((started + 1))
         [ $((started % 4)) -ne 0 ] || wait
     else

@@ -39,7 +39,8 @@ pub unsafe extern "C" fn framestride_attention_new(
     })
 }
 
-/// Bytes that the workspace of a call must have, about three times Q.
+/// Bytes that the workspace of a call must have: about three times Q, or twice
+/// where all heads multiply in 8 bits.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn framestride_workspace_bytes(
     attention: framestride_attention,

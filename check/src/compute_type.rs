@@ -48,8 +48,8 @@ impl ComputeType {
         }
     }
 
-    /// The nearest value of the type. Of two equally near, it is the one whose last bit is 0. Beyond
-    /// its range, e4m3 has its largest value.
+    /// The nearest value of the type. Of two equally near, it is the one whose last bit is 0.
+    /// Beyond its range, e4m3 has its largest value.
     pub fn round(self, value: f64) -> f64 {
         match self {
             ComputeType::Bf16 => widen(Dtype::Bf16, narrow(Dtype::Bf16, value)),
@@ -58,8 +58,8 @@ impl ComputeType {
         }
     }
 
-    /// The distance of the type's numbers around a value. Subnormal numbers have the distance of the
-    /// smallest normal ones.
+    /// The distance of the type's numbers around a value. Subnormal numbers have the distance of
+    /// the smallest normal ones.
     pub fn step(self, value: f64) -> f64 {
         let (smallest_exponent, fraction_bits) = match self {
             ComputeType::Bf16 => (-126, 7),
@@ -71,7 +71,7 @@ impl ComputeType {
 
     /// What stands for a row of Q or K when it is rounded. In 8 bits, each block of 8 channels is
     /// multiplied by an orthogonal matrix, so products of two such rows stay what they are.
-    pub fn mixed(self, row: &[f64]) -> Vec<f64> {
+    pub fn transformed(self, row: &[f64]) -> Vec<f64> {
         const SIGNS: [f64; 8] = [1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0];
         match self {
             ComputeType::Bf16 | ComputeType::F16 => row.to_vec(),
@@ -100,9 +100,9 @@ impl ComputeType {
         self.step(0.0) / 2.0
     }
 
-    /// Scores that are no further apart may have weights that are rounded the same way. Such weights
-    /// differ by at most a quarter of the distance of two neighbouring numbers of the type. f16
-    /// takes the distance of bf16.
+    /// Scores that are no further apart may have weights that are rounded the same way. Such
+    /// weights differ by at most a quarter of the distance of two neighbouring numbers of the type.
+    /// f16 takes the distance of bf16.
     pub fn alike(self) -> f64 {
         match self {
             ComputeType::Bf16 | ComputeType::F16 => 1.0 / 1024.0,

@@ -274,8 +274,9 @@ impl Center {
     pub const TEXT_ROWS: usize = 64;
 
     /// The center of the values of a head, `[rows, head_dim]` in the model's order. Video rows at
-    /// equal distances are sampled, and what is not finite counts as 0. The factor gives them a root
-    /// mean square from 4 to 8, or less where the largest of these and of text would exceed 256.
+    /// equal distances are sampled, and what is not finite counts as 0. The factor gives them a
+    /// root mean square from 4 to 8, or less where the largest of these and of text would exceed
+    /// 256.
     pub fn new(layout: &Layout, valid: ValidText, values: &[f64], head_dim: usize) -> Center {
         let video = layout.frames.value as usize * layout.tokens_per_frame.value as usize;
         let row = |sample: usize| layout.before as usize + sample * video / Center::ROWS;
@@ -298,9 +299,9 @@ impl Center {
         Center { mean, size, most }
     }
 
-    /// The powers of two that follow from size and largest. By the first the rest is multiplied before
-    /// it is rounded. The second is the largest value, so multiplied, of which is given back what
-    /// rounding took.
+    /// The powers of two that follow from size and largest. By the first the rest is multiplied
+    /// before it is rounded. The second is the largest value, so multiplied, of which is given back
+    /// what rounding took.
     pub fn powers(size: f64, most: f64) -> [f64; 2] {
         let size = size.log2().floor().clamp(-60.0, 60.0);
         let exponent = size.max(most.log2().floor() - 5.0).min(60.0);
@@ -346,10 +347,10 @@ pub struct Attended {
     /// sqrt(sum over keys of weight^2 |v|^2). It is the size of the error that independent relative
     /// errors of the weights make.
     ///
-    /// Weights that lie near each other are rounded alike, or to neighbours where they lie on either
-    /// side of a boundary. So keys whose scores lie within [`ComputeType::alike`] count as one key, with
-    /// the sum of their values, or as several where that is more. Values are those that are multiplied,
-    /// without a center.
+    /// Weights that lie near each other are rounded alike, or to neighbours where they lie on
+    /// either side of a boundary. So keys whose scores lie within [`ComputeType::alike`] count as
+    /// one key, with the sum of their values, or as several where that is more. Values are those
+    /// that are multiplied, without a center.
     pub spread: f64,
     /// The norm of the output without the center.
     pub summed: f64,
@@ -375,8 +376,8 @@ pub struct Attended {
 impl Attended {
     /// A weight this large beside the largest is not rounded to zero in 8 bits.
     ///
-    /// The visible weights of a key tile have a mean of 2^-5 at least, or else its largest weight is
-    /// 4, and zero is what lies below 2^-10.
+    /// The visible weights of a key tile have a mean of 2^-5 at least, or else its largest weight
+    /// is 4, and zero is what lies below 2^-10.
     pub const SMALL: f64 = 1.0 / 32.0;
 }
 
@@ -430,15 +431,15 @@ impl Head {
     }
 
     /// The head with its rows rounded, as the kernels store them. Q is rounded times `query_scale`.
-    /// Rows of Q and K are those that are rounded ([`ComputeType::mixed`]). V has a 16-bit type already,
-    /// and for 8 bits it is rounded without its center.
+    /// Rows of Q and K are those that are rounded ([`ComputeType::transformed`]). V has a 16-bit
+    /// type already, and for 8 bits it is rounded without its center.
     pub fn rounded(&self, layout: &Layout, compute: ComputeType, query_scale: f64) -> Head {
         let round =
             |rows: &[f64], scale: f64| rows.par_iter().map(|&x| compute.round(x * scale) / scale).collect::<Vec<f64>>();
-        let mixed = |rows: &[f64]| -> Vec<f64> {
-            rows.par_chunks_exact(self.head_dim).flat_map_iter(|row| compute.mixed(row)).collect()
+        let transformed = |rows: &[f64]| -> Vec<f64> {
+            rows.par_chunks_exact(self.head_dim).flat_map_iter(|row| compute.transformed(row)).collect()
         };
-        let (queries, keys) = (round(&mixed(&self.queries), query_scale), round(&mixed(&self.keys), 1.0));
+        let (queries, keys) = (round(&transformed(&self.queries), query_scale), round(&transformed(&self.keys), 1.0));
         let (values, center) = match compute {
             ComputeType::Bf16 | ComputeType::F16 => (self.values.clone(), self.center.clone()),
             ComputeType::E4m3 => {

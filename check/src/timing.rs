@@ -126,8 +126,8 @@ pub struct LoadingSeconds {
     pub fill: f64,
     /// The device loaded the kernels.
     pub load: f64,
-    /// The part of `load` that the driver's compiler took. It is 0 when the driver found the kernels
-    /// in its cache.
+    /// The part of `load` that the driver's compiler took. It is 0 when the driver found the
+    /// kernels in its cache.
     pub compile: f64,
 }
 
@@ -179,7 +179,8 @@ struct Item {
     /// Launches before each sample, which leave in the workspace what the work reads.
     before: Vec<Launch>,
     work: Work,
-    /// Bytes that must be moved. For `repack` in 16 bits, what the temporal heads add is not counted here.
+    /// Bytes that must be moved. For `repack` in 16 bits, what the temporal heads add is not
+    /// counted here.
     bytes: u64,
     /// The visible pairs that the work computes.
     pairs: VisiblePairs,

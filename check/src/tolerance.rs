@@ -87,8 +87,8 @@ fn smallest_weight_error(dtype: Dtype) -> f64 {
 /// What rounding to 8 bits takes from the weights of a row where they are small, beside their
 /// rounding: as independent errors, and as a part that is lost.
 ///
-/// Weights of 2^-6 and more have the full precision. Of a smaller one 2^-10 is taken at most, a 32nd
-/// of the mean of its key tile, or of its largest weight. All of it is lost below 2^-10
+/// Weights of 2^-6 and more have the full precision. Of a smaller one 2^-10 is taken at most, a
+/// 32nd of the mean of its key tile, or of its largest weight. All of it is lost below 2^-10
 /// ([`Attended::SMALL`]).
 fn lost_weights(compute: ComputeType, row: &Attended) -> (f64, f64) {
     match compute {
@@ -195,7 +195,8 @@ fn output_error(compute: ComputeType, row: &Attended, rescaled: &Attended, weigh
     (rounding.hypot(steps).hypot(rescaling).hypot(cut * row.apart), systematic + lost)
 }
 
-/// Tolerance of a row of **attention**, relative to the row's norm. The output has the type `dtype`.
+/// Tolerance of a row of **attention**, relative to the row's norm. The output has the type
+/// `dtype`.
 pub fn attention_row(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 {
     let size = norm(&row.out).max(f64::MIN_POSITIVE);
     let weight_error = match compute {
@@ -208,11 +209,11 @@ pub fn attention_row(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 
     (DEVIATIONS * deviation.hypot(store) + systematic) / size
 }
 
-/// The error that an output row of **attention** is expected to have, as an absolute error. It is no
-/// bound: independent roundings make it as the root mean square of many rows.
+/// The error that an output row of **attention** is expected to have, as an absolute error. It is
+/// no bound: independent roundings make it as the root mean square of many rows.
 ///
-/// A number that is rounded lies anywhere between two of its type. So the error of each output has a
-/// root mean square of their distance, over sqrt(12). The mantissas of weights are taken to be
+/// A number that is rounded lies anywhere between two of its type. So the error of each output has
+/// a root mean square of their distance, over sqrt(12). The mantissas of weights are taken to be
 /// log-uniform, and the mean of 1 / mantissa^2 is 3 / (8 ln 2) then. Of what cuts may take at most,
 /// accumulators that begin at zero lose a quarter.
 pub fn expected_error(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64 {
@@ -281,7 +282,8 @@ fn merged(splits: u32, logarithms: f64) -> f64 {
 }
 
 /// Tolerance of an error that **judge** finds, which is `error`, in `count` elements of samples.
-/// Merging moves each row that it compares with by a part of its size, and both sums are added in f32.
+/// Merging moves each row that it compares with by a part of its size, and both sums are added in
+/// f32.
 pub fn judged(splits: u32, logarithms: f64, count: f64, error: f64) -> f64 {
     (1.0 + error) * merged(splits, logarithms) + error * (2.0 * root_mean(count) + 3.0 * APPROXIMATION)
 }

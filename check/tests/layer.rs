@@ -44,8 +44,8 @@ fn pass(module: &Arc<Module>, cases: &[Case]) {
     }
     let Device::Emulator(emulator) = module.device() else { panic!("these layers run in the emulator") };
     for (entry, stats) in emulator.statistics() {
-        // Tiles are read and written without bank conflicts. Profiling stores its sampled rows once,
-        // word by word, and has some.
+        // Tiles are read and written without bank conflicts. Profiling stores its sampled rows
+        // once, word by word, and has some.
         let (conflicts, report) = stats.bank_conflicts();
         assert!(conflicts == 0 || entry == "profile", "{name}, {entry}: {conflicts} bank conflicts\n{report}");
     }
@@ -85,8 +85,8 @@ fn eight_bits() {
     }
 }
 
-/// A head gives, bit for bit, what it gives where all heads are in its precision, whether that is found
-/// or given. Without profiling and precisions, all are in 16 bits.
+/// A head gives, bit for bit, what it gives where all heads are in its precision, whether that is
+/// found or given. Without profiling and precisions, all are in 16 bits.
 #[test]
 fn precisions_of_heads() {
     let bound = Spec::shipped("tiny_e4m3").unwrap();
@@ -161,17 +161,17 @@ fn few_tokens_in_eight_bits() {
     }
 }
 
-/// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would lose
-/// more than the tolerance allows.
+/// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would
+/// lose more than the tolerance allows.
 #[test]
 fn many_keys_in_eight_bits() {
     let module = in_eight_bits([4, 1024], 1, 9);
     pass(&module, &[Case::new(CaseTypes::Dense, CaseContent::Drifting)]);
 }
 
-/// Where all weights are alike, what rounding took from V is given back, though the mean of the sampled
-/// rows is not that of all. Each of 1024 keys loses 1/40 of its size to rounding, and so would the
-/// output.
+/// Where all weights are alike, what rounding took from V is given back, though the mean of the
+/// sampled rows is not that of all. Each of 1024 keys loses 1/40 of its size to rounding, and so
+/// would the output.
 #[test]
 fn flat_weights_in_eight_bits() {
     let module = in_eight_bits([4, 256], 1, 1024);
@@ -375,8 +375,8 @@ fn a_subset_of_heads() {
     assert_eq!(second(&all), one);
 }
 
-/// More heads than the spec's give, bit for bit, what each gives alone. They are more than a warp of
-/// pack holds of a row, which is planned from the spec's, and the types of more than one step.
+/// More heads than the spec's give, bit for bit, what each gives alone. They are more than a warp
+/// of pack holds of a row, which is planned from the spec's, and the types of more than one step.
 #[test]
 fn more_heads_than_the_spec() {
     let module = module("tiny_text_last");
@@ -435,7 +435,8 @@ fn in_place_of_text() {
     let attention = SparseAttention::new(&module, 2, 2).unwrap();
     let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
     let mut placed = DeviceLayer::upload(device, &layout, &inputs, Placement::all(Arrangement::TokensFirst)).unwrap();
-    // The text lies where other rows are written: Q's in the first rows of the output, K's in the next.
+    // The text lies where other rows are written: Q's in the first rows of the output, K's in the
+    // next.
     let (video, text) = (layout.video_tokens() as usize, layout.after as usize);
     let mut rows = inputs.q.clone();
     for item in 0..2 {

@@ -303,8 +303,8 @@ fn doctor_looks_at_everything() {
     assert_eq!(shipped.len(), framestride::shapes::models().len(), "every shipped spec has its kernels");
 }
 
-/// Where no compiler can be found, doctor says that nothing but compiling needs one, and kernels are
-/// loaded.
+/// Where no compiler can be found, doctor says that nothing but compiling needs one, and kernels
+/// are loaded.
 #[test]
 fn without_a_compiler() {
     let folder = tempfile::tempdir().unwrap();
@@ -326,7 +326,8 @@ fn without_a_compiler() {
 }
 
 /// What a driver says is looked at before anything is launched. Where it is older than the kernels'
-/// PTX, every message names the least driver, and `auto` takes the emulator. The pretended driver only answers what is asked before a launch.
+/// PTX, every message names the least driver, and `auto` takes the emulator. The pretended driver
+/// only answers what is asked before a launch.
 #[cfg(target_os = "linux")]
 #[test]
 fn drivers() {

@@ -155,8 +155,8 @@ fn files_of_steps_and_layers() {
     assert!(said.contains(" dense ") && said.contains("allowed error 0.1"), "{said}");
 }
 
-/// The mean square of a head's dense output, and the errors of both masks at the last two densities,
-/// by the f64 reference.
+/// The mean square of a head's dense output, and the errors of both masks at the last two
+/// densities, by the f64 reference.
 fn expected(inputs: &Inputs, head: usize) -> (f64, [[f64; 2]; 2]) {
     let spec = spec();
     let [batch, _, heads, head_dim] = SHAPE;
@@ -258,7 +258,7 @@ fn eight_bits_are_tried_beside_16() {
         (&found[0].1["steps"][0]["compute"][0], &found[2].1["steps"][0]["compute"]),
         (&"e4m3".into(), &Value::Null)
     );
-    println!("{}{}", found[0].2, found[0].1);
+    assert_eq!(found[0].1["steps"][0]["heads_in_16_bits"][0], serde_json::json!([1]));
 
     fs::write(folder.path().join("spec.toml"), text_of("dtype")).unwrap();
     for (spec, options, words) in [

@@ -305,9 +305,9 @@ struct Family {
 
 /// Writes the models and the entries. `krate` is the path of `framestride_kernels`.
 ///
-/// Kernels in 8 bits go beside those of the tensors' type, which profile, and with a bound of errors
-/// compute the heads that 8 bits are not enough for. A spec has both. The template in 8 bits has its own
-/// alone, since the other is loaded beside it.
+/// Kernels in 8 bits go beside those of the tensors' type, which profile, and with a bound of
+/// errors compute the heads that 8 bits are not enough for. A spec has both. The template in 8 bits
+/// has its own alone, since the other is loaded beside it.
 fn kernels(krate: &TokenStream, target: &Target) -> TokenStream {
     let Template { image, compute } = target.template();
     let computes: &[Compute] = match (target, compute) {

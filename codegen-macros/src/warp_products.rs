@@ -278,10 +278,11 @@ fn add_half_scores(image: Image) -> Vec<TokenStream> {
     steps.map(piece).collect()
 }
 
-/// Both, whose pieces take turns. Where keys need more loads than values, several of theirs come
-/// between two of values.
+/// Both, whose pieces take turns. Keys need a multiple of the loads of values, so several of theirs
+/// come before each of values.
 fn add_both(image: Image, columns: u32, blocks: usize) -> TokenStream {
     let (scores, output) = (add_half_scores(image), add_output(image, HALF_KEYS, columns, blocks));
+    assert_eq!(scores.len() % output.len(), 0, "keys need a multiple of the loads of values");
     let pieces =
         scores.chunks(scores.len() / output.len()).zip(&output).map(|(scores, output)| quote!(#(#scores)* #output));
     quote!(#(#pieces)*)

@@ -22,6 +22,7 @@ from framestride import backends
 
 NAME = "FRAMESTRIDE"
 
+
 def register(density: float = 0.25, compute: str = "dtype") -> AttentionBackendType:
     """Adds the backend, or gives it other options.
 

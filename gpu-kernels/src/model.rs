@@ -58,15 +58,15 @@ pub trait Model {
         Self::numbers().layout()
     }
 
-    /// Rows of **attention** from the image of one head to that of the next. An image in 8 bits lies at
-    /// the beginning of the place of one in 16.
+    /// Rows of **attention** from the image of one head to that of the next. An image in 8 bits
+    /// lies at the beginning of the place of one in 16.
     #[inline(always)]
     fn image_rows() -> u32 {
         Self::layout().packed_rows() * const { Self::IMAGE.bytes(1) / Self::ROW_BYTES }
     }
 
-    /// Whether a head multiplies in this model's precision. `head` counts in `precisions`, which is 0
-    /// where all heads do.
+    /// Whether a head multiplies in this model's precision. `head` counts in `precisions`, which is
+    /// 0 where all heads do.
     ///
     /// # Safety
     /// `precisions` is 0, or holds a u32 for the head.
@@ -111,7 +111,8 @@ impl<M> Ampere for M where
 {
 }
 
-/// The row of the video, frame-major, that is sample `index` of a head. Samples beyond the last repeat it.
+/// The row of the video, frame-major, that is sample `index` of a head. Samples beyond the last
+/// repeat it.
 #[inline(always)]
 pub fn sampled_video_row<M: Model>(seed: u64, head: u32, index: u32) -> u32 {
     let samples = M::numbers().profile_rows;

@@ -1,9 +1,9 @@
 //! Key tiles and value tiles on their way through a ring of slots in shared memory, where warps
 //! multiply on their own. Threads copy a part of each (`cp.async`).
 //!
-//! A key tile takes two **steps**, one with its keys and one with its values. At every barrier of the
-//! block one step or two begin. Behind it the threads start to copy the tiles of later steps over
-//! those of as many steps before.
+//! A key tile takes two **steps**, one with its keys and one with its values. At every barrier of
+//! the block one step or two begin. Behind it the threads start to copy the tiles of later steps
+//! over those of as many steps before.
 
 use crate::cuda::{copy, math, shared, thread};
 use framestride_shapes::image::{CHUNK_BYTES, Image};
@@ -29,18 +29,18 @@ pub struct Ring<F> {
     pub stages: u32,
     /// Steps that begin at a barrier, 1 or 2.
     pub at_once: u32,
-    /// The first threads of the block, which copy.
+    /// How many of the block's first threads copy.
     pub threads: u32,
     /// Whether this thread is one of them.
     pub copies: bool,
-    /// The slot of the next step. It begins with 0, or with 1 where the caller takes the keys of the
-    /// first tile from slot 0.
+    /// The slot of the next step. It begins with 0, or with 1 where the caller takes the keys of
+    /// the first tile from slot 0.
     pub slot: u32,
 }
 
 impl<F: Fn(u32) -> u32> Ring<F> {
-    /// Starts to copy the tiles of the first steps. What the thread has started to copy before will be
-    /// there at the first step too.
+    /// Starts to copy the tiles of the first steps. What the thread has started to copy before will
+    /// be there at the first step too.
     ///
     /// # Safety
     /// All threads of the block come here, and no warp is at work on what lies in the slots.
@@ -57,8 +57,8 @@ impl<F: Fn(u32) -> u32> Ring<F> {
         }
     }
 
-    /// Waits for the thread's parts of the next steps. Behind a barrier of the block the parts of all
-    /// threads are there, and all are done with the steps before.
+    /// Waits for the thread's parts of the next steps. Behind a barrier of the block the parts of
+    /// all threads are there, and all are done with the steps before.
     ///
     /// # Safety
     /// All threads of the block come here.
@@ -126,7 +126,8 @@ impl<F: Fn(u32) -> u32> Ring<F> {
     }
 }
 
-/// Starts to copy `rows` rows of an image to shared memory, from row `first` on, if they are `wanted`.
+/// Starts to copy `rows` rows of an image to shared memory, from row `first` on, if they are
+/// `wanted`.
 ///
 /// # Safety
 /// The block's first `threads` threads come here. Wanted rows are those of atoms.

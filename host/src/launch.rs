@@ -131,7 +131,8 @@ impl Launch {
     }
 }
 
-/// What one layer launches. There are launches in 8 bits, in 16 bits (the type of the tensors) or both.
+/// What one layer launches. There are launches in 8 bits, in 16 bits (the type of the tensors) or
+/// both.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
 #[non_exhaustive]
@@ -168,8 +169,8 @@ pub struct EightBits {
     pub pack_values: Launch,
     /// Attention of the heads.
     pub attention: Launch,
-    /// Finds the precisions of the heads, where a bound says so. Then all heads have been computed in 8
-    /// bits, and those that exceed it are computed again.
+    /// Finds the precisions of the heads, where a bound says so. Then all heads have been computed
+    /// in 8 bits, and those that exceed it are computed again.
     pub judge: Option<Launch>,
 }
 
@@ -177,8 +178,8 @@ pub struct EightBits {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SixteenBits {
-    /// Packs the heads. Where all heads multiply in 16 bits, after profiling it packs Q, and K and V of those
-    /// heads that turned out to be temporal.
+    /// Packs the heads. Where all heads multiply in 16 bits, after profiling it packs Q, and K and
+    /// V of those heads that turned out to be temporal.
     pub pack: Launch,
     /// Attention of the heads.
     pub attention: Launch,

@@ -50,15 +50,16 @@ use crate::workspace::Workspace;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Layer {
     /// Q as the projection left it, neither normalised nor rotated: \[B, S, H, D\] by its strides,
-    /// in the spec's type. Rows of text that has [tensors of its own](Text::qkv) are not among these.
+    /// in the spec's type. Rows of text that has [tensors of its own](Text::qkv) are not among
+    /// these.
     pub q: Tensor,
     /// K, likewise.
     pub k: Tensor,
     /// V, likewise.
     pub v: Tensor,
     /// The output, of the same shape and type. It may be the memory of q, k or v, which are read
-    /// before attention writes. But not where heads of one call may multiply in 8 bits and in 16: those
-    /// in 16 are read when the others are written.
+    /// before attention writes. But not where heads of one call may multiply in 8 bits and in 16:
+    /// those in 16 are read when the others are written.
     pub out: Tensor,
     /// QK-norm of video rows of Q: addresses of f32. 0 stands for weights of one and biases of
     /// zero.
@@ -86,18 +87,18 @@ pub struct Layer {
     pub lse: u64,
     /// Where a call that profiles writes what it finds.
     pub found: Found,
-    /// Address of the precisions of the heads, u32 \[B, H\], for a spec with `[precision]`: a head with 8
-    /// multiplies in 8 bits, every other one in 16, the type of the tensors.
+    /// Address of the precisions of the heads, u32 \[B, H\], for a spec with `[precision]`: a head
+    /// with 8 multiplies in 8 bits, every other one in 16, the type of the tensors.
     ///
-    /// With 0, a call that profiles finds them. It computes all heads in 8 bits, and again in 16 those
-    /// whose error is above the bound. Any other call computes all heads in 16 bits.
+    /// With 0, a call that profiles finds them. It computes all heads in 8 bits, and again in 16
+    /// those whose error is above the bound. Any other call computes all heads in 16 bits.
     ///
     /// They may be those that an earlier call found, in other memory or in the same workspace, at
     /// `precisions` of its [`SparseAttention::workspace_layout`].
     pub precisions: u64,
     /// Half widths of the spatial and the temporal band in tokens, 1 to N. Without them, the spec's
-    /// are taken. [`half_width_of_density`](framestride_shapes::density::half_width_of_density) makes
-    /// them of densities. They may differ between calls.
+    /// are taken. [`half_width_of_density`](framestride_shapes::density::half_width_of_density)
+    /// makes them of densities. They may differ between calls.
     pub half_widths: Option<[u32; HeadType::CANDIDATES.len()]>,
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.
     ///
@@ -119,8 +120,8 @@ pub struct Found {
     pub head_types: u64,
     /// Address for the mean squared errors of [`HeadType::CANDIDATES`], f32 \[B, H, 2\].
     pub errors: u64,
-    /// Address for the precisions of the heads, u32 \[B, H\], 8 or 16. A call finds them that profiles
-    /// for a spec with `[precision]`, and to which none are given.
+    /// Address for the precisions of the heads, u32 \[B, H\], 8 or 16. A call finds them that
+    /// profiles for a spec with `[precision]`, and to which none are given.
     pub precisions: u64,
     /// Address for their errors, f32 \[B, H\] ([`HeadPrecision::error`]), likewise.
     pub precision_errors: u64,
@@ -132,7 +133,8 @@ pub struct Text {
     /// Q, K and V of these rows as tensors of their own: \[B, tokens, H, D\] by their strides. So a
     /// model that projects text and video apart need not join them.
     ///
-    /// Without them, the rows lie in `q`, `k` and `v` of the [`Layer`], before the video or after it.
+    /// Without them, the rows lie in `q`, `k` and `v` of the [`Layer`], before the video or after
+    /// it.
     pub qkv: Option<[Tensor; 3]>,
     /// Address of the numbers of valid tokens, u32 \[B\]. Valid ones come first. 0 means that all
     /// are valid.
@@ -180,8 +182,8 @@ pub struct HeadProfile {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct HeadPrecision {
-    /// What 8 bits change of its sampled rows: the norm of the difference to 16 bits over the norm in 16
-    /// bits, under the mask of its type. It is NaN where that is no number.
+    /// What 8 bits change of its sampled rows: the norm of the difference to 16 bits over the norm
+    /// in 16 bits, under the mask of its type. It is NaN where that is no number.
     pub error: f32,
     /// [`Compute::E4m3`] where the error is within the bound.
     pub compute: Compute,
@@ -201,8 +203,8 @@ impl SparseAttention {
     /// Plans a layer for `batch` items of `heads` heads.
     ///
     /// They may be some of the model's, or more than the spec has: heads know nothing of each
-    /// other. But a QK-norm over all heads needs exactly the spec's. Pack is planned for as many as the
-    /// spec has.
+    /// other. But a QK-norm over all heads needs exactly the spec's. Pack is planned for as many as
+    /// the spec has.
     ///
     /// # Errors
     /// An [`Error::Input`] for a batch or a number of heads that no launch can have
@@ -295,8 +297,8 @@ impl SparseAttention {
     }
 
     /// Reads what the last profiled call in `workspace` found, for `[batch, heads]`, where
-    /// [`Layer::found`] named no other place. Precisions are those of the last call that found any. It
-    /// waits for all work of the device.
+    /// [`Layer::found`] named no other place. Precisions are those of the last call that found any.
+    /// It waits for all work of the device.
     ///
     /// # Errors
     /// An [`Error::Input`] when `workspace` is too small, or memory of another device.

@@ -326,11 +326,11 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Where pack finds one of Q, K and V, by its number: video rows, the text before the video, and the
-/// text after it.
+/// Where pack finds one of Q, K and V, by its number: video rows, the text before the video, and
+/// the text after it.
 ///
-/// Pack counts rows in the whole sequence. So the address of a tensor without the first rows is moved
-/// back to where row 0 would lie.
+/// Pack counts rows in the whole sequence. So the address of a tensor without the first rows is
+/// moved back to where row 0 would lie.
 fn row_groups(spec: &Spec, layer: &Layer, operand: usize) -> [Tensor; 3] {
     let from_row = |tensor: Tensor, first: u32| {
         let skipped = tensor.row.wrapping_mul(u64::from(first) * u64::from(spec.dtype.bytes()));

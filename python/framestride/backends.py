@@ -64,8 +64,8 @@ def make_spec(
 @constant
 def plan(density: float, compute: str, device: torch.device, *shape: Any) -> tuple[Spec, dict[str, Any]]:
     """The spec of a call, and the arguments that give its heads a density. `shape` has the first arguments of
-    `make_spec`. What cannot be had is said once through `logging`: 8 bits, or a density below what text alone
-    takes."""
+    `make_spec`. What cannot be had is said once through `logging`: 8 bits, or a density below what text and
+    sinks alone take."""
     spec = _spec(compute, device, *shape)
     if density < 1:
         try:

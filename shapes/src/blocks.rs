@@ -12,8 +12,8 @@ pub const WARPGROUP: u32 = 128;
 /// Rows that a warpgroup multiplies at once (m64).
 pub const WARPGROUP_ROWS: u32 = 64;
 
-/// Blocks of 16 rows of a query tile that a warp multiplies with every factor that it loads. Warps of
-/// Hopper multiply as warpgroups instead.
+/// Blocks of 16 rows of a query tile that a warp multiplies with every factor that it loads. Warps
+/// of Hopper multiply as warpgroups instead.
 pub const WARP_BLOCKS: usize = 2;
 
 /// Rows of a query tile that a warp has.
@@ -22,12 +22,13 @@ pub const WARP_ROWS: u32 = 16 * WARP_BLOCKS as u32;
 /// Tile sizes of **attention**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Rows of a query tile. On Hopper each consumer warpgroup has 64 of them, elsewhere each warp has
-    /// [`WARP_ROWS`].
+    /// Rows of a query tile. On Hopper each consumer warpgroup has 64 of them, elsewhere each warp
+    /// has [`WARP_ROWS`].
     pub query_rows: u32,
     /// Rows of a key tile, a multiple of 16 up to [`PAD_ROWS`](crate::layout::PAD_ROWS).
     pub key_rows: u32,
-    /// Tiles in flight: of keys and as many of values on Hopper, of keys and values in turn elsewhere.
+    /// Tiles in flight: of keys and as many of values on Hopper, of keys and values in turn
+    /// elsewhere.
     pub stages: u32,
     /// Key tiles begin at multiples of so many rows.
     pub key_step: u32,
@@ -144,7 +145,8 @@ pub const VALUES_MIN_BLOCKS: u32 = 4;
 /// Units of keys that a warp of **pack_values** takes.
 pub const VALUES_UNITS: u32 = 8;
 
-/// Units whose rows a warp of **pack_values** holds in shared memory: one that it works on, and the next.
+/// Units whose rows a warp of **pack_values** holds in shared memory: one that it works on, and the
+/// next.
 pub const VALUES_STAGES: u32 = 2;
 
 /// Bytes of a row of V in a 16-bit type, with head dim 128.
@@ -162,8 +164,8 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
 
-/// Warps of a block of **profile** whose warps multiply on their own. Two have the same 16 samples. Each
-/// weighs half of the keys, and has half of the columns of V.
+/// Warps of a block of **profile** whose warps multiply on their own. Two have the same 16 samples.
+/// Each weighs half of the keys, and has half of the columns of V.
 pub const PROFILE_WARPS: u32 = 2 * SAMPLE_ROWS / 16;
 
 /// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of

@@ -2,12 +2,12 @@
 //! [`Rates`] that were measured on it.
 //!
 //! A dense layer is pack and attention. A profiled layer skips tiles of attention. In return it
-//! profiles its heads, and packs temporal heads a second time; half of the heads are assumed to be. So
-//! did the kernels that were measured. Today's pack Q once, which is a ninth less.
-//! Whether that pays depends on density and tokens.
+//! profiles its heads, and packs temporal heads a second time; half of the heads are assumed to be.
+//! So did the kernels that were measured. Today's pack Q once, which is a ninth less. Whether that
+//! pays depends on density and tokens.
 //!
-//! The rates come from `bench/results`, which BENCHMARKS.md shows. The estimate is within 15% of the
-//! layers there.
+//! The rates come from `bench/results`, which BENCHMARKS.md shows. The estimate is within 15% of
+//! the layers there.
 
 use crate::arch::Arch;
 use crate::blocks::SAMPLE_ROWS;
@@ -71,8 +71,8 @@ impl Rates {
     /// An H200, measured on 2026-11-28.
     ///
     /// Packing moves 3.4 to 3.8 TB/s, and 3.2 to 3.6 for temporal heads. Profiling reads 2.5 to 3.2
-    /// TB/s. At head dim 128, attention has 760 to 772 TFLOP/s dense and 702 to 749 sparse. At 64 it
-    /// has 624 dense. Sparse heads keep 93% of that with 7% of edge tiles, and 80% with 22%.
+    /// TB/s. At head dim 128, attention has 760 to 772 TFLOP/s dense and 702 to 749 sparse. At 64
+    /// it has 624 dense. Sparse heads keep 93% of that with 7% of edge tiles, and 80% with 22%.
     pub const H200: Rates = Rates {
         gpu: "h200",
         device: "NVIDIA H200",

@@ -80,11 +80,12 @@ impl Image {
 
 /// The images of attention in 8 bits. Rows have 128 elements of one byte.
 ///
-/// Q and K are images as above, one atom wide. **pack** has multiplied each 8 neighbouring channels of
-/// both by one orthogonal matrix, which leaves the products of rows as they are.
+/// Q and K are images as above, one atom wide. **pack** has multiplied each 8 neighbouring channels
+/// of both by one orthogonal matrix, which leaves the products of rows as they are.
 ///
-/// The image of V is transposed, since a product of 8-bit elements reads both operands along the keys. It
-/// consists of **units** of 16 keys. A unit has 16 bytes for each channel, one for each key:
+/// The image of V is transposed, since a product of 8-bit elements reads both operands along the
+/// keys. It consists of **units** of 16 keys. A unit has 16 bytes for each channel, one for each
+/// key:
 ///
 /// ```text
 /// byte            0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15
@@ -116,9 +117,10 @@ pub mod e4m3 {
     /// keys together, multiplied by the factor and by [`LOST_SCALE`].
     pub const CENTER_LOST: u32 = 132;
 
-    /// Index in a center of the largest value, f32, multiplied by the factor, of which is counted what
-    /// rounding took: 8 to 16 times the root mean square. Larger ones are few, and what they lose is no
-    /// property of a channel. With a bound that usual values exceed, what is left out has a mean.
+    /// Index in a center of the largest value, f32, multiplied by the factor, of which is counted
+    /// what rounding took: 8 to 16 times the root mean square. Larger ones are few, and what they
+    /// lose is no property of a channel. With a bound that usual values exceed, what is left out
+    /// has a mean.
     pub const CENTER_COUNTED: u32 = 130;
 
     /// The integers count in units of one over this. Values of a usual size lose less than 1/2, so

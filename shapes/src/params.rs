@@ -42,8 +42,8 @@ pub enum PackPass {
     /// It writes every head, in the layout of its type. Where `head_types` is 0, every head gets
     /// the spatial layout.
     All = 0,
-    /// It writes what **profile** reads: K and V of every head in the spatial layout, and of Q only the
-    /// sampled rows.
+    /// It writes what **profile** reads: K and V of every head in the spatial layout, and of Q only
+    /// the sampled rows.
     BeforeProfiling = 1,
     /// It writes what **attention** reads besides: Q of every head, and K and V of temporal heads.
     AfterProfiling = 2,
@@ -100,8 +100,8 @@ pub struct PackParams {
     pub after_lengths: u64,
     /// Head types, u32 \[batch, heads\]. 0 packs every head in the spatial layout.
     pub head_types: u64,
-    /// Packed Q, an [image](crate::image) of each head. Before profiling it has only the sampled rows
-    /// ([`ProfileParams::samples`]).
+    /// Packed Q, an [image](crate::image) of each head. Before profiling it has only the sampled
+    /// rows ([`ProfileParams::samples`]).
     pub packed_q: u64,
     /// Packed K, likewise an image of each head.
     pub packed_k: u64,
@@ -112,12 +112,12 @@ pub struct PackParams {
     /// Memory that pack sets to zero for the **attention** that follows:
     /// [`AttentionParams::schedule`].
     pub schedule: u64,
-    /// The centers of V, for attention in 8 bits ([`e4m3`](crate::image::e4m3)): f32 \[batch, heads,
-    /// [`CENTER_FLOATS`](crate::image::e4m3::CENTER_FLOATS)\]. It is 0 where there are none.
+    /// The centers of V, for attention in 8 bits ([`e4m3`](crate::image::e4m3)): f32 \[batch,
+    /// heads, [`CENTER_FLOATS`](crate::image::e4m3::CENTER_FLOATS)\]. It is 0 where there are none.
     pub centers: u64,
     /// Precisions, u32 \[batch, heads\]: the [bits](crate::dtype::Compute::bits) in which each head
-    /// multiplies. A kernel leaves out heads of another precision than its own. 0 means that it leaves
-    /// out none.
+    /// multiplies. A kernel leaves out heads of another precision than its own. 0 means that it
+    /// leaves out none.
     pub precisions: u64,
     /// Batch items.
     pub batch: u32,
@@ -139,8 +139,8 @@ pub struct PackParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProfileParams {
-    /// The sampled rows of packed Q, an [image](crate::image) of each head. It has whole groups of 64
-    /// samples, of which those beyond the last repeat it.
+    /// The sampled rows of packed Q, an [image](crate::image) of each head. It has whole groups of
+    /// 64 samples, of which those beyond the last repeat it.
     pub samples: u64,
     /// Packed K, in which every head has the spatial layout.
     pub packed_k: u64,
@@ -174,8 +174,8 @@ impl ProfileParams {
     /// The half widths of the bands, in the order of [`HeadType::CANDIDATES`].
     #[inline(always)]
     pub const fn half_widths(&self) -> [u32; HeadType::CANDIDATES.len()] {
-        // As two fields, each is read where it is needed. An array would be copied to the stack, because
-        // the type of a head chooses an element.
+        // As two fields, each is read where it is needed. An array would be copied to the stack,
+        // because the type of a head chooses an element.
         [self.spatial_half_width, self.temporal_half_width]
     }
 }
@@ -202,8 +202,8 @@ pub struct SelectParams {
     pub reserved: u32,
 }
 
-/// Parameters of **judge**, which compares attention in 8 bits with what **profile** computed in 16,
-/// and says in which precision each head is to multiply.
+/// Parameters of **judge**, which compares attention in 8 bits with what **profile** computed in
+/// 16, and says in which precision each head is to multiply.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct JudgeParams {
@@ -215,7 +215,8 @@ pub struct JudgeParams {
     pub head_types: u64,
     /// Where relative errors over the sampled rows go, f32 \[batch, heads\].
     pub errors: u64,
-    /// Where precisions go, u32 \[batch, heads\]: 8 where the error is at most `largest_error`, else 16.
+    /// Where precisions go, u32 \[batch, heads\]: 8 where the error is at most `largest_error`,
+    /// else 16.
     pub precisions: u64,
     /// Seed with which sampled rows were drawn.
     pub seed: u64,
@@ -276,8 +277,8 @@ impl AttentionParams {
     /// The half widths of the bands, in the order of [`HeadType::CANDIDATES`].
     #[inline(always)]
     pub const fn half_widths(&self) -> [u32; HeadType::CANDIDATES.len()] {
-        // As two fields, each is read where it is needed. An array would be copied to the stack, because
-        // the type of a head chooses an element.
+        // As two fields, each is read where it is needed. An array would be copied to the stack,
+        // because the type of a head chooses an element.
         [self.spatial_half_width, self.temporal_half_width]
     }
 }

@@ -304,12 +304,13 @@ pub const HALF_WEIGHTS_BYTES: u32 = 32 * 8 * 4;
 pub struct WarpProfileShared {
     /// The tile of sampled rows. Weights come over it.
     pub query: Parts,
-    /// Two tiles have, for each warp, the weights of its half of the keys, in [`HALF_WEIGHTS_BYTES`].
+    /// Two tiles have, for each warp, the weights of its half of the keys, in
+    /// [`HALF_WEIGHTS_BYTES`].
     pub weights: Parts,
     /// The slots of a ring, of which each has a key tile or a value tile.
     pub ring: Parts,
-    /// [`SEEN_TILES`](WarpProfileShared::SEEN_TILES) have, for each half of their keys and each sample, a u32 for each candidate mask. It
-    /// says which of the keys the sample sees through it.
+    /// [`SEEN_TILES`](WarpProfileShared::SEEN_TILES) have, for each half of their keys and each
+    /// sample, a u32 for each candidate mask. It says which of the keys the sample sees through it.
     pub seen: Parts,
     /// Each mask, half of the keys and sample has an f32: what the other half must know.
     pub halves: Parts,
@@ -320,8 +321,8 @@ pub struct WarpProfileShared {
 }
 
 impl WarpProfileShared {
-    /// Tiles of which it is known what the samples see: the one that is multiplied, the next one, the
-    /// one behind that, and one for the remainder of a division.
+    /// Tiles of which it is known what the samples see: the one that is multiplied, the next one,
+    /// the one behind that, and one for the remainder of a division.
     pub const SEEN_TILES: u32 = 4;
 
     /// Slots of the ring, which take 64 KiB.

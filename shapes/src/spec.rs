@@ -202,7 +202,8 @@ use read::{Reader, read_file};
 pub struct Spec {
     /// `name`: what the files made from the spec are called.
     pub name: String,
-    /// `[video]`, `[text]`, `[before]`, `[after]`, `[sink]` and the half widths of `[masks]`, solved.
+    /// `[video]`, `[text]`, `[before]`, `[after]`, `[sink]` and the half widths of `[masks]`,
+    /// solved.
     pub layout: Layout,
     /// `attention.head_dim`: 64 or 128.
     pub head_dim: u32,
@@ -325,8 +326,8 @@ impl Schedule {
     }
 }
 
-/// What to do about the name of a shipped spec that there is not: names that it is a part of, or one
-/// that may be meant.
+/// What to do about the name of a shipped spec that there is not: names that it is a part of, or
+/// one that may be meant.
 pub fn similar_models(name: &str) -> String {
     let names = || crate::models().iter().map(|(known, _)| *known);
     let plain = |name: &str| name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
@@ -460,8 +461,8 @@ impl Spec {
         if self.norm_is_over_heads() { heads * self.head_dim } else { self.head_dim }
     }
 
-    /// The rows of the model's order that the RoPE tables have: those of the video, and those of the
-    /// text on either side that is rotated too.
+    /// The rows of the model's order that the RoPE tables have: those of the video, and those of
+    /// the text on either side that is rotated too.
     pub fn rope_rows(&self) -> Range<u32> {
         let Layout { before, after, .. } = self.layout;
         let [rotates_before, rotates_after] = self.rope.map_or([false; 2], |rope| [rope.before, rope.after]);
@@ -497,8 +498,8 @@ impl Spec {
         Image { head_dim: self.head_dim, dtype: self.dtype }
     }
 
-    /// Whether heads may multiply in the type of the tensors, and whether in 8 bits. With a bound of
-    /// errors, both are so.
+    /// Whether heads may multiply in the type of the tensors, and whether in 8 bits. With a bound
+    /// of errors, both are so.
     pub const fn precisions(&self) -> [bool; 2] {
         let in_8_bits = matches!(self.compute, Compute::E4m3);
         [!in_8_bits || self.largest_error.is_some(), in_8_bits]

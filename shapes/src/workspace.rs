@@ -13,9 +13,9 @@ pub const ALIGNMENT: u64 = 256;
 /// Byte ranges of the parts of a workspace, relative to its start, and its size.
 /// [`crate::spec::Spec::workspace`] makes it.
 ///
-/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then. Where heads
-/// have both precisions, an image in 8 bits lies at the beginning of the place of one in 16. Where all are
-/// in 8 bits, Q in 16 has no place at all. Those of a head are
+/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then.
+/// Where heads have both precisions, an image in 8 bits lies at the beginning of the place of one
+/// in 16. Where all are in 8 bits, Q in 16 has no place at all. Those of a head are
 ///
 /// ```text
 /// place of K in 16 bits        place of V in 16 bits
@@ -26,14 +26,15 @@ pub const ALIGNMENT: u64 = 256;
 /// `precisions` for whoever wants to look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkspaceLayout {
-    /// Packed Q as **attention** reads it, an [image](crate::image) of each head. From that of one head to
-    /// that of the next are as many bytes as one in 16 bits has.
+    /// Packed Q as **attention** reads it, an [image](crate::image) of each head. From that of one
+    /// head to that of the next are as many bytes as one in 16 bits has.
     pub packed_q: Range<u64>,
     /// Packed K, likewise.
     pub packed_k: Range<u64>,
     /// Packed V, likewise.
     pub packed_v: Range<u64>,
-    /// The sampled rows of packed Q, as [`ProfileParams::samples`](crate::params::ProfileParams) says.
+    /// The sampled rows of packed Q, as [`ProfileParams::samples`](crate::params::ProfileParams)
+    /// says.
     pub samples: Range<u64>,
     /// Packed K as **profile** reads it, \[batch, heads, packed_rows, head_dim\] in 16 bits.
     pub profiled_k: Range<u64>,
@@ -51,8 +52,8 @@ pub struct WorkspaceLayout {
     /// The centers of V, for attention in 8 bits
     /// ([`PackParams::centers`](crate::params::PackParams)). Else it is empty.
     pub centers: Range<u64>,
-    /// Relative errors of the heads in 8 bits, f32 \[batch, heads\]. Where attention has no 8 bits, it
-    /// is empty.
+    /// Relative errors of the heads in 8 bits, f32 \[batch, heads\]. Where attention has no 8 bits,
+    /// it is empty.
     pub precision_errors: Range<u64>,
     /// Precisions of the heads, u32 \[batch, heads\], as
     /// [`PackParams::precisions`](crate::params::PackParams) says, likewise.
@@ -62,8 +63,8 @@ pub struct WorkspaceLayout {
 }
 
 impl WorkspaceLayout {
-    /// Places the parts for `batch` items of `heads` heads. `precisions` says whether there are heads in 16
-    /// bits, and whether in 8.
+    /// Places the parts for `batch` items of `heads` heads. `precisions` says whether there are
+    /// heads in 16 bits, and whether in 8.
     pub fn new(
         layout: &Layout,
         image: Image,

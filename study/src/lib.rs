@@ -8,16 +8,17 @@
 //!   video, with the better mask of each density, and dense: `eight_bits`.
 //!
 //! Both are means over the batch items and calls of the step. The **relative error** of a head is
-//! the root of its error over its size, and that of a layer the root of the sum of its heads' errors
-//! over the sum of their sizes. A head has the mask with the lower error. So the relative error of a
-//! layer is how far the output of its attention lies from the dense one, as part of its length.
+//! the root of its error over its size, and that of a layer the root of the sum of its heads'
+//! errors over the sum of their sizes. A head has the mask with the lower error. So the relative
+//! error of a layer is how far the output of its attention lies from the dense one, as part of its
+//! length.
 //!
 //! A layer **needs** the density that takes the least time of those with which it is within an
 //! error, and 8 bits where these take less. The heads then stay in 16 bits whose rounding is too
 //! much: the fewest of them.
 //!
-//! The file is JSON: a [`Study`] as serde writes it. A number that was not finite is null, and so is
-//! an error at a density that the mask cannot have, and a layer that a step did not call.
+//! The file is JSON: a [`Study`] as serde writes it. A number that was not finite is null, and so
+//! is an error at a density that the mask cannot have, and a layer that a step did not call.
 #![warn(missing_docs)]
 
 mod picture;

@@ -58,8 +58,8 @@ pub struct Overlap {
 }
 
 impl Listing {
-    /// Assembles PTX for a GPU such as `sm_89`, and disassembles the result. Gives ptxas's report of each kernel too. Fails if a
-    /// tool is missing, or with what the tool says.
+    /// Assembles PTX for a GPU such as `sm_89`, and disassembles the result. Gives ptxas's report
+    /// of each kernel too. Fails if a tool is missing, or with what the tool says.
     pub fn from_ptx(
         name: &str,
         ptx: &str,

@@ -116,8 +116,8 @@ fn diffusers(families: &[String]) -> Result<(), String> {
     run(Command::new(python).args(script).args(families).current_dir(root()))
 }
 
-/// Lints and tests the crates for engines in Rust, and tests what engines in Python use. The crates are
-/// no members of the workspace, since what they depend on takes minutes to compile.
+/// Lints and tests the crates for engines in Rust, and tests what engines in Python use. The crates
+/// are no members of the workspace, since what they depend on takes minutes to compile.
 fn engines() -> Result<(), String> {
     let cargo = |command: &str, engine: &str| {
         let mut cargo = cargo();

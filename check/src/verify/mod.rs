@@ -12,9 +12,9 @@
 //! **judge** is checked by its errors, which are those of the outputs of **attention_e4m3** against what
 //! **profile** left, and each precision by its error and the bound.
 //!
-//! For attention in 8 bits, the center of each head of V is compared too, and what rounding took from
-//! V. Its images lie where those of profiling were. So the device profiles once more, and what that
-//! leaves is compared.
+//! For attention in 8 bits, the center of each head of V is compared too, and what rounding took
+//! from V. Its images lie where those of profiling were. So the device profiles once more, and what
+//! that leaves is compared.
 //!
 //! The f64 reference of a whole layer at full size would take hours, so [`Effort`] decides how much
 //! of it is computed. A small layer is compared whole. Of a large layer, a check compares
@@ -359,7 +359,8 @@ fn run_case(
     }
     let mut judged = None;
     if judges {
-        // What was judged may have been computed again in 16 bits. So all heads are computed in 8 bits.
+        // What was judged may have been computed again in 16 bits. So all heads are computed in 8
+        // bits.
         let eights = words(&vec![Compute::E4m3.bits(); all_heads])?;
         let given = words(&types.iter().map(|&head_type| head_type as u32).collect::<Vec<_>>())?;
         let layer = Layer { precisions: eights.address(), ..on_device.layer };

@@ -99,8 +99,8 @@ impl DeviceCenter {
         self.mean.iter().zip(&self.lost).map(|(&mean, lost)| f64::from(mean) + lost * share).collect()
     }
 
-    /// Compares it with the center of `values`. The error of the mean is relative to the size of the
-    /// values.
+    /// Compares it with the center of `values`. The error of the mean is relative to the size of
+    /// the values.
     pub fn compare(
         &self,
         spec: &Spec,
@@ -112,7 +112,8 @@ impl DeviceCenter {
         let expected = Center::new(&spec.layout, valid, values, self.mean.len());
         let found: Vec<f64> = self.mean.iter().map(|&x| x.into()).collect();
         let size = norm(values) / (values.len() as f64 / self.mean.len() as f64).sqrt();
-        // Size and largest are off by as much as the mean is, and may lie that near to a power of two.
+        // Size and largest are off by as much as the mean is, and may lie that near to a power of
+        // two.
         let off = tolerance::center() * (size + expected.size);
         let powers = |size_sign: f64, most_sign: f64| {
             Center::powers((expected.size + size_sign * off).max(0.0), (expected.most + most_sign * off).max(0.0))
@@ -226,8 +227,8 @@ impl PackedHead<'_> {
         self.compare_token(operand, row, found, worst);
     }
 
-    /// Compares the sampled rows of packed Q, which are `rows` of the model's order, and puts them without
-    /// their scale where they belong in `queries`, `[rows, head_dim]` in the model's order.
+    /// Compares the sampled rows of packed Q, which are `rows` of the model's order, and puts them
+    /// without their scale where they belong in `queries`, `[rows, head_dim]` in the model's order.
     pub fn compare_samples(&self, rows: &[usize], image: &[u8], queries: &mut [f64], worst: &mut Worst) {
         let (dim, group) = (self.spec.head_dim as usize, ATOM_ROWS as usize);
         for (atoms, rows) in image.chunks_exact(group * self.row_bytes()).zip(rows.chunks_exact(group)) {
@@ -243,14 +244,14 @@ impl PackedHead<'_> {
     /// Compares what was packed of a row of the model's order.
     fn compare_token(&self, operand: usize, row: usize, found: &[f64], worst: &mut Worst) {
         let (spec, index) = (self.spec, self.index);
-        let mixed = |operand| self.compute.mixed(&self.reference.row(operand, index.item, row, index.head));
+        let transformed = |operand| self.compute.transformed(&self.reference.row(operand, index.item, row, index.head));
         let (tokens, expected) = match operand {
             0 => {
-                let mut expected = mixed(Operand::Query);
+                let mut expected = transformed(Operand::Query);
                 expected.iter_mut().for_each(|x| *x *= self.inputs.query_scale());
                 (&self.inputs.q, expected)
             }
-            1 => (&self.inputs.k, mixed(Operand::Key)),
+            1 => (&self.inputs.k, transformed(Operand::Key)),
             _ => (&self.inputs.v, self.value_row(row)),
         };
         let rounded: Vec<f64> = expected.iter().map(|&x| self.compute.round(x)).collect();
@@ -272,8 +273,8 @@ impl PackedHead<'_> {
     }
 
     /// Compares what rounding took from V with what it takes from the reference's rows, relative to
-    /// the size of the image. Each warp's units of keys from which it takes something lose less than one
-    /// step of the device's count.
+    /// the size of the image. Each warp's units of keys from which it takes something lose less
+    /// than one step of the device's count.
     pub fn compare_lost(&self, center: &DeviceCenter, worst: &mut Worst) {
         let mut expected = vec![0.0; center.lost.len()];
         let (mut square, mut warps) = (0.0, 0.0);
@@ -303,8 +304,9 @@ impl PackedHead<'_> {
         values.into_iter().zip(mean).map(|(x, mean)| ((x as f32 - mean) * factor).into()).collect()
     }
 
-    /// The whole image of Q (`operand` 0) or V (2), without its scale or factor, or K (1) as numbers,
-    /// `[rows, head_dim]` in the model's order. Rows of Q and K stay [mixed](ComputeType::mixed).
+    /// The whole image of Q (`operand` 0) or V (2), without its scale or factor, or K (1) as
+    /// numbers, `[rows, head_dim]` in the model's order. Rows of Q and K stay
+    /// [transformed](ComputeType::transformed).
     pub fn unpack(&self, operand: usize, image: &[u8]) -> Vec<f64> {
         let (dim, order) = (self.spec.head_dim as usize, self.order[operand]);
         let mut packed_of = vec![0; order.len()];

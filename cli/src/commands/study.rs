@@ -25,20 +25,21 @@ use crate::tensor_files::load_inputs;
 /// A model has no more layers.
 const MOST_LAYERS: usize = 1000;
 
-/// Finds what masks and 8 bits would cost each layer and head of a model, on captured Q, K and V: the
-/// relative error at several densities, and a schedule of densities for an error of your choice.
+/// Finds what masks and 8 bits would cost each layer and head of a model, on captured Q, K and V:
+/// the relative error at several densities, and a schedule of densities for an error of your
+/// choice.
 ///
-/// The relative error of a head is the root of the mean squared error over its sampled rows, as part
-/// of the root mean square of its dense output. That of a layer is the same over all its heads, each
-/// with its better mask.
+/// The relative error of a head is the root of the mean squared error over its sampled rows, as
+/// part of the root mean square of its dense output. That of a layer is the same over all its
+/// heads, each with its better mask.
 #[derive(Args)]
 pub struct Study {
     /// The spec.
     spec: String,
-    /// Tensors as `run --qkv` takes them, one file for each layer, or for each step and layer. Names
-    /// have `layer` and its number, as in `layer_07.safetensors` or `step_10_layer_07.safetensors`.
-    /// Without it the files are layers 0, 1 and so on. A step or a layer is in no file if it was not
-    /// captured.
+    /// Tensors as `run --qkv` takes them, one file for each layer, or for each step and layer.
+    /// Names have `layer` and its number, as in `layer_07.safetensors` or
+    /// `step_10_layer_07.safetensors`. Without it the files are layers 0, 1 and so on. A step or a
+    /// layer is in no file if it was not captured.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
@@ -63,8 +64,8 @@ pub struct Study {
     /// The class of the model, which the schedule names. Without it, it is the name of the spec.
     #[arg(long, value_name = "CLASS")]
     model: Option<String>,
-    /// How many layers the model has. Those in no file stay dense. Without it, the last layer is the
-    /// last one of the files.
+    /// How many layers the model has. Those in no file stay dense. Without it, the last layer is
+    /// the last one of the files.
     #[arg(long, value_name = "LAYERS")]
     layers: Option<usize>,
     /// Softmax scale. Without it, 1 / sqrt(head_dim) is taken.

@@ -21,8 +21,8 @@ use crate::place::Place;
 /// all heads. Q, K and V have no rows of a side of the text that has tensors of its own
 /// ([`Text::qkv`]); the output has them all.
 ///
-/// The fields say what else a call is given. A clone shares the kernels, so each layer of a model may
-/// have one with weights of its own.
+/// The fields say what else a call is given. A clone shares the kernels, so each layer of a model
+/// may have one with weights of its own.
 ///
 /// It has no gradient: a backward pass is refused.
 #[derive(Clone)]
@@ -63,8 +63,8 @@ pub struct Norm {
     pub bias: Option<Tensor>,
 }
 
-/// The tables of RoPE, f32: the shape that `Spec::rope_table_shape` gives, \[rows, channels / 2\] or
-/// \[rows, H, channels / 2\]. With a leading dimension B, each batch item has tables of its own.
+/// The tables of RoPE, f32: the shape that `Spec::rope_table_shape` gives, \[rows, channels / 2\]
+/// or \[rows, H, channels / 2\]. With a leading dimension B, each batch item has tables of its own.
 #[derive(Clone)]
 pub struct Rope {
     /// The cosines.
@@ -76,8 +76,8 @@ pub struct Rope {
 /// The text on one side of the video.
 #[derive(Clone, Default)]
 pub struct Text {
-    /// Q, K and V of these rows as tensors of their own, \[B, tokens, H, D\]. Without them, the rows
-    /// lie in the Q, K and V of the call, before the video or after it.
+    /// Q, K and V of these rows as tensors of their own, \[B, tokens, H, D\]. Without them, the
+    /// rows lie in the Q, K and V of the call, before the video or after it.
     pub qkv: Option<[Tensor; 3]>,
     /// Numbers of valid tokens, u32 \[B\]. Valid ones come first. Without them, all are valid.
     pub lengths: Option<Tensor>,
@@ -210,8 +210,8 @@ fn device_of(device: &Device) -> Result<framestride::Device> {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
             let context = device.cuda_stream().context().cu_ctx();
-            // SAFETY: `Kernels` keeps the candle device, and so the context, until all that is made in
-            // it is dropped.
+            // SAFETY: `Kernels` keeps the candle device, and so the context, until all that is made
+            // in it is dropped.
             let gpu = unsafe { framestride::device::Gpu::borrow(context.cast()) };
             gpu.map(framestride::Device::from).map_err(Error::wrap)
         }

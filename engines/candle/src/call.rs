@@ -135,20 +135,22 @@ impl<'a, P: Place> Call<'a, P> {
                 judged = Some(both);
             }
         }
-        // The address of a workspace is a multiple of `ALIGNMENT`, which memory of the CPU need not be.
+        // The address of a workspace is a multiple of `ALIGNMENT`, which memory of the CPU need not
+        // be.
         let bytes = plan.workspace_bytes();
         let mut memory = make(&[(bytes + ALIGNMENT) as usize], DType::U8)?;
         let address = place.written(&mut memory.0).next_multiple_of(ALIGNMENT);
         // SAFETY: the range lies in `memory`, which nobody else has.
         let workspace = unsafe { Workspace::borrow(module.device(), address, bytes) };
 
-        // SAFETY: every address is memory of this device and large enough, since `rows` and `words` have
-        // compared layouts with storages. On the CPU it is allocated in whole words, which the emulator
-        // touches. What is read is locked until the launch, and candle frees memory in the order of its
-        // streams. The kernels live as long as their work (`Kernels::drop`).
+        // SAFETY: every address is memory of this device and large enough, since `rows` and `words`
+        // have compared layouts with storages. On the CPU it is allocated in whole words, which the
+        // emulator touches. What is read is locked until the launch, and candle frees memory in the
+        // order of its streams. The kernels live as long as their work (`Kernels::drop`).
         let launched = unsafe { plan.forward(place.stream(), &layer, types, &workspace) };
 
-        // Other streams now wait for the work, before they write what it reads or read what it writes.
+        // Other streams now wait for the work, before they write what it reads or read what it
+        // writes.
         for (storage, _) in qkv {
             place.read(storage);
         }
@@ -188,8 +190,8 @@ impl<'a, P: Place> Call<'a, P> {
         Ok(Rows { data, batch: batch as u64, row: row as u64, head: head as u64 })
     }
 
-    /// Checks that a layout lies in its storage, which candle does not, and the type of its elements.
-    /// Returns the address of the first one.
+    /// Checks that a layout lies in its storage, which candle does not, and the type of its
+    /// elements. Returns the address of the first one.
     fn address(&self, name: &str, storage: &P::Storage, layout: &Layout, dtype: DType) -> Result<u64> {
         if storage.dtype() != dtype {
             let allowed = format!("{dtype:?} for spec {}", self.attention.spec().name);
@@ -280,7 +282,8 @@ impl<'a, P: Place> Call<'a, P> {
         Ok(framestride::Text { qkv, lengths, q_norm, k_norm })
     }
 
-    /// Checks a table of RoPE. Returns its address, and the elements from one batch item to the next.
+    /// Checks a table of RoPE. Returns its address, and the elements from one batch item to the
+    /// next.
     fn table(&mut self, name: &str, table: &'a Tensor, batch: usize, shape: &[usize]) -> Result<(u64, u64)> {
         match (table.dims(), table.stride()) {
             ([items, item @ ..], [stride, strides @ ..])

@@ -1,4 +1,5 @@
-//! Calls that are wrong: each is an error that says what was found, what is allowed and how to mend it.
+//! Calls that are wrong: each is an error that says what was found, what is allowed and how to mend
+//! it.
 
 mod common;
 

@@ -154,8 +154,8 @@ impl Case {
 
 /// What is added to the scores, \[B, H, S, S\]: minus infinity where a key is not seen.
 ///
-/// A query sees valid text, and is seen everywhere when it is text itself. Video tokens see each other when
-/// their positions differ by less than the half width.
+/// A query sees valid text, and is seen everywhere when it is text itself. Video tokens see each
+/// other when their positions differ by less than the half width.
 fn mask(types: [[u32; HEADS]; BATCH], device: &Device) -> Result<Tensor> {
     let token = |row: usize| (BEFORE..BEFORE + VIDEO).contains(&row).then(|| row - BEFORE);
     let mut values = Vec::with_capacity(BATCH * HEADS * S * S);
@@ -449,7 +449,8 @@ fn tensors_of_another_stream() -> Result<()> {
     let expected = bits(&case.forward()?)?;
     let other = Device::new_cuda_with_stream(0)?;
     for _ in 0..20 {
-        // The copies to the host and back make the tensors in the memory and the order of that stream.
+        // The copies to the host and back make the tensors in the memory and the order of that
+        // stream.
         let [q, k, v] = case.qkv.each_ref().map(|x| x.to_device(&Device::Cpu)?.to_device(&other));
         let [q, k, v] = [q?, k?, v?].map(|x| (&x + &x)? * 0.5);
         let out = case.attention.forward(&q?, &k?, &v?)?;

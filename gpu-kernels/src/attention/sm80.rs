@@ -1,8 +1,8 @@
-//! The body of **attention** for GPUs since Ampere. Every warp takes part in the copies (`cp.async`),
-//! and has 32 rows of the query tile, which it multiplies with `mma.sync`.
+//! The body of **attention** for GPUs since Ampere. Every warp takes part in the copies
+//! (`cp.async`), and has 32 rows of the query tile, which it multiplies with `mma.sync`.
 //!
-//! Each warp decides alone whether its rows have offsets. There is one loop for both, so that all warps
-//! wait at the same barriers.
+//! Each warp decides alone whether its rows have offsets. There is one loop for both, so that all
+//! warps wait at the same barriers.
 
 use core::marker::PhantomData;
 
@@ -65,7 +65,8 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
         let work = Work::<M>::at(params, index);
         let mask = work.mask.uniform();
         let warp_row = work.first_row + own_warp * WARP_ROWS;
-        // What a row sees would take registers all through the tiles. Rows begin with an offset of 0.
+        // What a row sees would take registers all through the tiles. Rows begin with an offset of
+        // 0.
         let [Visible { prefix, start, end }, _] = mask.thread([work.first_row + thread::index(); 2]);
         shared::store16(shared::address(memory.seen, thread::index()), [prefix, start, end, 0]);
         let mut rows = [Rows::new(); WARP_BLOCKS];
@@ -165,8 +166,8 @@ struct Keys {
 }
 
 impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
-    /// Goes over the key tiles of a query tile. It takes all weights into `rows`, and their products
-    /// with V into `output`. `hide` sets the scores of unseen keys of a tile to -inf.
+    /// Goes over the key tiles of a query tile. It takes all weights into `rows`, and their
+    /// products with V into `output`. `hide` sets the scores of unseen keys of a tile to -inf.
     #[inline(always)]
     unsafe fn sweep(
         &mut self,
@@ -206,8 +207,8 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         }
     }
 
-    /// Computes the scores of a tile again, whose weights are too large with these offsets. Lowers the
-    /// offsets for it, and turns the scores into weights.
+    /// Computes the scores of a tile again, whose weights are too large with these offsets. Lowers
+    /// the offsets for it, and turns the scores into weights.
     #[inline(always)]
     unsafe fn lower(
         &self,

@@ -1,8 +1,9 @@
 //! Matrix products: what the generated fragments and products offer.
 //!
 //! Which element of an accumulator each register holds is said in
-//! [`fragment`](framestride_shapes::fragment). Those of a warpgroup (9.7.15, wgmma) take descriptors
-//! of operands. A warpgroup is four warps, and the number of the first is divisible by four.
+//! [`fragment`](framestride_shapes::fragment). Those of a warpgroup (9.7.15, wgmma) take
+//! descriptors of operands. A warpgroup is four warps, and the number of the first is divisible by
+//! four.
 
 use core::arch::asm;
 
@@ -61,7 +62,8 @@ pub trait Fragment: Copy {
 pub trait Products {
     /// S, which has query rows by the keys of a tile.
     type Scores: Fragment;
-    /// P in the element type, as the A operand of the second product. A register has several values.
+    /// P in the element type, as the A operand of the second product. A register has several
+    /// values.
     type Weights: Copy;
     /// O, which has query rows by the columns of V that the products take.
     type Output: Fragment;
@@ -133,7 +135,8 @@ impl Matrices {
         Matrices(address + image.chunk(lane / 16 * ATOM_ROWS + lane % ATOM_ROWS, lane / 8 % 2))
     }
 
-    /// The same, but the compiler does not compute addresses from it before a loop ([`math::opaque`]).
+    /// The same, but the compiler does not compute addresses from it before a loop
+    /// ([`math::opaque`]).
     #[inline(always)]
     pub fn opaque(self) -> Matrices {
         Matrices(math::opaque(self.0))
@@ -187,9 +190,9 @@ pub trait WarpProducts<const BLOCKS: usize>: Products {
     unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
 }
 
-/// Products of **twins**, two warps that have the same 16 query rows, on tiles of 64 keys. Each weighs
-/// 32 of the keys, and gets the weights of the other half from its twin. `warp_products!` makes them
-/// where `key_rows` is 32.
+/// Products of **twins**, two warps that have the same 16 query rows, on tiles of 64 keys. Each
+/// weighs 32 of the keys, and gets the weights of the other half from its twin. `warp_products!`
+/// makes them where `key_rows` is 32.
 pub trait HalfProducts: Products {
     /// The query rows, in registers.
     type Queries: Copy;
@@ -206,8 +209,8 @@ pub trait HalfProducts: Products {
     /// As for [`HalfProducts::queries`].
     unsafe fn add_half_scores(scores: &mut Self::Scores, queries: &Self::Queries, k: Matrices);
 
-    /// The weights of keys that the thread's rows see, a bit of a word for each key of the half. Others
-    /// become zero.
+    /// The weights of keys that the thread's rows see, a bit of a word for each key of the half.
+    /// Others become zero.
     fn keep_seen(weights: &Self::Weights, seen: [u32; 2], lane: u32) -> Self::Weights;
 
     /// Stores the weights for the twin at `to`, in
@@ -226,8 +229,9 @@ pub trait HalfProducts: Products {
 
 /// Both products of twins, beside each other.
 pub trait BothProducts<const BLOCKS: usize>: HalfProducts + WarpProducts<BLOCKS> {
-    /// O += P V, as [`WarpProducts::add_output`], and S += Q K^T, as [`HalfProducts::add_half_scores`].
-    /// Their loads take turns, so that products of one need not wait for loads of the other.
+    /// O += P V, as [`WarpProducts::add_output`], and S += Q K^T, as
+    /// [`HalfProducts::add_half_scores`]. Their loads take turns, so that products of one need not
+    /// wait for loads of the other.
     ///
     /// # Safety
     /// As for both.

@@ -25,8 +25,8 @@ const VALUES_SHARED: ValuesShared = ValuesShared::new();
 /// **center**: the mean of each channel of V, and its size, over a sample of the video.
 ///
 /// Weights of a row sum up to 1. So any vector may be subtracted from the values and added to the
-/// output. This one leaves the least to be rounded to 8 bits. A block takes a head, and loads all of its
-/// samples at once. Grid: x = batch x heads.
+/// output. This one leaves the least to be rounded to 8 bits. A block takes a head, and loads all
+/// of its samples at once. Grid: x = batch x heads.
 ///
 /// # Safety
 /// It is launched with the table that `attention_kernels!` wrote for `M`, and `params` is as its
@@ -126,8 +126,8 @@ pub unsafe fn center<M: Model>(params: &PackParams) {
 /// counted what rounding took. The values have the mean square `square`, and none is larger than
 /// `most`.
 ///
-/// Their root mean square is 4 to 8 then, or less where `most` would become more than 256. So values
-/// that were not looked at may be 56 times as large before they are cut off.
+/// Their root mean square is 4 to 8 then, or less where `most` would become more than 256. So
+/// values that were not looked at may be 56 times as large before they are cut off.
 #[inline(always)]
 fn factors(square: f32, most: f32) -> [f32; 3] {
     let exponent = |x: f32| (x.to_bits() >> 23) as i32 - 127;
@@ -141,7 +141,8 @@ fn factors(square: f32, most: f32) -> [f32; 3] {
 }
 
 /// Calls `f` with each of a thread's sampled values, and the number of the channel in its chunk.
-/// Samples are video rows at equal distances. A thread has eight, whose loads are all in flight at once.
+/// Samples are video rows at equal distances. A thread has eight, whose loads are all in flight at
+/// once.
 #[inline(always)]
 unsafe fn each_sample<M: Model>(params: &PackParams, head: u32, mut f: impl FnMut(usize, f32)) {
     const ROWS: u32 = CENTER_THREADS / LANES;
@@ -180,8 +181,8 @@ unsafe fn each_text_sample<M: Model>(params: &PackParams, head: u32, f: impl FnM
     each_finite::<M::Element>(load::<M>(params, tensor, head, row, chunk), f);
 }
 
-/// Calls `f` with each of the 8 values of a chunk, and its number. One value that is not finite would
-/// make the whole head so, and counts as zero.
+/// Calls `f` with each of the 8 values of a chunk, and its number. One value that is not finite
+/// would make the whole head so, and counts as zero.
 #[inline(always)]
 fn each_finite<E: Element>(chunk: [u32; 4], mut f: impl FnMut(usize, f32)) {
     let values = element::widen::<E>(chunk);
@@ -192,8 +193,8 @@ fn each_finite<E: Element>(chunk: [u32; 4], mut f: impl FnMut(usize, f32)) {
     }
 }
 
-/// Address of element `element` of a row of a head. `row` counts in the model's order, and `head` over
-/// batch x heads.
+/// Address of element `element` of a row of a head. `row` counts in the model's order, and `head`
+/// over batch x heads.
 #[inline(always)]
 fn address<M: Model>(params: &PackParams, tensor: Tensor, head: u32, row: u32, element: u32) -> u64 {
     let (item, head) = (head / params.heads, head % params.heads);
@@ -210,13 +211,13 @@ unsafe fn load<M: Model>(params: &PackParams, tensor: Tensor, head: u32, row: u3
 
 /// **pack_values**: V without its mean, reordered and transposed ([`e4m3`]).
 ///
-/// Each warp takes some units of 16 keys of a head. While it works on one, the rows of the next are copied
-/// to shared memory. There each lane finds four channels of all keys. What it makes of them goes back, so
-/// that neighbouring lanes store neighbouring bytes of the image.
+/// Each warp takes some units of 16 keys of a head. While it works on one, the rows of the next are
+/// copied to shared memory. There each lane finds four channels of all keys. What it makes of them
+/// goes back, so that neighbouring lanes store neighbouring bytes of the image.
 ///
-/// Heads of the same keys are worked on near each other, since their rows lie beside each other in memory.
-/// What rounding took from the mean of a channel is added up, and given back to the output. Grid: x =
-/// heads x blocks of units, y = batch.
+/// Heads of the same keys are worked on near each other, since their rows lie beside each other in
+/// memory. What rounding took from the mean of a channel is added up, and given back to the output.
+/// Grid: x = heads x blocks of units, y = batch.
 ///
 /// # Safety
 /// As for [`center`], which has run before.
@@ -269,17 +270,17 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
         warp::sync();
         let place = slot(unit) + lane * 8;
         // This is spelled out, since an array that a loop indexes would be in memory.
-        let [a, b, c, d] = [load_quad(place, 0), load_quad(place, 2), load_quad(place, 4), load_quad(place, 6)];
+        let [a, b, c, d] = [load_four(place, 0), load_four(place, 2), load_four(place, 4), load_four(place, 6)];
         let usual = (rounding.usual(a) & rounding.usual(b)) & (rounding.usual(c) & rounding.usual(d));
         let keys = source.live.saturating_sub(unit * UNIT_KEYS);
         let [a, b, c, d] = if warp::any(keys < UNIT_KEYS || usual & 0x8000_8000 != 0x8000_8000) {
-            let round = |quad: Quad, key: u32| {
+            let round = |four: FourKeys, key: u32| {
                 let present = [key < keys, key + 1 < keys, key + 8 < keys, key + 9 < keys];
-                rounding.round::<M::Element, false>(quad, present)
+                rounding.round::<M::Element, false>(four, present)
             };
             [round(a, 0), round(b, 2), round(c, 4), round(d, 6)]
         } else {
-            let round = |quad: Quad| rounding.round::<M::Element, true>(quad, [true; 4]);
+            let round = |four: FourKeys| rounding.round::<M::Element, true>(four, [true; 4]);
             [round(a), round(b), round(c), round(d)]
         };
         let channel = |i: usize| [a.words[i], b.words[i], c.words[i], d.words[i]];
@@ -369,13 +370,14 @@ impl Source {
     }
 }
 
-/// A lane's four channels of four keys of a unit: two neighbours, and those that lie 8 keys further. Their
-/// bytes lie beside each other in the image. A word has two channels.
-type Quad = [[u32; 2]; 4];
+/// A lane's four channels of four keys of a unit: two neighbours, and those that lie 8 keys
+/// further. Their bytes lie beside each other in the image. A word has two channels.
+type FourKeys = [[u32; 2]; 4];
 
-/// Reads a quad, of which the first key is number `key`. The lane's place in the first row is `place`.
+/// Reads four keys, of which the first is number `key`. The lane's place in the first row is
+/// `place`.
 #[inline(always)]
-unsafe fn load_quad(place: u32, key: u32) -> Quad {
+unsafe fn load_four(place: u32, key: u32) -> FourKeys {
     let load = |key: u32| shared::load8(place + key * VALUES_ROW_BYTES);
     [load(key), load(key + 1), load(key + 8), load(key + 9)]
 }
@@ -387,12 +389,13 @@ struct Rounding {
     offset: [f32; 4],
     /// The largest value, times the factor, of which is counted what rounding takes.
     counted: f32,
-    /// 2^15 and the bits of an element that leaves every channel below `counted`, in both halves. Without
-    /// such an element it is less than 2^15.
+    /// 2^15 and the bits of an element that leaves every channel below `counted`, in both halves.
+    /// Without such an element it is less than 2^15.
     limit: u32,
 }
 
-/// A lane's channels of a quad: a word of the image for each, and what rounding took from its keys.
+/// A lane's channels of four keys: a word of the image for each, and what rounding took from its
+/// keys.
 struct Rounded {
     words: [u32; 4],
     lost: [f32; 4],
@@ -415,25 +418,25 @@ impl Rounding {
         Rounding { factor, offset, counted, limit: limit | limit << 16 }
     }
 
-    /// A word whose bits 15 and 31 are set where all elements of a quad are finite, and what rounding takes
-    /// from each is counted.
+    /// A word whose bits 15 and 31 are set where all elements of four keys are finite, and what
+    /// rounding takes from each is counted.
     #[inline(always)]
-    fn usual(&self, quad: Quad) -> u32 {
-        // Bits of elements without their signs are in the order of the elements. Where one is larger than
-        // the limit, the difference of its half has lost the upper bit.
+    fn usual(&self, four: FourKeys) -> u32 {
+        // Bits of elements without their signs are in the order of the elements. Where one is
+        // larger than the limit, the difference of its half has lost the upper bit.
         let fits = |word: u32| self.limit.wrapping_sub(word & 0x7fff_7fff);
-        let [a, b, c, d] = quad.map(
+        let [a, b, c, d] = four.map(
             #[inline(always)]
             |[low, high]| fits(low) & fits(high),
         );
         (a & b) & (c & d)
     }
 
-    /// Centres, scales and rounds a quad. `USUAL` says that [`Rounding::usual`] holds, and that all keys are
-    /// there; else `present` says which are.
+    /// Centres, scales and rounds four keys. `USUAL` says that [`Rounding::usual`] holds, and that
+    /// all keys are there; else `present` says which are.
     #[inline(always)]
-    fn round<E: Element, const USUAL: bool>(&self, quad: Quad, present: [bool; 4]) -> Rounded {
-        let rows = quad.map(
+    fn round<E: Element, const USUAL: bool>(&self, four: FourKeys, present: [bool; 4]) -> Rounded {
+        let rows = four.map(
             #[inline(always)]
             |[low, high]| {
                 let ([a, b], [c, d]) = (E::unpack(low), E::unpack(high));
@@ -466,8 +469,8 @@ impl Rounding {
     }
 }
 
-/// Stores a unit at `place`. A lane has four channels next to each other. They are exchanged through
-/// `slot`, so that neighbouring lanes store neighbouring channels.
+/// Stores a unit at `place`. A lane has four channels next to each other. They are exchanged
+/// through `slot`, so that neighbouring lanes store neighbouring channels.
 #[inline(always)]
 unsafe fn store_channels(slot: u32, place: u64, lane: u32, channels: [[u32; 4]; 4]) {
     // So both accesses to eight channels at a time reach all banks.

@@ -1,11 +1,12 @@
 //! The Hadamard transform of a lane's eight elements of Q or K, before they are rounded to 8 bits.
 //!
 //! It is orthogonal, so the scores stay what they are. But an element that is much larger than its
-//! neighbours, or a mean that some have, is spread over all eight. So is what rounding takes from it.
+//! neighbours, or a mean that some have, is spread over all eight. So is what rounding takes from
+//! it.
 //!
-//! Element i of the result is the sum of all elements j, with the sign of [`SIGNS`] and one more for
-//! each bit that i and j have in common. Without signs of its own a mean of all eight would become
-//! one large element.
+//! Element i of the result is the sum of all elements j. Each has the sign of [`SIGNS`], and one
+//! more for each bit that i and j have in common. Without signs of its own a mean of all eight
+//! would become one large element.
 
 /// The factor of the result. It is one over the root of eight, and belongs to the scale of Q and K.
 pub const FACTOR: f32 = core::f32::consts::FRAC_1_SQRT_2 / 2.0;

@@ -3,7 +3,7 @@
 //! Each warp has one row: the heads of a token, of Q, K or V. First it starts copies of the whole
 //! row to shared memory ([`row`]). That is enough in flight to hide the latency of memory, and lets
 //! a norm over all heads see the row before it is written. Then the part of each head is normed
-//! ([`norm`]), rotated ([`rope`]) and, in Q, scaled. In 8 bits, neighbouring channels are mixed
+//! ([`norm`]), rotated ([`rope`]) and, in Q, scaled. In 8 bits, the transform follows
 //! ([`hadamard`]). It goes into the [image](framestride_shapes::image) of the head, to the row that
 //! the head's layout wants.
 //!
@@ -12,8 +12,8 @@
 //! Profiling reads all of K and V, and few rows of Q. So what is packed before it
 //! ([`PackPass::BeforeProfiling`]) has no other rows of Q.
 //!
-//! Grid: x = packed_rows / warps of a block, y = 3 (in 8 bits 2), z = batch. Before profiling y = 2, and x
-//! is larger, so that there are blocks for a warp for each sample.
+//! Grid: x = packed_rows / warps of a block, y = 3 (in 8 bits 2), z = batch. Before profiling y =
+//! 2, and x is larger, so that there are blocks for a warp for each sample.
 
 pub mod e4m3;
 mod hadamard;
@@ -45,8 +45,8 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     // Rows that read the same tables of RoPE are worked on near each other. Blocks start in the
     // order of x, y, z. Three in a row take some tokens of one item, one for each warp. The next
     // three take the same tokens of the next item, whose tables L2 still has. Of the three, two
-    // have Q and K of half of the tokens, whose tables L1 has, and one has V. Before profiling, two in a
-    // row have K and V of the same tokens.
+    // have Q and K of half of the tokens, whose tables L1 has, and one has V. Before profiling, two
+    // in a row have K and V of the same tokens.
     let parts = if in_8_bits || before_profiling { 2 } else { 3 };
     let block = thread::block_x() + thread::blocks_x() * (thread::block_y() + parts * thread::block_z());
     if block == 0 && thread::index() == 0 {

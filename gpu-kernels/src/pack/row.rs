@@ -32,16 +32,16 @@ pub const LEAST_ADDRESS: u64 = 1 << 16;
 pub struct Heads {
     /// Number of heads in the launch.
     pub count: u32,
-    /// Address of the lane's 16 bytes of the first step. `stride` are the bytes from one step to the
-    /// next.
+    /// Address of the lane's 16 bytes of the first step. `stride` are the bytes from one step to
+    /// the next.
     pub source: u64,
     pub stride: u64,
     pub aligned: bool,
     /// Address of the item's head types. It is 0 when every head is packed in the spatial layout,
     /// because all are dense or not yet profiled.
     ///
-    /// Below [`LEAST_ADDRESS`] it is one more than the number of the only head that is written. That has
-    /// the spatial layout. A field of its own would take a register that ptxas has not.
+    /// Below [`LEAST_ADDRESS`] it is one more than the number of the only head that is written.
+    /// That has the spatial layout. A field of its own would take a register that ptxas has not.
     pub types: u64,
     /// Address of the item's precisions. It is 0 when heads of every precision are written.
     pub precisions: u64,
@@ -148,7 +148,8 @@ impl Heads {
         let mut i = 0;
         while i < count {
             if !ALIGNED {
-                // Each round has eight loads, for whose results several rounds would find no registers.
+                // Each round has eight loads, for whose results several rounds would find no
+                // registers.
                 thread::keep_rolled();
             }
             if self.held.read >> i & 1 != 0 {

@@ -11,10 +11,10 @@
 //! tiles, y = groups of 64 samples, z = batch x heads.
 //!
 //! On Hopper the producers say which keys a sample sees ([`producer`]). A consumer warpgroup
-//! ([`consumer`]) has registers for three outputs of 64 columns. With head dim 128 both work on every
-//! tile, each on half of V's columns. With head dim 64 they take turns on the tiles, and the first
-//! merges in what the second has. Other GPUs have a body of their own ([`sm80`]), with the same
-//! samples and results.
+//! ([`consumer`]) has registers for three outputs of 64 columns. With head dim 128 both work on
+//! every tile, each on half of V's columns. With head dim 64 they take turns on the tiles, and the
+//! first merges in what the second has. Other GPUs have a body of their own ([`sm80`]), with the
+//! same samples and results.
 //!
 //! A mask may hide keys whose scores lie so far above the visible ones that weights relative to all
 //! keys lose the visible ones. Where

@@ -11,8 +11,8 @@ use framestride_shapes::image::CHUNK_BYTES;
 use framestride_shapes::layout::Visible;
 use framestride_shapes::params::ProfileParams;
 
-/// Copies the tile of a group's sampled rows to `query`. This is thread `thread` of `threads` that take
-/// part.
+/// Copies the tile of a group's sampled rows to `query`. This is thread `thread` of `threads` that
+/// take part.
 #[inline(always)]
 pub unsafe fn copy<M: Model>(params: &ProfileParams, [group, head]: [u32; 2], query: u32, [thread, threads]: [u32; 2]) {
     let bytes = const { M::IMAGE.bytes(SAMPLE_ROWS) };
@@ -24,8 +24,8 @@ pub unsafe fn copy<M: Model>(params: &ProfileParams, [group, head]: [u32; 2], qu
     }
 }
 
-/// Which keys of a tile two samples see, through each candidate mask. It stands at `places`, with a u64
-/// for each candidate.
+/// Which keys of a tile two samples see, through each candidate mask. It stands at `places`, with a
+/// u64 for each candidate.
 #[inline(always)]
 pub unsafe fn seen(places: [u32; 2]) -> [[u64; 2]; CANDIDATES] {
     let word = |low: u32, high: u32| low as u64 | (high as u64) << 32;
@@ -50,8 +50,8 @@ pub fn through<T: Copy>(mask: u32, seen: [[T; 2]; CANDIDATES]) -> [T; 2] {
 }
 
 /// Sets the scores of keys that a sweep leaves out to -inf, of the tile from packed row `first` on.
-/// These are the keys from `end` on, which nobody sees, or (`MASKED`) those that `mask` hides. `seen`
-/// is what [`seen`] says of the tile.
+/// These are the keys from `end` on, which nobody sees, or (`MASKED`) those that `mask` hides.
+/// `seen` is what [`seen`] says of the tile.
 #[inline(always)]
 pub fn hide<const MASKED: bool>(
     mask: u32,

@@ -1,13 +1,14 @@
-//! The body of **profile** for GPUs since Ampere. Two warps have the same 16 samples. Of a tile, each
-//! weighs one half of the keys, and multiplies all weights with one half of the columns of V.
+//! The body of **profile** for GPUs since Ampere. Two warps have the same 16 samples. Of a tile,
+//! each weighs one half of the keys, and multiplies all weights with one half of the columns of V.
 //!
-//! There is one barrier for each tile. At it the warps exchange weights, in shared memory. Behind it
-//! the products of a tile with its values stand beside those of the queries with the next tile's keys.
-//! Once a warp has the scores, it weighs them beside the rest of the products. ptxas moves nothing
-//! across a branch, so there is one alone behind the copies: it hides keys behind the end.
+//! There is one barrier for each tile. At it the warps exchange weights, in shared memory. Behind
+//! it the products of a tile with its values stand beside those of the queries with the next tile's
+//! keys. Once a warp has the scores, it weighs them beside the rest of the products. ptxas moves
+//! nothing across a branch, so there is one alone between the copies and the last product: it hides
+//! keys behind the end.
 //!
-//! There are no producers. The first half of the threads also copies tiles. The second half also looks
-//! up which keys of a later tile each sample sees.
+//! There are no producers. The first half of the threads also copies tiles. The second half also
+//! looks up which keys of a later tile each sample sees.
 
 use core::ops::Range;
 
@@ -165,7 +166,8 @@ fn looker() -> (u32, u32) {
 /// keys, outputs are of all keys.
 struct Results<M: Model> {
     rows: Rows,
-    /// The output of the sweep's keys, which is not normalised, and those under each candidate mask.
+    /// The output of the sweep's keys, which is not normalised, and those under each candidate
+    /// mask.
     outputs: [Output<M>; 1 + CANDIDATES],
     /// The sums of weights under each candidate mask.
     sums: [[f32; 2]; CANDIDATES],
@@ -203,7 +205,8 @@ impl<M: Ampere> Results<M> {
         }
     }
 
-    /// Adds the products of half a tile, and those of the queries with half of the next one to `scores`.
+    /// Adds the products of half a tile, and those of the queries with half of the next one to
+    /// `scores`.
     #[inline(always)]
     unsafe fn add_both<const MASKED: bool>(
         &mut self,
@@ -222,8 +225,8 @@ impl<M: Ampere> Results<M> {
         }
     }
 
-    /// Lowers the offsets for a tile whose largest scores are `max`, and turns the thread's scores of
-    /// it into weights ([`Rows::lower`]). Rows of a first tile begin with offsets then.
+    /// Lowers the offsets for a tile whose largest scores are `max`, and turns the thread's scores
+    /// of it into weights ([`Rows::lower`]). Rows of a first tile begin with offsets then.
     #[inline(always)]
     fn lower<const MASKED: bool>(&mut self, scores: &mut Scores<M>, max: [f32; 2], is_first: bool) {
         if is_first {
@@ -278,8 +281,8 @@ impl<M: Ampere> Block<M> {
         self.own_warp < COPIERS / 32
     }
 
-    /// Goes over the tiles, and returns the results. With `MASKED`, keys that `mask` hides count for
-    /// nothing. Also says whether a looker's sample sees any key.
+    /// Goes over the tiles, and returns the results. With `MASKED`, keys that `mask` hides count
+    /// for nothing. Also says whether a looker's sample sees any key.
     #[inline(always)]
     unsafe fn sweep<const MASKED: bool>(&self, mask: u32) -> (Results<M>, bool) {
         let (tiles, image) = (&self.tiles, M::IMAGE);
@@ -363,8 +366,8 @@ impl<M: Ampere> Block<M> {
         }
     }
 
-    /// Rounds the weights of the warp's half of a tile, and leaves them for its twin. `sums` are those
-    /// of all of the thread's weights.
+    /// Rounds the weights of the warp's half of a tile, and leaves them for its twin. `sums` are
+    /// those of all of the thread's weights.
     #[inline(always)]
     unsafe fn share<const MASKED: bool>(&self, weights: &Scores<M>, sums: [f32; 2], tile: u32) -> Half<M> {
         let masked_sums = self.masked_sums::<MASKED>(weights, tile);
@@ -401,8 +404,8 @@ impl<M: Ampere> Block<M> {
         scores
     }
 
-    /// Sets the scores of keys that a sweep leaves out to -inf, of the warp's half of a tile. These are
-    /// the keys behind the end, which nobody sees, or (`MASKED`) those that `mask` hides.
+    /// Sets the scores of keys that a sweep leaves out to -inf, of the warp's half of a tile. These
+    /// are the keys behind the end, which nobody sees, or (`MASKED`) those that `mask` hides.
     #[inline(always)]
     unsafe fn hide<const MASKED: bool>(&self, mask: u32, scores: &mut Scores<M>, tile: u32) {
         let (lane, end) = (self.lane, self.end);
@@ -439,8 +442,8 @@ impl<M: Ampere> Block<M> {
         sums
     }
 
-    /// Leaves values of the thread's samples for the other half, which are the same in all lanes of a
-    /// quad.
+    /// Leaves values of the thread's samples for the other half, which are the same in all lanes of
+    /// a quad.
     #[inline(always)]
     unsafe fn give(&self, mask: u32, values: [f32; 2]) {
         if self.lane % 4 == 0 {
@@ -459,8 +462,8 @@ impl<M: Ampere> Block<M> {
         )
     }
 
-    /// Looks up which keys of a tile, counted in the split, the looker's sample sees, unless the thread
-    /// copies. There are none behind the last tile.
+    /// Looks up which keys of a tile, counted in the split, the looker's sample sees, unless the
+    /// thread copies. There are none behind the last tile.
     #[inline(always)]
     unsafe fn look(&self, tile: u32) -> u64 {
         if self.copies() {

@@ -14,7 +14,7 @@ else. `reach` says what it can do for a model. README.md beside this file tells 
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, get_args
@@ -39,7 +39,7 @@ __all__ = ["Handle", "Step", "Warmup", "apply", "backend", "cp_plan", "reach", "
 
 # What a schedule says of a layer in a step: its density, or that and what tensor cores multiply there, and also
 # which heads stay in 16 bits where that is e4m3.
-Chosen = float | tuple[float | None, Compute | None] | tuple[float | None, Compute | None, Sequence[int]] | None
+Chosen = float | tuple[float | None, Compute | None] | tuple[float | None, Compute | None, list[int] | tuple[int, ...]] | None
 Densities = Callable[[Step, int], Chosen]
 
 

@@ -60,8 +60,8 @@ fn shared_memory_of_attention_and_profile() {
     }
 }
 
-/// A block fits every GPU since Ampere. So do two, with head dim 64; with 128 they fit the GPUs whose
-/// multiprocessors have 164 KiB.
+/// A block fits every GPU since Ampere. So do two, with head dim 64; with 128 they fit the GPUs
+/// whose multiprocessors have 164 KiB.
 #[test]
 fn shared_memory_of_warps() {
     let arch = Arch::SM_80;
