@@ -1,5 +1,6 @@
 """`framestride.study` of tiny pipelines whose heads were planted, so that the right masks are known."""
 
+import dataclasses
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -222,6 +223,23 @@ def test_another_model_is_refused(pipe, studied, tmp_path):
     assert [block.attn1.processor for block in other.transformer.blocks] == before
     with pytest.raises(FileNotFoundError):
         apply(pipe, schedule=tmp_path / "none.json")
+
+
+def test_a_head_that_a_layer_has_not_is_refused_before_any_step(pipe, studied, tmp_path):
+    first, *others = studied.schedule().steps
+    compute = ("e4m3",) * LAYERS
+    last = dataclasses.replace(others[-1], compute=compute, heads_in_16_bits=((99,), *[()] * (LAYERS - 1)))
+    steps = [dataclasses.replace(step, compute=compute) for step in (first, *others[:-1])]
+    wrong = dataclasses.replace(studied.schedule(), steps=(*steps, last))
+
+    def fails(step, layer):
+        raise RuntimeError("no density")
+
+    for schedule, error in ((wrong, "the heads of layer 0 in 16 bits are"), (fails, "no density")):
+        with pytest.raises((ValueError, RuntimeError), match=error):
+            apply(pipe, schedule=schedule)
+        assert not {"step", "set_timesteps", "set_begin_index"} & vars(pipe.scheduler).keys()
+    pipe("a fox", num_inference_steps=1)
 
 
 def test_the_pipeline_is_left_as_it_was_and_stops_in_time(pipe):

@@ -95,12 +95,17 @@ def apply(
             schedule.check(tuple(handle.models))
             if largest_error is not None and any(step.heads_in_16_bits for step in schedule.steps):
                 raise ValueError(BOTH)
+            for step in schedule.steps:
+                for layer, heads in enumerate(step.heads_in_16_bits or ()):
+                    handle.layers[layer].check_heads(layer, heads or ())
         shares = [FAMILIES[type(model).__name__].dense_steps for model in models if type(model).__name__ in FAMILIES]
         handle.schedule = schedule or Warmup(steps=max(shares, default=0.0))
         if scheduler is None:
             handle.at(Step())
         elif handle.layers:
-            handle.undo.append(Watch(scheduler, handle.at).end)
+            watch = Watch(scheduler, handle.at)
+            handle.undo.append(watch.end)
+            watch.begin()
     except BaseException:
         handle.restore()
         raise

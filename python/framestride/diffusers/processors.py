@@ -229,13 +229,17 @@ class Processor:
         # What sees the output and all that was computed from, in a study.
         self.look: Callable[..., None] | None = None
 
-    def begin_step(self, layer: int, begins: bool, first: bool, in_16_bits: Any):
-        """A step begins, or is told again, outside any traced code. `in_16_bits` are the heads that a schedule
-        keeps in 16 bits."""
+    def check_heads(self, layer: int, in_16_bits: Any):
+        """Refuses what is no list of heads of this layer, which is number `layer`."""
         known = isinstance(in_16_bits, (list, tuple)) and all(map(is_head, in_16_bits))
         if not known or max(in_16_bits, default=0) >= self.count:
             allowed = f"a list of numbers from 0 to {self.count - 1}"
             raise ValueError(f"the heads of layer {layer} in 16 bits are {in_16_bits!r} in the schedule. They are {allowed}")
+
+    def begin_step(self, layer: int, begins: bool, first: bool, in_16_bits: Any):
+        """A step begins, or is told again, outside any traced code. `in_16_bits` are the heads that a schedule
+        keeps in 16 bits."""
+        self.check_heads(layer, in_16_bits)
         if self.largest_error is None:
             self.has_bits, self.judging = bool(in_16_bits), False
             # With any bound there are kernels of both kinds. It decides about no head, since bits are given.

@@ -66,10 +66,13 @@ class Watch:
         self.done = 0
         self.noise: list[float] = []
         self.watched: dict[str, types.MethodType] = {}
+
+    def begin(self) -> None:
+        """Tells of the step that the scheduler is at, and of those that follow."""
         for name in ("set_timesteps", "set_begin_index", "step"):
-            if hasattr(scheduler, name):
+            if hasattr(self.scheduler, name):
                 self.watched[name] = self.telling(name)
-                setattr(scheduler, name, self.watched[name])
+                setattr(self.scheduler, name, self.watched[name])
         self.read_timesteps()
 
     def telling(self, name: str) -> types.MethodType:
