@@ -391,7 +391,7 @@ def overwriting():
     return backend
 
 
-@pytest.mark.parametrize("error", [0, 1.5, float("nan")])
+@pytest.mark.parametrize("error", [0, 1.5, float("nan"), "0.1"])
 def test_a_largest_error_is_a_part(error):
     with pytest.raises(ValueError, match="largest_error is"):
         apply(build("Wan")[0], compute="e4m3", largest_error=error)
@@ -574,7 +574,7 @@ def test_a_pipeline_is_taken_whole_or_not_at_all():
     assert processors(right) == before
 
 
-@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan"), "0.5"])
 def test_a_density_is_a_part(density):
     model, _ = build("Wan")
     with pytest.raises(ValueError, match="density"):
@@ -590,8 +590,12 @@ def test_a_warmup_is_in_shares(wrong):
 def test_a_schedule_that_fails_leaves_the_model_alone():
     model, _ = build("Wan")
     before = [module.processor for module in model.modules() if hasattr(module, "processor")]
-    with pytest.raises(TypeError):
-        apply(model, schedule=0.3)
+    for wrong in (0.3, b"schedule.json"):
+        with pytest.raises(ValueError, match="schedule is .* It is a Warmup, a function"):
+            apply(model, schedule=wrong)
+    for wrong in ((), (0.5,), "0.5", [0.5, "e4m3"], (0.5, "e4m3", (), ())):
+        with pytest.raises(ValueError, match=r"the schedule says .* of layer 0. It says a density or None"):
+            apply(model, schedule=lambda step, layer, wrong=wrong: wrong)
     assert [module.processor for module in model.modules() if hasattr(module, "processor")] == before
     handle = apply(model)
     for index, count in [(50, 50), (-1, 50), (0, 0)]:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from typing import Any, get_args
 
 try:
@@ -77,14 +78,16 @@ def apply(
     Raises `ValueError` where there is no transformer, or its weights are f32, for a density, a compute, a head or
     an error that is none, for an error beside a schedule that names heads, and for the schedule of another model.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}. It is a part of all pairs: above 0, and at most 1")
+    if not is_part(density):
+        raise ValueError(f"density is {density!r}. It is a part of all pairs: above 0, and at most 1")
     check_compute(compute)
-    if largest_error is not None and not 0 < largest_error <= 1:
-        raise ValueError(f"largest_error is {largest_error}. It is a part of a head's output: above 0, and at most 1")
+    if not (largest_error is None or is_part(largest_error)):
+        raise ValueError(f"largest_error is {largest_error!r}. It is a part of a head's output: above 0, and at most 1")
     models = transformers(target)
     if isinstance(schedule, (str, os.PathLike)):
         schedule = DensitySchedule.load(schedule)
+    if not (schedule is None or callable(schedule)):
+        raise ValueError(f"schedule is {schedule!r}. It is a Warmup, a function of a step and a layer, a study's schedule or its file")
     restore(target)
     scheduler = scheduler or getattr(target, "scheduler", None)
     handle = Handle(density, compute, largest_error)
@@ -186,7 +189,13 @@ class Handle:
         begins, self.told = step != self.told, step
         for layer, processor in enumerate(self.layers):
             chosen = self.schedule(step, layer)
-            density, compute, *heads = chosen if isinstance(chosen, tuple) else (chosen, None)
+            said = chosen if isinstance(chosen, tuple) else (chosen, None)
+            if len(said) not in (2, 3) or not isinstance(said[0], Real | None):
+                raise ValueError(
+                    f"the schedule says {chosen!r} of layer {layer}. It says a density or None, or a tuple of that, a compute "
+                    "or None, and the heads in 16 bits where that is 'e4m3'"
+                )
+            density, compute, *heads = said
             density = self.density if density is None else density
             processor.density = DENSE if density >= 1 else repr(float(density))
             processor.compute = self.compute if compute is None else check_compute(compute)
@@ -272,6 +281,10 @@ class Handle:
 
 
 BOTH = "a largest_error was given, and the schedule says by itself which heads stay in 16 bits. Leave one of them out"
+
+
+def is_part(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) <= 1
 
 
 def check_compute(compute: str) -> str:
