@@ -30,7 +30,7 @@ class Block:
         self.family = family
         self.captured = captured = compare.Captured(family)
         ours = FAMILIES[captured.model]
-        self.model = Model(captured.model, ours.sinks)
+        self.model = Model(captured.model, ours.sinks, alone=False)
         self.processor = ours.processor(self.model, captured.attention.processor, captured.attention)
         lengths = family.lengths or [None] * compare.BATCH
         self.rows = [None if length is None else compare.VIDEO + length for length in lengths]
