@@ -553,7 +553,7 @@ framestride_status framestride_attention_new(framestride_module module,
                                              uint32_t heads,
                                              framestride_attention *attention);
 
-// Bytes that the workspace of a call must have: about three times Q, or twice
+// Bytes that the workspace of a call must have: about three times Q, or 1.5 times
 // where all heads multiply in 8 bits.
 framestride_status framestride_workspace_bytes(framestride_attention attention, uint64_t *bytes);
 

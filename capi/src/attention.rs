@@ -39,7 +39,7 @@ pub unsafe extern "C" fn framestride_attention_new(
     })
 }
 
-/// Bytes that the workspace of a call must have: about three times Q, or twice
+/// Bytes that the workspace of a call must have: about three times Q, or 1.5 times
 /// where all heads multiply in 8 bits.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn framestride_workspace_bytes(

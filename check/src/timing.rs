@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use framestride::device::Buffer;
-use framestride::launch::{EightBits, Launch, Launches, Profiling, SixteenBits};
+use framestride::launch::{EightBits, Launch, Launches, SixteenBits};
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{Compute, NormKind, Spec};
@@ -342,21 +342,19 @@ impl Bench {
         }
         if timed.contains(&Timed::Profiled) {
             let all = launches(HeadTypes::Profiled)?;
-            if let Some(Profiling { pack, profile, select, .. }) = all.profiling {
+            if let Some(profiling) = all.profiling {
+                let in_order: Vec<Launch> = profiling.in_order().copied().collect();
+                let packs: Vec<Launch> = profiling.of_keys().map(|keys| keys.pack).collect();
+                let profiles = profiling.of_keys().map(|keys| keys.profile).chain([profiling.select]);
+                let profiles: Vec<Launch> = profiles.collect();
+                let (select, before) = (&in_order[in_order.len() - 1..], &in_order[..in_order.len() - 1]);
                 let partials = &self.attention.workspace_layout().partials;
                 let partial_bytes = partials.end - partials.start;
-                items.push(item("profile", None, &[pack], &[profile, select], 2 * tensor, VisiblePairs::None));
-                items.push(item("select", None, &[pack, profile], &[select], partial_bytes, VisiblePairs::None));
+                items.push(item("profile", None, &packs, &profiles, 2 * tensor, VisiblePairs::None));
+                items.push(item("select", None, before, select, partial_bytes, VisiblePairs::None));
                 // In 16 bits it moves Q, and K and V of as many heads as come out temporal.
                 let repacked = if spec.compute == Compute::Dtype { 2 * tensor } else { packed };
-                items.push(item(
-                    "repack",
-                    None,
-                    &[pack, profile, select],
-                    &parts(&all).0,
-                    repacked + tables,
-                    VisiblePairs::Profiled,
-                ));
+                items.push(item("repack", None, &in_order, &parts(&all).0, repacked + tables, VisiblePairs::Profiled));
             }
             let layer = item("layer", None, &[], &[], 4 * tensor + tables, VisiblePairs::Profiled);
             items.push(Item { work: Work::Layer, ..layer });
@@ -411,6 +409,10 @@ impl Bench {
         let spec = self.module.spec();
         let [batch, _, heads, _] = self.inputs.shape;
         let types: Vec<HeadType> = if self.items.iter().any(|item| item.pairs == VisiblePairs::Profiled) {
+            // Where two launches profile half of the keys each, they were timed on the same rows.
+            // SAFETY: all memory is this value's own or the caller's for the call, sized by the
+            // library, and the work is waited for.
+            unsafe { self.attention.profile(Stream::DEFAULT, &self.inputs.layer, &self.workspace)? };
             self.attention.read_profile(&self.workspace)?.iter().map(|profile| profile.head_type).collect()
         } else {
             Vec::new()

@@ -161,6 +161,17 @@ fn few_tokens_in_eight_bits() {
     }
 }
 
+/// In 8 bits, profiling goes over the keys in two halves. The second may have no valid key.
+#[test]
+fn half_of_the_keys_in_eight_bits() {
+    let spec = in_eight_bits([3, 16], 2, 16).spec().to_builder().before(30).after(200).build().unwrap();
+    let module = Module::load(&Device::emulator(), &spec).unwrap();
+    assert!(spec.profiled_rows() > spec.layout.video_tokens());
+    for text in [CaseText::Empty, CaseText::Partial, CaseText::FullGiven] {
+        pass(&module, &[Case { text: [text; 2], ..Case::new(CaseTypes::Profiled, CaseContent::Random) }]);
+    }
+}
+
 /// In 8 bits an accumulator must not have all keys of a long sequence. With these values it would
 /// lose more than the tolerance allows.
 #[test]
@@ -236,6 +247,8 @@ fn a_sample() {
                 "packed k",
                 "packed v",
                 "sampled rows of q",
+                "profiled k",
+                "profiled v",
                 "output",
                 "output as a whole",
                 "log-sum-exp",

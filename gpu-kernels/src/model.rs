@@ -58,11 +58,13 @@ pub trait Model {
         Self::numbers().layout()
     }
 
-    /// Rows of **attention** from the image of one head to that of the next. An image in 8 bits
-    /// lies at the beginning of the place of one in 16.
+    /// Rows from the image of one head, as **attention** reads it, to that of the next.
     #[inline(always)]
     fn image_rows() -> u32 {
-        Self::layout().packed_rows() * const { Self::IMAGE.bytes(1) / Self::ROW_BYTES }
+        match Self::COMPUTE {
+            Compute::Dtype => Self::layout().packed_rows(),
+            Compute::E4m3 => Self::numbers().e4m3_image_rows,
+        }
     }
 
     /// Whether a head multiplies in this model's precision. `head` counts in `precisions`, which is
@@ -81,6 +83,12 @@ pub trait Model {
     fn pack_shared() -> PackShared {
         let Numbers { pack_threads, pack_held_steps, .. } = Self::numbers();
         PackShared::new(pack_threads / 32, pack_held_steps)
+    }
+
+    /// Bytes from the image of one head, as **attention** reads it, to that of the next.
+    #[inline(always)]
+    fn image_bytes() -> u64 {
+        (Self::image_rows() * Self::ROW_BYTES) as u64
     }
 
     /// How the partial results of profiling lie, with the keys of a head in `splits` parts.

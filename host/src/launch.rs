@@ -54,6 +54,11 @@ impl Kernel {
         }
     }
 
+    /// Whether it writes or reads images in 8 bits.
+    pub(crate) fn has_e4m3_images(self) -> bool {
+        matches!(self, Kernel::PackE4m3 | Kernel::PackValues | Kernel::AttentionE4m3)
+    }
+
     /// Name of the entry in the PTX.
     #[must_use]
     pub const fn entry(self) -> &'static str {
@@ -147,14 +152,38 @@ pub struct Launches {
 
 /// What finds the types of the heads.
 #[derive(Clone, Copy, Debug)]
+#[must_use]
 #[non_exhaustive]
 pub struct Profiling {
-    /// Packs K and V of all heads in the spatial layout, and the sampled rows of Q.
+    /// What profiles all keys. Where all heads multiply in 8 bits, it is the first half of them.
+    pub keys: ProfiledKeys,
+    /// What profiles the other half then. Its packed rows come in the place of those of the first.
+    pub other_keys: Option<ProfiledKeys>,
+    /// Computes the errors of the masks, and chooses the types.
+    pub select: Launch,
+}
+
+/// What profiles all keys or half of them.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ProfiledKeys {
+    /// Packs K and V of all heads in the spatial layout. The first one packs the sampled rows of Q
+    /// too.
     pub pack: Launch,
     /// Computes the sampled rows under all masks.
     pub profile: Launch,
-    /// Computes the errors of the masks, and chooses the types.
-    pub select: Launch,
+}
+
+impl Profiling {
+    /// The launches that profile keys, in the order in which they must run.
+    pub fn of_keys(&self) -> impl Iterator<Item = &ProfiledKeys> {
+        std::iter::once(&self.keys).chain(&self.other_keys)
+    }
+
+    /// All launches in the order in which they must run.
+    pub fn in_order(&self) -> impl Iterator<Item = &Launch> {
+        self.of_keys().flat_map(|ProfiledKeys { pack, profile }| [pack, profile]).chain([&self.select])
+    }
 }
 
 /// What computes heads in 8 bits.
@@ -188,8 +217,7 @@ pub struct SixteenBits {
 impl Launches {
     /// The launches in the order in which they must run.
     pub fn in_order(&self) -> impl Iterator<Item = &Launch> {
-        let profiling = self.profiling.iter();
-        let profiling = profiling.flat_map(|Profiling { pack, profile, select }| [pack, profile, select]);
+        let profiling = self.profiling.iter().flat_map(Profiling::in_order);
         let eight_bits =
             self.eight_bits.iter().flat_map(|EightBits { center, pack, pack_values, attention, judge }| {
                 [center, pack, pack_values, attention].into_iter().chain(judge)
@@ -208,8 +236,8 @@ mod tests {
     fn parameter_blocks_have_no_padding() {
         const TENSOR: usize = 4 * 8;
         const NORM: usize = 2 * 8;
-        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 13 * 8 + 6 * 4);
-        assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 6 * 4);
+        assert_eq!(Kernel::Pack.params_bytes(), 9 * TENSOR + 6 * NORM + 13 * 8 + 8 * 4);
+        assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 8 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
         assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 7 * 8 + 6 * 4);
         assert_eq!(Kernel::Judge.params_bytes(), 5 * 8 + TENSOR + 4 * 4);

@@ -7,6 +7,9 @@
 //! Dense       pack(all, spatial layout) -> attention
 //! ```
 //!
+//! Where all heads multiply in 8 bits, `pack -> profile` runs twice, for half of the keys each. So
+//! the images of profiling take no more memory than those of attention.
+//!
 //! Where the spec says `compute = "e4m3"`, heads multiply in 8 bits. What follows **select** is
 //!
 //! ```text
@@ -283,7 +286,9 @@ impl SparseAttention {
     /// As for [`SparseAttention::forward`].
     pub unsafe fn profile(&self, stream: Stream, layer: &Layer, workspace: &Workspace) -> Result<()> {
         // SAFETY: as in `forward`.
-        self.profile_launches(layer, workspace)?.iter().try_for_each(|launch| unsafe { self.launch(stream, launch) })
+        self.profile_launches(layer, workspace)?
+            .in_order()
+            .try_for_each(|launch| unsafe { self.launch(stream, launch) })
     }
 
     /// Launches one kernel of a layer, as [`SparseAttention::launches`] wrote it.

@@ -14,7 +14,7 @@ use framestride_shapes::workspace::WorkspaceLayout;
 
 use crate::call::{Purpose, TensorShape, check_call, check_half_widths, check_scale, given_tensors, is_aligned};
 use crate::error::Result;
-use crate::launch::{EightBits, Kernel, Launch, Launches, Params, Profiling, SixteenBits};
+use crate::launch::{EightBits, Kernel, Launch, Launches, Params, ProfiledKeys, Profiling, SixteenBits};
 use crate::layer::{HeadTypes, Layer, SparseAttention, Text};
 use crate::workspace::Workspace;
 
@@ -41,13 +41,9 @@ impl SparseAttention {
         // In 8 bits, attention has images of its own in place of those that profiling had read.
         let has_images = profiles && precisions == Precisions::All(Compute::Dtype);
         let pass = if has_images { PackPass::AfterProfiling } else { PackPass::All };
-        let pack = |kernel| call.pack(kernel, PackPass::All, head_types, in_8);
+        let pack = |kernel| call.pack(kernel, PackPass::All, ALL_KEYS, head_types, in_8);
         Ok(Launches {
-            profiling: profiles.then(|| Profiling {
-                pack: call.pack(Kernel::Pack, PackPass::BeforeProfiling, 0, 0),
-                profile: call.profile(),
-                select: call.select(),
-            }),
+            profiling: profiles.then(|| call.profiling()),
             eight_bits: (precisions != Precisions::All(Compute::Dtype)).then(|| EightBits {
                 center: pack(Kernel::Center),
                 pack: pack(Kernel::PackE4m3),
@@ -59,17 +55,16 @@ impl SparseAttention {
                 },
             }),
             sixteen_bits: (precisions != Precisions::All(Compute::E4m3)).then(|| SixteenBits {
-                pack: call.pack(Kernel::Pack, pass, head_types, in_16),
+                pack: call.pack(Kernel::Pack, pass, ALL_KEYS, head_types, in_16),
                 attention: call.attention(Kernel::Attention, head_types, in_16),
             }),
         })
     }
 
-    /// Checks a call that only profiles, and writes its launches, in the order in which they must
-    /// run.
-    pub(crate) fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<[Launch; 3]> {
-        let call = Call::check(self, layer, Purpose::Profile, workspace)?;
-        Ok([call.pack(Kernel::Pack, PackPass::BeforeProfiling, 0, 0), call.profile(), call.select()])
+    /// Checks a call that only profiles, and writes its launches.
+    #[doc(hidden)]
+    pub fn profile_launches(&self, layer: &Layer, workspace: &Workspace) -> Result<Profiling> {
+        Ok(Call::check(self, layer, Purpose::Profile, workspace)?.profiling())
     }
 }
 
@@ -132,16 +127,21 @@ impl<'a> Call<'a> {
         self.workspace + part.start
     }
 
-    /// Addresses of packed Q, K and V as attention reads them.
-    fn packed(&self) -> [u64; 3] {
-        let WorkspaceLayout { packed_q, packed_k, packed_v, .. } = &self.plan.workspace;
-        [packed_q, packed_k, packed_v].map(|part| self.part(part))
+    /// Addresses of packed Q, K and V as this kernel of attention, or of what packs for it, has
+    /// them.
+    fn packed(&self, kernel: Kernel) -> [u64; 3] {
+        let WorkspaceLayout { packed, packed_e4m3, .. } = &self.plan.workspace;
+        let parts = if kernel.has_e4m3_images() { packed_e4m3 } else { packed };
+        parts.each_ref().map(|part| self.part(part))
     }
 
-    /// Addresses of the sampled rows of packed Q, and of packed K and V as profile reads them.
-    fn profiled(&self) -> [u64; 3] {
+    /// Addresses of the sampled rows of packed Q, and of packed K and V as profile reads them. Only
+    /// rows from `first_key` on are there, and the addresses are those that row 0 would have.
+    fn profiled(&self, first_key: u32) -> [u64; 3] {
         let WorkspaceLayout { samples, profiled_k, profiled_v, .. } = &self.plan.workspace;
-        [samples, profiled_k, profiled_v].map(|part| self.part(part))
+        let skipped = u64::from(self.plan.module.spec().image().bytes(first_key));
+        let row_0 = |part| self.part(part).wrapping_sub(skipped);
+        [self.part(samples), row_0(profiled_k), row_0(profiled_v)]
     }
 
     /// Seed of the rows that are sampled.
@@ -165,12 +165,33 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// A launch of pack, or of another kernel with its parameters.
-    fn pack(&self, kernel: Kernel, pass: PackPass, head_types: u64, precisions: u64) -> Launch {
+    /// What finds the types of the heads.
+    fn profiling(&self) -> Profiling {
+        let launches = profile_launches(self.plan.module.spec());
+        let (rows, splits) = (self.plan.workspace.profiled_rows, self.plan.splits / launches);
+        let of_keys = |index: u32| {
+            let keys = [index * rows, (index + 1) * rows];
+            let pack = self.pack(Kernel::Pack, PackPass::BeforeProfiling, keys, 0, 0);
+            ProfiledKeys { pack, profile: self.profile(keys, index * splits, splits) }
+        };
+        let other_keys = (launches == 2).then(|| of_keys(1));
+        Profiling { keys: of_keys(0), other_keys, select: self.select() }
+    }
+
+    /// A launch of pack, or of another kernel with its parameters. Before profiling it packs keys
+    /// from the first of two packed rows to the second.
+    fn pack(
+        &self,
+        kernel: Kernel,
+        pass: PackPass,
+        [first_key, end_key]: [u32; 2],
+        head_types: u64,
+        precisions: u64,
+    ) -> Launch {
         let (spec, layer) = (self.plan.module.spec(), self.layer);
         let [packed_q, packed_k, packed_v] = match pass {
-            PackPass::BeforeProfiling => self.profiled(),
-            PackPass::All | PackPass::AfterProfiling => self.packed(),
+            PackPass::BeforeProfiling => self.profiled(first_key),
+            PackPass::All | PackPass::AfterProfiling => self.packed(kernel),
         };
         let [[q, q_before, q_after], [k, k_before, k_after], [v, v_before, v_after]] =
             [0, 1, 2].map(|operand| row_groups(spec, layer, operand));
@@ -209,6 +230,8 @@ impl<'a> Call<'a> {
             scale_log2: self.scale * std::f32::consts::LOG2_E,
             pass: pass as u32,
             aligned: aligned.into(),
+            first_key,
+            end_key,
             reserved: 0,
         });
         let (rows, batch, heads) = (spec.layout.packed_rows(), self.plan.batch, self.plan.heads);
@@ -221,15 +244,19 @@ impl<'a> Call<'a> {
             Kernel::PackE4m3 => [row_blocks, 2, batch],
             Kernel::PackValues => [unit_blocks * heads, batch, 1],
             // Blocks of an item, row by row and then for its samples, lie in two columns.
-            _ if pass == PackPass::BeforeProfiling => [row_blocks + sample_blocks.div_ceil(2), 2, batch],
+            _ if pass == PackPass::BeforeProfiling => {
+                [row_blocks + if first_key == 0 { sample_blocks.div_ceil(2) } else { 0 }, 2, batch]
+            }
             _ => [row_blocks, 3, batch],
         };
         self.launch(kernel, grid, params)
     }
 
-    fn profile(&self) -> Launch {
-        let (spec, splits) = (self.plan.module.spec(), self.plan.splits);
-        let [samples, packed_k, packed_v] = self.profiled();
+    /// Profiles keys from the first of two packed rows to the second. Its splits are `splits` of
+    /// the call's, from `first_split` on.
+    fn profile(&self, [first_key, end_key]: [u32; 2], first_split: u32, splits: u32) -> Launch {
+        let partials = self.plan.partials();
+        let [samples, packed_k, packed_v] = self.profiled(first_key);
         let [spatial_half_width, temporal_half_width] = self.half_widths;
         let (batch, heads) = (self.plan.batch, self.plan.heads);
         let params = Params::Profile(ProfileParams {
@@ -238,16 +265,18 @@ impl<'a> Call<'a> {
             packed_v,
             before_lengths: self.layer.before.lengths,
             after_lengths: self.layer.after.lengths,
-            partials: self.part(&self.plan.workspace.partials),
+            partials: self.part(&self.plan.workspace.partials) + partials.offset(0, 0, first_split) * 4,
             seed: self.seed(),
             batch,
             heads,
-            splits,
+            splits: self.plan.splits,
             spatial_half_width,
             temporal_half_width,
+            first_key,
+            end_key,
             reserved: 0,
         });
-        self.launch(Kernel::Profile, [splits, spec.partials(splits).groups, batch * heads], params)
+        self.launch(Kernel::Profile, [splits, partials.groups, batch * heads], params)
     }
 
     fn select(&self) -> Launch {
@@ -289,7 +318,7 @@ impl<'a> Call<'a> {
 
     fn attention(&self, kernel: Kernel, head_types: u64, precisions: u64) -> Launch {
         let (spec, module) = (self.plan.module.spec(), &self.plan.module);
-        let [packed_q, packed_k, packed_v] = self.packed();
+        let [packed_q, packed_k, packed_v] = self.packed(kernel);
         let [spatial_half_width, temporal_half_width] = self.half_widths;
         let (batch, heads) = (self.plan.batch, self.plan.heads);
         let params = Params::Attention(AttentionParams {
@@ -354,12 +383,23 @@ pub fn workspace_layout(spec: &Spec, batch: u32, heads: u32, multiprocessors: u3
     spec.workspace(batch, heads, profile_splits(spec, batch, heads, multiprocessors))
 }
 
-/// Into how many parts profiling divides the keys of a head. Each block takes one part.
+/// Into how many parts profiling divides the keys of a head. Each block takes one part. Where two
+/// launches share the keys, each has half of the parts.
 pub(crate) fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
+    let launches = profile_launches(spec);
     let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
     let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.partials(1).groups);
-    splits_of(blocks, multiprocessors.max(1), key_tiles.clamp(1, MOST_SPLITS))
+    let most = (key_tiles / launches).clamp(1, MOST_SPLITS / launches);
+    launches * splits_of(blocks, multiprocessors.max(1), most)
 }
+
+/// How many launches of **profile** share the keys.
+fn profile_launches(spec: &Spec) -> u32 {
+    if spec.profiled_rows() < spec.layout.packed_rows() { 2 } else { 1 }
+}
+
+/// What is said of keys where all are packed.
+const ALL_KEYS: [u32; 2] = [0, u32::MAX];
 
 /// The fewest parts, up to `most`, whose time is within 5% of the best.
 ///

@@ -313,9 +313,8 @@ fn is_asm(line: &str) -> bool {
 fn is_literal(line: &str) -> bool {
     let mut texts = line.split('"').skip(1).step_by(2);
     let name = texts.next().and_then(|text| text.strip_prefix("mov.u32 ${0}, ")?.strip_suffix(';'));
-    let is_name = |name: &str| {
-        name.strip_prefix(PREFIX).is_some_and(|rest| rest.bytes().all(|byte| byte == b'_' || byte.is_ascii_lowercase()))
-    };
+    let is_part = |byte: u8| byte == b'_' || byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_name = |name: &str| name.strip_prefix(PREFIX).is_some_and(|rest| rest.bytes().all(is_part));
     name.is_some_and(is_name) && matches!(texts.next(), Some("=r" | "=&r"))
 }
 

@@ -105,6 +105,8 @@ numbers! { |spec, arch|
     profile_rows: Divisor = Divisor::new(spec.profile.rows);
     /// 1 / (sampled rows x head dim), which makes mean errors of sums.
     error_mean: f32 = 1.0 / (spec.profile.rows * spec.head_dim) as f32;
+    /// Rows of 8-bit elements from the image in 8 bits of one head to that of the next.
+    e4m3_image_rows: u32 = spec.e4m3_image_rows();
     /// Threads of a block of **pack**.
     pack_threads: u32 = pack(spec, arch).threads();
     /// Blocks of **pack** that a multiprocessor holds.

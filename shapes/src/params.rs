@@ -130,6 +130,10 @@ pub struct PackParams {
     pub pass: u32,
     /// 1 when every address and stride of Q, K and V is a multiple of 16 bytes, else 0.
     pub aligned: u32,
+    /// First packed row of K and V that is written before profiling.
+    pub first_key: u32,
+    /// End of the packed rows of K and V that are written before profiling.
+    pub end_key: u32,
     /// This field keeps the size a multiple of 8.
     pub reserved: u32,
 }
@@ -151,7 +155,8 @@ pub struct ProfileParams {
     pub before_lengths: u64,
     /// Those after the video, likewise.
     pub after_lengths: u64,
-    /// Where the partial results go. [`PartialsLayout`] says how they lie.
+    /// Where the partial results of the launch's first split go. [`PartialsLayout`] says how they
+    /// lie.
     pub partials: u64,
     /// Seed with which sampled rows are drawn.
     pub seed: u64,
@@ -160,12 +165,17 @@ pub struct ProfileParams {
     /// Heads in this launch.
     pub heads: u32,
     /// Parts that the keys of a head are split into, at most
-    /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS).
+    /// [`MOST_SPLITS`](crate::blocks::MOST_SPLITS). The launch has some or all of them.
     pub splits: u32,
     /// Half width of the spatial band in tokens, 1 to N.
     pub spatial_half_width: u32,
     /// Half width of the temporal band in tokens, 1 to N.
     pub temporal_half_width: u32,
+    /// First packed row of the keys of this launch, a multiple of
+    /// [`PROFILE_KEY_ROWS`](crate::blocks::PROFILE_KEY_ROWS).
+    pub first_key: u32,
+    /// End of their packed rows. No other rows are there.
+    pub end_key: u32,
     /// This field keeps the size a multiple of 8.
     pub reserved: u32,
 }

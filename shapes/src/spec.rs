@@ -181,9 +181,9 @@ pub use lines::Lines;
 pub use schema::json_schema;
 
 use crate::arch::Arch;
-use crate::blocks::Tiles;
+use crate::blocks::{PROFILE_KEY_ROWS, Tiles};
 use crate::density;
-use crate::image::Image;
+use crate::image::{Image, e4m3};
 use crate::layout::{HeadType, Layout};
 use crate::numbers::Template;
 use crate::params::PartialsLayout;
@@ -510,6 +510,25 @@ impl Spec {
         Template { image: self.image(), compute: self.compute }
     }
 
+    /// Rows of packed K and V that are profiled at a time. Without heads in 16 bits they are half
+    /// of the keys, in whole tiles, so that both halves are within the packed rows.
+    pub const fn profiled_rows(&self) -> u32 {
+        match self.precisions() {
+            [true, _] => self.layout.packed_rows(),
+            [false, _] => self.layout.sequence().div_ceil(2 * PROFILE_KEY_ROWS) * PROFILE_KEY_ROWS,
+        }
+    }
+
+    /// Rows of 8-bit elements from the image in 8 bits of one head to that of the next. Where there
+    /// are heads in 16 bits too, each of both has its place.
+    pub const fn e4m3_image_rows(&self) -> u32 {
+        let rows = self.layout.packed_rows();
+        match self.precisions() {
+            [true, _] => self.image().bytes(rows) / e4m3::ROW_BYTES,
+            [false, _] => e4m3::bytes(rows) / e4m3::ROW_BYTES,
+        }
+    }
+
     /// Where the partial results of profiling lie, with the keys in `splits` parts.
     pub const fn partials(&self, splits: u32) -> PartialsLayout {
         PartialsLayout::new(self.profile.rows, self.head_dim, splits)
@@ -518,6 +537,6 @@ impl Spec {
     /// The workspace of a launch with `batch` items of `heads` heads, profiled over `splits` parts
     /// of the keys.
     pub fn workspace(&self, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
-        WorkspaceLayout::new(&self.layout, self.image(), self.precisions(), batch, heads, self.partials(splits))
+        WorkspaceLayout::new(self, batch, heads, splits)
     }
 }

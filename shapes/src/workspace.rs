@@ -2,9 +2,10 @@
 
 use core::ops::Range;
 
-use crate::image::{Image, e4m3};
-use crate::layout::{HeadType, Layout};
-use crate::params::{PartialsLayout, SCHEDULE_BYTES};
+use crate::image::e4m3;
+use crate::layout::HeadType;
+use crate::params::SCHEDULE_BYTES;
+use crate::spec::Spec;
 
 /// Every part starts at a multiple of this many bytes if the allocation does, as `cudaMalloc`
 /// promises. Bulk copies of packed tensors ask for less.
@@ -13,34 +14,46 @@ pub const ALIGNMENT: u64 = 256;
 /// Byte ranges of the parts of a workspace, relative to its start, and its size.
 /// [`crate::spec::Spec::workspace`] makes it.
 ///
-/// The images of attention in 8 bits lie where profiling had its own, which nobody reads then.
-/// Where heads have both precisions, an image in 8 bits lies at the beginning of the place of one
-/// in 16. Where all are in 8 bits, Q in 16 has no place at all. Those of a head are
+/// What is never needed at the same time shares memory. Profiling comes first, then attention in 8
+/// bits, then attention in 16 bits. With heads in 16 bits, the images of profiling stay for them:
 ///
 /// ```text
-/// place of K in 16 bits        place of V in 16 bits
-/// Q in 8 bits, K in 8 bits     V in 8 bits
+/// profiling           samples, partials | K in 16 bits    | V in 16 bits
+/// attention, 8 bits             partials | Q and K in 8 bits | V in 8 bits
+/// attention, 16 bits  Q in 16 bits      | K in 16 bits    | V in 16 bits
+/// ```
+///
+/// An image in 8 bits then lies in the place of the same head's image in 16. Without heads in 16
+/// bits, profiling goes over the keys in two halves, so that its images take no more than those of
+/// attention:
+///
+/// ```text
+/// profiling           half of K and V in 16 bits, samples, partials
+/// attention, 8 bits   Q, K, V in 8 bits
 /// ```
 ///
 /// Nothing in a workspace outlives a layer, except `errors`, `head_types`, `precision_errors` and
 /// `precisions` for whoever wants to look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkspaceLayout {
-    /// Packed Q as **attention** reads it, an [image](crate::image) of each head. From that of one
-    /// head to that of the next are as many bytes as one in 16 bits has.
-    pub packed_q: Range<u64>,
-    /// Packed K, likewise.
-    pub packed_k: Range<u64>,
-    /// Packed V, likewise.
-    pub packed_v: Range<u64>,
+    /// Packed Q, K and V as **attention** in 16 bits reads them, an [image](crate::image) of each
+    /// head. They are empty where no head is in 16 bits.
+    pub packed: [Range<u64>; 3],
+    /// Packed Q, K and V as **attention** in 8 bits reads them, an image of each head. From one to
+    /// the next are [`Spec::e4m3_image_rows`]. They are empty where no head is in 8 bits.
+    pub packed_e4m3: [Range<u64>; 3],
     /// The sampled rows of packed Q, as [`ProfileParams::samples`](crate::params::ProfileParams)
     /// says.
     pub samples: Range<u64>,
-    /// Packed K as **profile** reads it, \[batch, heads, packed_rows, head_dim\] in 16 bits.
+    /// Packed K as **profile** reads it, in 16 bits: an image of the first `profiled_rows` rows of
+    /// each head. From one to the next are as many bytes as all rows have.
     pub profiled_k: Range<u64>,
     /// Packed V, likewise.
     pub profiled_v: Range<u64>,
-    /// Partial results of profiling, f32, as [`PartialsLayout`] says.
+    /// Rows of K and V that are profiled at a time: all packed rows, or half of the keys. The other
+    /// half comes in the place of the first.
+    pub profiled_rows: u32,
+    /// Partial results of profiling, f32, as [`PartialsLayout`](crate::params::PartialsLayout) says.
     pub partials: Range<u64>,
     /// Mean squared errors of the candidate masks, f32 \[batch, heads, candidates\].
     pub errors: Range<u64>,
@@ -62,50 +75,74 @@ pub struct WorkspaceLayout {
     pub bytes: u64,
 }
 
+/// Gives places one behind the other.
+#[derive(Clone, Copy)]
+struct Places {
+    /// End of those that were given.
+    end: u64,
+}
+
+impl Places {
+    fn place(&mut self, bytes: u64) -> Range<u64> {
+        let start = self.end.next_multiple_of(ALIGNMENT);
+        self.end = start + bytes;
+        start..self.end
+    }
+
+    /// Goes on behind these and `others`.
+    fn join(&mut self, others: Places) {
+        self.end = self.end.max(others.end);
+    }
+}
+
 impl WorkspaceLayout {
-    /// Places the parts for `batch` items of `heads` heads. `precisions` says whether there are
-    /// heads in 16 bits, and whether in 8.
-    pub fn new(
-        layout: &Layout,
-        image: Image,
-        [in_16_bits, in_8_bits]: [bool; 2],
-        batch: u32,
-        heads: u32,
-        partials: PartialsLayout,
-    ) -> WorkspaceLayout {
-        let mut bytes = 0;
-        let mut place = |size: u64| {
-            let start = bytes;
-            bytes = (start + size).next_multiple_of(ALIGNMENT);
-            start..start + size
-        };
+    /// Places the parts for `batch` items of `heads` heads, profiled over `splits` parts of the
+    /// keys.
+    pub fn new(spec: &Spec, batch: u32, heads: u32, splits: u32) -> WorkspaceLayout {
+        let (image, rows, profiled_rows) = (spec.image(), spec.layout.packed_rows(), spec.profiled_rows());
+        let (partials, [in_16_bits, in_8_bits]) = (spec.partials(splits), spec.precisions());
         let all_heads = u64::from(batch) * u64::from(heads);
         let of_heads = |rows: u32| all_heads * u64::from(image.bytes(rows));
-        let packed = of_heads(layout.packed_rows());
-        let queries = in_16_bits.then(|| place(packed));
-        let (profiled_k, profiled_v) = (place(packed), place(packed));
-        let (packed_q, packed_k) = match queries {
-            Some(queries) => (queries, profiled_k.clone()),
-            None => {
-                let bytes = u64::from(e4m3::ROW_BYTES * layout.packed_rows());
-                let Range { start, end } = profiled_k;
-                (start..end - bytes, start + bytes..end)
-            }
+        // Two images of each head, of which the second begins so many bytes behind the first.
+        let beside = |place: &Range<u64>, bytes: u32| {
+            let bytes = u64::from(bytes);
+            [place.start..place.end - bytes, place.start + bytes..place.end]
         };
-        let samples = place(of_heads(partials.group_rows()));
-        let partials = place(partials.bytes(all_heads));
-        let errors = place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
-        let (head_types, schedule) = (place(all_heads * 4), place(SCHEDULE_BYTES));
+        let no_images = || [0..0, 0..0, 0..0];
+        let mut places = Places { end: 0 };
+        let mut profiling = places;
+        let results = |profiling: &mut Places| {
+            [of_heads(partials.group_rows()), partials.bytes(all_heads)].map(|bytes| profiling.place(bytes))
+        };
+        let (packed, packed_e4m3, [profiled_k, profiled_v], [samples, partials]);
+        if in_16_bits {
+            let q = places.place(of_heads(rows));
+            [samples, partials] = results(&mut profiling);
+            places.join(profiling);
+            let [k, v] = [(); 2].map(|()| places.place(of_heads(rows)));
+            [profiled_k, profiled_v] = [k.clone(), v.clone()];
+            let [q_e4m3, k_e4m3] = beside(&k, rows * e4m3::ROW_BYTES);
+            packed_e4m3 = if in_8_bits { [q_e4m3, k_e4m3, v.clone()] } else { no_images() };
+            packed = [q, k, v];
+        } else {
+            packed = no_images();
+            packed_e4m3 = [(); 3].map(|()| places.place(all_heads * u64::from(e4m3::bytes(rows))));
+            [profiled_k, profiled_v] = beside(&profiling.place(of_heads(rows)), image.bytes(profiled_rows));
+            [samples, partials] = results(&mut profiling);
+            places.join(profiling);
+        }
+        let errors = places.place(all_heads * HeadType::CANDIDATES.len() as u64 * 4);
+        let (head_types, schedule) = (places.place(all_heads * 4), places.place(SCHEDULE_BYTES));
         let (center, word) = if in_8_bits { (u64::from(e4m3::CENTER_FLOATS) * 4, 4) } else { (0, 0) };
-        let centers = place(all_heads * center);
-        let (precision_errors, precisions) = (place(all_heads * word), place(all_heads * word));
+        let centers = places.place(all_heads * center);
+        let (precision_errors, precisions) = (places.place(all_heads * word), places.place(all_heads * word));
         WorkspaceLayout {
-            packed_q,
-            packed_k,
-            packed_v: profiled_v.clone(),
+            packed,
+            packed_e4m3,
             samples,
             profiled_k,
             profiled_v,
+            profiled_rows,
             partials,
             errors,
             head_types,
@@ -113,7 +150,7 @@ impl WorkspaceLayout {
             centers,
             precision_errors,
             precisions,
-            bytes,
+            bytes: places.end.next_multiple_of(ALIGNMENT),
         }
     }
 }

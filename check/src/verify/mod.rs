@@ -38,6 +38,7 @@ use std::sync::Arc;
 
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
 use framestride::device::Buffer;
+use framestride::launch::{Launch, ProfiledKeys};
 use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::shapes::spec::{Compute, Dtype};
@@ -252,6 +253,7 @@ fn run_case(
     let mut orders = HashMap::new();
     let mut packs = ["q", "k", "v"].map(|_| Worst::new());
     let mut packed_samples = Worst::new();
+    let mut profiled_packs = ["k", "v"].map(|_| Worst::new());
     let (mut centers, mut lost) = (Worst::new(), Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
     let mut squares = Squares::default();
@@ -292,7 +294,8 @@ fn run_case(
             PackedHead { reference: &reference, spec, inputs: &inputs, index: at, valid, compute, center, order };
         let pieces = packed.draw_pieces(is_whole, &mut generator);
         let mut image = Vec::new();
-        for (operand, part) in [&plan.packed_q, &plan.packed_k, &plan.packed_v].into_iter().enumerate() {
+        let parts = if compute == ComputeType::E4m3 { &plan.packed_e4m3 } else { &plan.packed };
+        for (operand, part) in parts.iter().enumerate() {
             for piece in &pieces {
                 let bytes = packed.read(device, buffer, part.start, index, piece.clone())?;
                 let worst = std::mem::replace(&mut packs[operand], Worst::new());
@@ -300,7 +303,6 @@ fn run_case(
                 image.push(bytes);
             }
         }
-        let mut clear = None;
         if is_whole {
             // From here on the reference gets the numbers that the kernels read.
             let unpacked = [0, 1, 2].map(|operand| packed.unpack(operand, &image[operand]));
@@ -346,18 +348,10 @@ fn run_case(
             squares = squares.add(of_head);
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
-            if case.types == CaseTypes::Profiled && spec.compute == Compute::Dtype {
-                let (rows, image) = read_samples(index)?;
-                let mut queries = vec![0.0; sequence * head_dim];
-                packed.compare_samples(&rows, &image, &mut queries, &mut packed_samples);
-                let expected = head.profile(layout, scale, seed_of_rows, index as u32, spec.profile.rows);
-                let partials = Partials::read(device, buffer, &attention, index as u32)?;
-                clear = Some(sampled.compare(spec.dtype, &expected, &partials, profile, at));
-            }
         }
-        choices.push(Choice { index: at, profile, clear });
+        choices.push(Choice { index: at, profile, clear: None });
     }
-    let mut judged = None;
+    let mut judged_out = None;
     if judges {
         // What was judged may have been computed again in 16 bits. So all heads are computed in 8
         // bits.
@@ -366,15 +360,31 @@ fn run_case(
         let layer = Layer { precisions: eights.address(), ..on_device.layer };
         // SAFETY: as above.
         unsafe { attention.forward(Stream::DEFAULT, &layer, HeadTypes::Given(given.address()), &workspace)? };
-        let out = on_device.out.read(device)?;
-        judged = Some(Judged::compare(spec, device, buffer, &attention, &profiles, &out, seed_of_rows)?);
+        judged_out = Some(on_device.out.read(device)?);
     }
-    if case.types == CaseTypes::Profiled && spec.compute == Compute::E4m3 {
-        // Attention has images of its own, in place of those that profiling had read. So it is
-        // repeated. Its images have the spatial order, and of Q there are only the sampled rows.
+    let mut judged = None;
+    if case.types == CaseTypes::Profiled {
+        // What attention reads may lie where profiling had something. So profiling is repeated. Its
+        // images have the spatial order, and of Q there are only the sampled rows.
+        let profiling = attention.profile_launches(&on_device.layer, &workspace)?;
         // SAFETY: as above.
-        unsafe { attention.profile(Stream::DEFAULT, &on_device.layer, &workspace)? };
-        for &index in &whole_heads {
+        let launch = |launch: &Launch| unsafe { attention.launch(Stream::DEFAULT, launch) };
+        let mut images = vec![[Vec::new(), Vec::new()]; whole_heads.len()];
+        for ProfiledKeys { pack, profile, .. } in profiling.of_keys() {
+            launch(pack)?;
+            for (index, images) in whole_heads.iter().zip(&mut images) {
+                let bytes = |rows: u32| u64::from(spec.image().bytes(rows));
+                for (part, image) in [&plan.profiled_k, &plan.profiled_v].into_iter().zip(images) {
+                    let start = part.start + *index as u64 * bytes(layout.packed_rows());
+                    image.extend(device.read(buffer, start, bytes(plan.profiled_rows))?);
+                }
+            }
+            launch(profile)?;
+        }
+        if let Some(out) = judged_out {
+            judged = Some(Judged::compare(spec, device, buffer, &attention, &profiles, &out, seed_of_rows)?);
+        }
+        for (&index, images) in whole_heads.iter().zip(images) {
             let Choice { index: at, profile, clear } = &mut choices[index];
             let valid = inputs.valid(layout, at.item);
             let mask = Mask::new(layout, HeadType::Spatial, valid);
@@ -393,10 +403,9 @@ fn run_case(
             let mut unpacked = [(); 3].map(|()| vec![0.0; sequence * head_dim]);
             let (rows, image) = read_samples(index)?;
             packed.compare_samples(&rows, &image, &mut unpacked[0], &mut packed_samples);
-            for (operand, part) in [(1, &plan.profiled_k), (2, &plan.profiled_v)] {
-                let bytes = packed.read(device, buffer, part.start, index, 0..packed.image_rows())?;
-                let worst = std::mem::replace(&mut packs[operand], Worst::new());
-                packs[operand] = worst.merge(packed.compare(operand, 0, &bytes));
+            for ((operand, bytes), all) in (1..).zip(images).zip(&mut profiled_packs) {
+                let worst = std::mem::replace(all, Worst::new());
+                *all = worst.merge(packed.compare(operand, 0, &bytes));
                 unpacked[operand] = packed.unpack(operand, &bytes);
             }
             let head = Head::new(layout, compute, valid, unpacked, vec![0.0; head_dim]);
@@ -418,6 +427,8 @@ fn run_case(
     if case.types == CaseTypes::Profiled {
         let samples = spec.partials(1).group_rows() as usize;
         checks.push(packed_samples.check("pack", &name, "sampled rows of q", rows(samples)));
+        let [k, v] = profiled_packs;
+        checks.extend([pack(k, "profiled k"), pack(v, "profiled v")]);
         checks.extend(sampled.checks(&name));
         let types = check_choices(&choices, case.content == CaseContent::Planted);
         checks.push(types.check("select", &name, "head types", heads));

@@ -170,8 +170,10 @@ impl PackedHead<'_> {
         rows: Range<usize>,
     ) -> Result<Vec<u8>> {
         let bytes = |rows: usize| (rows * self.row_bytes()) as u64;
-        // In 8 bits, an image lies at the beginning of the place of one in 16.
-        let place = u64::from(self.spec.image().bytes(self.rows() as u32));
+        let place = match self.compute {
+            ComputeType::Bf16 | ComputeType::F16 => bytes(self.rows()),
+            ComputeType::E4m3 => bytes(self.spec.e4m3_image_rows() as usize),
+        };
         device.read(workspace, start + index as u64 * place + bytes(rows.start), bytes(rows.len()))
     }
 

@@ -254,7 +254,7 @@ pub unsafe fn pack_values<M: Model>(params: &PackParams) {
     let counted = global::load_f32(center + CENTER_COUNTED as u64 * 4);
     let mean = global::load_f32x4(center + (lane * 16) as u64);
     let rounding = Rounding::new::<M::Element>(factor, inverse, counted, mean);
-    let image = params.packed_v + head as u64 * M::IMAGE.bytes(layout.packed_rows()) as u64;
+    let image = params.packed_v + head as u64 * M::image_bytes();
     let slot = |index: u32| shared::address(VALUES_SHARED.rows, thread::warp() * VALUES_STAGES + index % VALUES_STAGES);
 
     let mut lost = [0.0; 4];

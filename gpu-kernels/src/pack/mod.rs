@@ -10,7 +10,7 @@
 //! A lane reads only what it has copied itself, so warps never wait for each other.
 //!
 //! Profiling reads all of K and V, and few rows of Q. So what is packed before it
-//! ([`PackPass::BeforeProfiling`]) has no other rows of Q.
+//! ([`PackPass::BeforeProfiling`]) has no other rows of Q, and may have half of the keys at a time.
 //!
 //! Grid: x = packed_rows / warps of a block, y = 3 (in 8 bits 2), z = batch. Before profiling y =
 //! 2, and x is larger, so that there are blocks for a warp for each sample.
@@ -66,7 +66,7 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
         (own_warp % 2, part * (warps / 2) + own_warp / 2)
     };
     let rows = M::layout().packed_rows();
-    let image_bytes = M::IMAGE.bytes(rows) as u64;
+    let image_bytes = M::image_bytes();
     let (mut item, mut row) = (item, group * warps + row);
     // Which of a head's samples the row is, and the head.
     let (mut sample, mut chosen) = (0, 0);
@@ -92,6 +92,12 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
     };
 
     let valid = valid_text::<M>(params.before_lengths, params.after_lengths, item);
+    if before_profiling && operand != Q {
+        let key = M::layout().packed_row(HeadType::Spatial, row, valid);
+        if key < params.first_key || key >= params.end_key {
+            return;
+        }
+    }
     let is_before = row < before_tokens;
     let first_after = before_tokens + M::layout().video_tokens();
     let is_after = row >= first_after;

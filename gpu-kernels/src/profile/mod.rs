@@ -149,13 +149,14 @@ pub unsafe fn profile<M: Hopper>(params: &ProfileParams) {
     }
 }
 
-/// The key tiles of a split, of keys that end at packed row `end`.
+/// The key tiles of a split of the launch, of keys that end at packed row `end`.
 #[inline(always)]
 fn block_tiles(params: &ProfileParams, split: u32, end: u32) -> Range<u32> {
-    let tiles = end.div_ceil(KEY_ROWS);
+    let first = params.first_key / KEY_ROWS;
+    let tiles = end.min(params.end_key).div_ceil(KEY_ROWS).saturating_sub(first);
     // Splits differ by one tile at most.
-    let (share, rest) = (tiles / params.splits, tiles % params.splits);
-    let first_tile = split * share + split.min(rest);
+    let (share, rest) = (tiles / thread::blocks_x(), tiles % thread::blocks_x());
+    let first_tile = first + split * share + split.min(rest);
     first_tile..first_tile + share + (split < rest) as u32
 }
 

@@ -1,6 +1,8 @@
 //! The manifest beside a PTX file, and the workspace whose size it names.
 
 use framestride_shapes::manifest::{Compiler, Densities, FORMAT, KernelResources, Manifest, Param, Ptxas};
+use std::ops::Range;
+
 use framestride_shapes::models;
 use framestride_shapes::spec::{Compute, Spec};
 
@@ -145,51 +147,117 @@ fn bad_manifests() {
     insta::assert_snapshot!(report);
 }
 
-/// Parts are aligned, apart, in order, and as large as what they hold.
-#[test]
-fn workspaces() {
+/// Specs of the shipped models in 16 bits, and where they may be, in 8 bits and with a bound.
+fn specs_of_all_precisions() -> Vec<Spec> {
+    let mut specs = Vec::new();
     for (name, text) in models() {
         let spec = Spec::parse(name, text).unwrap_or_else(|error| panic!("{error}"));
-        for (batch, heads, splits) in [(1, 1, 1), (spec.batch, spec.heads, 8), (3, 5, 33)] {
+        if spec.head_dim == 128 {
+            for bound in [None, Some(0.05)] {
+                let builder = spec.to_builder().compute(Compute::E4m3).largest_error(bound);
+                specs.push(builder.build().unwrap_or_else(|error| panic!("{error}")));
+            }
+        }
+        specs.push(spec);
+    }
+    specs
+}
+
+/// Parts are aligned, as large as what they hold, and apart where they live at the same time. The
+/// whole is no larger than that asks for.
+#[test]
+fn workspaces() {
+    for spec in specs_of_all_precisions() {
+        for (batch, heads, splits) in [(1, 1, 2), (spec.batch, spec.heads, 8), (3, 5, 32)] {
             let workspace = spec.workspace(batch, heads, splits);
             let all_heads = u64::from(batch * heads);
-            let packed = all_heads * u64::from(spec.layout.packed_rows()) * u64::from(spec.head_dim) * 2;
+            let rows = u64::from(spec.layout.packed_rows());
+            let row = u64::from(spec.head_dim) * 2;
             let samples = u64::from(spec.profile.rows.div_ceil(64)) * 64;
-            let sampled = all_heads * samples * u64::from(spec.head_dim) * 2;
             // The maximum of each sample, and for three masks its sum and output, in f32.
             let partials = all_heads * samples * u64::from(splits) * 3 * u64::from(2 + spec.head_dim) * 4;
-            let only_8_bits = spec.compute == Compute::E4m3 && spec.largest_error.is_none();
-            let std::ops::Range { start, end } = workspace.profiled_k;
-            let queries = if only_8_bits {
-                // A head's Q and K share the place of its K in 16 bits.
-                let half = packed / all_heads / 2;
-                assert_eq!((&workspace.packed_q, &workspace.packed_k), (&(start..end - half), &(start + half..end)));
-                0..0
+            let [in_16_bits, in_8_bits] = spec.precisions();
+            let profiled_rows = u64::from(workspace.profiled_rows);
+            if in_16_bits {
+                assert_eq!(profiled_rows, rows);
+                assert_eq!(
+                    [&workspace.profiled_k, &workspace.profiled_v],
+                    [&workspace.packed[1], &workspace.packed[2]]
+                );
             } else {
-                assert_eq!(workspace.packed_k, workspace.profiled_k);
-                workspace.packed_q.clone()
-            };
-            assert_eq!(workspace.packed_v, workspace.profiled_v);
-            let parts = [
-                (&queries, if only_8_bits { 0 } else { packed }),
-                (&workspace.profiled_k, packed),
-                (&workspace.profiled_v, packed),
-                (&workspace.samples, sampled),
-                (&workspace.partials, partials),
-                (&workspace.errors, all_heads * 2 * 4),
-                (&workspace.head_types, all_heads * 4),
-                (&workspace.schedule, 8),
-                (&workspace.centers, if spec.compute == Compute::E4m3 { all_heads * 260 * 4 } else { 0 }),
-                (&workspace.precision_errors, if spec.compute == Compute::E4m3 { all_heads * 4 } else { 0 }),
-                (&workspace.precisions, if spec.compute == Compute::E4m3 { all_heads * 4 } else { 0 }),
-            ];
-            let mut end = 0;
-            for (range, bytes) in parts {
-                assert_eq!(range.end - range.start, bytes, "{name}: {workspace:?}");
-                assert!(range.start.is_multiple_of(256) && range.start >= end && range.start < end + 256);
-                end = range.end;
+                assert!(profiled_rows.is_multiple_of(64) && 2 * profiled_rows >= u64::from(spec.layout.sequence()));
             }
-            assert_eq!(workspace.bytes, end.next_multiple_of(256));
+            let whole = |part: &Range<u64>, bytes: u64| {
+                assert_eq!(part.end - part.start, bytes, "{}: {workspace:?}", spec.name);
+                assert!(part.start.is_multiple_of(256));
+                vec![part.clone()]
+            };
+            // An image of `bytes` bytes for each head.
+            let images = |part: &Range<u64>, distance: u64, bytes: u64| -> Vec<Range<u64>> {
+                assert!(part.start.is_multiple_of(256) && part.start + (all_heads - 1) * distance + bytes <= part.end);
+                let starts = (0..all_heads).map(|head| part.start + head * distance);
+                starts.map(|start| start..start + bytes).collect()
+            };
+            let profiled = |part| images(part, rows * row, profiled_rows * row);
+            let (distance_e4m3, bytes_e4m3) =
+                (u64::from(spec.e4m3_image_rows()) * 128, rows.next_multiple_of(16) * 128);
+            let of_8_bits = |words: u64| if in_8_bits { all_heads * words * 4 } else { 0 };
+            let always = [
+                whole(&workspace.errors, all_heads * 2 * 4),
+                whole(&workspace.head_types, all_heads * 4),
+                whole(&workspace.schedule, 8),
+                whole(&workspace.centers, of_8_bits(260)),
+                whole(&workspace.precision_errors, of_8_bits(1)),
+                whole(&workspace.precisions, of_8_bits(1)),
+            ];
+            let partials = whole(&workspace.partials, partials);
+            let mut times = vec![vec![
+                whole(&workspace.samples, all_heads * samples * row),
+                partials.clone(),
+                profiled(&workspace.profiled_k),
+                profiled(&workspace.profiled_v),
+            ]];
+            if in_8_bits {
+                let mut parts = vec![];
+                for (operand, part) in workspace.packed_e4m3.iter().enumerate() {
+                    // Only an image of V has whole units of 16 keys.
+                    let bytes = if operand == 2 { bytes_e4m3 } else { rows * 128 };
+                    parts.push(images(part, distance_e4m3, bytes));
+                }
+                // They are judged by what profiling found.
+                parts.extend(in_16_bits.then_some(partials));
+                times.push(parts);
+            }
+            if in_16_bits {
+                times.push(workspace.packed.iter().map(|part| images(part, rows * row, rows * row)).collect());
+            }
+            let mut needed = 0;
+            for mut parts in times {
+                parts.extend(always.clone());
+                let count = parts.len() as u64;
+                let mut pieces = parts.concat();
+                pieces.sort_by_key(|piece| (piece.start, piece.end));
+                for pair in pieces.windows(2) {
+                    assert!(pair[0].end <= pair[1].start, "{}: {pair:?} of {workspace:?}", spec.name);
+                }
+                assert!(pieces.iter().all(|piece| piece.end <= workspace.bytes));
+                let bytes: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
+                // Images of halves may have less than all rows, and parts are aligned.
+                needed = needed.max(bytes + all_heads * (rows - profiled_rows.min(rows / 2) * 2) * row + 256 * count);
+            }
+            assert!(workspace.bytes <= needed, "{}: {} of {needed}", spec.name, workspace.bytes);
         }
+    }
+}
+
+/// Without heads in 16 bits, a workspace is half as large.
+#[test]
+fn workspaces_in_8_bits_are_half_as_large() {
+    for name in ["hunyuan_video_720p", "wan_14b_720p", "minimax_h3_15s_768x1344"] {
+        let spec = Spec::shipped(name).unwrap_or_else(|error| panic!("{error}"));
+        let in_8_bits = spec.to_builder().compute(Compute::E4m3).build().unwrap_or_else(|error| panic!("{error}"));
+        let bytes = |spec: &Spec| spec.workspace(spec.batch, spec.heads, 16).bytes as f64;
+        let ratio = bytes(&in_8_bits) / bytes(&spec);
+        assert!((0.5..0.501).contains(&ratio), "{name}: {ratio}");
     }
 }
