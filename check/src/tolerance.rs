@@ -43,6 +43,8 @@
 //!   computed from the scores. V is summed without its center, which is added exactly.
 //! * **the output as a whole** is compared with the root mean square that roundings are expected to
 //!   make over many rows ([`expected_error`]).
+//! * **the mean error of the output**, where V has a mean, is what cuts take on average. All have one sign
+//!   then ([`mean_error`]).
 //! * **log-sum-exp** is compared as the relative error of the sum of weights. A thread adds a
 //!   quarter of the keys in sequence.
 //! * **select** gives mean squared errors between two such outputs of profile, in f32. By the
@@ -61,6 +63,10 @@ use crate::reference::{Attended, Center, ProfileErrors, UnderEachMask, norm};
 
 /// How many standard deviations a sum of independent roundings may lie away from zero.
 pub const DEVIATIONS: f64 = 3.0;
+
+/// How many standard deviations the mean error of an output may lie away from zero by chance. It is
+/// looked at once in a case, where rows have so many elements that 3 deviations are rare.
+pub const DEVIATIONS_OF_A_MEAN: f64 = 5.0;
 
 /// Largest relative error of an f32 operation that rounds.
 const F32: f64 = 1.0 / (1 << 24) as f64;
@@ -222,6 +228,15 @@ pub fn expected_error(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64
     let store = norm(&steps) / 12f64.sqrt();
     let cut = largest_cut(compute, row) / 4.0 * row.summed.hypot(row.apart);
     weights.hypot(store).hypot(cut).hypot(row.moved_by_scores[0])
+}
+
+/// The most that accumulators of so many keys lose of their sums on average.
+///
+/// An accumulator begins at zero and grows evenly. Each step takes half of the largest cut, of a power
+/// of two that is at most the sum. In the mean over the steps that is 3/8 of the last sum at most.
+pub fn mean_error(compute: ComputeType, keys: usize) -> f64 {
+    let sums = compute.accumulation();
+    3.0 / 8.0 * keys as f64 / sums.k as f64 * sums.largest_cut() / 2.0
 }
 
 /// Tolerance of a whole layer's output row against a reference that never rounds Q and K, as an

@@ -251,6 +251,7 @@ fn a_sample() {
                 "profiled v",
                 "output",
                 "output as a whole",
+                "mean error of the output",
                 "log-sum-exp",
                 "sampled outputs",
                 "sampled log-sum-exps",

@@ -346,7 +346,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             profile_keys: PROFILE_KEY_ROWS,
             columns: PROFILE_COLUMNS,
             profile_threads: PROFILE_THREADS,
-            attention_shared: AttentionShared::new(tiles, row_bytes).bytes,
+            attention_shared: AttentionShared::new(tiles, row_bytes, compute).bytes,
             profile_shared: ProfileShared::new(image).bytes,
         },
         Products::MmaSync => Family {

@@ -50,7 +50,7 @@ pub trait Model {
     /// The shared memory of **select**.
     const SELECT_SHARED: SelectShared = SelectShared::new(SELECT_THREADS);
     /// The shared memory of **attention**.
-    const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::ROW_BYTES);
+    const ATTENTION_SHARED: AttentionShared = AttentionShared::new(Self::TILES, Self::ROW_BYTES, Self::COMPUTE);
 
     /// Frames, text, sinks, half widths.
     #[inline(always)]

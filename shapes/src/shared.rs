@@ -6,8 +6,9 @@
 
 use crate::blocks::{
     CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, PROFILE_WARPS, SAMPLE_ROWS, Tiles, VALUES_ROW_BYTES,
-    VALUES_STAGES, VALUES_THREADS, WARP_ROWS, WARPGROUP_ROWS, profile_stages,
+    VALUES_STAGES, VALUES_THREADS, WARP_ROWS, WARPGROUP, WARPGROUP_ROWS, profile_stages,
 };
+use crate::dtype::Compute;
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image, e4m3};
 use crate::layout::HeadType;
 
@@ -105,13 +106,19 @@ pub struct AttentionShared {
     pub key: Parts,
     /// Each stage has a value tile.
     pub value: Parts,
+    /// Each four groups of 8 columns have a chunk for every consumer thread: the anchors of its
+    /// accumulators.
+    pub anchors: Parts,
+    /// Each of a thread's two rows has an f32 for every consumer thread: the sum of weights with which
+    /// they were put.
+    pub anchor_sums: Parts,
     /// The size of all, in bytes.
     pub bytes: u32,
 }
 
 impl AttentionShared {
-    /// Makes the map for these tiles, of rows of `row_bytes` bytes.
-    pub const fn new(tiles: Tiles, row_bytes: u32) -> AttentionShared {
+    /// Makes the map for these tiles, of rows of `row_bytes` bytes. In 8 bits there are no anchors.
+    pub const fn new(tiles: Tiles, row_bytes: u32, compute: Compute) -> AttentionShared {
         let Tiles { key_rows, stages, .. } = tiles;
         let consumers = tiles.consumers();
         let mut memory = Allocator::new();
@@ -123,6 +130,13 @@ impl AttentionShared {
         // All key tiles come first, then all value tiles.
         let key = memory.tiles(2 * stages, key_rows * row_bytes);
         let value = key.behind(stages * key_rows * row_bytes);
+        // A chunk has 8 anchors, those of 32 columns in a thread.
+        let (chunks, rows) = match compute {
+            Compute::Dtype => (row_bytes / (32 * 2), 2),
+            Compute::E4m3 => (0, 0),
+        };
+        let anchors = memory.parts(chunks, consumers * WARPGROUP * CHUNK_BYTES, CHUNK_BYTES);
+        let anchor_sums = memory.parts(rows, consumers * WARPGROUP * 4, 4);
         AttentionShared {
             query_full,
             query_free,
@@ -134,6 +148,8 @@ impl AttentionShared {
             query,
             key,
             value,
+            anchors,
+            anchor_sums,
             bytes: memory.bytes,
         }
     }

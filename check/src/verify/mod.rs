@@ -39,6 +39,8 @@ use std::sync::Arc;
 pub use cases::{Case, CaseContent, CaseExtent, CaseText, CaseTypes};
 use framestride::device::Buffer;
 use framestride::launch::{Launch, ProfiledKeys};
+use framestride::shapes::arch::Products;
+use framestride::shapes::blocks::ANCHOR_TILES;
 use framestride::shapes::layout::{Divisor, HeadType, Layout, ValidText};
 use framestride::shapes::params::SCHEDULE_BYTES;
 use framestride::shapes::spec::{Compute, Dtype};
@@ -257,6 +259,7 @@ fn run_case(
     let (mut centers, mut lost) = (Worst::new(), Worst::new());
     let (mut outputs, mut sums) = (Worst::new(), Worst::new());
     let mut squares = Squares::default();
+    let (mut mean_error, mut accumulated) = (MeanError::default(), 0);
     let mut sampled = Sampled::new(&spec.profile, all_heads);
     let mut choices = Vec::new();
     // The rows that are sampled of a head, and their image.
@@ -317,7 +320,7 @@ fn run_case(
             let head = Head::new(layout, compute, valid, unpacked, center);
             let scale = inputs.scale();
             let rows = draw_rows(layout, valid, rows_of_head, &mut generator);
-            let (worst_out, worst_sum, of_head) = rows
+            let (worst_out, worst_sum, of_head, mean_of_head, keys) = rows
                 .par_iter()
                 .map(|&row| {
                     let expected = head.attend(head_type, row, scale);
@@ -329,6 +332,7 @@ fn run_case(
                     let found = out.row(at.item, row, at.head);
                     worst_out.add(row_error(&found, &expected.out), tolerance, || at.row(row));
                     let squares = Squares::of(&found, &expected, spec.dtype, head.compute);
+                    let mean_error = MeanError::of(&found, &expected, spec.dtype);
                     let found = f64::from(lse[(index * sequence) + row]);
                     if !case.lse {
                         // All that can be seen is that nothing is written, below.
@@ -339,13 +343,16 @@ fn run_case(
                         let error = (found - expected.lse).exp_m1().abs();
                         worst_sum.add(error, tolerance::weight_sum(head.compute, &expected), || at.row(row));
                     }
-                    (worst_out, worst_sum, squares)
+                    (worst_out, worst_sum, squares, mean_error, expected.keys)
                 })
                 .reduce(
-                    || (Worst::new(), Worst::new(), Squares::default()),
-                    |a, b| (a.0.merge(b.0), a.1.merge(b.1), a.2.add(b.2)),
+                    || (Worst::new(), Worst::new(), Squares::default(), MeanError::default(), 0),
+                    |a, b| (a.0.merge(b.0), a.1.merge(b.1), a.2.add(b.2), a.3.add(b.3), a.4.max(b.4)),
                 );
             squares = squares.add(of_head);
+            if compute != ComputeType::E4m3 {
+                (mean_error, accumulated) = (mean_error.add(mean_of_head), accumulated.max(keys));
+            }
             outputs = outputs.merge(worst_out);
             sums = sums.merge(worst_sum);
         }
@@ -441,6 +448,15 @@ fn run_case(
     if matches!(case.content, CaseContent::Random | CaseContent::OffCentre | CaseContent::Drifting) {
         checks.push(squares.check(&name, (all_heads * sequence) as u64));
     }
+    if case.content == CaseContent::OffCentre && mean_error.rows > 0 {
+        // Elsewhere an accumulator has all keys.
+        let together = match module.arch().products {
+            Products::Wgmma => accumulated.min((ANCHOR_TILES * spec.tiles(module.arch()).key_rows) as usize),
+            Products::MmaSync => accumulated,
+        };
+        let bound = tolerance::mean_error(spec.dtype.into(), together);
+        checks.push(mean_error.check(&name, bound, (all_heads * sequence) as u64));
+    }
     if case.lse {
         checks.push(sums.check("attention", &name, "log-sum-exp", rows(sequence)));
     }
@@ -514,6 +530,47 @@ impl Squares {
         worst.keep_worse(relative(self.error), relative(most), || "all compared rows together".into());
         worst.compared = self.rows;
         worst.check("attention", case, "output as a whole", (of, "rows"))
+    }
+}
+
+/// How much the output is too large on the whole, where V has a mean. It is compared with the rounded
+/// reference, so that rounding both alike makes no error.
+#[derive(Clone, Copy, Default)]
+struct MeanError {
+    rows: u64,
+    /// Of errors, positive where an element is too large.
+    error: f64,
+    /// Of their squares, each of a whole row: elements of a row share errors of its weights.
+    squares: f64,
+    /// Of sizes.
+    size: f64,
+}
+
+impl MeanError {
+    fn of(found: &[f64], row: &Attended, dtype: Dtype) -> MeanError {
+        let error = |(found, out): (&f64, &f64)| (found - ComputeType::from(dtype).round(*out)) * out.signum();
+        let error: f64 = found.iter().zip(&row.out).map(error).sum();
+        let size = row.out.iter().map(|out| out.abs()).sum();
+        MeanError { rows: 1, error, squares: error * error, size }
+    }
+
+    fn add(self, other: MeanError) -> MeanError {
+        MeanError {
+            rows: self.rows + other.rows,
+            error: self.error + other.error,
+            squares: self.squares + other.squares,
+            size: self.size + other.size,
+        }
+    }
+
+    /// `bound` is that of what is no chance.
+    fn check(self, case: &str, bound: f64, of: u64) -> Check {
+        let size = self.size.max(f64::MIN_POSITIVE);
+        let chance = tolerance::DEVIATIONS_OF_A_MEAN * self.squares.sqrt() / size;
+        let mut worst = Worst::new();
+        worst.keep_worse(self.error.abs() / size, bound + chance, || "all compared rows together".into());
+        worst.compared = self.rows;
+        worst.check("attention", case, "mean error of the output", (of, "rows"))
     }
 }
 

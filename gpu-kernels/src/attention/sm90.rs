@@ -1,6 +1,7 @@
 //! The body of **attention** for Hopper. A producer warp asks for bulk copies, and consumer
 //! warpgroups multiply with `wgmma`.
 
+mod anchors;
 mod e4m3;
 
 use super::order;
@@ -223,7 +224,9 @@ unsafe fn attend<M: Hopper>(params: &AttentionParams, consumer: &mut Consumer, w
                 softmax::replace_unseen(scores, Band::<M>::seen_keys(&thread_sees, first, lane), f32::NEG_INFINITY);
             }
         };
+        anchors::clear::<M>();
         consumer.sweep::<M>(mask.tiles(), hide, &mut rows, &mut output);
+        anchors::give_back::<M>(&mut output, mask.tiles());
     } else {
         Barrier::at(M::ATTENTION_SHARED.query_free, consumer.warpgroup).release(lane);
     }
@@ -262,9 +265,14 @@ impl Consumer {
             return;
         }
         loop {
+            if tile != 0 && anchors::are_due(tile) {
+                anchors::put::<M>(output, rows);
+            }
             scores = self.first_scores::<M>();
             mask(&mut scores, tile);
-            softmax::scale_rows(output, rows.lower::<M::Element>(&mut scores));
+            let factors = rows.lower::<M::Element>(&mut scores);
+            softmax::scale_rows(output, factors);
+            anchors::scale::<M>(factors);
             if self.rounds::<M, true>(&mut tile, tiles, &mask, &mut scores, rows, output) {
                 return;
             }
@@ -274,8 +282,8 @@ impl Consumer {
     /// The rounds of [`Consumer::sweep`], from the weights of `tile` on, with the rows' offsets or
     /// (`OFFSETS` is false) with none.
     ///
-    /// False means that the weights of a tile are too large. `tile` and `slot` are at that one
-    /// then.
+    /// False means that the weights of a tile are too large, or with offsets, that
+    /// [`anchors`](anchors::put) are due. `tile` and `slot` are at that tile then.
     #[inline(always)]
     unsafe fn rounds<M: Hopper, const OFFSETS: bool>(
         &mut self,
@@ -293,16 +301,22 @@ impl Consumer {
             let last = self.slot;
             self.slot = last.next(M::TILES.stages);
             *tile += 1;
-            if *tile == tiles {
-                Barrier::at(M::ATTENTION_SHARED.query_free, self.warpgroup).release(self.lane);
+            // With offsets, the anchors would take registers that the loop has not.
+            if *tile == tiles || OFFSETS && anchors::are_due(*tile) {
+                if *tile == tiles {
+                    Barrier::at(M::ATTENTION_SHARED.query_free, self.warpgroup).release(self.lane);
+                }
                 M::Attention::start_output(output, &weights, value_image::<M>(last));
                 M::Attention::wait_output(output, &mut weights);
                 Barrier::at(M::ATTENTION_SHARED.value_free, last.stage).release(self.lane);
-                return true;
+                return *tile == tiles;
             }
             Barrier::at(M::ATTENTION_SHARED.key_full, self.slot.stage).wait(self.slot.parity);
             rows.put_offsets::<OFFSETS>(scores);
             M::Attention::start_scores(scores, self.query, key_image::<M>(self.slot));
+            if !OFFSETS && anchors::are_due(*tile) {
+                anchors::put::<M>(output, rows);
+            }
             M::Attention::start_output(output, &weights, value_image::<M>(last));
             M::Attention::wait_scores::<1>(scores);
             mask(scores, *tile);

@@ -38,6 +38,31 @@ pub fn fma(x: f32, y: f32, z: f32) -> f32 {
     out
 }
 
+macro_rules! of_two_bf16 {
+    ($($(#[$doc:meta])* $name:ident = $instruction:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(x: u32, y: u32) -> u32 {
+            let z: u32;
+            // SAFETY: this is arithmetic on registers.
+            unsafe {
+                asm!(concat!($instruction, " {}, {}, {};"), out(reg32) z, in(reg32) x, in(reg32) y,
+                     options(pure, nomem, nostack))
+            };
+            z
+        }
+    )*};
+}
+
+of_two_bf16! {
+    /// The smaller of each of two bf16, or the one that is a number.
+    min_bf16x2 = "min.bf16x2";
+    /// The larger of each of two bf16, or the one that is a number.
+    max_bf16x2 = "max.bf16x2";
+    /// The product of each of two bf16, rounded to nearest.
+    mul_bf16x2 = "mul.rn.bf16x2";
+}
+
 /// Four bytes of ones or zeros: the signs of four of the eight bytes of `low` and `high`. Each digit of
 /// `SELECTOR`, the lowest first, is 8 plus the number of a byte (9.7.7.7, prmt).
 #[inline(always)]

@@ -41,16 +41,19 @@ fn blocks_of_pack_fit_a_multiprocessor() {
 /// Sizes as they were measured with, and places that do not overlap.
 #[test]
 fn shared_memory_of_attention_and_profile() {
-    for (head_dim, attention_bytes, profile_bytes) in [(64, 156_672, 218_112), (128, 214_016, 220_160)] {
+    for (head_dim, attention_bytes, profile_bytes) in [(64, 172_032, 218_112), (128, 232_448, 220_160)] {
         let image = Image { head_dim, dtype: Dtype::Bf16 };
         let tiles = Tiles::new(Arch::SM_90A, head_dim, Compute::Dtype);
-        let (attention, profile) = (AttentionShared::new(tiles, image.bytes(1)), ProfileShared::new(image));
+        let (attention, profile) =
+            (AttentionShared::new(tiles, image.bytes(1), Compute::Dtype), ProfileShared::new(image));
         assert_eq!((attention.bytes, profile.bytes), (attention_bytes, profile_bytes));
         assert!(attention.bytes.max(profile.bytes) <= Arch::SM_90A.block_shared_bytes);
         let (rows, stages) = (image.bytes(1), tiles.stages);
         assert_eq!(attention.key.at(0), attention.query.at(tiles.consumers()));
         assert_eq!(attention.value.at(0), attention.key.at(stages));
-        assert_eq!(attention.value.at(stages), attention.bytes);
+        assert_eq!(attention.value.at(stages), attention.anchors.at(0));
+        assert_eq!(attention.anchors.at(head_dim / 32), attention.anchor_sums.at(0));
+        assert_eq!(attention.anchor_sums.at(2), attention.bytes);
         assert!(attention.value_free.at(stages) <= attention.work.at(0));
         assert!(attention.work.at(tiles.consumers()) <= attention.query.at(0));
         assert_eq!(profile.value.at(0), profile.key.at(0) + 64 * rows);
