@@ -8,7 +8,7 @@ use framestride::shapes::arch::Arch as Family;
 use framestride::shapes::layout::HeadType;
 use framestride::shapes::params::Tensor;
 use framestride::shapes::spec::{Compute, Dtype, Width};
-use framestride::{Device, HeadTypes, Kernels, Layer, Module, SparseAttention, Spec, Stream, Workspace};
+use framestride::{Device, HeadPrecision, HeadTypes, Kernels, Layer, Module, SparseAttention, Spec, Stream, Workspace};
 use framestride_check::device_tensors::{Arrangement, DeviceLayer, DeviceTensor, POISON, Placement};
 use framestride_check::layer_run::run_layer;
 use framestride_check::rope::RopeTables;
@@ -139,6 +139,41 @@ fn precisions_of_heads() {
     let report = run_layer(&module, &inputs, &[], &|_, _| ()).unwrap().report;
     for (head, bits) in report.heads.iter().zip(bits) {
         assert!(head.ok && head.bits == bits, "{head:?}");
+    }
+}
+
+/// The error of a head does not depend on the size of V. Where V is so small or large that 8 bits lose
+/// it, all of it is lost, and the head stays in 16 bits.
+#[test]
+fn errors_of_small_and_large_values() {
+    let module = module("tiny_e4m3");
+    let (spec, device) = (module.spec(), module.device());
+    let inputs = Inputs::random(spec, 1, 2, fresh_seed());
+    let attention = SparseAttention::new(&module, 1, 2).unwrap();
+    let workspace = Workspace::allocate(device, attention.workspace_bytes()).unwrap();
+    let errors = |power: i32| {
+        let mut scaled = inputs.clone();
+        scaled.v.fill(|batch, row, head, values| {
+            let wide = inputs.v.row(batch, row, head);
+            values.iter_mut().zip(wide).for_each(|(value, x)| *value = x * 2f64.powi(power));
+        });
+        let placed =
+            DeviceLayer::upload(device, &spec.layout, &scaled, Placement::all(Arrangement::TokensFirst)).unwrap();
+        // SAFETY: all memory is this function's, and outlives the work.
+        unsafe { attention.forward(Stream::DEFAULT, &placed.layer, HeadTypes::Profiled, &workspace).unwrap() };
+        let profiles = attention.read_profile(&workspace).unwrap();
+        profiles.into_iter().map(|profile| profile.precision.unwrap()).collect::<Vec<_>>()
+    };
+    let expected = errors(0);
+    assert!(expected.iter().all(|head| (0.005..0.2).contains(&head.error)), "{expected:?}");
+    for power in [-56, 50] {
+        assert_eq!(errors(power), expected, "2^{power}");
+    }
+    // These are 8e-31 and 1e30.
+    for power in [-100, 100] {
+        let found = errors(power);
+        let is_lost = |head: &HeadPrecision| head.error > 0.5 && head.compute == Compute::Dtype;
+        assert!(found.iter().all(is_lost), "2^{power}: {found:?}");
     }
 }
 

@@ -2,7 +2,8 @@
 //! [`profile`](crate::profile) computed of them in 16, under the same mask. Grid: z = batch x heads.
 //!
 //! The error of a head is the norm of the differences over the norm of what profiling computed, both
-//! over all sampled rows.
+//! over all sampled rows. Before they are squared, values are multiplied by the factor by which V was,
+//! a power of two. So squares of small values are no zeros, and of large ones not infinite.
 
 use crate::cuda::{global, math, thread};
 use crate::element::Element;
@@ -10,6 +11,7 @@ use crate::model::Model;
 use crate::select::{Sample, block_sums};
 use framestride_shapes::blocks::SELECT_THREADS;
 use framestride_shapes::dtype::Compute;
+use framestride_shapes::image::e4m3::{CENTER_FACTOR, CENTER_FLOATS};
 use framestride_shapes::params::JudgeParams;
 
 /// The kernel's body. A warp has one sample at a time, and in the end one thread decides for the head.
@@ -25,6 +27,7 @@ pub unsafe fn judge<M: Model>(params: &JudgeParams) {
     // A division by what might be zero would come with a branch to a trap.
     core::hint::assert_unchecked(params.heads != 0);
     let first = (head / params.heads) as u64 * params.out.batch + (head % params.heads) as u64 * params.out.head;
+    let factor = global::load_f32(params.centers + (head * CENTER_FLOATS + CENTER_FACTOR) as u64 * 4);
     let (mut error, mut size) = (0.0, 0.0);
     let mut row = thread::warp();
     while row < samples.value {
@@ -35,8 +38,14 @@ pub unsafe fn judge<M: Model>(params: &JudgeParams) {
         let mut column = thread::lane() * 2;
         while column < M::HEAD_DIM {
             let [expected] = sample.merge::<M>(column, sample.values::<M>(column, 0), factors);
+            let scaled = |values: [f32; 2]| {
+                values.map(
+                    #[inline(always)]
+                    |value| value * factor,
+                )
+            };
             let address = params.out.data + (element + column as u64) * M::Element::DTYPE.bytes() as u64;
-            let found = M::Element::unpack(global::load4_unaligned(address));
+            let (found, expected) = (scaled(M::Element::unpack(global::load4_unaligned(address))), scaled(expected));
             let distance = [found[0] - expected[0], found[1] - expected[1]];
             error = math::fma(distance[1], distance[1], math::fma(distance[0], distance[0], error));
             size = math::fma(expected[1], expected[1], math::fma(expected[0], expected[0], size));

@@ -240,6 +240,6 @@ mod tests {
         assert_eq!(Kernel::Profile.params_bytes(), 7 * 8 + 8 * 4);
         assert_eq!(Kernel::Select.params_bytes(), 3 * 8 + 4 * 4);
         assert_eq!(Kernel::Attention.params_bytes(), 3 * 8 + TENSOR + 7 * 8 + 6 * 4);
-        assert_eq!(Kernel::Judge.params_bytes(), 5 * 8 + TENSOR + 4 * 4);
+        assert_eq!(Kernel::Judge.params_bytes(), 6 * 8 + TENSOR + 4 * 4);
     }
 }

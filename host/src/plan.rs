@@ -302,6 +302,7 @@ impl<'a> Call<'a> {
             partials: self.part(&self.plan.workspace.partials),
             out: self.layer.out,
             head_types,
+            centers: self.part(&self.plan.workspace.centers),
             errors: match self.layer.found.precision_errors {
                 0 => self.part(&self.plan.workspace.precision_errors),
                 address => address,

@@ -223,6 +223,8 @@ pub struct JudgeParams {
     pub out: Tensor,
     /// Head types, u32 \[batch, heads\].
     pub head_types: u64,
+    /// The centers of V ([`PackParams::centers`]).
+    pub centers: u64,
     /// Where relative errors over the sampled rows go, f32 \[batch, heads\].
     pub errors: u64,
     /// Where precisions go, u32 \[batch, heads\]: 8 where the error is at most `largest_error`,
