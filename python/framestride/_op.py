@@ -60,6 +60,12 @@ def on_one_line(toml: str) -> str:
 def converted(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """A contiguous tensor of a type: the same one, if it is that already."""
     _check_kind(name, tensor)
+    if dtype == "int32":
+        if tensor.is_floating_point():
+            raise refuse(name, _shown(tensor), "integers", f"Pass {name}.to(torch.int32)")
+        if tensor.dtype != torch.int32:
+            # A number that int32 does not hold must not become a good one.
+            tensor = tensor.long().clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
     return tensor.to(getattr(torch, dtype)).contiguous()
 
 
@@ -198,8 +204,6 @@ class Inputs:
                 self._check_exact(name, words, torch.int32, [self.batch, self.heads], "[B, H]")
         if self.scale is not None and ctypes.c_float(self.scale).value == 0:
             raise refuse("scale", self.scale, "a number above 0", "Leave it out for 1 / sqrt(D)")
-        if self.seed is not None and self.seed < 0:
-            raise refuse("seed", self.seed, "an integer from 0 to 2^63 - 1", "Leave it out for the spec's own")
 
     def _check_rows(self, name: str, tensor: Tensor, shape: list[int], about: str) -> None:
         if list(tensor.shape) != shape:

@@ -250,6 +250,8 @@ def _inputs(
         raise refuse("density", f"{density}, and half_widths {half_widths}", "one of the two", "Leave one of them out")
     if not isinstance(spec, Spec):
         raise refuse("spec", type(spec).__name__, "a framestride.Spec", "Spec.shipped(name) and Spec.from_file make one")
+    if seed is not None and not (hasattr(seed, "__index__") and 0 <= seed < 1 << 63):
+        raise refuse("seed", repr(seed), "an integer from 0 to 2^63 - 1", "Leave it out for the spec's own")
     densities = [] if density is None else list(density) if isinstance(density, (tuple, list)) else [density, density]
     if not all(isinstance(part, (int, float)) for part in densities):
         raise refuse("density", repr(density), "a number, or (spatial, temporal)", "Leave it out for the spec's own")

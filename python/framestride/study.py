@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -191,15 +191,17 @@ class DensitySchedule:
     @staticmethod
     def load(path: Place) -> DensitySchedule:
         """Reads a file of `save`, or one that the command `framestride study` wrote."""
-        return DensitySchedule.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise _no_schedule(str(path), f"no text in UTF-8 ({error.reason})", "a schedule in JSON") from None
+        return DensitySchedule.from_json(text, str(path))
 
     @staticmethod
     def from_json(text: str, subject: str = "schedule") -> DensitySchedule:
         """Reads the text of a file, which messages call `subject`."""
 
-        def wrong(found: str, allowed: str) -> Error:
-            return refuse(subject, found, allowed, "Write it again: framestride.study(pipe, ...).schedule().save(path)")
-
+        wrong = partial(_no_schedule, subject)
         try:
             data = json.loads(text)
         except ValueError as error:
@@ -210,40 +212,41 @@ class DensitySchedule:
             raise wrong(found, f"version {_VERSION}")
         try:
             del data["framestride_schedule"]
-            models, allowed = _models(data), float(data["error"])
-            steps = [dict(step) for step in data["steps"]]
-            keys = ("density", "compute", "heads_in_16_bits")
-            listed = [{key: tuple(map(_frozen, step[key])) for key in keys if key in step} for step in steps]
-            scheduled = tuple(ScheduledStep(**step | values) for step, values in zip(steps, listed))
+            models, allowed = _models(data), data["error"]
+            scheduled = tuple(ScheduledStep(**{key: _frozen(step[key]) for key in step}) for step in data["steps"])
             unknown = set(data) - {"models", "error", "steps"}
         except (KeyError, TypeError, ValueError) as error:
             raise wrong(f"{type(error).__name__}: {error}", "the keys of a schedule") from None
         if unknown:
             raise wrong(f"key {min(unknown)}", "the keys of a schedule")
+        for name, count in models:
+            if not is_whole(count):
+                raise wrong(f"{count!r} layers of {name}", "an integer from 0")
         layers = sum(layers for _, layers in models)
         if not scheduled or layers == 0:
             raise wrong("no steps or no layers", "one of each at least")
+        if not (_is_number(allowed) and 0 < allowed < 1):
+            raise wrong(f"error {allowed!r}", "a part of the output's size, above 0 and below 1")
         for step in scheduled:
-            whole = isinstance(step.index, int) and isinstance(step.count, int)
-            if not whole or not 0 <= step.index < step.count:
-                raise wrong(f"step {step.index} of {step.count}", "steps that count from 0")
-            if step.noise is not None and not isinstance(step.noise, (int, float)):
-                raise wrong(f"noise {step.noise!r}", "a number from 1 to 0, or null")
-            if len(step.density) != layers:
-                raise wrong(f"{len(step.density)} densities in step {step.index}", f"{layers}, one for each layer")
+            if not (is_whole(step.index) and is_whole(step.count) and step.index < step.count):
+                raise wrong(f"step {step.index!r} of {step.count!r}", "steps that count from 0")
+            if step.noise is not None and not (_is_number(step.noise) and 0 <= step.noise <= 1):
+                raise wrong(f"noise {step.noise!r} in step {step.index}", "a number from 1 to 0, or null")
+            for what in ("density", "compute", "heads_in_16_bits"):
+                values = getattr(step, what)
+                if values is None and what != "density":
+                    continue
+                if not isinstance(values, tuple) or len(values) != layers:
+                    found = f"{len(values)} values" if isinstance(values, tuple) else repr(values)
+                    raise wrong(f"{found} of {what} in step {step.index}", f"a list of {layers}, one for each layer")
             for density in step.density:
-                if density is not None and not (isinstance(density, (int, float)) and 0 < density <= 1):
+                if density is not None and not (_is_number(density) and 0 < density <= 1):
                     raise wrong(f"density {density!r} in step {step.index}", "densities above 0 and at most 1, or null")
-            if step.compute is not None and len(step.compute) != layers:
-                raise wrong(f"{len(step.compute)} computes in step {step.index}", f"{layers}, one for each layer")
             for compute in step.compute or ():
                 if compute not in (None, *get_args(Compute)):
                     raise wrong(f"compute {compute!r} in step {step.index}", '"dtype", "e4m3" or null')
-            lists = step.heads_in_16_bits
-            if lists is not None and len(lists) != layers:
-                raise wrong(f"{len(lists)} lists of heads in step {step.index}", f"{layers}, one for each layer")
-            for layer, heads in enumerate(lists or ()):
-                if heads is not None and not (isinstance(heads, tuple) and all(map(is_head, heads))):
+            for layer, heads in enumerate(step.heads_in_16_bits or ()):
+                if heads is not None and not (isinstance(heads, tuple) and all(map(is_whole, heads))):
                     raise wrong(f"heads {heads!r} in step {step.index}", "lists of numbers from 0, or null")
                 if heads and (step.compute or {layer: None})[layer] != "e4m3":
                     found = f"heads in 16 bits of layer {layer} in step {step.index}"
@@ -305,13 +308,22 @@ def study(
     return Study(json.dumps(numbers))
 
 
-def is_head(number: object) -> bool:
-    """Whether it is the number of a head."""
+def is_whole(number: object) -> bool:
+    """Whether it is an integer from 0, such as the number of a head."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """Lists as tuples, lists in lists too."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _no_schedule(subject: str, found: str, allowed: str) -> Error:
+    return refuse(subject, found, allowed, "Write it again: framestride.study(pipe, ...).schedule().save(path)")
 
 
 def _check_error(error: float) -> None:
@@ -320,7 +332,7 @@ def _check_error(error: float) -> None:
 
 
 def _models(data: dict[str, Any]) -> Models:
-    return tuple((str(model["name"]), int(model["layers"])) for model in data["models"])
+    return tuple((str(model["name"]), model["layers"]) for model in data["models"])
 
 
 def _shown(models: Models) -> str:

@@ -1,6 +1,7 @@
 """Studies and schedules as files, and which density a step has. None of it needs PyTorch."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -167,17 +168,25 @@ def test_a_schedule_comes_back_from_its_file(tmp_path):
     ({"models": []}, "no steps or no layers"),
     ({"steps": []}, "no steps or no layers"),
     ({"models": [{"name": "high"}]}, "KeyError: 'layers'"),
+    ({"models": [{"name": "high", "layers": 3.7}]}, "3.7 layers of high"),
+    ({"error": math.nan}, "error nan"),
+    ({"error": "0.05"}, "error '0.05'"),
     ({"bits": 8}, "key bits"),
     ({"steps": [SCHEDULE["steps"][0] | {"bits": 8}]}, "bits"),
-    ({"steps": [{"index": 0, "count": 8, "noise": 1.0, "density": [1.0]}]}, "1 densities in step 0"),
+    ({"steps": [{"index": 0, "count": 8, "noise": 1.0, "density": [1.0]}]}, "1 values of density in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"density": [1.0, 0.2, 0]}]}, "density 0 in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"density": ["1", 0.2, 0.1]}]}, "density '1' in step 0"),
-    ({"steps": [SCHEDULE["steps"][0] | {"density": None}]}, "TypeError"),
+    ({"steps": [SCHEDULE["steps"][0] | {"density": None}]}, "None of density in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"index": 8}]}, "step 8 of 8"),
-    ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3"]}]}, "1 computes in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3"]}]}, "1 values of compute in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"compute": ["e4m3", "fp8", None]}]}, "compute 'fp8' in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"index": True}]}, "step True of 8"),
+    ({"steps": [SCHEDULE["steps"][0] | {"density": [math.nan, 0.2, 0.1]}]}, "density nan in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"compute": "e4m3"}]}, "'e4m3' of compute in step 0"),
     ({"steps": [SCHEDULE["steps"][0] | {"noise": "high"}]}, "noise 'high'"),
-    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0]]}]}, "1 lists of heads in step 0"),
+    ({"steps": [SCHEDULE["steps"][0] | {"noise": math.nan}]}, "noise nan"),
+    ({"steps": ["first"]}, "TypeError"),
+    ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0]]}]}, "1 values of heads_in_16_bits in step 0"),
     ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0], [-1], None]}]}, "heads (-1,) in step 0"),
     ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[0], 1, None]}]}, "heads 1 in step 0"),
     ({"steps": [IN_8_BITS | {"heads_in_16_bits": [[], [0], None]}]}, "heads in 16 bits of layer 1 in step 0"),
@@ -190,6 +199,13 @@ def test_a_schedule_that_is_none_is_refused(wrong, words, tmp_path):
         DensitySchedule.load(path)
     said = str(error.value)
     assert said.startswith(f"{path}: found ") and words in said and "allowed: " in said and "mend: " in said
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(Error, match="found no text in UTF-8"):
+        DensitySchedule.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[[", "3"])

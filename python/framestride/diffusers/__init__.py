@@ -72,6 +72,8 @@ def apply(
     `Handle.step` before each step. Until then no step is known, and only a schedule's layers are
     dense.
 
+    An `apply` of before is undone first, and stays so if this one raises.
+
     A model that is not known but calls the dispatcher of diffusers gets dense attention of
     framestride. What is out of reach stays as it was, and is said through `warnings`.
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import framestride
 from framestride.backends import DTYPES, HEAD_DIMS, make_spec
 from framestride.diffusers.exchange import ALONE, Gpus, gpus_of
-from framestride.study import is_head
+from framestride.study import is_whole
 
 # Stands for the density of a dense head.
 DENSE = "dense"
@@ -231,7 +231,7 @@ class Processor:
 
     def check_heads(self, layer: int, in_16_bits: Any):
         """Refuses what is no list of heads of this layer, which is number `layer`."""
-        known = isinstance(in_16_bits, (list, tuple)) and all(map(is_head, in_16_bits))
+        known = isinstance(in_16_bits, (list, tuple)) and all(map(is_whole, in_16_bits))
         if not known or max(in_16_bits, default=0) >= self.count:
             allowed = f"a list of numbers from 0 to {self.count - 1}"
             raise ValueError(f"the heads of layer {layer} in 16 bits are {in_16_bits!r} in the schedule. They are {allowed}")
