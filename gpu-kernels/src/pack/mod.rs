@@ -157,9 +157,14 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
         },
     };
 
-    // What all heads of the token share stays in registers.
-    let token_affine =
-        if normed && !M::numbers().norm_over_heads { Affine::load::<M>(norm, chunk * 8) } else { Affine::IDENTITY };
+    // What all heads of the token share stays in registers. Where each head has weights of its own,
+    // those of the next step are on their way while others work.
+    let has_own_weights = normed && M::numbers().norm_over_heads;
+    let own = |head: u32| if has_own_weights { head.min(params.heads - 1) * M::HEAD_DIM } else { 0 };
+    let mut affine = Affine::IDENTITY;
+    if normed {
+        affine.load::<M>(norm, own(head_of::<M>(0)) + chunk * 8);
+    }
     let scale = if operand == Q { params.scale_log2 } else { 1.0 };
     let scale = if in_8_bits { scale * hadamard::FACTOR } else { scale };
     let tables = Tables::of_item(params, item);
@@ -190,11 +195,8 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                 let head = if written { index } else { 0 };
                 let mut x = element::widen::<M::Element>(values);
                 if normed {
-                    x = if M::numbers().norm_over_heads {
-                        Affine::load::<M>(norm, head * M::HEAD_DIM + chunk * 8).apply::<M>(x, token_statistic)
-                    } else {
-                        token_affine.apply::<M>(x, head_statistic::<M>(x))
-                    };
+                    let statistic = if has_own_weights { token_statistic } else { head_statistic::<M>(x) };
+                    x = affine.apply::<M>(x, statistic);
                 }
                 if rotated {
                     let rotation = if M::numbers().rope_per_head {
@@ -215,6 +217,9 @@ pub unsafe fn pack<M: Model>(params: &PackParams) {
                 } else {
                     values = element::narrow::<M::Element>(x);
                 }
+            }
+            if has_own_weights {
+                affine.load::<M>(norm, own(index + heads_at_once::<M>()) + chunk * 8);
             }
             if written {
                 let image = images + index as u64 * image_bytes;

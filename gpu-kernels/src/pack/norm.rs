@@ -42,17 +42,15 @@ pub struct Affine {
 impl Affine {
     pub const IDENTITY: Affine = Affine { weight: [1.0; 8], bias: [0.0; 8] };
 
-    /// Loads them from element `first` on.
+    /// Loads those that there are, from element `first` on.
     #[inline(always)]
-    pub unsafe fn load<M: Model>(norm: NormWeights, first: u32) -> Affine {
-        let mut affine = Affine::IDENTITY;
+    pub unsafe fn load<M: Model>(&mut self, norm: NormWeights, first: u32) {
         if norm.weight != 0 {
-            affine.weight = global::load_f32x8(norm.weight + first as u64 * 4);
+            self.weight = global::load_f32x8(norm.weight + first as u64 * 4);
         }
         if M::numbers().norm_is_layer && norm.bias != 0 {
-            affine.bias = global::load_f32x8(norm.bias + first as u64 * 4);
+            self.bias = global::load_f32x8(norm.bias + first as u64 * 4);
         }
-        affine
     }
 
     #[inline(always)]
