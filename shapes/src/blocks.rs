@@ -9,6 +9,10 @@ use crate::shared::PackShared;
 /// Threads of a warpgroup, the four warps that multiply together.
 pub const WARPGROUP: u32 = 128;
 
+/// The third extent of a CUDA grid is at most this, and so is the number of heads over the batch of a
+/// launch.
+pub const GRID_Z: u64 = 65_535;
+
 /// After so many key tiles an accumulator of **attention** on Hopper is moved near zero. Up to there it
 /// loses 7e-5 of itself at most. A power of two takes no register to be asked for.
 pub const ANCHOR_TILES: u32 = 64;

@@ -3,7 +3,7 @@
 
 use crate::cuda::{copy, global, shared, thread, warp};
 use crate::model::Model;
-use framestride_shapes::blocks::PACK_STEP_BYTES;
+use framestride_shapes::blocks::{GRID_Z, PACK_STEP_BYTES};
 use framestride_shapes::layout::HeadType;
 
 /// Lanes that share one head. Each has a chunk of it.
@@ -24,8 +24,8 @@ pub fn chunk<M: Model>() -> u32 {
     thread::lane() % head_lanes::<M>()
 }
 
-/// No memory lies below it, and no head has so large a number.
-pub const LEAST_ADDRESS: u64 = 1 << 16;
+/// No memory lies below it. One more than the number of a head is less.
+pub const LEAST_ADDRESS: u64 = GRID_Z + 1;
 
 /// The heads of one row, as a lane sees them. In each step it has 16 bytes of one head, beside
 /// those that the other lanes have.

@@ -1,8 +1,9 @@
 //! Reads a spec key by key, and checks what several keys say together.
 
-use super::keys::{GRID_Z, Key, MOST_PROFILE_ROWS, POSITIONS, find};
+use super::keys::{Key, MOST_PROFILE_ROWS, POSITIONS, find};
 use super::read::Reader;
 use super::{Compute, Dtype, NormKind, NormOver, Pairs, Profile, QkNorm, Rope, Schedule, Spec, SpecSource, Width};
+use crate::blocks::GRID_Z;
 use crate::density;
 use crate::image::{ATOM_ROWS, Image};
 use crate::layout::{Divisor, HeadType, Layout, PAD_ROWS};

@@ -4,6 +4,7 @@
 //! so that another key does not compile. The JSON schema is made from this list too.
 
 use super::{Compute, Dtype, NormKind, NormOver, Pairs};
+use crate::blocks::GRID_Z;
 
 /// A table of the spec.
 pub(crate) struct Table {
@@ -64,10 +65,6 @@ pub(crate) const NAME_LENGTH: usize = 64;
 
 /// The largest number of tokens or frames. Whether a packed head fits 4 GiB is checked besides.
 const COUNT: u64 = (1 << 25) - 1;
-
-/// The largest number of heads or batch items, and of their product. It is the third extent of a
-/// CUDA grid.
-pub(crate) const GRID_Z: u64 = 65_535;
 
 /// The most rows that profiling samples from a head.
 pub(crate) const MOST_PROFILE_ROWS: u64 = 1024;
