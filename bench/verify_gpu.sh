@@ -1,10 +1,10 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Whether the kernels are right on this machine's GPU: `framestride verify` of every shipped spec at full size (1 to 2 minutes each for
 # the large ones), then compute-sanitizer's three tools on the small ones (half a minute each), where it is installed.
 #
 #     bench/verify_gpu.sh [SPEC ...]        # $FRAMESTRIDE: the command; $DEVICE: gpu, or emulator for a rehearsal with small specs;
 #                                           # $FAMILY: of the kernels, such as sm_80; $HEADS: so many heads for every
-#                                           # spec but the tiny ones, four specs at a time, which takes some minutes in all
+#                                           # spec but the tiny ones, $JOBS specs at a time (4), which takes some minutes in all
 set -u
 framestride=${FRAMESTRIDE:-target/release/framestride}
 device=${DEVICE:-gpu}
@@ -31,15 +31,13 @@ check() {
     if [ $verdict = FAILED ]; then grep -v '^  ok' "$log"; fi
 }
 
-started=0
 for spec in "$@"; do
     if [ -n "${HEADS:-}" ] && [ "${spec#tiny_}" = "$spec" ]; then
         name=$(basename "$spec" .toml)
         [ -f "$spec" ] || spec=$models/$spec.toml
         sed "s/^heads = .*/heads = $HEADS/; s/^name = \"\(.*\)\"/name = \"\1_heads_$HEADS\"/" "$spec" >"$folder/$name.toml"
+        while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-4}" ]; do wait -n; done
         check "verify $name with $HEADS heads" "$framestride" verify "$folder/$name.toml" --device "$device" $family &
-        started=$((started + 1))
-        [ $((started % 4)) -ne 0 ] || wait
     else
         check "verify $spec" "$framestride" verify "$spec" --device "$device" $family
     fi
