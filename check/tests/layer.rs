@@ -142,8 +142,8 @@ fn precisions_of_heads() {
     }
 }
 
-/// The error of a head does not depend on the size of V. Where V is so small or large that 8 bits lose
-/// it, all of it is lost, and the head stays in 16 bits.
+/// The error of a head does not depend on the size of V. Where V is so small or large that 8 bits
+/// lose it, the error says so, and the head stays in 16 bits.
 #[test]
 fn errors_of_small_and_large_values() {
     let module = module("tiny_e4m3");

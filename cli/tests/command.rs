@@ -90,7 +90,8 @@ fn verify_finds_wrong_kernels() {
         ("attention", 128, "ex2.approx.ftz.f32", "neg.ftz.f32"),
         ("attention", 138, "ex2.approx.ftz.f32", "neg.ftz.f32"),
         ("attention", 202, "ex2.approx.ftz.f32", "neg.ftz.f32"),
-        ("attention", 0, "rcp.approx.ftz.f32", "neg.ftz.f32"),
+        // The first four are for anchors, which short sequences have none of.
+        ("attention", 4, "rcp.approx.ftz.f32", "neg.ftz.f32"),
         ("select", 0, "setp.lt.f32", "setp.gt.f32"),
         // The errors are not stored here, so what lay in their place stays.
         ("select", 0, "st.global", "// st.global"),
