@@ -15,17 +15,17 @@ pub const ALIGNMENT: u64 = 256;
 /// [`crate::spec::Spec::workspace`] makes it.
 ///
 /// What is never needed at the same time shares memory. Profiling comes first, then attention in 8
-/// bits, then attention in 16 bits. With heads in 16 bits, the images of profiling stay for them:
+/// bits, then attention in 16 bits. With heads in 16 bits, there are three places of images, and
+/// each image in 8 bits lies in a place of its own head:
 ///
 /// ```text
-/// profiling           samples, partials | K in 16 bits    | V in 16 bits
-/// attention, 8 bits             partials | Q and K in 8 bits | V in 8 bits
-/// attention, 16 bits  Q in 16 bits      | K in 16 bits    | V in 16 bits
+/// profiling           samples, partials | K in 16 bits      | V in 16 bits
+/// attention, 8 bits            partials | Q and K in 8 bits | V in 8 bits
+/// attention, 16 bits  Q in 16 bits      | K in 16 bits      | V in 16 bits
 /// ```
 ///
-/// An image in 8 bits then lies in the place of the same head's image in 16. Without heads in 16
-/// bits, profiling goes over the keys in two halves, so that its images take no more than those of
-/// attention:
+/// Without heads in 16 bits, profiling goes over the keys in two halves, so that its images take no
+/// more than those of attention:
 ///
 /// ```text
 /// profiling           half of K and V in 16 bits, samples, partials
@@ -40,7 +40,7 @@ pub struct WorkspaceLayout {
     /// head. They are empty where no head is in 16 bits.
     pub packed: [Range<u64>; 3],
     /// Packed Q, K and V as **attention** in 8 bits reads them, an image of each head. From one to
-    /// the next are [`Spec::e4m3_image_rows`]. They are empty where no head is in 8 bits.
+    /// the next are [`Spec::e4m3_image_rows`] rows. They are empty where no head is in 8 bits.
     pub packed_e4m3: [Range<u64>; 3],
     /// The sampled rows of packed Q, as [`ProfileParams::samples`](crate::params::ProfileParams)
     /// says.
