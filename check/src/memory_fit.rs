@@ -102,7 +102,9 @@ fn on_device(
 ) -> u64 {
     let [batch, heads] = extent;
     let layer = tensors(spec, extent, placement) + log_sums(spec, extent) + rope_tables(spec, extent);
-    layers * layer + workspaces * workspace_layout(spec, batch, heads, device.multiprocessors()).bytes
+    // Workspaces of other families differ by less than what is spared.
+    let arch = device.arch().unwrap_or_default();
+    layers * layer + workspaces * workspace_layout(spec, arch, batch, heads, device.multiprocessors()).bytes
 }
 
 /// What a layer needs that is compared with the f64 reference.

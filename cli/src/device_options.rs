@@ -157,7 +157,7 @@ fn without_gpu(error: Error) -> Error {
 pub fn check_memory(spec: &Spec, device: &Device) -> Result<()> {
     let Device::Emulator(emulator) = device else { return Ok(()) };
     let tensor = spec.tensor_bytes(spec.batch, spec.heads);
-    let workspace = workspace_layout(spec, spec.batch, spec.heads, device.multiprocessors());
+    let workspace = workspace_layout(spec, device.arch()?, spec.batch, spec.heads, device.multiprocessors());
     emulator.check_room(8 * tensor + workspace.bytes)
 }
 

@@ -8,8 +8,8 @@
 
 use framestride_shapes::arch::Products;
 use framestride_shapes::blocks::{
-    CENTER_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PROFILE_WARPS, PackBlock, SELECT_THREADS,
-    Tiles, VALUES_MIN_BLOCKS, VALUES_THREADS, WARP_BLOCKS,
+    CENTER_THREADS, PROFILE_COLUMNS, PROFILE_KEY_ROWS, PROFILE_THREADS, PackBlock, SELECT_THREADS, Tiles,
+    VALUES_MIN_BLOCKS, VALUES_THREADS, WARP_BLOCKS, profile_min_blocks, profile_parts, profile_warps,
 };
 use framestride_shapes::dtype::{Compute, Dtype};
 use framestride_shapes::image::{Image, e4m3};
@@ -355,10 +355,10 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             products: quote!(warp_products),
             attention_blocks: vec![WARP_BLOCKS as u32],
             // Outputs of one mask alone, and of all.
-            profile_blocks: vec![1, HeadType::ALL.len() as u32],
-            profile_keys: PROFILE_KEY_ROWS / 2,
-            columns: head_dim / 2,
-            profile_threads: 32 * PROFILE_WARPS,
+            profile_blocks: vec![1, 2, HeadType::ALL.len() as u32],
+            profile_keys: PROFILE_KEY_ROWS / profile_parts(image),
+            columns: head_dim / profile_parts(image),
+            profile_threads: 32 * profile_warps(image),
             attention_shared: WarpAttentionShared::new(tiles, image).bytes,
             profile_shared: WarpProfileShared::new(image).bytes,
         },
@@ -372,6 +372,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
     let (pack_threads, pack_blocks) = (pack.threads(), pack.min_blocks);
     // The largest block of a template may be more than any spec of the family has.
     let pack_shared = PackShared::new(pack.warps, pack.held_steps).bytes.min(arch.block_shared_bytes);
+    let profile_min_blocks = profile_min_blocks(arch, head_dim);
     let select_shared = SelectShared::new(SELECT_THREADS).bytes;
     let (attention_threads, attention_min_blocks) = (tiles.threads(arch), Tiles::min_blocks(arch));
     let center_shared = CenterShared::new().bytes;
@@ -407,7 +408,7 @@ fn kernels_of(krate: &TokenStream, target: &Target, image: Image, compute: Compu
             }
 
             /// Attention of sampled rows under every mask.
-            #[#krate::kernel(threads = #profile_threads, shared_bytes = #profile_shared)]
+            #[#krate::kernel(threads = #profile_threads, min_blocks = #profile_min_blocks, shared_bytes = #profile_shared)]
             pub unsafe fn profile(params: #krate::shapes::params::ProfileParams) {
                 unsafe { #krate::#profile::profile::<#model>(&params) }
             }

@@ -16,8 +16,6 @@ use crate::tile_products::{Element, Input, fields, products, types};
 const MATRIX: u32 = 8;
 /// Keys or columns of four matrices, two of which lie beside each other.
 const PAIR: u32 = 2 * MATRIX;
-/// Keys that each of two twins weighs.
-const HALF_KEYS: u32 = 32;
 
 pub fn expand(input: TokenStream) -> Result<TokenStream> {
     let Input { kernels, visibility, name, element, key_rows, head_dim, columns, blocks } = syn::parse2(input)?;
@@ -56,19 +54,23 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             }
         }
     });
-    let half_products = if key_rows == HALF_KEYS {
+    // Warps of attention have two blocks, and no queries in registers.
+    let sample_products = if blocks.contains(&1) {
         let both_products =
-            blocks.iter().map(|&blocks| both_products(&kernels, &name, image, columns, blocks as usize));
-        let half_products = half_products(&kernels, &visibility, &name, image);
-        quote!(#half_products #(#both_products)*)
+            blocks.iter().map(|&blocks| both_products(&kernels, &name, image, key_rows, columns, blocks as usize));
+        let sample_products = sample_products(&kernels, &visibility, &name, image, key_rows);
+        quote!(#sample_products #(#both_products)*)
     } else {
         TokenStream::new()
     };
-    let multiply = format!(
-        "mma.sync.aligned.m16n8k16.row.col.f32.{ptx}.{ptx}.f32 \
-         {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}}, {{{{{{4}}, {{5}}, {{6}}, {{7}}}}}}, {{{{{{8}}, {{9}}}}}}, {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}};",
-        ptx = dtype.as_str()
-    );
+    let product = |summand: &str| {
+        format!(
+            "mma.sync.aligned.m16n8k16.row.col.f32.{ptx}.{ptx}.f32 \
+             {{{{{{0}}, {{1}}, {{2}}, {{3}}}}}}, {{{{{{4}}, {{5}}, {{6}}, {{7}}}}}}, {{{{{{8}}, {{9}}}}}}, {summand};",
+            ptx = dtype.as_str()
+        )
+    };
+    let (multiply, multiply_from) = (product("{{{0}, {1}, {2}, {3}}}"), product("{{{10}, {11}, {12}, {13}}}"));
     Ok(quote! {
         #products
 
@@ -88,33 +90,57 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
                     );
                 }
             }
+
+            /// C + A B, of 16 rows by 8 columns.
+            #[inline(always)]
+            fn multiply_from(c: [f32; 4], a: [u32; 4], b: [u32; 2]) -> [f32; 4] {
+                let (d0, d1, d2, d3): (f32, f32, f32, f32);
+                // SAFETY: this is arithmetic on registers.
+                unsafe {
+                    ::core::arch::asm!(
+                        #multiply_from,
+                        out(reg32) d0, out(reg32) d1, out(reg32) d2, out(reg32) d3,
+                        in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3],
+                        in(reg32) b[0], in(reg32) b[1],
+                        in(reg32) c[0], in(reg32) c[1], in(reg32) c[2], in(reg32) c[3],
+                        options(pure, nomem, nostack)
+                    );
+                }
+                [d0, d1, d2, d3]
+            }
         }
 
         #(#products_of_blocks)*
 
-        #half_products
+        #sample_products
     })
 }
 
-/// `HalfProducts`, for scores of 32 keys.
-fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, image: Image) -> TokenStream {
+/// `SampleProducts`.
+fn sample_products(
+    kernels: &TokenStream,
+    visibility: &Visibility,
+    name: &Ident,
+    image: Image,
+    key_rows: u32,
+) -> TokenStream {
     let [scores, weights, _] = types(name);
     let queries_type = format_ident!("{name}Queries");
     let queries = fields("q", image.head_dim / 4);
-    let steps = image.head_dim / 16;
-    let load_queries = (0..steps).map(|step| {
+    let load_queries = (0..image.head_dim / 16).map(|step| {
         let load = load("q", image, 0, 16 * step, false);
         let registers = &queries[4 * step as usize..][..4];
         quote!(let [#(#registers),*] = #load;)
     });
-    let add_scores = add_half_scores(image);
-    let registers = fields("a", HALF_KEYS / 4);
-    let kept = (0..HALF_KEYS / 4).map(|index| {
+    let add_scores = sample_scores(image, key_rows);
+    let registers = fields("a", key_rows / 4);
+    let kept = (0..key_rows / 4).map(|index| {
         let (register, row, group) = (&registers[index as usize], row_of(2 * index), index / 2);
         // Two bytes of the first key's bit, and two of the second's.
-        let (first, second) = (8 + group, 8 + 4 + group);
+        let (word, byte) = (group as usize / 4, group % 4);
+        let (first, second) = (8 + byte, 8 + 4 + byte);
         let selector = first | first << 4 | second << 8 | second << 12;
-        quote!(#register: weights.#register & #kernels::cuda::math::byte_signs::<#selector>(seen[#row][0], seen[#row][1]))
+        quote!(#register: weights.#register & #kernels::cuda::math::byte_signs::<#selector>(signs[#row][#word][0], signs[#row][#word][1]))
     });
     let quads: Vec<_> = registers.chunks(4).collect();
     let places: Vec<_> = (0..quads.len() as u32).map(|quad| quad * 32 * CHUNK_BYTES).collect();
@@ -123,7 +149,7 @@ fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, i
         #[derive(Clone, Copy)]
         #visibility struct #queries_type { #(#queries: u32,)* }
 
-        impl #kernels::cuda::mma::HalfProducts for #name {
+        impl #kernels::cuda::mma::SampleProducts for #name {
             type Queries = #queries_type;
 
             #[inline(always)]
@@ -133,15 +159,24 @@ fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, i
             }
 
             #[inline(always)]
-            unsafe fn add_half_scores(scores: &mut #scores, queries: &#queries_type, k: #kernels::cuda::mma::Matrices) {
+            unsafe fn sample_scores(
+                scores: &mut #scores,
+                start: [f32; 2],
+                queries: &#queries_type,
+                k: #kernels::cuda::mma::Matrices,
+            ) {
+                let start = [start[0], start[0], start[1], start[1]];
                 #(#add_scores)*
             }
 
             #[inline(always)]
-            fn keep_seen(weights: &#weights, seen: [u32; 2], lane: u32) -> #weights {
+            fn keep_seen(weights: &#weights, seen: [u64; 2], lane: u32) -> #weights {
                 // Of each group of 8 keys, the bits of the thread's two become signs of a byte.
                 let shift = 6 - #kernels::shapes::fragment::first_column(lane);
-                let seen = [[seen[0] << (shift + 1), seen[0] << shift], [seen[1] << (shift + 1), seen[1] << shift]];
+                let signs = seen.map(
+                    #[inline(always)]
+                    |seen| [seen as u32, (seen >> 32) as u32].map(|word| [word << (shift + 1), word << shift]),
+                );
                 #weights { #(#kept,)* }
             }
 
@@ -161,10 +196,17 @@ fn half_products(kernels: &TokenStream, visibility: &Visibility, name: &Ident, i
     }
 }
 
-/// `BothProducts`, for scores of 32 keys.
-fn both_products(kernels: &TokenStream, name: &Ident, image: Image, columns: u32, blocks: usize) -> TokenStream {
+/// `BothProducts`.
+fn both_products(
+    kernels: &TokenStream,
+    name: &Ident,
+    image: Image,
+    key_rows: u32,
+    columns: u32,
+    blocks: usize,
+) -> TokenStream {
     let ([scores, weights, output], queries) = (types(name), format_ident!("{name}Queries"));
-    let add_both = add_both(image, columns, blocks);
+    let add_both = add_both(image, key_rows, columns, blocks);
     quote! {
         impl #kernels::cuda::mma::BothProducts<#blocks> for #name {
             #[inline(always)]
@@ -173,9 +215,11 @@ fn both_products(kernels: &TokenStream, name: &Ident, image: Image, columns: u32
                 weights: &[#weights; #blocks],
                 v: #kernels::cuda::mma::Matrices,
                 scores: &mut #scores,
+                start: [f32; 2],
                 queries: &#queries,
                 k: #kernels::cuda::mma::Matrices,
             ) {
+                let start = [start[0], start[0], start[1], start[1]];
                 #add_both
             }
         }
@@ -258,17 +302,21 @@ fn add_output(image: Image, key_rows: u32, columns: u32, blocks: usize) -> Vec<T
     steps.map(piece).collect()
 }
 
-/// S += Q K^T of half a tile, a piece for each load of keys.
-fn add_half_scores(image: Image) -> Vec<TokenStream> {
+/// S = C + Q K^T with queries in registers, a piece for each load of keys. `start` is C.
+fn sample_scores(image: Image, key_rows: u32) -> Vec<TokenStream> {
     let queries = fields("q", image.head_dim / 4);
-    let steps = (0..image.head_dim / 16).flat_map(|step| (0..HALF_KEYS / PAIR).map(move |pair| (step, pair)));
+    let steps = (0..image.head_dim / 16).flat_map(|step| (0..key_rows / PAIR).map(move |pair| (step, pair)));
     let piece = |(step, pair)| {
         let keys = load("k", image, PAIR * pair, 16 * step, false);
         let registers = &queries[4 * step as usize..][..4];
         let multiply = (0..2u32).map(|half| {
             let group = group(2 * pair + half);
             let (low, high) = (2 * half as usize, 2 * half as usize + 1);
-            quote!(Self::multiply([#(&mut scores.#group),*], [#(queries.#registers),*], [keys[#low], keys[#high]]);)
+            if step == 0 {
+                quote!([#(scores.#group),*] = Self::multiply_from(start, [#(queries.#registers),*], [keys[#low], keys[#high]]);)
+            } else {
+                quote!(Self::multiply([#(&mut scores.#group),*], [#(queries.#registers),*], [keys[#low], keys[#high]]);)
+            }
         });
         quote! {
             let keys = #keys;
@@ -280,8 +328,8 @@ fn add_half_scores(image: Image) -> Vec<TokenStream> {
 
 /// Both, whose pieces take turns. Keys need a multiple of the loads of values, so several of theirs
 /// come before each of values.
-fn add_both(image: Image, columns: u32, blocks: usize) -> TokenStream {
-    let (scores, output) = (add_half_scores(image), add_output(image, HALF_KEYS, columns, blocks));
+fn add_both(image: Image, key_rows: u32, columns: u32, blocks: usize) -> TokenStream {
+    let (scores, output) = (sample_scores(image, key_rows), add_output(image, key_rows, columns, blocks));
     assert_eq!(scores.len() % output.len(), 0, "keys need a multiple of the loads of values");
     let pieces =
         scores.chunks(scores.len() / output.len()).zip(&output).map(|(scores, output)| quote!(#(#scores)* #output));

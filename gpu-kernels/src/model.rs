@@ -110,12 +110,18 @@ impl<M: Hopper<Attention: ByteWeights>> HopperE4m3 for M {}
 
 /// A model whose products are those of single warps, which all GPUs since Ampere have.
 pub trait Ampere:
-    Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: BothProducts<1> + BothProducts<{ 1 + CANDIDATES }>>
+    Model<
+        Attention: WarpProducts<WARP_BLOCKS>,
+        Profile: BothProducts<1> + BothProducts<2> + BothProducts<{ 1 + CANDIDATES }>,
+    >
 {
 }
 
 impl<M> Ampere for M where
-    M: Model<Attention: WarpProducts<WARP_BLOCKS>, Profile: BothProducts<1> + BothProducts<{ 1 + CANDIDATES }>>
+    M: Model<
+            Attention: WarpProducts<WARP_BLOCKS>,
+            Profile: BothProducts<1> + BothProducts<2> + BothProducts<{ 1 + CANDIDATES }>,
+        >
 {
 }
 

@@ -89,18 +89,19 @@ impl<F: Fn(u32) -> u32> Ring<F> {
     /// Begins with two steps, the values of a tile (`step` is odd) and the keys of the next one.
     /// Returns the addresses of both tiles.
     ///
+    /// `THREADS` is the ring's number of threads. Of a tile, each has a multiple of four chunks.
+    ///
     /// # Safety
     /// As for [`Ring::take`].
     #[inline(always)]
-    pub unsafe fn take_two(&mut self, step: u32) -> [u32; 2] {
+    pub unsafe fn take_two<const THREADS: u32>(&mut self, step: u32) -> [u32; 2] {
         // An odd slot, and the next one.
         let own = self.slot;
         let next = if own + 1 == self.stages { 0 } else { own + 1 };
         let before = if own == 1 { self.stages - 1 } else { own - 2 };
         if self.copies {
-            let copy = |step: u32, slot: u32| self.copy_tile(self.head_row, step, slot, step / 2 < self.tiles);
-            copy(step + self.stages - 2, before);
-            copy(step + self.stages - 1, own - 1);
+            self.copy_fours::<THREADS>(step + self.stages - 2, before);
+            self.copy_fours::<THREADS>(step + self.stages - 1, own - 1);
         }
         copy::commit_group();
         self.slot = next + 1;
@@ -112,32 +113,48 @@ impl<F: Fn(u32) -> u32> Ring<F> {
     unsafe fn copy_step(&self, step: u32, slot: u32) {
         if self.copies && step / 2 < self.tiles {
             // The addresses of the head would take registers all through the products.
-            self.copy_tile(math::opaque(self.head_row), step, slot, true);
+            let (from, first) = self.tile(math::opaque(self.head_row), step);
+            copy_rows(self.image, self.threads, shared::address(self.slots, slot), from, first, self.rows);
         }
     }
 
-    /// Starts to copy the tile of a step to a slot, if there `is_one`.
+    /// The same by a thread that copies, in fours.
     #[inline(always)]
-    unsafe fn copy_tile(&self, head_row: u32, step: u32, slot: u32, is_one: bool) {
+    unsafe fn copy_fours<const THREADS: u32>(&self, step: u32, slot: u32) {
+        if step / 2 < self.tiles {
+            let (from, first) = self.tile(self.head_row, step);
+            let own = thread::index() * CHUNK_BYTES;
+            let from = from + first as u64 * self.image.bytes(1) as u64 + own as u64;
+            let to = shared::address(self.slots, slot) + own;
+            let mut bytes = 0;
+            while bytes < self.image.bytes(self.rows) {
+                copy::start_four::<THREADS>(to + bytes, from + bytes as u64);
+                bytes += 4 * THREADS * CHUNK_BYTES;
+            }
+        }
+    }
+
+    /// Where the tile of a step lies, of a head that begins with row `head_row`: the address of
+    /// packed K or V, and the first row.
+    #[inline(always)]
+    fn tile(&self, head_row: u32, step: u32) -> (u64, u32) {
         let (tile, operand) = (step / 2, step % 2);
-        let first = head_row + (self.first_row)(tile);
-        let from = if operand == 0 { self.packed[0] } else { self.packed[1] };
-        copy_rows(self.image, self.threads, shared::address(self.slots, slot), from, first, self.rows, is_one);
+        let packed = if operand == 0 { self.packed[0] } else { self.packed[1] };
+        (packed, head_row + (self.first_row)(tile))
     }
 }
 
-/// Starts to copy `rows` rows of an image to shared memory, from row `first` on, if they are
-/// `wanted`.
+/// Starts to copy `rows` rows of an image to shared memory, from row `first` on.
 ///
 /// # Safety
-/// The block's first `threads` threads come here. Wanted rows are those of atoms.
+/// The block's first `threads` threads come here. The rows are those of atoms.
 #[inline(always)]
-pub unsafe fn copy_rows(image: Image, threads: u32, to: u32, from: u64, first: u32, rows: u32, wanted: bool) {
+pub unsafe fn copy_rows(image: Image, threads: u32, to: u32, from: u64, first: u32, rows: u32) {
     let own = thread::index() * CHUNK_BYTES;
     let (to, from) = (to + own, from + first as u64 * image.bytes(1) as u64 + own as u64);
     let mut bytes = 0;
     while bytes < image.bytes(rows) {
-        copy::start16_if(wanted, to + bytes, from + bytes as u64);
+        copy::start16(to + bytes, from + bytes as u64);
         bytes += threads * CHUNK_BYTES;
     }
 }

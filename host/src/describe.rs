@@ -72,7 +72,7 @@ impl Description<'_> {
                 tiles_edge: tiles.edge,
             }
         });
-        let workspace_bytes = workspace_layout(spec, spec.batch, spec.heads, MULTIPROCESSORS).bytes;
+        let workspace_bytes = workspace_layout(spec, Arch::default(), spec.batch, spec.heads, MULTIPROCESSORS).bytes;
         let times = rates.into_iter().map(|rates| (rates, LayerTimes::estimate(spec, &rates))).collect();
         Ok(Description { spec, workspace_bytes, masks, times, unknown_gpu })
     }

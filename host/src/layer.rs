@@ -221,7 +221,7 @@ impl SparseAttention {
             let mend = if batch == 0 { "Give at least one item" } else { "Split the batch over several calls" };
             return Err(Error::input("batch", batch, allowed, mend));
         }
-        let splits = profile_splits(spec, batch, heads, module.device().multiprocessors());
+        let splits = profile_splits(spec, module.arch(), batch, heads, module.device().multiprocessors());
         let workspace = spec.workspace(batch, heads, splits);
         Ok(SparseAttention { module: Arc::clone(module), batch, heads, splits, workspace })
     }

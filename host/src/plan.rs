@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use framestride_shapes::blocks::{MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock, VALUES_THREADS, VALUES_UNITS};
+use framestride_shapes::arch::Arch;
+use framestride_shapes::blocks::{
+    MOST_SPLITS, PROFILE_KEY_ROWS, PackBlock, VALUES_THREADS, VALUES_UNITS, profile_min_blocks,
+};
 use framestride_shapes::dtype::Compute;
 use framestride_shapes::image::e4m3::UNIT_KEYS;
 use framestride_shapes::layout::HeadType;
@@ -374,24 +377,25 @@ fn row_groups(spec: &Spec, layer: &Layer, operand: usize) -> [Tensor; 3] {
     [joined, before.unwrap_or(joined), after.unwrap_or(joined)]
 }
 
-/// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, on a
-/// device with so many multiprocessors.
+/// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, for kernels
+/// of a family on a device with so many multiprocessors.
 ///
 /// With it, memory can be planned before a device and kernels are there.
 /// [`SparseAttention::workspace_layout`] is the same for a module.
 #[must_use]
-pub fn workspace_layout(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> WorkspaceLayout {
-    spec.workspace(batch, heads, profile_splits(spec, batch, heads, multiprocessors))
+pub fn workspace_layout(spec: &Spec, arch: Arch, batch: u32, heads: u32, multiprocessors: u32) -> WorkspaceLayout {
+    spec.workspace(batch, heads, profile_splits(spec, arch, batch, heads, multiprocessors))
 }
 
 /// Into how many parts profiling divides the keys of a head. Each block takes one part. Where two
 /// launches share the keys, each has half of the parts.
-pub(crate) fn profile_splits(spec: &Spec, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
+pub(crate) fn profile_splits(spec: &Spec, arch: Arch, batch: u32, heads: u32, multiprocessors: u32) -> u32 {
     let launches = profile_launches(spec);
     let key_tiles = spec.layout.sequence().div_ceil(PROFILE_KEY_ROWS);
     let blocks = u64::from(batch) * u64::from(heads) * u64::from(spec.partials(1).groups);
     let most = (key_tiles / launches).clamp(1, MOST_SPLITS / launches);
-    launches * splits_of(blocks, multiprocessors.max(1), most)
+    let at_once = multiprocessors.max(1) * profile_min_blocks(arch, spec.head_dim);
+    launches * splits_of(blocks, at_once, most)
 }
 
 /// How many launches of **profile** share the keys.
@@ -404,10 +408,10 @@ const ALL_KEYS: [u32; 2] = [0, u32::MAX];
 
 /// The fewest parts, up to `most`, whose time is within 5% of the best.
 ///
-/// A multiprocessor holds one block. So the time is the number of waves of blocks times the keys of
+/// The device holds `at_once` blocks. So the time is the number of waves of blocks times the keys of
 /// a block.
-fn splits_of(blocks: u64, multiprocessors: u32, most: u32) -> u32 {
-    let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(multiprocessors.into());
+fn splits_of(blocks: u64, at_once: u32, most: u32) -> u32 {
+    let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(at_once.into());
     let time = |splits: u32| waves(splits) as f64 / f64::from(splits);
     let best = (1..=most).map(time).fold(f64::INFINITY, f64::min);
     (1..=most).find(|&splits| time(splits) <= 1.05 * best).unwrap_or(1)
@@ -419,12 +423,12 @@ mod tests {
 
     #[test]
     fn splits_fill_whole_waves() {
-        // Each row has the blocks of one split, multiprocessors, the most splits, and the splits
-        // that are expected.
-        for (blocks, multiprocessors, most, splits) in
+        // Each row has the blocks of one split, those at once, the most splits, and the splits that
+        // are expected.
+        for (blocks, at_once, most, splits) in
             [(24, 132, 32, 11), (96, 132, 16, 4), (132, 132, 32, 1), (1, 132, 32, 31), (24, 132, 3, 3), (4, 4, 19, 1)]
         {
-            assert_eq!(splits_of(blocks, multiprocessors, most), splits, "{blocks} blocks");
+            assert_eq!(splits_of(blocks, at_once, most), splits, "{blocks} blocks");
         }
     }
 }

@@ -172,9 +172,24 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
 
-/// Warps of a block of **profile** whose warps multiply on their own. Two have the same 16 samples.
-/// Each weighs half of the keys, and has half of the columns of V.
-pub const PROFILE_WARPS: u32 = 2 * SAMPLE_ROWS / 16;
+/// Warps of a block of **profile** that have the same 16 samples, where warps multiply on their own.
+/// With head dim 128 they are two. Each weighs half of the keys, and has half of the columns of V.
+pub const fn profile_parts(image: Image) -> u32 {
+    if image.head_dim == 128 { 2 } else { 1 }
+}
+
+/// Warps of a block of **profile** whose warps multiply on their own.
+pub const fn profile_warps(image: Image) -> u32 {
+    profile_parts(image) * SAMPLE_ROWS / 16
+}
+
+/// Blocks of **profile** that a multiprocessor holds by its registers.
+pub const fn profile_min_blocks(arch: Arch, head_dim: u32) -> u32 {
+    match (arch.products, head_dim) {
+        (Products::MmaSync, 64) => 2,
+        _ => 1,
+    }
+}
 
 /// Columns of V of one consumer warpgroup of **profile**, which has registers for three outputs of
 /// that width.

@@ -5,8 +5,8 @@
 //! from the first one of a block's dynamic shared memory, which is aligned to an atom of an image.
 
 use crate::blocks::{
-    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, PROFILE_WARPS, SAMPLE_ROWS, Tiles, VALUES_ROW_BYTES,
-    VALUES_STAGES, VALUES_THREADS, WARP_ROWS, WARPGROUP, WARPGROUP_ROWS, profile_stages,
+    CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, VALUES_ROW_BYTES, VALUES_STAGES,
+    VALUES_THREADS, WARP_ROWS, WARPGROUP, WARPGROUP_ROWS, profile_stages,
 };
 use crate::dtype::Compute;
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image, e4m3};
@@ -320,7 +320,7 @@ pub const HALF_WEIGHTS_BYTES: u32 = 32 * 8 * 4;
 pub struct WarpProfileShared {
     /// The tile of sampled rows. Weights come over it.
     pub query: Parts,
-    /// Two tiles have, for each warp, the weights of its half of the keys, in
+    /// Two tiles have, for each warp with a twin, the weights of its half of the keys, in
     /// [`HALF_WEIGHTS_BYTES`].
     pub weights: Parts,
     /// The slots of a ring, of which each has a key tile or a value tile.
@@ -341,19 +341,17 @@ impl WarpProfileShared {
     /// the one behind that, and one for the remainder of a division.
     pub const SEEN_TILES: u32 = 4;
 
-    /// Slots of the ring, which take 64 KiB.
-    pub const fn stages(image: Image) -> u32 {
-        64 * 1024 / image.bytes(PROFILE_KEY_ROWS)
-    }
+    /// Slots of the ring. With more, and with tiles on their way to L2 before, it is no faster.
+    pub const STAGES: u32 = 4;
 
     /// Makes the map for rows of an image.
     pub const fn new(image: Image) -> WarpProfileShared {
         let candidates = HeadType::CANDIDATES.len() as u32;
         let mut memory = Allocator::new();
-        let (query_bytes, weights_bytes) = (image.bytes(SAMPLE_ROWS), 2 * PROFILE_WARPS * HALF_WEIGHTS_BYTES);
-        let query = memory.tiles(1, if query_bytes > weights_bytes { query_bytes } else { weights_bytes });
+        // Weights of two tiles need as much.
+        let query = memory.tiles(1, image.bytes(SAMPLE_ROWS));
         let weights = Parts { distance: HALF_WEIGHTS_BYTES, ..query };
-        let ring = memory.tiles(WarpProfileShared::stages(image), image.bytes(PROFILE_KEY_ROWS));
+        let ring = memory.tiles(WarpProfileShared::STAGES, image.bytes(PROFILE_KEY_ROWS));
         let seen = memory.parts(WarpProfileShared::SEEN_TILES * 2 * SAMPLE_ROWS, 4 * candidates, 8);
         let halves = memory.parts(HeadType::ALL.len() as u32 * 2 * SAMPLE_ROWS, 4, 4);
         let sees_any = memory.parts(candidates * SAMPLE_ROWS, 4, 4);

@@ -107,7 +107,6 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
                 params.packed_q,
                 head_row + work.first_row,
                 M::TILES.query_rows,
-                true,
             );
             let ring = Ring {
                 image: M::IMAGE,

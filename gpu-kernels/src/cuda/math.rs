@@ -76,6 +76,31 @@ pub fn byte_signs<const SELECTOR: u32>(low: u32, high: u32) -> u32 {
     out
 }
 
+/// `sum + summand` if a bit of `bits` is set, else `sum`. The addition is predicated, where LLVM
+/// would select a summand.
+#[inline(always)]
+pub fn add_if(bits: u32, bit: u32, mut sum: f32, summand: f32) -> f32 {
+    // SAFETY: this is arithmetic on registers.
+    unsafe {
+        asm!(
+            "{{ .reg .pred %is_set; .reg .b32 %bit; and.b32 %bit, {}, {}; setp.ne.u32 %is_set, %bit, 0; @%is_set add.f32 {2}, {2}, {3}; }}",
+            in(reg32) bits, in(reg32) bit, inout(reg32) sum, in(reg32) summand,
+            options(pure, nomem, nostack)
+        );
+    }
+    sum
+}
+
+/// 0 in a register of its own. LLVM may give a plain 0 the register of an accumulator, and then the
+/// builder cannot see that all lanes have the same value.
+#[inline(always)]
+pub fn own_zero() -> u32 {
+    let zero: u32;
+    // SAFETY: this is arithmetic on registers.
+    unsafe { asm!("mov.b32 {}, 0;", out(reg32) zero, options(pure, nomem, nostack)) };
+    zero
+}
+
 /// x, but the compiler knows nothing of it. So it does not compute parts of what follows before a
 /// loop and keep each in a register.
 #[inline(always)]

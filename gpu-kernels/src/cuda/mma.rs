@@ -190,10 +190,10 @@ pub trait WarpProducts<const BLOCKS: usize>: Products {
     unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
 }
 
-/// Products of **twins**, two warps that have the same 16 query rows, on tiles of 64 keys. Each
-/// weighs 32 of the keys, and gets the weights of the other half from its twin. `warp_products!`
-/// makes them where `key_rows` is 32.
-pub trait HalfProducts: Products {
+/// Products of a warp of **profile**, whose 16 query rows stay in registers. It weighs all 64 keys of
+/// a tile, or has a **twin**, a warp with the same rows. Then each weighs 32, and gets the weights of
+/// the other half from its twin. `warp_products!` makes them.
+pub trait SampleProducts: Products {
     /// The query rows, in registers.
     type Queries: Copy;
 
@@ -203,15 +203,15 @@ pub trait HalfProducts: Products {
     /// All 32 lanes come here. The tile is there.
     unsafe fn queries(q: Matrices) -> Self::Queries;
 
-    /// S += Q K^T. `k` begins at the first key of the half.
+    /// S = Q K^T, and `start` is added to the rows. `k` begins at the first key that the warp weighs.
     ///
     /// # Safety
-    /// As for [`HalfProducts::queries`].
-    unsafe fn add_half_scores(scores: &mut Self::Scores, queries: &Self::Queries, k: Matrices);
+    /// As for [`SampleProducts::queries`].
+    unsafe fn sample_scores(scores: &mut Self::Scores, start: [f32; 2], queries: &Self::Queries, k: Matrices);
 
-    /// The weights of keys that the thread's rows see, a bit of a word for each key of the half.
+    /// The weights of keys that the thread's rows see, a bit for each key that the warp weighs.
     /// Others become zero.
-    fn keep_seen(weights: &Self::Weights, seen: [u32; 2], lane: u32) -> Self::Weights;
+    fn keep_seen(weights: &Self::Weights, seen: [u64; 2], lane: u32) -> Self::Weights;
 
     /// Stores the weights for the twin at `to`, in
     /// [`HALF_WEIGHTS_BYTES`](framestride_shapes::shared::HALF_WEIGHTS_BYTES).
@@ -223,14 +223,14 @@ pub trait HalfProducts: Products {
     /// Loads weights that the twin has stored.
     ///
     /// # Safety
-    /// As for [`HalfProducts::store_weights`]. A barrier stands between the two.
+    /// As for [`SampleProducts::store_weights`]. A barrier stands between the two.
     unsafe fn load_weights(from: u32, lane: u32) -> Self::Weights;
 }
 
-/// Both products of twins, beside each other.
-pub trait BothProducts<const BLOCKS: usize>: HalfProducts + WarpProducts<BLOCKS> {
+/// Both products, beside each other.
+pub trait BothProducts<const BLOCKS: usize>: SampleProducts + WarpProducts<BLOCKS> {
     /// O += P V, as [`WarpProducts::add_output`], and S += Q K^T, as
-    /// [`HalfProducts::add_half_scores`]. Their loads take turns, so that products of one need not
+    /// [`SampleProducts::sample_scores`]. Their loads take turns, so that products of one need not
     /// wait for loads of the other.
     ///
     /// # Safety
@@ -240,6 +240,7 @@ pub trait BothProducts<const BLOCKS: usize>: HalfProducts + WarpProducts<BLOCKS>
         weights: &[Self::Weights; BLOCKS],
         v: Matrices,
         scores: &mut Self::Scores,
+        start: [f32; 2],
         queries: &Self::Queries,
         k: Matrices,
     );

@@ -1,53 +1,60 @@
-//! The body of **profile** for GPUs since Ampere. Two warps have the same 16 samples. Of a tile,
-//! each weighs one half of the keys, and multiplies all weights with one half of the columns of V.
+//! The body of **profile** for GPUs since Ampere.
 //!
-//! There is one barrier for each tile. At it the warps exchange weights, in shared memory. Behind
-//! it the products of a tile with its values stand beside those of the queries with the next tile's
-//! keys. Once a warp has the scores, it weighs them beside the rest of the products. ptxas moves
-//! nothing across a branch, so there is one alone between the copies and the last product: it hides
-//! keys behind the end.
+//! With head dim 128, two warps have the same 16 samples. Of a tile, each weighs one half of the
+//! keys, and multiplies all weights with one half of the columns of V. At the barrier of a tile
+//! they exchange weights, in shared memory. With head dim 64 a warp has registers for all of both.
+//! A multiprocessor then holds two blocks, and one multiplies while the other waits.
 //!
-//! There are no producers. The first half of the threads also copies tiles. The second half also
-//! looks up which keys of a later tile each sample sees.
+//! There is one barrier for each tile. Behind it the products of a tile with its values stand
+//! beside those of the queries with the next tile's keys. Twins weigh the scores beside the rest of
+//! the products. ptxas moves nothing across a branch, so there are few.
+//!
+//! Samples are sorted, so those of a warp lie in a quarter of the video. Where none of them sees a
+//! half through the spatial mask, twins multiply nothing for it.
+//!
+//! There are no producers. The first threads also copy tiles. The last also look up which keys of a
+//! later tile each sample sees.
 
-use core::ops::Range;
+use core::ops::{Add, Range};
 
 use super::results::Store;
 use super::samples;
 use super::{DENSE, KEY_ROWS, MASKS, SAMPLE_ROWS, block_tiles, next_sweep, number, sampled_row};
-use crate::cuda::mma::{BothProducts, Fragment, HalfProducts, Matrices, Products, WarpProducts};
+use crate::cuda::mma::{BothProducts, Fragment, Matrices, Products, SampleProducts, WarpProducts};
 use crate::cuda::{math, shared, thread, warp};
 use crate::element::Element;
 use crate::masks::{CANDIDATES, band, each_candidate};
 use crate::model::{Ampere, Model, valid_text};
 use crate::ring::Ring;
 use crate::softmax::{self, Rows};
-use framestride_shapes::blocks::PROFILE_WARPS;
-use framestride_shapes::fragment::{self, row_of, thread_keys};
+use framestride_shapes::blocks::{profile_parts, profile_warps};
+use framestride_shapes::fragment::{self, column_of, row_of, thread_keys};
 use framestride_shapes::layout::Visible;
 use framestride_shapes::params::ProfileParams;
 use framestride_shapes::shared::WarpProfileShared;
 
-const THREADS: u32 = 32 * PROFILE_WARPS;
-
-/// Keys of half a tile.
-const HALF_ROWS: u32 = KEY_ROWS / 2;
-
-/// Threads that look up what the samples see of a tile. Each has a sample and a candidate mask.
+/// The last threads, which look up what the samples see of a tile. Each has a sample and a candidate
+/// mask.
 const LOOKERS: u32 = SAMPLE_ROWS * CANDIDATES as u32;
 
-/// Threads that copy tiles, which come before the others.
-const COPIERS: u32 = THREADS - LOOKERS;
+/// The first threads, which copy tiles. Where there are no twins they are all threads.
+const COPIERS: u32 = 128;
 
 struct Map<M>(core::marker::PhantomData<M>);
 
 impl<M: Model> Map<M> {
     const SHARED: WarpProfileShared = WarpProfileShared::new(M::IMAGE);
+    const WARPS: u32 = profile_warps(M::IMAGE);
+    const THREADS: u32 = 32 * Self::WARPS;
+    /// Whether two warps have the same samples.
+    const TWINS: bool = profile_parts(M::IMAGE) == 2;
+    /// Keys of a tile that a warp weighs.
+    const KEYS: u32 = KEY_ROWS / profile_parts(M::IMAGE);
 
     /// Where a warp leaves its weights of a tile.
     #[inline(always)]
     fn weights(tile: u32, warp: u32) -> u32 {
-        shared::address(Self::SHARED.weights, tile % 2 * PROFILE_WARPS + warp)
+        shared::address(Self::SHARED.weights, tile % 2 * Self::WARPS + warp)
     }
 
     /// Where it says which keys of half a tile a sample sees: a word for each candidate mask.
@@ -67,7 +74,7 @@ impl<M: Model> Map<M> {
 type Scores<M> = <<M as Model>::Profile as Products>::Scores;
 type Weights<M> = <<M as Model>::Profile as Products>::Weights;
 type Output<M> = <<M as Model>::Profile as Products>::Output;
-type Queries<M> = <<M as Model>::Profile as HalfProducts>::Queries;
+type Queries<M> = <<M as Model>::Profile as SampleProducts>::Queries;
 
 /// The body of **profile**.
 ///
@@ -82,9 +89,9 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
     let end = valid_text + M::layout().video_tokens();
     let tiles = block_tiles(params, split, end);
     let query = shared::address(Map::<M>::SHARED.query, 0);
-    samples::copy::<M>(params, [group, head], query, [thread::index(), THREADS]);
+    samples::copy::<M>(params, [group, head], query, [thread::index(), Map::<M>::THREADS]);
 
-    let first_row = own_warp / 2 * 16;
+    let first_row = own_warp / profile_parts(M::IMAGE) * 16;
     // The samples are there.
     thread::sync_block();
     let block = Block::<M> {
@@ -103,19 +110,20 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
     let (mut results, sees_any) = block.sweep::<false>(DENSE);
     let place_of_sees =
         |candidate: u32, sample: u32| shared::address(Map::<M>::SHARED.sees_any, candidate * SAMPLE_ROWS + sample);
-    if !block.copies() {
+    if block.looks() {
         let (candidate, sample) = looker();
         shared::store_u32(place_of_sees(candidate, sample), sees_any as u32);
     }
-    block.give(DENSE, results.rows.total());
+    let total = results.rows.total();
+    let sums = results.sums.map(|rows| rows.map(|sum| warp::sum::<4>(sum)));
+    block.give(DENSE, total);
     each_candidate(
         #[inline(always)]
-        |mask| block.give(number(mask), results.sums[mask].map(|sum| warp::sum::<4>(sum))),
+        |mask| block.give(number(mask), sums[mask]),
     );
     thread::sync_block();
-    let add = |[a, b]: [f32; 2]| a + b;
-    let total = block.given(DENSE).map(add);
-    let sums = [0, 1].map(|mask| block.given(number(mask)).map(add));
+    let total = block.joined(DENSE, total, f32::add);
+    let sums = [0, 1].map(|mask| block.joined(number(mask), sums[mask], f32::add));
     // What follows from it would take registers all through the tiles.
     let plan = M::partials(math::opaque(params.splits));
     let partial = params.partials + plan.offset(head, group, split) * 4;
@@ -146,9 +154,10 @@ pub unsafe fn profile<M: Ampere>(params: &ProfileParams) {
     let mut mask = next_sweep(DENSE, lost);
     while mask != MASKS {
         let (mut results, _) = block.sweep::<true>(mask);
-        block.give(DENSE, results.rows.total());
+        let total = results.rows.total();
+        block.give(DENSE, total);
         thread::sync_block();
-        let total = block.given(DENSE).map(add);
+        let total = block.joined(DENSE, total, f32::add);
         block.store(&results.rows).mask::<M>(place(mask), total, &mut results.outputs[0]);
         mask = next_sweep(mask, lost);
     }
@@ -162,8 +171,8 @@ fn looker() -> (u32, u32) {
     (looker / SAMPLE_ROWS, looker % SAMPLE_ROWS)
 }
 
-/// What a thread has found for its two samples in a sweep. Sums are those of the warp's half of the
-/// keys, outputs are of all keys.
+/// What a thread has found for its two samples in a sweep. Sums are those of the keys that the warp
+/// weighs, outputs are of all keys.
 struct Results<M: Model> {
     rows: Rows,
     /// The output of the sweep's keys, which is not normalised, and those under each candidate
@@ -173,12 +182,13 @@ struct Results<M: Model> {
     sums: [[f32; 2]; CANDIDATES],
 }
 
-/// What a warp knows of its half of a tile.
+/// What a warp knows of the keys of a tile that it weighs: one half, where it has a twin.
 struct Half<M: Model> {
     weights: Weights<M>,
     /// The sums of the thread's weights, before they were rounded.
     sums: [f32; 2],
-    /// The same under each candidate mask.
+    /// The sums under each candidate mask, of all tiles up to this one. Were they added behind the
+    /// barrier, ptxas would do so behind the products, and hold both summands until then.
     masked_sums: [[f32; 2]; CANDIDATES],
 }
 
@@ -193,35 +203,52 @@ impl<M: Ampere> Results<M> {
         }
     }
 
-    /// Adds the products of half a tile.
+    /// Adds the products of half a tile, of which the warp's samples see nothing through the spatial
+    /// mask unless it `sees_spatial`.
     #[inline(always)]
-    unsafe fn add<const MASKED: bool>(&mut self, weights: &[Weights<M>; 1 + CANDIDATES], values: Matrices) {
+    unsafe fn add<const MASKED: bool>(
+        &mut self,
+        sees_spatial: bool,
+        weights: &[Weights<M>; 1 + CANDIDATES],
+        values: Matrices,
+    ) {
         if MASKED {
             let mut outputs = [self.outputs[0]];
             M::Profile::add_output(&mut outputs, &[weights[0]], values);
             [self.outputs[0]] = outputs;
-        } else {
+        } else if sees_spatial {
             M::Profile::add_output(&mut self.outputs, weights, values);
+        } else {
+            let [all, _, temporal] = self.outputs;
+            let mut outputs = [all, temporal];
+            M::Profile::add_output(&mut outputs, &[weights[0], weights[2]], values);
+            [self.outputs[0], self.outputs[2]] = outputs;
         }
     }
 
-    /// Adds the products of half a tile, and those of the queries with half of the next one to
-    /// `scores`.
+    /// The same, and puts the products of the queries with half of the next tile to `scores`.
     #[inline(always)]
     unsafe fn add_both<const MASKED: bool>(
         &mut self,
+        sees_spatial: bool,
         weights: &[Weights<M>; 1 + CANDIDATES],
         values: Matrices,
         scores: &mut Scores<M>,
         queries: &Queries<M>,
         keys: Matrices,
     ) {
+        let start = self.rows.offset;
         if MASKED {
             let mut outputs = [self.outputs[0]];
-            M::Profile::add_both(&mut outputs, &[weights[0]], values, scores, queries, keys);
+            M::Profile::add_both(&mut outputs, &[weights[0]], values, scores, start, queries, keys);
             [self.outputs[0]] = outputs;
+        } else if sees_spatial {
+            M::Profile::add_both(&mut self.outputs, weights, values, scores, start, queries, keys);
         } else {
-            M::Profile::add_both(&mut self.outputs, weights, values, scores, queries, keys);
+            let [all, _, temporal] = self.outputs;
+            let mut outputs = [all, temporal];
+            M::Profile::add_both(&mut outputs, &[weights[0], weights[2]], values, scores, start, queries, keys);
+            [self.outputs[0], self.outputs[2]] = outputs;
         }
     }
 
@@ -272,13 +299,19 @@ impl<M: Ampere> Block<M> {
     /// Which half of the keys and of the columns of V the warp has.
     #[inline(always)]
     fn half(&self) -> u32 {
-        self.own_warp % 2
+        if Map::<M>::TWINS { self.own_warp % 2 } else { 0 }
     }
 
-    /// Whether the thread copies tiles. Otherwise it looks.
+    /// Whether the thread copies tiles.
     #[inline(always)]
     fn copies(&self) -> bool {
         self.own_warp < COPIERS / 32
+    }
+
+    /// Whether the thread looks up what samples see.
+    #[inline(always)]
+    fn looks(&self) -> bool {
+        thread::index() >= Map::<M>::THREADS - LOOKERS
     }
 
     /// Goes over the tiles, and returns the results. With `MASKED`, keys that `mask` hides count
@@ -294,17 +327,17 @@ impl<M: Ampere> Block<M> {
             rows: KEY_ROWS,
             first_row: |tile: u32| (tiles.start + tile) * KEY_ROWS,
             slots: Map::<M>::SHARED.ring,
-            stages: WarpProfileShared::stages(image),
+            stages: WarpProfileShared::STAGES,
             at_once: 2,
             threads: COPIERS,
             copies: self.copies(),
             slot: 1,
         };
         let own_half = self.half();
-        let keys_at = |slot: u32| Matrices::by_columns(slot + image.bytes(HALF_ROWS) * own_half, image, self.lane);
+        let keys_at = |slot: u32| Matrices::by_columns(slot + image.bytes(Map::<M>::KEYS) * own_half, image, self.lane);
         let values_at = |slot: u32, half: u32| {
             let first_chunk = own_half * image.row_chunks() / 2;
-            Matrices::by_rows(slot + image.bytes(HALF_ROWS) * half, image, first_chunk, self.lane)
+            Matrices::by_rows(slot + image.bytes(Map::<M>::KEYS) * half, image, first_chunk, self.lane)
         };
         // All have their queries, and are done with the sweep before.
         thread::sync_block();
@@ -323,42 +356,52 @@ impl<M: Ampere> Block<M> {
         let mut scores = self.scores::<MASKED>(mask, 0, keys);
         let sums = softmax::weigh(&mut scores);
         let mut fits = softmax::may_start_plain::<M::Element>(sums);
-        let mut own = self.share::<MASKED>(&scores, sums, 0);
-        let mut tile = 0;
+        let mut own = self.share::<MASKED>(&scores, sums, &results, 0);
+        let mut tile = math::own_zero();
         loop {
             ring.wait();
             if thread::any_of_block(!fits) {
                 // The keys are still there.
                 scores = self.scores::<MASKED>(mask, tile, keys);
-                self.give(DENSE, softmax::max_of_rows(&mut scores));
+                let max = softmax::max_of_rows(&mut scores);
+                self.give(DENSE, max);
                 thread::sync_block();
-                let max = self.given(DENSE).map(|[first, second]| first.max(second));
+                let max = self.joined(DENSE, max, f32::max);
                 results.lower::<MASKED>(&mut scores, max, tile == 0);
-                own = self.share::<MASKED>(&scores, results.rows.tile_sum, tile);
+                own = self.share::<MASKED>(&scores, results.rows.tile_sum, &results, tile);
                 thread::sync_block();
             } else {
                 results.rows.take(own.sums);
             }
-            each_candidate(
-                #[inline(always)]
-                |mask| results.sums[mask] = [0, 1].map(|row| results.sums[mask][row] + own.masked_sums[mask][row]),
-            );
-            let [value, key] = ring.take_two(2 * tile + 1);
+            results.sums = own.masked_sums;
+            let [value, key] = ring.take_two::<COPIERS>(2 * tile + 1);
             // Behind the last tile there are no keys. The values take their place, for no use.
             let is_last = tile + 1 == ring.tiles;
             keys = keys_at(if is_last { value } else { key });
-            results.rows.put_offsets::<true>(&mut scores);
             let weights = self.kept::<MASKED>(own.weights, tile, own_half);
             let values = values_at(value, own_half);
-            results.add_both::<MASKED>(&weights, values, &mut scores, &self.queries, keys);
+            results.add_both::<MASKED>(
+                self.sees_spatial::<MASKED>(tile, own_half),
+                &weights,
+                values,
+                &mut scores,
+                &self.queries,
+                keys,
+            );
             self.hide::<MASKED>(mask, &mut scores, tile + 1);
-            let twin = M::Profile::load_weights(Map::<M>::weights(tile, self.own_warp ^ 1), self.lane);
-            let weights = self.kept::<MASKED>(twin, tile, 1 - own_half);
-            results.add::<MASKED>(&weights, values_at(value, 1 - own_half));
+            if Map::<M>::TWINS {
+                let twin = M::Profile::load_weights(Map::<M>::weights(tile, self.own_warp ^ 1), self.lane);
+                let weights = self.kept::<MASKED>(twin, tile, 1 - own_half);
+                results.add::<MASKED>(
+                    self.sees_spatial::<MASKED>(tile, 1 - own_half),
+                    &weights,
+                    values_at(value, 1 - own_half),
+                );
+            }
             tile += 1;
             let sums = softmax::weigh(&mut scores);
             fits = softmax::fits::<M::Element>(sums);
-            own = self.share::<MASKED>(&scores, sums, tile);
+            own = self.share::<MASKED>(&scores, sums, &results, tile);
             all_seen |= self.look(tile + 1);
             if is_last {
                 return (results, all_seen != 0);
@@ -366,13 +409,22 @@ impl<M: Ampere> Block<M> {
         }
     }
 
-    /// Rounds the weights of the warp's half of a tile, and leaves them for its twin. `sums` are
-    /// those of all of the thread's weights.
+    /// Rounds the weights of the keys that the warp weighs, and leaves them for its twin. `sums` are
+    /// those of all of the thread's weights, and `before` has those of the tiles before.
     #[inline(always)]
-    unsafe fn share<const MASKED: bool>(&self, weights: &Scores<M>, sums: [f32; 2], tile: u32) -> Half<M> {
-        let masked_sums = self.masked_sums::<MASKED>(weights, tile);
+    unsafe fn share<const MASKED: bool>(
+        &self,
+        weights: &Scores<M>,
+        sums: [f32; 2],
+        before: &Results<M>,
+        tile: u32,
+    ) -> Half<M> {
+        let of_tile = self.masked_sums::<MASKED>(weights, tile);
+        let masked_sums = [0, 1].map(|mask| [0, 1].map(|row| before.sums[mask][row] + of_tile[mask][row]));
         let weights = M::Profile::weights(weights);
-        M::Profile::store_weights(&weights, Map::<M>::weights(tile, self.own_warp), self.lane);
+        if Map::<M>::TWINS {
+            M::Profile::store_weights(&weights, Map::<M>::weights(tile, self.own_warp), self.lane);
+        }
         Half { weights, sums, masked_sums }
     }
 
@@ -395,16 +447,16 @@ impl<M: Ampere> Block<M> {
         [weights, first, second]
     }
 
-    /// S of the warp's half of a tile.
+    /// S of the keys of a tile that the warp weighs.
     #[inline(always)]
     unsafe fn scores<const MASKED: bool>(&self, mask: u32, tile: u32, keys: Matrices) -> Scores<M> {
         let mut scores = Scores::<M>::splat(0.0);
-        M::Profile::add_half_scores(&mut scores, &self.queries, keys);
+        M::Profile::sample_scores(&mut scores, [0.0; 2], &self.queries, keys);
         self.hide::<MASKED>(mask, &mut scores, tile);
         scores
     }
 
-    /// Sets the scores of keys that a sweep leaves out to -inf, of the warp's half of a tile. These
+    /// Sets the scores of keys that a sweep leaves out to -inf, of those that the warp weighs. These
     /// are the keys behind the end, which nobody sees, or (`MASKED`) those that `mask` hides.
     #[inline(always)]
     unsafe fn hide<const MASKED: bool>(&self, mask: u32, scores: &mut Scores<M>, tile: u32) {
@@ -412,15 +464,15 @@ impl<M: Ampere> Block<M> {
         let first = (self.tiles.start + tile) * KEY_ROWS;
         if MASKED {
             let keys = samples::through(mask, self.seen(tile, self.half()));
-            softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys as u64, lane)), f32::NEG_INFINITY);
+            softmax::replace_unseen(scores, keys.map(|keys| thread_keys(keys, lane)), f32::NEG_INFINITY);
         } else if first + KEY_ROWS > end {
             let rows = [Visible { prefix: end, start: end, end }; 2];
-            let seen = softmax::seen_keys(first + HALF_ROWS * self.half(), HALF_ROWS, lane, rows);
+            let seen = softmax::seen_keys(first + Map::<M>::KEYS * self.half(), Map::<M>::KEYS, lane, rows);
             softmax::replace_unseen(scores, seen, f32::NEG_INFINITY);
         }
     }
 
-    /// The sums of the thread's weights in the warp's half of a tile, under each candidate mask.
+    /// The sums of the thread's weights of a tile, under each candidate mask.
     #[inline(always)]
     unsafe fn masked_sums<const MASKED: bool>(&self, weights: &Scores<M>, tile: u32) -> [[f32; 2]; CANDIDATES] {
         let mut sums = [[0.0; 2]; CANDIDATES];
@@ -429,12 +481,14 @@ impl<M: Ampere> Block<M> {
             each_candidate(
                 #[inline(always)]
                 |mask| {
-                    let mut masked = *weights;
-                    let own = seen[mask].map(|keys| thread_keys(keys as u64, self.lane));
-                    softmax::replace_unseen(&mut masked, own, 0.0);
-                    masked.for_each(
+                    let own = seen[mask].map(|keys| thread_keys(keys, self.lane) as u32);
+                    let mut weights = *weights;
+                    weights.for_each(
                         #[inline(always)]
-                        |i, weight| sums[mask][row_of(i)] += *weight,
+                        |i, weight| {
+                            let (row, key) = (row_of(i), column_of(i));
+                            sums[mask][row] = math::add_if(own[row], 1 << key, sums[mask][row], *weight);
+                        },
                     );
                 },
             );
@@ -446,27 +500,33 @@ impl<M: Ampere> Block<M> {
     /// a quad.
     #[inline(always)]
     unsafe fn give(&self, mask: u32, values: [f32; 2]) {
-        if self.lane % 4 == 0 {
+        if Map::<M>::TWINS && self.lane % 4 == 0 {
             shared::store_f32(Map::<M>::half(mask, self.half(), self.samples[0]), values[0]);
             shared::store_f32(Map::<M>::half(mask, self.half(), self.samples[1]), values[1]);
         }
     }
 
-    /// What both halves have left, for each of the thread's samples. A barrier of the block stands
-    /// between the two.
+    /// What both halves have left, joined, for each of the thread's samples. A barrier of the block
+    /// stands between the two. `own` is what the warp has left itself.
     #[inline(always)]
-    unsafe fn given(&self, mask: u32) -> [[f32; 2]; 2] {
+    unsafe fn joined(&self, mask: u32, own: [f32; 2], join: impl Fn(f32, f32) -> f32) -> [f32; 2] {
+        if !Map::<M>::TWINS {
+            return own;
+        }
         self.samples.map(
             #[inline(always)]
-            |sample| [0, 1].map(|half| shared::load_f32(Map::<M>::half(mask, half, sample))),
+            |sample| {
+                let [first, second] = [0, 1].map(|half| shared::load_f32(Map::<M>::half(mask, half, sample)));
+                join(first, second)
+            },
         )
     }
 
     /// Looks up which keys of a tile, counted in the split, the looker's sample sees, unless the
     /// thread copies. There are none behind the last tile.
     #[inline(always)]
-    unsafe fn look(&self, tile: u32) -> u64 {
-        if self.copies() {
+    unsafe fn look(&self, tile: u32) -> u32 {
+        if !self.looks() {
             return 0;
         }
         let (candidate, sample) = looker();
@@ -480,19 +540,38 @@ impl<M: Ampere> Block<M> {
         };
         shared::store_u32(Map::<M>::seen(tile, 0, sample) + candidate * 4, seen as u32);
         shared::store_u32(Map::<M>::seen(tile, 1, sample) + candidate * 4, (seen >> 32) as u32);
-        seen
+        seen as u32 | (seen >> 32) as u32
     }
 
-    /// Which keys of half a tile the thread's samples see, through each candidate mask.
+    /// Whether any of the warp's samples sees a key of half a tile through the spatial mask. Without
+    /// twins that is not asked, since skipping does not pay there.
     #[inline(always)]
-    unsafe fn seen(&self, tile: u32, half: u32) -> [[u32; 2]; CANDIDATES] {
-        let places = self.samples.map(
-            #[inline(always)]
-            |sample| Map::<M>::seen(tile, half, sample),
-        );
+    unsafe fn sees_spatial<const MASKED: bool>(&self, tile: u32, half: u32) -> bool {
+        if !Map::<M>::TWINS || MASKED {
+            return true;
+        }
+        let [[first, second], _] = self.seen(tile, half);
+        warp::any(first | second != 0)
+    }
+
+    /// Which keys of a half, or of a tile where there are no twins, the thread's samples see, through
+    /// each candidate mask.
+    #[inline(always)]
+    unsafe fn seen(&self, tile: u32, half: u32) -> [[u64; 2]; CANDIDATES] {
+        let word = |candidate: u32, half: u32, sample: u32| {
+            shared::load_u32(Map::<M>::seen(tile, half, sample) + candidate * 4) as u64
+        };
         [0, 1].map(
             #[inline(always)]
-            |candidate| places.map(|place| shared::load_u32(place + candidate * 4)),
+            |candidate| {
+                self.samples.map(
+                    #[inline(always)]
+                    |sample| {
+                        let keys = word(candidate, half, sample);
+                        if Map::<M>::TWINS { keys } else { keys | word(candidate, 1, sample) << 32 }
+                    },
+                )
+            },
         )
     }
 
