@@ -232,8 +232,9 @@ pub fn expected_error(dtype: Dtype, compute: ComputeType, row: &Attended) -> f64
 
 /// The most that accumulators of so many keys lose of their sums on average.
 ///
-/// An accumulator begins at zero and grows evenly. Each step takes half of the largest cut, of a power
-/// of two that is at most the sum. In the mean over the steps that is 3/8 of the last sum at most.
+/// An accumulator begins at zero and grows evenly. Each step takes half of the largest cut, of a
+/// power of two that is at most the sum. In the mean over the steps that is 3/8 of the last sum at
+/// most.
 pub fn mean_error(compute: ComputeType, keys: usize) -> f64 {
     let sums = compute.accumulation();
     3.0 / 8.0 * keys as f64 / sums.k as f64 * sums.largest_cut() / 2.0

@@ -1,8 +1,8 @@
-//! Attention in 16 bits over so many keys that an accumulator which had them all would be visibly too
-//! small.
+//! Attention in 16 bits over so many keys that an accumulator which had them all would be visibly
+//! too small.
 //!
-//! A whole layer of that length is too much for the emulator. So **attention** is launched by itself,
-//! and its schedule ends with the first query tile.
+//! A whole layer of that length is too much for the emulator. So **attention** is launched by
+//! itself, and its schedule ends with the first query tile.
 
 use framestride::Kernels;
 use framestride::shapes::arch::Arch;
@@ -16,8 +16,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Keys: so many tiles of head dim 128 that anchors are put twice. With head dim 64 they are put four
-/// times.
+/// Keys: so many tiles of head dim 128 that anchors are put twice. With head dim 64 they are put
+/// four times.
 const KEYS: usize = 3 * ANCHOR_TILES as usize * 176;
 /// The rows that are compared: some share a thread, and others share none.
 const ROWS: [usize; 6] = [0, 8, 21, 29, 100, 127];
@@ -55,9 +55,9 @@ impl Rows {
     }
 }
 
-/// Launches the first query tile. Scores, as exponents of two, are as of N(0, 1) and `mean(key)` beside.
-/// Each channel of V has a mean of its own, between 1 and 2. The mean error must be below 1e-4 of
-/// the output, and no element may be off by more than 1.5 units in its last place.
+/// Launches the first query tile. Scores, as exponents of two, are as of N(0, 1) and `mean(key)`
+/// beside. Each channel of V has a mean of its own, between 1 and 2. The mean error must be below
+/// 1e-4 of the output, and no element may be off by more than 1.5 units in its last place.
 fn compare(head_dim: u32, seed: u64, mean: impl Fn(usize) -> f64) {
     let text = format!(
         "name = \"many_keys\"\n[video]\nframes = {}\ntokens_per_frame = 1024\n[attention]\nheads = 1\nhead_dim = {head_dim}\n
@@ -157,8 +157,8 @@ fn rising_scores() {
     compare(128, fresh_seed(), |key| 40.0 * key as f64 / KEYS as f64);
 }
 
-/// Weights that are too large from the key tile on before which anchors are put: plain rows have put them
-/// then, and rows with offsets put them again.
+/// Weights that are too large from the key tile on before which anchors are put: plain rows have
+/// put them then, and rows with offsets put them again.
 #[test]
 fn offsets_from_an_anchor_on() {
     compare(128, fresh_seed(), |key| if key < ANCHOR_TILES as usize * 176 { 0.0 } else { 20.0 });

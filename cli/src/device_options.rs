@@ -56,7 +56,8 @@ impl fmt::Display for DeviceChoice {
 /// Options of every command that runs kernels.
 #[derive(Args)]
 pub struct DeviceOptions {
-    /// Where the kernels run: auto (the first GPU that can, else the emulator), gpu, gpu:1, emulator.
+    /// Where the kernels run: auto (the first GPU that can, else the emulator), gpu, gpu:1,
+    /// emulator.
     #[arg(long, default_value_t)]
     device: DeviceChoice,
     /// The family of the kernels, such as sm_80. Without it, that is the one that suits the device
@@ -75,8 +76,8 @@ impl DeviceOptions {
         self.ptx.clone().into_iter().chain(manifest)
     }
 
-    /// The chosen device. `Auto` takes the first GPU that runs the kernels. Where there is none, it takes
-    /// the emulator, and gives the reason.
+    /// The chosen device. `Auto` takes the first GPU that runs the kernels. Where there is none, it
+    /// takes the emulator, and gives the reason.
     pub fn choose(&self) -> Result<(Device, Option<Error>)> {
         match self.device {
             DeviceChoice::Emulator => Ok((Device::emulator(), None)),

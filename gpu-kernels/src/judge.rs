@@ -1,9 +1,10 @@
 //! **judge** says which heads 8 bits are enough for. It compares rows of the output in 8 bits with what
 //! [`profile`](crate::profile) computed of them in 16, under the same mask. Grid: z = batch x heads.
 //!
-//! The error of a head is the norm of the differences over the norm of what profiling computed, both
-//! over all sampled rows. Before they are squared, values are multiplied by the factor by which V was,
-//! a power of two. So squares of small values are no zeros, and of large ones not infinite.
+//! The error of a head is the norm of the differences over the norm of what profiling computed,
+//! both over all sampled rows. Before they are squared, values are multiplied by the factor by
+//! which V was, a power of two. So squares of small values are no zeros, and of large ones not
+//! infinite.
 
 use crate::cuda::{global, math, thread};
 use crate::element::Element;
@@ -14,7 +15,8 @@ use framestride_shapes::dtype::Compute;
 use framestride_shapes::image::e4m3::{CENTER_FACTOR, CENTER_FLOATS};
 use framestride_shapes::params::JudgeParams;
 
-/// The kernel's body. A warp has one sample at a time, and in the end one thread decides for the head.
+/// The kernel's body. A warp has one sample at a time, and in the end one thread decides for the
+/// head.
 ///
 /// # Safety
 /// It is launched with the table that `attention_kernels!` wrote for `M`, after **profile**, **select**

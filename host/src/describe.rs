@@ -12,8 +12,8 @@ use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::plan::workspace_layout;
 
-/// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec, and what it is
-/// estimated to gain over dense attention. It is shown as a text for people.
+/// Sequence, tiles, half widths, exact densities, workspace and arithmetic of a spec, and what it
+/// is estimated to gain over dense attention. It is shown as a text for people.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Description<'a> {
@@ -52,8 +52,8 @@ pub struct MaskDescription {
 }
 
 impl Description<'_> {
-    /// Describes a spec, with estimates for the GPU of a short name such as `h100`. Without one, they
-    /// are for the first GPU of this machine, or for all there are rates of.
+    /// Describes a spec, with estimates for the GPU of a short name such as `h100`. Without one,
+    /// they are for the first GPU of this machine, or for all there are rates of.
     ///
     /// # Errors
     /// An [`Error::Input`] for a GPU that there are no rates of.

@@ -377,8 +377,8 @@ fn row_groups(spec: &Spec, layer: &Layer, operand: usize) -> [Tensor; 3] {
     [joined, before.unwrap_or(joined), after.unwrap_or(joined)]
 }
 
-/// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, for kernels
-/// of a family on a device with so many multiprocessors.
+/// Where everything lies in the workspace of a launch with `batch` items of `heads` heads, for
+/// kernels of a family on a device with so many multiprocessors.
 ///
 /// With it, memory can be planned before a device and kernels are there.
 /// [`SparseAttention::workspace_layout`] is the same for a module.
@@ -408,8 +408,8 @@ const ALL_KEYS: [u32; 2] = [0, u32::MAX];
 
 /// The fewest parts, up to `most`, whose time is within 5% of the best.
 ///
-/// The device holds `at_once` blocks. So the time is the number of waves of blocks times the keys of
-/// a block.
+/// The device holds `at_once` blocks. So the time is the number of waves of blocks times the keys
+/// of a block.
 fn splits_of(blocks: u64, at_once: u32, most: u32) -> u32 {
     let waves = |splits: u32| (u128::from(blocks) * u128::from(splits)).div_ceil(at_once.into());
     let time = |splits: u32| waves(splits) as f64 / f64::from(splits);

@@ -9,12 +9,12 @@ use crate::shared::PackShared;
 /// Threads of a warpgroup, the four warps that multiply together.
 pub const WARPGROUP: u32 = 128;
 
-/// The third extent of a CUDA grid is at most this, and so is the number of heads over the batch of a
-/// launch.
+/// The third extent of a CUDA grid is at most this, and so is the number of heads over the batch of
+/// a launch.
 pub const GRID_Z: u64 = 65_535;
 
-/// After so many key tiles an accumulator of **attention** on Hopper is moved near zero. Up to there it
-/// loses 7e-5 of itself at most. A power of two takes no register to be asked for.
+/// After so many key tiles an accumulator of **attention** on Hopper is moved near zero. Up to
+/// there it loses 7e-5 of itself at most. A power of two takes no register to be asked for.
 pub const ANCHOR_TILES: u32 = 64;
 
 /// Rows that a warpgroup multiplies at once (m64).
@@ -172,8 +172,9 @@ pub const PROFILE_THREADS: u32 = (PROFILE_CONSUMERS + 1) * WARPGROUP;
 /// Keys of a tile of **profile**.
 pub const PROFILE_KEY_ROWS: u32 = 64;
 
-/// Warps of a block of **profile** that have the same 16 samples, where warps multiply on their own.
-/// With head dim 128 they are two. Each weighs half of the keys, and has half of the columns of V.
+/// Warps of a block of **profile** that have the same 16 samples, where warps multiply on their
+/// own. With head dim 128 they are two. Each weighs half of the keys, and has half of the columns
+/// of V.
 pub const fn profile_parts(image: Image) -> u32 {
     if image.head_dim == 128 { 2 } else { 1 }
 }

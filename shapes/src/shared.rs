@@ -109,8 +109,8 @@ pub struct AttentionShared {
     /// Each four groups of 8 columns have a chunk for every consumer thread: the anchors of its
     /// accumulators.
     pub anchors: Parts,
-    /// Each of a thread's two rows has an f32 for every consumer thread: the sum of weights with which
-    /// they were put.
+    /// Each of a thread's two rows has an f32 for every consumer thread: the sum of weights with
+    /// which they were put.
     pub anchor_sums: Parts,
     /// The size of all, in bytes.
     pub bytes: u32,

@@ -53,7 +53,8 @@ pub struct WorkspaceLayout {
     /// Rows of K and V that are profiled at a time: all packed rows, or half of the keys. The other
     /// half comes in the place of the first.
     pub profiled_rows: u32,
-    /// Partial results of profiling, f32, as [`PartialsLayout`](crate::params::PartialsLayout) says.
+    /// Partial results of profiling, f32, as [`PartialsLayout`](crate::params::PartialsLayout)
+    /// says.
     pub partials: Range<u64>,
     /// Mean squared errors of the candidate masks, f32 \[batch, heads, candidates\].
     pub errors: Range<u64>,

@@ -533,8 +533,8 @@ impl Squares {
     }
 }
 
-/// How much the output is too large on the whole, where V has a mean. It is compared with the rounded
-/// reference, so that rounding both alike makes no error.
+/// How much the output is too large on the whole, where V has a mean. It is compared with the
+/// rounded reference, so that rounding both alike makes no error.
 #[derive(Clone, Copy, Default)]
 struct MeanError {
     rows: u64,

@@ -208,7 +208,8 @@ unsafe fn consume<M: Hopper>(
     }
 }
 
-/// Takes a query tile through its key tiles. `warp_row` is the packed row of the warp's first query.
+/// Takes a query tile through its key tiles. `warp_row` is the packed row of the warp's first
+/// query.
 #[inline(always)]
 unsafe fn attend<M: Hopper>(params: &AttentionParams, consumer: &mut Consumer, work: &Work<M>, warp_row: u32) {
     let lane = consumer.lane;

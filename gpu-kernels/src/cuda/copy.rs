@@ -27,8 +27,8 @@ pub unsafe fn start16(to: u32, from: u64) {
     asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack));
 }
 
-/// Starts four copies of 16 bytes, each as far from the last as `THREADS` copies are long. They share
-/// one pair of addresses, where ptxas would compute four.
+/// Starts four copies of 16 bytes, each as far from the last as `THREADS` copies are long. They
+/// share one pair of addresses, where ptxas would compute four.
 ///
 /// # Safety
 /// As for [`start16`].

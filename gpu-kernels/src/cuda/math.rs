@@ -63,8 +63,8 @@ of_two_bf16! {
     mul_bf16x2 = "mul.rn.bf16x2";
 }
 
-/// Four bytes of ones or zeros: the signs of four of the eight bytes of `low` and `high`. Each digit of
-/// `SELECTOR`, the lowest first, is 8 plus the number of a byte (9.7.7.7, prmt).
+/// Four bytes of ones or zeros: the signs of four of the eight bytes of `low` and `high`. Each
+/// digit of `SELECTOR`, the lowest first, is 8 plus the number of a byte (9.7.7.7, prmt).
 #[inline(always)]
 pub fn byte_signs<const SELECTOR: u32>(low: u32, high: u32) -> u32 {
     let out: u32;

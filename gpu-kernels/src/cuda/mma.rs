@@ -190,9 +190,9 @@ pub trait WarpProducts<const BLOCKS: usize>: Products {
     unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
 }
 
-/// Products of a warp of **profile**, whose 16 query rows stay in registers. It weighs all 64 keys of
-/// a tile, or has a **twin**, a warp with the same rows. Then each weighs 32, and gets the weights of
-/// the other half from its twin. `warp_products!` makes them.
+/// Products of a warp of **profile**, whose 16 query rows stay in registers. It weighs all 64 keys
+/// of a tile, or has a **twin**, a warp with the same rows. Then each weighs 32, and gets the
+/// weights of the other half from its twin. `warp_products!` makes them.
 pub trait SampleProducts: Products {
     /// The query rows, in registers.
     type Queries: Copy;
@@ -203,7 +203,8 @@ pub trait SampleProducts: Products {
     /// All 32 lanes come here. The tile is there.
     unsafe fn queries(q: Matrices) -> Self::Queries;
 
-    /// S = Q K^T, and `start` is added to the rows. `k` begins at the first key that the warp weighs.
+    /// S = Q K^T, and `start` is added to the rows. `k` begins at the first key that the warp
+    /// weighs.
     ///
     /// # Safety
     /// As for [`SampleProducts::queries`].

@@ -33,8 +33,8 @@ use framestride_shapes::layout::Visible;
 use framestride_shapes::params::ProfileParams;
 use framestride_shapes::shared::WarpProfileShared;
 
-/// The last threads, which look up what the samples see of a tile. Each has a sample and a candidate
-/// mask.
+/// The last threads, which look up what the samples see of a tile. Each has a sample and a
+/// candidate mask.
 const LOOKERS: u32 = SAMPLE_ROWS * CANDIDATES as u32;
 
 /// The first threads, which copy tiles. Where there are no twins they are all threads.
@@ -203,8 +203,8 @@ impl<M: Ampere> Results<M> {
         }
     }
 
-    /// Adds the products of half a tile, of which the warp's samples see nothing through the spatial
-    /// mask unless it `sees_spatial`.
+    /// Adds the products of half a tile, of which the warp's samples see nothing through the
+    /// spatial mask unless it `sees_spatial`.
     #[inline(always)]
     unsafe fn add<const MASKED: bool>(
         &mut self,
@@ -409,8 +409,8 @@ impl<M: Ampere> Block<M> {
         }
     }
 
-    /// Rounds the weights of the keys that the warp weighs, and leaves them for its twin. `sums` are
-    /// those of all of the thread's weights, and `before` has those of the tiles before.
+    /// Rounds the weights of the keys that the warp weighs, and leaves them for its twin. `sums`
+    /// are those of all of the thread's weights, and `before` has those of the tiles before.
     #[inline(always)]
     unsafe fn share<const MASKED: bool>(
         &self,
@@ -456,8 +456,8 @@ impl<M: Ampere> Block<M> {
         scores
     }
 
-    /// Sets the scores of keys that a sweep leaves out to -inf, of those that the warp weighs. These
-    /// are the keys behind the end, which nobody sees, or (`MASKED`) those that `mask` hides.
+    /// Sets the scores of keys that a sweep leaves out to -inf, of those that the warp weighs.
+    /// These are the keys behind the end, which nobody sees, or (`MASKED`) those that `mask` hides.
     #[inline(always)]
     unsafe fn hide<const MASKED: bool>(&self, mask: u32, scores: &mut Scores<M>, tile: u32) {
         let (lane, end) = (self.lane, self.end);
@@ -543,8 +543,8 @@ impl<M: Ampere> Block<M> {
         seen as u32 | (seen >> 32) as u32
     }
 
-    /// Whether any of the warp's samples sees a key of half a tile through the spatial mask. Without
-    /// twins that is not asked, since skipping does not pay there.
+    /// Whether any of the warp's samples sees a key of half a tile through the spatial mask.
+    /// Without twins that is not asked, since skipping does not pay there.
     #[inline(always)]
     unsafe fn sees_spatial<const MASKED: bool>(&self, tile: u32, half: u32) -> bool {
         if !Map::<M>::TWINS || MASKED {
@@ -554,8 +554,8 @@ impl<M: Ampere> Block<M> {
         warp::any(first | second != 0)
     }
 
-    /// Which keys of a half, or of a tile where there are no twins, the thread's samples see, through
-    /// each candidate mask.
+    /// Which keys of a half, or of a tile where there are no twins, the thread's samples see,
+    /// through each candidate mask.
     #[inline(always)]
     unsafe fn seen(&self, tile: u32, half: u32) -> [[u64; 2]; CANDIDATES] {
         let word = |candidate: u32, half: u32, sample: u32| {

@@ -173,8 +173,8 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     key(
         "qk_norm.eps",
-        // Squares below the normal numbers of f32 count as zero in the kernels. Beside this term they
-        // make less difference than rounding does.
+        // Squares below the normal numbers of f32 count as zero in the kernels. Beside this term
+        // they make less difference than rounding does.
         Kind::Number(1e-30, 1.0),
         Presence::Default("1e-6"),
         "term that keeps the norm's divisor from zero",

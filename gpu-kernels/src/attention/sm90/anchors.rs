@@ -1,22 +1,22 @@
 //! What keeps the accumulators of O small.
 //!
-//! Tensor cores cut what they add, towards zero, some bits below the accumulator. The larger it is, the
-//! more of every product is lost, and where V has a mean, all losses have one sign. After 119056 keys
-//! the output would be too small by 8e-4 of itself.
+//! Tensor cores cut what they add, towards zero, some bits below the accumulator. The larger it is,
+//! the more of every product is lost, and where V has a mean, all losses have one sign. After
+//! 119056 keys the output would be too small by 8e-4 of itself.
 //!
-//! So an accumulator is moved near zero now and then. What is taken from it is its **anchor**, times a
-//! sum of weights:
+//! So an accumulator is moved near zero now and then. What is taken from it is its **anchor**,
+//! times a sum of weights:
 //!
 //! ```text
 //! sum of w v = accumulator + anchor x (the thread's part of the sum of w when the anchor was put)
 //! ```
 //!
-//! The anchor is about the output so far, in bf16. To have room in shared memory, the thread's two rows
-//! share those of each column: the one that lies nearer to zero, or zero where the two have different
-//! signs. So no accumulator becomes larger than it was, but for what rounding adds.
+//! The anchor is about the output so far, in bf16. To have room in shared memory, the thread's two
+//! rows share those of each column: the one that lies nearer to zero, or zero where the two have
+//! different signs. So no accumulator becomes larger than it was, but for what rounding adds.
 //!
-//! Any sum would do, since the same is given back. That of the whole row would take shuffles, and in
-//! a loop with shuffles ptxas no longer sees that all lanes go the same way.
+//! Any sum would do, since the same is given back. That of the whole row would take shuffles, and
+//! in a loop with shuffles ptxas no longer sees that all lanes go the same way.
 
 use crate::cuda::mma::Fragment;
 use crate::cuda::{math, shared, thread};
@@ -153,8 +153,8 @@ fn add([a, b, c, d]: [&mut f32; 4], anchors: u32, factors: [f32; 2]) {
     *d = math::fma(y, factors[1], *d);
 }
 
-/// Of each of two bf16 the one nearer to zero, or zero where the two have different signs. The result
-/// is finite, so that a sum of no weights takes nothing.
+/// Of each of two bf16 the one nearer to zero, or zero where the two have different signs. The
+/// result is finite, so that a sum of no weights takes nothing.
 #[inline(always)]
 fn nearer(x: u32, y: u32) -> u32 {
     let (less, more) = (math::min_bf16x2(x, y), math::max_bf16x2(x, y));
