@@ -17,7 +17,6 @@ import pathlib
 import random
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from fp8_peers import BlockSparseFp8, CudnnFp8
 from precisions import in_8_bits
-from timing import Sampled
+from timing import Sampled, own_command
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -631,7 +630,7 @@ def main():
         "gpu": gpu,
         "driver": driver and driver.splitlines()[0],
         "versions": versions(args),
-        "command": " ".join(["python3", "bench/bench.py", *sys.argv[1:]]),
+        "command": own_command(),
         "rounds": args.rounds,
         "shapes": {},
         "rows": ceiling_rows,

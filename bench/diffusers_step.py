@@ -31,10 +31,8 @@ import math
 import pathlib
 import random
 import re
-import shlex
 import statistics
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -51,6 +49,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import framestride
 import framestride.diffusers
 from framestride.diffusers.processors import rotated
+from timing import own_command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BACKENDS = ["native", "_native_cudnn", "_native_flash", "_native_efficient"]
@@ -440,7 +439,7 @@ def main():
         "gpu": gpu,
         "driver": driver(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "diffusers": diffusers.__version__},
-        "command": shlex.join(["python3", "bench/diffusers_step.py", *sys.argv[1:]]),
+        "command": own_command(),
         "density": args.density,
         "rounds": args.rounds,
         "rows": [],

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from bench import OURS, OURS_FP8, output_of, write
 from fp8_peers import BlockSparseFp8, CudnnFp8
+from timing import own_command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # As bench.py calls them.
@@ -156,7 +156,7 @@ def main():
         "gpu": gpu,
         "driver": driver and driver.splitlines()[0],
         "versions": {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()},
-        "command": " ".join(["python3", "bench/e4m3.py", *sys.argv[1:]]),
+        "command": own_command(),
         "errors": rows,
     }
     write(options.out / f"{re.sub('[^a-z0-9]+', '_', gpu.lower())}_e4m3_errors.json", results)

@@ -1,12 +1,26 @@
-"""Times of calls on a GPU, for the benchmarks of this folder."""
+"""Times of calls on a GPU, for the benchmarks of this folder, and the command that took them."""
 
 import math
+import pathlib
+import shlex
 import statistics
+import sys
 
 import torch
 
 SAMPLE_MILLISECONDS = 20.0
 MOST_RUNS = 500
+
+
+def own_command():
+    """The command line of this process, but for the folder that results went to, which says nothing about them."""
+    kept, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(["python3", f"bench/{pathlib.Path(sys.argv[0]).name}", *kept])
 
 
 def milliseconds(call, runs=1):
