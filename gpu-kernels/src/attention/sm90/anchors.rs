@@ -67,24 +67,16 @@ pub unsafe fn scale<M: Hopper>(factors: [f32; 2]) {
 pub unsafe fn put<M: Hopper>(output: &mut impl Fragment, rows: &Rows) {
     let (old, sums) = (load_sums::<M>(), rows.sum);
     let inverse = sums.map(math::reciprocal).map(|inverse| Bf16::pack(inverse, inverse));
-    let mut anchors = [0; 4];
-    output.for_each_group(
+    each_group::<M, true>(
+        output,
         #[inline(always)]
-        |group, values| {
-            let slot = (group % 4) as usize;
-            if slot == 0 {
-                anchors = shared::load16(place::<M>(group / 4));
-            }
-            let [a, b, c, d] = values;
-            add([a, b, c, d], anchors[slot], old);
-            anchors[slot] = nearer(
+        |[a, b, c, d], anchors| {
+            add([a, b, c, d], *anchors, old);
+            *anchors = nearer(
                 math::mul_bf16x2(Bf16::pack(*a, *b), inverse[0]),
                 math::mul_bf16x2(Bf16::pack(*c, *d), inverse[1]),
             );
-            add([a, b, c, d], anchors[slot], [-sums[0], -sums[1]]);
-            if slot == 3 {
-                shared::store16(place::<M>(group / 4), anchors);
-            }
+            add([a, b, c, d], *anchors, [-sums[0], -sums[1]]);
         },
     );
     store_sums::<M>(sums);
@@ -100,6 +92,26 @@ pub unsafe fn give_back<M: Hopper>(output: &mut impl Fragment, tiles: u32) {
         return;
     }
     let sums = load_sums::<M>();
+    each_group::<M, false>(
+        output,
+        #[inline(always)]
+        |values, anchors| add(values, *anchors, sums),
+    );
+}
+
+/// Whether anchors are due before the products of key tile `tile`.
+#[inline(always)]
+pub fn are_due(tile: u32) -> bool {
+    tile.is_multiple_of(ANCHOR_TILES)
+}
+
+/// Calls `f` for the four values of each group of 8 columns and the anchors of its two columns. With
+/// `STORE`, what `f` makes of the anchors is kept.
+#[inline(always)]
+unsafe fn each_group<M: Hopper, const STORE: bool>(
+    output: &mut impl Fragment,
+    mut f: impl FnMut([&mut f32; 4], &mut u32),
+) {
     let mut anchors = [0; 4];
     output.for_each_group(
         #[inline(always)]
@@ -108,15 +120,12 @@ pub unsafe fn give_back<M: Hopper>(output: &mut impl Fragment, tiles: u32) {
             if slot == 0 {
                 anchors = shared::load16(place::<M>(group / 4));
             }
-            add(values, anchors[slot], sums);
+            f(values, &mut anchors[slot]);
+            if STORE && slot == 3 {
+                shared::store16(place::<M>(group / 4), anchors);
+            }
         },
     );
-}
-
-/// Whether anchors are due before the products of key tile `tile`.
-#[inline(always)]
-pub fn are_due(tile: u32) -> bool {
-    tile.is_multiple_of(ANCHOR_TILES)
 }
 
 /// The place of this thread's anchors in four groups of 8 columns.
