@@ -78,9 +78,10 @@ pub fn tile_products(input: TokenStream) -> TokenStream {
 /// ```
 ///
 /// `Products` implements `framestride_kernels::cuda::mma::WarpProducts<B>` for each B of `blocks`:
-/// that many blocks of 16 rows multiply with each factor that is loaded. The other keys are those of
-/// [`tile_products!`], and `columns` may be 32 too. (`framestride_kernels::warp_products!` gives its
-/// own path first.)
+/// that many blocks of 16 rows multiply with each factor that is loaded. With a B of 1 it has the
+/// traits of **profile** too (`SampleProducts`, `BothProducts`), else that of **attention**
+/// (`WarpScores`). The other keys are those of [`tile_products!`], and `columns` may be 32 too.
+/// (`framestride_kernels::warp_products!` gives its own path first.)
 #[proc_macro]
 pub fn warp_products(input: TokenStream) -> TokenStream {
     warp_products::expand(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()

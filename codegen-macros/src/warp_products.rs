@@ -4,6 +4,7 @@
 //! from shared memory come four matrices of 8 x 8 at a time, and every block of 16 rows of the warp
 //! multiplies with them. The products are arithmetic on registers, which compilers may move.
 
+use framestride_shapes::blocks::holds_queries;
 use framestride_shapes::fragment::row_of;
 use framestride_shapes::image::{ATOM_BYTES, ATOM_ROWS, CHUNK_BYTES, Image};
 use proc_macro2::{Ident, TokenStream};
@@ -25,24 +26,14 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             "products of single warps exist in 16 bits alone: element must be Bf16 or F16",
         ));
     };
-    let [scores, weights, output] = types(&name);
+    let [_, weights, output] = types(&name);
     let products = products(&kernels, &visibility, &name, &element, key_rows, columns);
     let image = Image { head_dim, dtype };
     let products_of_blocks = blocks.iter().map(|&blocks| {
         let blocks = blocks as usize;
-        let add_scores = add_scores(image, key_rows, blocks);
         let add_output = add_output(image, key_rows, columns, blocks);
         quote! {
             impl #kernels::cuda::mma::WarpProducts<#blocks> for #name {
-                #[inline(always)]
-                unsafe fn add_scores(
-                    scores: &mut [#scores; #blocks],
-                    q: #kernels::cuda::mma::Matrices,
-                    k: #kernels::cuda::mma::Matrices,
-                ) {
-                    #add_scores
-                }
-
                 #[inline(always)]
                 unsafe fn add_output(
                     output: &mut [#output; #blocks],
@@ -54,14 +45,14 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
             }
         }
     });
-    // Warps of attention have two blocks, and no queries in registers.
-    let sample_products = if blocks.contains(&1) {
+    // Warps of attention have no outputs of one block.
+    let scores_of_kernel = if blocks.contains(&1) {
         let both_products =
             blocks.iter().map(|&blocks| both_products(&kernels, &name, image, key_rows, columns, blocks as usize));
         let sample_products = sample_products(&kernels, &visibility, &name, image, key_rows);
         quote!(#sample_products #(#both_products)*)
     } else {
-        TokenStream::new()
+        blocks.iter().map(|&blocks| warp_scores(&kernels, &name, image, key_rows, blocks)).collect()
     };
     let product = |summand: &str| {
         format!(
@@ -112,8 +103,48 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
 
         #(#products_of_blocks)*
 
-        #sample_products
+        #scores_of_kernel
     })
+}
+
+/// `WarpScores`.
+fn warp_scores(kernels: &TokenStream, name: &Ident, image: Image, key_rows: u32, blocks: u32) -> TokenStream {
+    let [scores, ..] = types(name);
+    let block_count = blocks as usize;
+    let steps = image.head_dim / 16;
+    let load = |step: u32, block: u32| load("q", image, 16 * block, 16 * step, false);
+    let places = || (0..steps).flat_map(|step| (0..blocks).map(move |block| (step, block)));
+    let (queries, load_queries, add_scores) = if holds_queries(image.head_dim) {
+        let loads = places().map(|(step, block)| load(step, block));
+        let count = (steps * blocks) as usize;
+        let held = |step: u32, block: u32| {
+            let index = (step * blocks + block) as usize;
+            quote!(queries[#index])
+        };
+        (quote!([[u32; 4]; #count]), quote!([#(#loads),*]), add_scores(image, key_rows, blocks, held))
+    } else {
+        let add_scores = add_scores(image, key_rows, blocks, load);
+        (quote!(#kernels::cuda::mma::Matrices), quote!(q), quote!(let q = queries.opaque(); #add_scores))
+    };
+    quote! {
+        impl #kernels::cuda::mma::WarpScores<#block_count> for #name {
+            type Queries = #queries;
+
+            #[inline(always)]
+            unsafe fn queries(q: #kernels::cuda::mma::Matrices) -> #queries {
+                #load_queries
+            }
+
+            #[inline(always)]
+            unsafe fn add_scores(
+                scores: &mut [#scores; #block_count],
+                queries: #queries,
+                k: #kernels::cuda::mma::Matrices,
+            ) {
+                #add_scores
+            }
+        }
+    }
 }
 
 /// `SampleProducts`.
@@ -247,18 +278,18 @@ fn group(group: u32) -> [Ident; 4] {
     [0, 1, 2, 3].map(|index| registers[(4 * group) as usize + index].clone())
 }
 
-/// S += Q K^T, in head_dim / 16 steps.
-fn add_scores(image: Image, key_rows: u32, blocks: usize) -> TokenStream {
+/// S += Q K^T, in head_dim / 16 steps. `queries` are those of a step, of a block.
+fn add_scores(image: Image, key_rows: u32, blocks: u32, queries: impl Fn(u32, u32) -> TokenStream) -> TokenStream {
     let steps = (0..image.head_dim / 16).map(|step| {
-        let queries = (0..blocks as u32).map(|block| load("q", image, 16 * block, 16 * step, false));
+        let queries = (0..blocks).map(|block| queries(step, block));
         let pairs = (0..key_rows / PAIR).map(|pair| {
             let keys = load("k", image, PAIR * pair, 16 * step, false);
             let multiply = (0..2).flat_map(|half| {
                 let registers = group(2 * pair + half);
                 let (low, high) = (2 * half as usize, 2 * half as usize + 1);
-                (0..blocks).map(move |block| {
+                (0..blocks as usize).map(move |block| {
                     quote! {
-                        Self::multiply([#(&mut scores[#block].#registers),*], queries[#block], [keys[#low], keys[#high]]);
+                        Self::multiply([#(&mut scores[#block].#registers),*], own[#block], [keys[#low], keys[#high]]);
                     }
                 })
             });
@@ -268,7 +299,7 @@ fn add_scores(image: Image, key_rows: u32, blocks: usize) -> TokenStream {
             }
         });
         quote! {
-            let queries = [#(#queries),*];
+            let own = [#(#queries),*];
             #(#pairs)*
         }
     });

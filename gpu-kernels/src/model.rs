@@ -6,7 +6,7 @@
 //! such a number.
 
 use crate::cuda::global;
-use crate::cuda::mma::{BothProducts, ByteWeights, Products, TileProducts, WarpProducts};
+use crate::cuda::mma::{BothProducts, ByteWeights, Products, TileProducts, WarpScores};
 use crate::element::Element;
 use crate::masks::CANDIDATES;
 use framestride_shapes::blocks::{SELECT_THREADS, Tiles, WARP_BLOCKS};
@@ -110,16 +110,13 @@ impl<M: Hopper<Attention: ByteWeights>> HopperE4m3 for M {}
 
 /// A model whose products are those of single warps, which all GPUs since Ampere have.
 pub trait Ampere:
-    Model<
-        Attention: WarpProducts<WARP_BLOCKS>,
-        Profile: BothProducts<1> + BothProducts<2> + BothProducts<{ 1 + CANDIDATES }>,
-    >
+    Model<Attention: WarpScores<WARP_BLOCKS>, Profile: BothProducts<1> + BothProducts<2> + BothProducts<{ 1 + CANDIDATES }>>
 {
 }
 
 impl<M> Ampere for M where
     M: Model<
-            Attention: WarpProducts<WARP_BLOCKS>,
+            Attention: WarpScores<WARP_BLOCKS>,
             Profile: BothProducts<1> + BothProducts<2> + BothProducts<{ 1 + CANDIDATES }>,
         >
 {

@@ -27,6 +27,11 @@ pub const WARP_BLOCKS: usize = 2;
 /// Rows of a query tile that a warp has.
 pub const WARP_ROWS: u32 = 16 * WARP_BLOCKS as u32;
 
+/// Whether a warp has registers for its rows of the query tile, where warps multiply on their own.
+pub const fn holds_queries(head_dim: u32) -> bool {
+    head_dim == 64
+}
+
 /// Tile sizes of **attention**.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
@@ -36,7 +41,7 @@ pub struct Tiles {
     /// Rows of a key tile, a multiple of 16 up to [`PAD_ROWS`](crate::layout::PAD_ROWS).
     pub key_rows: u32,
     /// Tiles in flight: of keys and as many of values on Hopper, of keys and values in turn
-    /// elsewhere.
+    /// elsewhere (3, or 4 where keys come with the values of the tile before).
     pub stages: u32,
     /// Key tiles begin at multiples of so many rows.
     pub key_step: u32,
@@ -49,7 +54,7 @@ impl Tiles {
     /// | sm_90a, e4m3 | 128 | 128 | 128 | 4 | a second accumulator of 64 registers leaves room for no more keys |
     /// | sm_90a | 64 | 192 | 128 | 4 | three consumer warpgroups of 160 registers share each key tile; 152 KiB shared |
     /// | sm_80 | 128 | 128 | 48 | 3 | 70 KiB: a block has room on every GPU, and two have it where a multiprocessor has 164 KiB; 64 keys spill |
-    /// | sm_80 | 64 | 128 | 64 | 3 | 42 KiB: two blocks have room on every GPU |
+    /// | sm_80 | 64 | 128 | 64 | 4 | keys come with the values of the tile before, at one barrier; 42 KiB: two blocks have room on every GPU |
     pub const fn new(arch: Arch, head_dim: u32, compute: Compute) -> Tiles {
         let key_step = match compute {
             Compute::Dtype => ATOM_ROWS,
@@ -59,7 +64,7 @@ impl Tiles {
             (Products::Wgmma, Compute::E4m3, _) => Tiles { query_rows: 128, key_rows: 128, stages: 4, key_step },
             (Products::Wgmma, _, 64) => Tiles { query_rows: 192, key_rows: 128, stages: 4, key_step },
             (Products::Wgmma, ..) => Tiles { query_rows: 128, key_rows: 176, stages: 2, key_step },
-            (Products::MmaSync, _, 64) => Tiles { query_rows: 128, key_rows: 64, stages: 3, key_step },
+            (Products::MmaSync, _, 64) => Tiles { query_rows: 128, key_rows: 64, stages: 4, key_step },
             (Products::MmaSync, ..) => Tiles { query_rows: 128, key_rows: 48, stages: 3, key_step },
         }
     }

@@ -259,6 +259,22 @@ impl KeyTiles {
             self.body_start + (index - self.prefix_tiles) * key_rows
         }
     }
+
+    /// First packed row of the tile that is read after the one that begins at `first`. Behind the
+    /// last one it is the first one's again.
+    #[inline(always)]
+    pub const fn next_row(self, first: u32, key_rows: u32) -> u32 {
+        let prefix_end = self.prefix_tiles * key_rows;
+        let end = self.body_start + (self.tiles - self.prefix_tiles) * key_rows;
+        let next = first + key_rows;
+        if next == prefix_end {
+            self.body_start
+        } else if next == end {
+            if self.prefix_tiles == 0 { self.body_start } else { 0 }
+        } else {
+            next
+        }
+    }
 }
 
 impl Layout {

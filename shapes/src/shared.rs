@@ -6,7 +6,7 @@
 
 use crate::blocks::{
     CENTER_THREADS, PACK_STEP_BYTES, PROFILE_KEY_ROWS, SAMPLE_ROWS, Tiles, VALUES_ROW_BYTES, VALUES_STAGES,
-    VALUES_THREADS, WARP_ROWS, WARPGROUP, WARPGROUP_ROWS, profile_stages,
+    VALUES_THREADS, WARP_ROWS, WARPGROUP, WARPGROUP_ROWS, holds_queries, profile_stages,
 };
 use crate::dtype::Compute;
 use crate::image::{ATOM_BYTES, CHUNK_BYTES, Image, e4m3};
@@ -164,7 +164,8 @@ pub struct WarpAttentionShared {
     pub seen: Parts,
     /// Each warp has three u32: what all of its rows see.
     pub warp_seen: Parts,
-    /// The query tile.
+    /// The query tile. Where warps hold queries in registers, it begins in the last slot of the
+    /// ring, and is gone when that one is needed.
     pub query: Parts,
     /// The slots of a ring, of which each has a key tile or a value tile.
     pub ring: Parts,
@@ -177,8 +178,16 @@ impl WarpAttentionShared {
     pub const fn new(tiles: Tiles, image: Image) -> WarpAttentionShared {
         let Tiles { query_rows, key_rows, stages, .. } = tiles;
         let mut memory = Allocator::new();
-        let query = memory.tiles(1, image.bytes(query_rows));
-        let ring = memory.tiles(stages, image.bytes(key_rows));
+        let (query_bytes, tile) = (image.bytes(query_rows), image.bytes(key_rows));
+        let (query, ring) = if holds_queries(image.head_dim) {
+            // The values of the second tile are the first to come to the last slot, behind a barrier.
+            assert!(stages == 4);
+            let before = (stages - 1) * tile;
+            let all = memory.tiles(1, before + if query_bytes > tile { query_bytes } else { tile });
+            (Parts { distance: query_bytes, ..all.behind(before) }, Parts { distance: tile, ..all })
+        } else {
+            (memory.tiles(1, query_bytes), memory.tiles(stages, tile))
+        };
         let seen = memory.parts(query_rows, 16, 16);
         let (warp_seen, work) = (memory.parts(query_rows / WARP_ROWS, 16, 16), memory.parts(2, 4, 4));
         WarpAttentionShared { work, seen, warp_seen, query, ring, bytes: memory.bytes }

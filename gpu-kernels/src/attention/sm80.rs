@@ -3,18 +3,21 @@
 //!
 //! Each warp decides alone whether its rows have offsets. There is one loop for both, so that all
 //! warps wait at the same barriers.
+//!
+//! Where shared memory has room for a fourth slot, the values of a tile come with the keys of the
+//! next one, at one barrier. Where there are registers, a warp holds its queries in them.
 
 use core::marker::PhantomData;
 
 use super::order;
 use super::store::{Sums, store};
 use super::work::Work;
-use crate::cuda::mma::{Fragment, Matrices, Products, WarpProducts};
-use crate::cuda::{shared, thread, warp};
+use crate::cuda::mma::{Fragment, Matrices, Products, WarpProducts, WarpScores};
+use crate::cuda::{copy, math, shared, thread, warp};
 use crate::masks::Mask;
 use crate::masks::band::Band;
 use crate::model::{Ampere, Model};
-use crate::ring::{Ring, copy_rows};
+use crate::ring::{Ring, RingShape, copy_rows};
 use crate::softmax::{self, Rows};
 use framestride_shapes::blocks::{WARP_BLOCKS, WARP_ROWS};
 use framestride_shapes::fragment;
@@ -25,6 +28,7 @@ use framestride_shapes::shared::WarpAttentionShared;
 type Scores<M> = [<<M as Model>::Attention as Products>::Scores; WARP_BLOCKS];
 type Weights<M> = [<<M as Model>::Attention as Products>::Weights; WARP_BLOCKS];
 type Output<M> = [<<M as Model>::Attention as Products>::Output; WARP_BLOCKS];
+type Queries<M> = <<M as Model>::Attention as WarpScores<WARP_BLOCKS>>::Queries;
 
 /// Calls `f` with the number of each block of 16 rows that a warp has. The calls are unrolled.
 #[inline(always)]
@@ -42,6 +46,15 @@ impl<M: Model> Map<M> {
     const THREADS: u32 = {
         assert!(WARP_ROWS == 32);
         M::TILES.query_rows
+    };
+    /// All warps copy.
+    const RING: RingShape =
+        RingShape { image: M::IMAGE, rows: M::TILES.key_rows, stages: M::TILES.stages, warps: Self::THREADS / 32 };
+    /// Whether keys come with the values of the tile before, at one barrier. With three slots each
+    /// has a barrier.
+    const KEYS_WITH_VALUES: bool = {
+        assert!(M::TILES.stages == 3 || M::TILES.stages == 4);
+        M::TILES.stages == 4
     };
 }
 
@@ -72,13 +85,14 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
         let mut rows = [Rows::new(); WARP_BLOCKS];
         let mut output = [<M::Attention as Products>::Output::splat(0.0); WARP_BLOCKS];
         if mask.tiles() > 0 {
+            // What follows from it is found anew for each query tile, and takes no registers before.
+            let own_warp = math::opaque(own_warp);
             let warp_sees = mask.warp(warp_row, WARP_ROWS);
             if lane == 0 {
                 let RangeVisible { prefix, all_start, all_end, .. } = warp_sees;
                 shared::store16(shared::address(memory.warp_seen, own_warp), [prefix, all_start, all_end, 0]);
             }
-            let hide = |scores: &mut Scores<M>, tile: u32| {
-                let first = mask.first_key(tile);
+            let hide = |scores: &mut Scores<M>, first: u32| {
                 let [prefix, all_start, all_end, _] = shared::load16(shared::address(memory.warp_seen, own_warp));
                 if !Band::<M>::sees_all(&RangeVisible { prefix, all_start, all_end, ..warp_sees }, first) {
                     each_block(
@@ -108,23 +122,29 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
                 head_row + work.first_row,
                 M::TILES.query_rows,
             );
-            let ring = Ring {
-                image: M::IMAGE,
-                packed: [params.packed_k, params.packed_v],
-                head_row,
+            let packed = [params.packed_k, params.packed_v];
+            let ring = Ring::new(Map::<M>::RING, packed, head_row, memory.ring, own_warp, lane);
+            let first = mask.first_key(0);
+            ring.copy_keys(first, ring.first_slot(0));
+            copy::commit_group();
+            ring.copy_values(first, ring.first_slot(1));
+            copy::commit_group();
+            // The queries and the first keys are there.
+            copy::wait_groups::<1>();
+            thread::sync_block();
+            let slots = shared::address(memory.ring, 0);
+            let own_query = query + M::IMAGE.bytes(WARP_ROWS) * own_warp;
+            let mut warp = Warp {
+                lane,
+                queries: M::Attention::queries(Matrices::by_rows(own_query, M::IMAGE, 0, lane)),
+                keys: Matrices::by_columns(slots, M::IMAGE, lane).opaque(),
+                values: Matrices::by_rows(slots, M::IMAGE, 0, lane).opaque(),
+                ring,
+                first,
                 tiles: mask.tiles(),
-                rows: M::TILES.key_rows,
-                first_row: |tile: u32| mask.first_key(tile),
-                slots: memory.ring,
-                stages: M::TILES.stages,
-                at_once: 1,
-                threads: Map::<M>::THREADS,
-                copies: true,
-                slot: 0,
+                next_key: |first| mask.next_key(first),
+                model: PhantomData::<M>,
             };
-            ring.start();
-            let queries = Matrices::by_rows(query + M::IMAGE.bytes(WARP_ROWS) * own_warp, M::IMAGE, 0, lane);
-            let mut warp = Warp { lane, queries, ring, model: PhantomData::<M> };
             warp.sweep(hide, &mut rows, &mut output);
         }
         // The query tile is found again, since it would take registers all through the key tiles.
@@ -149,24 +169,33 @@ pub unsafe fn attention<M: Ampere>(params: &AttentionParams) {
 }
 
 /// A warp, and where it is.
-struct Warp<M, F> {
+struct Warp<M: Ampere, F> {
     lane: u32,
-    /// Its query rows.
-    queries: Matrices,
-    ring: Ring<F>,
+    queries: Queries<M>,
+    /// Keys and values in the first slot.
+    keys: Matrices,
+    values: Matrices,
+    ring: Ring,
+    /// First row of the next tile, or of the last one.
+    first: u32,
+    /// How many tiles there are, from the next on.
+    tiles: u32,
+    /// First row of the tile behind another.
+    next_key: F,
     model: PhantomData<M>,
 }
 
-/// A key tile, and its keys.
+/// The keys of a tile, and its first row.
 #[derive(Clone, Copy)]
 struct Keys {
-    tile: u32,
+    first: u32,
     keys: Matrices,
 }
 
 impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
     /// Goes over the key tiles of a query tile. It takes all weights into `rows`, and their
-    /// products with V into `output`. `hide` sets the scores of unseen keys of a tile to -inf.
+    /// products with V into `output`. `hide` sets the scores of unseen keys to -inf, of the tile
+    /// that begins at a row.
     #[inline(always)]
     unsafe fn sweep(
         &mut self,
@@ -174,9 +203,9 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         rows: &mut [Rows; WARP_BLOCKS],
         output: &mut Output<M>,
     ) {
-        let mut at = self.next_keys(0);
+        let mut at = self.take_keys();
         let mut scores = self.scores(at);
-        hide(&mut scores, 0);
+        hide(&mut scores, at.first);
         let mut has_offsets = !start_plain::<M>(rows, &mut scores);
         if has_offsets {
             self.lower([[softmax::NOTHING_SEEN; 2]; WARP_BLOCKS], at, &hide, &mut scores, rows, output);
@@ -184,14 +213,17 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         loop {
             // These wait for the values, since they take half as many registers as the scores.
             let weights = weights::<M>(&scores);
-            let values = Matrices::by_rows(self.next(2 * at.tile + 1), M::IMAGE, 0, self.lane);
+            let values = self.next_values();
             M::Attention::add_output(output, &weights, values);
-            if at.tile + 1 == self.ring.tiles {
+            if self.tiles == 0 {
                 return;
             }
-            at = self.next_keys(at.tile + 1);
+            if !Map::<M>::KEYS_WITH_VALUES {
+                self.wait();
+            }
+            at = self.take_keys();
             scores = self.scores(at);
-            hide(&mut scores, at.tile);
+            hide(&mut scores, at.first);
             if has_offsets {
                 let offsets = self.offsets();
                 each_block(
@@ -219,7 +251,7 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         output: &mut Output<M>,
     ) {
         *scores = self.scores(at);
-        hide(scores, at.tile);
+        hide(scores, at.first);
         // All lanes have read what stands beside the offsets.
         warp::sync();
         each_block(
@@ -249,25 +281,47 @@ impl<M: Ampere, F: Fn(u32) -> u32> Warp<M, F> {
         )
     }
 
-    /// The keys of a tile, which is the next one.
+    /// Waits until what the next steps read is there, in all warps.
     #[inline(always)]
-    unsafe fn next_keys(&mut self, tile: u32) -> Keys {
-        Keys { tile, keys: Matrices::by_columns(self.next(2 * tile), M::IMAGE, self.lane) }
+    unsafe fn wait(&self) {
+        if Map::<M>::KEYS_WITH_VALUES {
+            copy::wait_groups::<0>();
+        } else {
+            copy::wait_groups::<1>();
+        }
+        thread::sync_block();
     }
 
-    /// Waits for the next step. Returns the address of its tile.
+    /// The keys of the next tile, which are there. Behind them the keys after those are copied.
     #[inline(always)]
-    unsafe fn next(&mut self, step: u32) -> u32 {
-        self.ring.wait();
-        thread::sync_block();
-        self.ring.take(step)
+    unsafe fn take_keys(&mut self) -> Keys {
+        let (slots, first) = (self.ring.begin(), self.first);
+        self.tiles -= 1;
+        if self.tiles > 0 {
+            self.first = (self.next_key)(first);
+            self.ring.copy_keys(self.first, slots.later);
+        }
+        copy::commit_group();
+        Keys { first, keys: self.keys.behind(slots.own) }
+    }
+
+    /// The values of the same tile.
+    #[inline(always)]
+    unsafe fn next_values(&mut self) -> Matrices {
+        self.wait();
+        let slots = self.ring.begin();
+        if self.tiles > 0 {
+            self.ring.copy_values(self.first, slots.later);
+        }
+        copy::commit_group();
+        self.values.behind(slots.own)
     }
 
     /// S of a tile.
     #[inline(always)]
     unsafe fn scores(&self, at: Keys) -> Scores<M> {
         let mut scores = [<M::Attention as Products>::Scores::splat(0.0); WARP_BLOCKS];
-        M::Attention::add_scores(&mut scores, self.queries.opaque(), at.keys);
+        M::Attention::add_scores(&mut scores, self.queries, at.keys);
         scores
     }
 }

@@ -27,20 +27,16 @@ pub unsafe fn start16(to: u32, from: u64) {
     asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack));
 }
 
-/// Starts four copies of 16 bytes, each as far from the last as `THREADS` copies are long. They
-/// share one pair of addresses, where ptxas would compute four.
+/// The same, `OFFSET` bytes behind both addresses. ptxas adds it in the instruction where it is from
+/// -2048 to 2047.
 ///
 /// # Safety
 /// As for [`start16`].
 #[inline(always)]
-pub unsafe fn start_four<const THREADS: u32>(to: u32, from: u64) {
+pub unsafe fn start16_at<const OFFSET: i32>(to: u32, from: u64) {
     asm!(
-        "cp.async.cg.shared.global [{to}], [{from}], 16;",
-        "cp.async.cg.shared.global [{to} + {one}], [{from} + {one}], 16;",
-        "cp.async.cg.shared.global [{to} + {two}], [{from} + {two}], 16;",
-        "cp.async.cg.shared.global [{to} + {three}], [{from} + {three}], 16;",
-        to = in(reg32) to, from = in(reg64) from,
-        one = const 16 * THREADS, two = const 32 * THREADS, three = const 48 * THREADS, options(nostack)
+        "cp.async.cg.shared.global [{to} + {offset}], [{from} + {offset}], 16;",
+        to = in(reg32) to, from = in(reg64) from, offset = const OFFSET, options(nostack)
     );
 }
 

@@ -135,6 +135,12 @@ impl Matrices {
         Matrices(address + image.chunk(lane / 16 * ATOM_ROWS + lane % ATOM_ROWS, lane / 8 % 2))
     }
 
+    /// The same of a tile that lies `bytes` behind.
+    #[inline(always)]
+    pub fn behind(self, bytes: u32) -> Matrices {
+        Matrices(self.0 + bytes)
+    }
+
     /// The same, but the compiler does not compute addresses from it before a loop
     /// ([`math::opaque`]).
     #[inline(always)]
@@ -177,17 +183,29 @@ impl Matrices {
 /// The products of a warp (9.7.14.5, mma.sync), which has 16 query rows in each of its blocks.
 /// `warp_products!` makes them.
 pub trait WarpProducts<const BLOCKS: usize>: Products {
-    /// S += Q K^T. `q` begins at the warp's first row.
-    ///
-    /// # Safety
-    /// All 32 lanes come here. The tiles are there.
-    unsafe fn add_scores(scores: &mut [Self::Scores; BLOCKS], q: Matrices, k: Matrices);
-
     /// O += P V. `v` begins at the first of the columns.
     ///
     /// # Safety
-    /// As for [`WarpProducts::add_scores`].
+    /// All 32 lanes come here. The tile is there.
     unsafe fn add_output(output: &mut [Self::Output; BLOCKS], weights: &[Self::Weights; BLOCKS], v: Matrices);
+}
+
+/// Products of a warp of **attention**.
+pub trait WarpScores<const BLOCKS: usize>: WarpProducts<BLOCKS> {
+    /// The query rows: in registers with head dim 64, and where they lie in shared memory with 128.
+    type Queries: Copy;
+
+    /// The query rows. `q` begins at the warp's first.
+    ///
+    /// # Safety
+    /// As for [`WarpProducts::add_output`].
+    unsafe fn queries(q: Matrices) -> Self::Queries;
+
+    /// S += Q K^T.
+    ///
+    /// # Safety
+    /// As for [`WarpProducts::add_output`]. With head dim 128, the query rows are still there.
+    unsafe fn add_scores(scores: &mut [Self::Scores; BLOCKS], queries: Self::Queries, k: Matrices);
 }
 
 /// Products of a warp of **profile**, whose 16 query rows stay in registers. It weighs all 64 keys

@@ -41,6 +41,12 @@ impl<M: Model> Band<M> {
         Band { head_type, half_width, valid_text, keys, model: PhantomData }
     }
 
+    /// First packed row of the key tile behind the one that begins at `first`.
+    #[inline(always)]
+    pub fn next_key(&self, first: u32) -> u32 {
+        self.keys.next_row(first, M::TILES.key_rows)
+    }
+
     /// The geometry, in which every band is as wide as this one.
     #[inline(always)]
     fn layout(&self) -> Layout {

@@ -21,11 +21,11 @@ use super::results::Store;
 use super::samples;
 use super::{DENSE, KEY_ROWS, MASKS, SAMPLE_ROWS, block_tiles, next_sweep, number, sampled_row};
 use crate::cuda::mma::{BothProducts, Fragment, Matrices, Products, SampleProducts, WarpProducts};
-use crate::cuda::{math, shared, thread, warp};
+use crate::cuda::{copy, math, shared, thread, warp};
 use crate::element::Element;
 use crate::masks::{CANDIDATES, band, each_candidate};
 use crate::model::{Ampere, Model, valid_text};
-use crate::ring::Ring;
+use crate::ring::{Ring, RingShape};
 use crate::softmax::{self, Rows};
 use framestride_shapes::blocks::{profile_parts, profile_warps};
 use framestride_shapes::fragment::{self, column_of, row_of, thread_keys};
@@ -319,20 +319,11 @@ impl<M: Ampere> Block<M> {
     #[inline(always)]
     unsafe fn sweep<const MASKED: bool>(&self, mask: u32) -> (Results<M>, bool) {
         let (tiles, image) = (&self.tiles, M::IMAGE);
-        let mut ring = Ring {
-            image,
-            packed: self.packed,
-            head_row: self.head_row,
-            tiles: tiles.end - tiles.start,
-            rows: KEY_ROWS,
-            first_row: |tile: u32| (tiles.start + tile) * KEY_ROWS,
-            slots: Map::<M>::SHARED.ring,
-            stages: WarpProfileShared::STAGES,
-            at_once: 2,
-            threads: COPIERS,
-            copies: self.copies(),
-            slot: 1,
-        };
+        let row = |tile: u32| (tiles.start + tile) * KEY_ROWS;
+        let count = tiles.end - tiles.start;
+        let shape = RingShape { image, rows: KEY_ROWS, stages: WarpProfileShared::STAGES, warps: COPIERS / 32 };
+        let mut ring = Ring::new(shape, self.packed, self.head_row, Map::<M>::SHARED.ring, self.own_warp, self.lane);
+        let first_slot = shared::address(Map::<M>::SHARED.ring, 0);
         let own_half = self.half();
         let keys_at = |slot: u32| Matrices::by_columns(slot + image.bytes(Map::<M>::KEYS) * own_half, image, self.lane);
         let values_at = |slot: u32, half: u32| {
@@ -341,25 +332,32 @@ impl<M: Ampere> Block<M> {
         };
         // All have their queries, and are done with the sweep before.
         thread::sync_block();
-        ring.start();
+        if self.copies() && count > 0 {
+            ring.copy_keys(row(0), ring.first_slot(0));
+            ring.copy_values(row(0), ring.first_slot(1));
+            if count > 1 {
+                ring.copy_keys(row(1), ring.first_slot(2));
+            }
+        }
+        copy::commit_group();
         let mut all_seen = self.look(0);
         let mut results = Results::<M>::new();
         // There may be more splits than tiles of valid keys.
-        if ring.tiles == 0 {
+        if count == 0 {
             results.rows = Rows::new();
             return (results, false);
         }
-        ring.wait();
+        copy::wait_groups::<0>();
         thread::sync_block();
         all_seen |= self.look(1);
-        let mut keys = keys_at(shared::address(Map::<M>::SHARED.ring, 0));
+        let mut keys = keys_at(first_slot + ring.begin().own);
         let mut scores = self.scores::<MASKED>(mask, 0, keys);
         let sums = softmax::weigh(&mut scores);
         let mut fits = softmax::may_start_plain::<M::Element>(sums);
         let mut own = self.share::<MASKED>(&scores, sums, &results, 0);
         let mut tile = math::own_zero();
         loop {
-            ring.wait();
+            copy::wait_groups::<0>();
             if thread::any_of_block(!fits) {
                 // The keys are still there.
                 scores = self.scores::<MASKED>(mask, tile, keys);
@@ -374,9 +372,20 @@ impl<M: Ampere> Block<M> {
                 results.rows.take(own.sums);
             }
             results.sums = own.masked_sums;
-            let [value, key] = ring.take_two::<COPIERS>(2 * tile + 1);
+            // Values, and the keys of the next tile.
+            let steps = [ring.begin(), ring.begin()];
+            if self.copies() {
+                if tile + 1 < count {
+                    ring.copy_values(row(tile + 1), steps[0].later);
+                }
+                if tile + 2 < count {
+                    ring.copy_keys(row(tile + 2), steps[1].later);
+                }
+            }
+            copy::commit_group();
+            let [value, key] = steps.map(|slots| first_slot + slots.own);
             // Behind the last tile there are no keys. The values take their place, for no use.
-            let is_last = tile + 1 == ring.tiles;
+            let is_last = tile + 1 == count;
             keys = keys_at(if is_last { value } else { key });
             let weights = self.kept::<MASKED>(own.weights, tile, own_half);
             let values = values_at(value, own_half);

@@ -2,7 +2,7 @@
 //! family's.
 
 use framestride_shapes::arch::Arch;
-use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock, Tiles, WARP_ROWS, profile_min_blocks};
+use framestride_shapes::blocks::{PACK_STEP_BYTES, PackBlock, Tiles, WARP_ROWS, holds_queries, profile_min_blocks};
 use framestride_shapes::dtype::{Compute, Dtype};
 use framestride_shapes::image::Image;
 use framestride_shapes::shared::{AttentionShared, PackShared, ProfileShared, WarpAttentionShared, WarpProfileShared};
@@ -77,8 +77,13 @@ fn shared_memory_of_warps() {
         if profile_min_blocks(arch, head_dim) == 2 {
             assert!(2 * (profile.bytes + arch.reserved_shared_bytes) <= two_fit, "{} bytes", profile.bytes);
         }
-        assert_eq!(attention.query.at(1), attention.ring.at(0));
-        assert_eq!(attention.ring.at(tiles.stages), attention.seen.at(0));
+        if holds_queries(head_dim) {
+            assert_eq!(attention.query.at(0), attention.ring.at(tiles.stages - 1));
+            assert_eq!(attention.query.at(1).max(attention.ring.at(tiles.stages)), attention.seen.at(0));
+        } else {
+            assert_eq!(attention.query.at(1), attention.ring.at(0));
+            assert_eq!(attention.ring.at(tiles.stages), attention.seen.at(0));
+        }
         assert_eq!(attention.seen.at(tiles.query_rows), attention.warp_seen.at(0));
         assert_eq!(attention.warp_seen.at(tiles.query_rows / WARP_ROWS), attention.work.at(0));
         assert_eq!(attention.work.at(2), attention.bytes);

@@ -56,13 +56,17 @@ proptest! {
         let tiles = layout.key_tiles(range, key_rows, key_step);
         // How many tiles hold each key.
         let mut holders = vec![0u32; layout.packed_rows() as usize];
+        let mut next_row = tiles.first_row(0, key_rows);
         for index in 0..tiles.tiles {
             let first_row = tiles.first_row(index, key_rows);
+            prop_assert_eq!(next_row, first_row, "tile {}", index);
+            next_row = tiles.next_row(first_row, key_rows);
             prop_assert!(first_row.is_multiple_of(key_step), "tile {index} starts at {first_row}");
             prop_assert!(first_row + key_rows <= layout.packed_rows(), "tile {index} ends at {}", first_row + key_rows);
             holders[first_row as usize..(first_row + key_rows) as usize].iter_mut().for_each(|count| *count += 1);
         }
         prop_assert!(holders.iter().all(|&count| count <= 1), "tiles overlap");
+        prop_assert!(tiles.tiles == 0 || next_row == tiles.first_row(0, key_rows), "behind the last tile");
         for query in first..(first + rows).min(valid.sum() + layout.video_tokens()) {
             let query_row = layout.query_order().model_row(head, query, valid);
             for key in 0..layout.sequence() {
