@@ -73,7 +73,7 @@ impl Place for candle_core::cpu_backend::CpuDevice {
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::cuda::CudaStorageSlice;
-    use candle_core::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
+    use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
     use candle_core::{CudaDevice, CudaStorage, Device, Storage};
     use framestride::Stream;
 
@@ -82,6 +82,18 @@ mod cuda {
     /// Whether both have the same memory. Their streams may differ.
     fn share_context(a: &CudaDevice, b: &CudaDevice) -> bool {
         a.cuda_stream().context().cu_ctx() == b.cuda_stream().context().cu_ctx()
+    }
+
+    /// Lets two streams wait for what each other has launched.
+    ///
+    /// cudarc orders them by the events of a slice, but only where both of their devices have made
+    /// streams. The stream of `Device::new_cuda` is that of the thread, which counts as none.
+    fn order(a: &CudaStream, b: &CudaStream) {
+        if a != b {
+            // The next call of candle tells of a failure.
+            a.context().record_err(a.join(b));
+            b.context().record_err(b.join(a));
+        }
     }
 
     impl Place for CudaDevice {
@@ -108,7 +120,10 @@ mod cuda {
 
         fn read(&self, storage: &CudaStorage) -> (u64, usize) {
             let stream = self.cuda_stream();
-            of_elements!(CudaStorageSlice, &storage.slice, slice => (slice.device_ptr(&stream).0, slice.len()))
+            of_elements!(CudaStorageSlice, &storage.slice, slice => {
+                order(&stream, slice.stream());
+                (slice.device_ptr(&stream).0, slice.len())
+            })
         }
 
         fn written(&self, storage: &mut CudaStorage) -> u64 {
