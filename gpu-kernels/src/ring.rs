@@ -24,21 +24,32 @@ const MIDDLE: u32 = MOST_PIECES / 2 * PIECE_BYTES;
 /// What the tiles of a ring are, and who copies them.
 #[derive(Clone, Copy)]
 pub struct RingShape {
-    /// The rows of the images.
-    pub image: Image,
-    /// Rows of a tile.
-    pub rows: u32,
-    /// Slots, 3 or 4.
-    pub stages: u32,
-    /// How many of the block's first warps copy. Each has a multiple of 512 bytes of a tile, and
-    /// 4 KiB at most.
-    pub warps: u32,
+    image: Image,
+    rows: u32,
+    stages: u32,
+    warps: u32,
 }
 
 impl RingShape {
+    /// A ring of 3 or 4 slots (`stages`), each for `rows` rows of an image. The first `warps` warps
+    /// of the block copy.
+    pub const fn new(image: Image, rows: u32, stages: u32, warps: u32) -> RingShape {
+        assert!(stages == 3 || stages == 4);
+        let shape = RingShape { image, rows, stages, warps };
+        assert!(shape.pieces() * warps * PIECE_BYTES == shape.tile_bytes(), "warps copy whole pieces");
+        assert!(shape.pieces() <= MOST_PIECES);
+        shape
+    }
+
     #[inline(always)]
     const fn tile_bytes(self) -> u32 {
         self.image.bytes(self.rows)
+    }
+
+    /// How many pieces of a tile a warp copies.
+    #[inline(always)]
+    const fn pieces(self) -> u32 {
+        self.tile_bytes() / self.warps / PIECE_BYTES
     }
 }
 
@@ -118,10 +129,9 @@ impl Ring {
     #[inline(always)]
     unsafe fn copy(&self, from: u64, row: u32, slot: u32) {
         let (from, to) = (from + row as u64 * self.shape.image.bytes(1) as u64, self.to + slot);
-        let pieces = self.shape.tile_bytes() / self.shape.warps / PIECE_BYTES;
         macro_rules! start {
             ($($piece:literal)*) => {$(
-                if $piece < pieces {
+                if $piece < self.shape.pieces() {
                     copy::start16_at::<{ ($piece * PIECE_BYTES) as i32 - MIDDLE as i32 }>(to, from);
                 }
             )*};

@@ -48,14 +48,10 @@ impl<M: Model> Map<M> {
         M::TILES.query_rows
     };
     /// All warps copy.
-    const RING: RingShape =
-        RingShape { image: M::IMAGE, rows: M::TILES.key_rows, stages: M::TILES.stages, warps: Self::THREADS / 32 };
+    const RING: RingShape = RingShape::new(M::IMAGE, M::TILES.key_rows, M::TILES.stages, Self::THREADS / 32);
     /// Whether keys come with the values of the tile before, at one barrier. With three slots each
     /// has a barrier.
-    const KEYS_WITH_VALUES: bool = {
-        assert!(M::TILES.stages == 3 || M::TILES.stages == 4);
-        M::TILES.stages == 4
-    };
+    const KEYS_WITH_VALUES: bool = M::TILES.stages == 4;
 }
 
 /// The kernel's body.

@@ -48,6 +48,7 @@ impl<M: Model> Map<M> {
     const THREADS: u32 = 32 * Self::WARPS;
     /// Whether two warps have the same samples.
     const TWINS: bool = profile_parts(M::IMAGE) == 2;
+    const RING: RingShape = RingShape::new(M::IMAGE, KEY_ROWS, WarpProfileShared::STAGES, COPIERS / 32);
     /// Keys of a tile that a warp weighs.
     const KEYS: u32 = KEY_ROWS / profile_parts(M::IMAGE);
 
@@ -321,9 +322,9 @@ impl<M: Ampere> Block<M> {
         let (tiles, image) = (&self.tiles, M::IMAGE);
         let row = |tile: u32| (tiles.start + tile) * KEY_ROWS;
         let count = tiles.end - tiles.start;
-        let shape = RingShape { image, rows: KEY_ROWS, stages: WarpProfileShared::STAGES, warps: COPIERS / 32 };
-        let mut ring = Ring::new(shape, self.packed, self.head_row, Map::<M>::SHARED.ring, self.own_warp, self.lane);
-        let first_slot = shared::address(Map::<M>::SHARED.ring, 0);
+        let slots = Map::<M>::SHARED.ring;
+        let mut ring = Ring::new(Map::<M>::RING, self.packed, self.head_row, slots, self.own_warp, self.lane);
+        let first_slot = shared::address(slots, 0);
         let own_half = self.half();
         let keys_at = |slot: u32| Matrices::by_columns(slot + image.bytes(Map::<M>::KEYS) * own_half, image, self.lane);
         let values_at = |slot: u32, half: u32| {

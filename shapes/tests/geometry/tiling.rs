@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use crate::{cases, heads, layouts_with_text, rule, shipped};
 
 fn key_rows() -> impl Strategy<Value = u32> {
-    prop::sample::select(vec![16, 64, 128, 176, 192])
+    prop::sample::select(vec![16, 48, 64, 128, 176, 192])
 }
 
 fn key_step() -> impl Strategy<Value = u32> {
