@@ -13,12 +13,12 @@ MOST_RUNS = 500
 
 
 def own_command():
-    """The command line of this process, but for the folder that results went to, which says nothing about them."""
+    """The command line of this process, but for where results went to and the command lay, which says nothing about them."""
     kept, words = [], iter(sys.argv[1:])
     for word in words:
-        if word == "--out":
+        if word in ("--out", "--binary"):
             next(words, None)
-        elif not word.startswith("--out="):
+        elif not word.startswith(("--out=", "--binary=")):
             kept.append(word)
     return shlex.join(["python3", f"bench/{pathlib.Path(sys.argv[0]).name}", *kept])
 
