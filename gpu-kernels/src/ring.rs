@@ -56,12 +56,13 @@ impl RingShape {
 /// The tiles of a head, and the slot of the next step.
 pub struct Ring {
     shape: RingShape,
-    /// Address of this thread's part of the keys from row 0 on.
+    /// Address of this thread's part of the keys from row 0 on, and [`MIDDLE`] more.
     keys: u64,
     /// From there to the values.
     values_behind: u64,
-    /// Address of its part of the first slot.
+    /// Address of its part of the first slot, and as much more.
     to: u32,
+    /// Bytes from the first slot to that of the next step.
     slot: u32,
 }
 
