@@ -11,7 +11,7 @@ import re
 import statistics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OURS, OURS_FP8 = "framestride", "framestride, 8 bits"
+OURS, OURS_FP8, OURS_SM80 = "framestride", "framestride, 8 bits", "framestride, sm_80"
 # The inputs of e4m3.py that are in its picture.
 DRAWN = ["N(0, 1)", "V ~ N(1, 1)", "K with a mean and an outlier"]
 # A spec that only differs from another by its density, for the picture.
@@ -34,8 +34,12 @@ class Rows(list):
     def of(self, **keys):
         return Rows(row for row in self if all(row.get(key) == value for key, value in keys.items()))
 
-    def ours(self):
-        return self.of(who=OURS).measured()
+    def ours(self, who=OURS):
+        return self.of(who=who).measured()
+
+    def families(self):
+        """Ours, and if the run had two families of kernels, those of the other."""
+        return [who for who in (OURS, OURS_SM80) if self.ours(who)]
 
     def peers(self):
         # Those in 8 bits are no peers of ours in 16.
@@ -52,9 +56,9 @@ def ratio(above, below, key="ms"):
     return above[key] / below[key] if above and below else None
 
 
-def glance(rows, memory):
-    """The ratios that the project is judged by."""
-    ours, peers = rows.ours(), rows.peers()
+def glance(rows, memory, who):
+    """The ratios that the project is judged by, of the kernels that are called `who`."""
+    ours, peers = rows.ours(who), rows.peers()
     dense, flex = ours.of(what="dense").fastest(), peers.of(who="FlexAttention").fastest()
     # The slower of the two masks, so that nothing is flattered.
     sparse = max(ours.of(what="sparse"), key=lambda row: row["ms"], default=None)
@@ -71,7 +75,7 @@ def glance(rows, memory):
         cell(ratio(peer_pack, pack), "{:.1f}x"),
         cell(ratio(ours.of(what="profile").fastest(), sparse), "{:.2%}"),
         cell(ratio(peers.of(what="layer").fastest(), ours.of(what="layer").fastest()), "{:.2f}x"),
-        cell((memory or {}).get("beyond_tensors"), "{:.2f}"),
+        cell((memory or {}).get("beyond_tensors") if who == OURS else None, "{:.2f}"),
     ]
 
 
@@ -92,7 +96,8 @@ GLANCE = [
 
 def sections(name, shape, rows):
     extent = f"{shape['batch']} x {shape['sequence']} tokens x {shape['heads']} heads x {shape['head_dim']}, {shape['dtype']}"
-    kernels = f" Kernels: PTX with the SHA-256 {shape['ptx_sha256'][:16]}..." if "ptx_sha256" in shape else ""
+    whose = " for Hopper" if rows.of(who=OURS_SM80) else ""
+    kernels = f" Kernels{whose}: PTX with the SHA-256 {shape['ptx_sha256'][:16]}..." if "ptx_sha256" in shape else ""
     text = f"### {name}\n\n{extent}.{kernels}\n\n"
     measured = rows.measured()
     attention = [row for row in measured if row["what"] in ("dense", "sparse", "layer")]
@@ -390,7 +395,11 @@ def main():
         gpu = re.sub("[^a-z0-9]+", "_", results["gpu"].lower())
         about = path.stem.removeprefix(gpu).replace("_", " ")
         text += f"## {results['gpu']}{':' if about else ''}{about}\n\n" + header(results)
-        glances = [[name, *glance(rows.of(shape=name), shape.get("memory"))] for name, shape in shown.items()]
+        glances = [
+            [name + who.removeprefix(OURS), *glance(rows.of(shape=name), shape.get("memory"), who)]
+            for name, shape in shown.items()
+            for who in rows.of(shape=name).families()
+        ]
         text += table(GLANCE, glances) + "\n"
         text += "".join(sections(name, shape, rows.of(shape=name)) for name, shape in shown.items())
     extent, group = sweep(all_results)

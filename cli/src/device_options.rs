@@ -81,11 +81,24 @@ impl DeviceOptions {
     pub fn choose(&self) -> Result<(Device, Option<Error>)> {
         match self.device {
             DeviceChoice::Emulator => Ok((Device::emulator(), None)),
-            DeviceChoice::Gpu => Ok((first_gpu().map_err(without_gpu)?, None)),
-            DeviceChoice::Numbered(number) => Ok((gpu(number).map_err(without_gpu)?, None)),
+            DeviceChoice::Gpu => Ok((first_gpu().map_err(|error| self.without_gpu(error))?, None)),
+            DeviceChoice::Numbered(number) => Ok((gpu(number).map_err(|error| self.without_gpu(error))?, None)),
             DeviceChoice::Auto => {
                 Ok(first_gpu().map_or_else(|error| (Device::emulator(), Some(error)), |gpu| (gpu, None)))
             }
+        }
+    }
+
+    /// What to do where the GPU is not there. Other errors say it themselves.
+    fn without_gpu(&self, error: Error) -> Error {
+        match error {
+            Error::NoGpu(_) => Error::input(
+                format!("--device {}", self.device),
+                error,
+                "an NVIDIA GPU since Ampere, and its driver",
+                "Try --device emulator; `framestride doctor` lists the GPUs",
+            ),
+            error => error,
         }
     }
 
@@ -135,19 +148,6 @@ fn first_gpu() -> Result<Device> {
     match first {
         Ok(_) => first,
         Err(_) => (1..Gpu::count().unwrap_or(0)).find_map(|number| gpu(number).ok()).map_or(first, Ok),
-    }
-}
-
-/// What to do where `--device gpu` finds none. Other errors say it themselves.
-fn without_gpu(error: Error) -> Error {
-    match error {
-        Error::NoGpu(_) => Error::input(
-            "--device gpu",
-            error,
-            "a machine with an NVIDIA GPU since Ampere and its driver",
-            "Try --device emulator; `framestride doctor` shows what was found",
-        ),
-        error => error,
     }
 }
 

@@ -273,7 +273,7 @@ fn bad_input_is_two() {
         &["verify", path(&spec)],
         &["verify", "demo", "--device", "tpu"],
         &["verify", "demo", "--ptx", "no/such.ptx"],
-        &["build", "demo", "--arch", "sm_70", "--out", path(folder.path())],
+        &["build", "demo", "--family", "sm_70", "--out", path(folder.path())],
         &["run", "demo", "--qkv", "no/such.safetensors"],
         &["plot", "demo", "--out", "no/such/folder/masks.png"],
     ];

@@ -52,8 +52,8 @@ const TEMPLATES: [(&str, &[u8], &str); 10] = {
 pub(crate) fn fill(spec: &Spec, arch: Arch) -> Result<(String, Manifest)> {
     let template = spec.template();
     if !template.is_of(arch) {
-        let found = format!("{:?} on a GPU of the family {}", template.compute.as_str(), arch.name);
-        let mend = "Write compute = \"dtype\" in the spec, or take a Hopper";
+        let found = format!("{:?} with kernels of {}", template.compute.as_str(), arch.name);
+        let mend = "Write compute = \"dtype\" in the spec, or take kernels of sm_90a, on a Hopper or the emulator";
         return Err(Error::input("attention.compute", found, "\"e4m3\" on sm_90a, \"dtype\" on every family", mend));
     }
     let literals: HashMap<String, u32> = Numbers::of(spec, arch).literals().into_iter().collect();

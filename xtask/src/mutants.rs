@@ -210,7 +210,7 @@ fn judge(copy: &Path, Judged { spec, family }: Judged) -> Result<Verdict, String
         command.arg(arguments[0]).arg(&spec).args(&arguments[1..]).env("FRAMESTRIDE_SOURCE", copy);
         command.output().map_err(|error| format!("framestride does not start: {error}"))
     };
-    let built = framestride(&["build", "--arch", family, "--out", &kernels.display().to_string()])?;
+    let built = framestride(&["build", "--family", family, "--out", &kernels.display().to_string()])?;
     if !built.status.success() {
         return Ok(Verdict::Broken(format!("does not build: {}", first_lines(&built.stderr))));
     }

@@ -21,9 +21,9 @@ use crate::spec_argument::read_spec;
 pub struct Build {
     /// The spec.
     spec: String,
-    /// The family of GPUs, such as sm_90a.
-    #[arg(long, default_value = Arch::SM_90A.name)]
-    arch: String,
+    /// The family of the kernels: sm_90a for Hopper, or sm_80 for every GPU since Ampere.
+    #[arg(long, alias = "arch", value_name = "NAME", default_value = Arch::SM_90A.name)]
+    family: Arch,
     /// Write what the other commands load, the template with the spec's numbers, and compile nothing.
     #[arg(long)]
     template: bool,
@@ -33,8 +33,7 @@ pub struct Build {
 }
 
 /// Builds kernels.
-pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Outcome, Box<dyn std::error::Error>> {
-    let arch = arch.parse::<Arch>()?;
+pub fn build(Build { spec: argument, family, template, out }: Build) -> Result<Outcome, Box<dyn std::error::Error>> {
     let spec = read_spec(&argument)?;
     make_folder(&out)?;
     let output = |extension| Output::new(&out.join(format!("{}.{extension}", spec.name)), &[Path::new(&argument)]);
@@ -43,10 +42,10 @@ pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Out
     bar.say(&format!("building {}", spec.source.file), None);
     let started = Instant::now();
     let (ptx, manifest) = if template {
-        let filled = Kernels::for_spec(&spec, arch)?;
+        let filled = Kernels::for_spec(&spec, family)?;
         (filled.ptx().to_string(), filled.manifest().clone())
     } else {
-        let built = framestride_builder::Kernels::from_parsed(&spec).arch(arch).build()?;
+        let built = framestride_builder::Kernels::from_parsed(&spec).arch(family).build()?;
         (built.ptx, built.manifest)
     };
     drop(bar);
@@ -54,7 +53,7 @@ pub fn build(Build { spec: argument, arch, template, out }: Build) -> Result<Out
     outputs[0].write(ptx.as_bytes())?;
     outputs[1].write(manifest.to_json().as_bytes())?;
     let files: Vec<String> = outputs.iter().map(|output| output.path().display().to_string()).collect();
-    let mut lines = format!("{} in {seconds:.1} s: {}\n", manifest.name, files.join(", "));
+    let mut lines = format!("{}, kernels of {}, in {seconds:.1} s: {}\n", manifest.name, family.name, files.join(", "));
     for kernel in &manifest.kernels {
         lines +=
             &format!("  {:<10} {:>4} threads, {:>6} bytes shared", kernel.entry, kernel.threads, kernel.shared_bytes);
