@@ -22,7 +22,7 @@ pub struct Build {
     /// The spec.
     spec: String,
     /// The family of the kernels: sm_90a for Hopper, or sm_80 for every GPU since Ampere.
-    #[arg(long, alias = "arch", value_name = "NAME", default_value = Arch::SM_90A.name)]
+    #[arg(long, value_name = "NAME", default_value = Arch::SM_90A.name)]
     family: Arch,
     /// Write what the other commands load, the template with the spec's numbers, and compile nothing.
     #[arg(long)]

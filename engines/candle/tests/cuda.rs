@@ -1,12 +1,14 @@
-//! What only a GPU shows, and that its results are those of the CPU. Without a GPU these tests fail.
+//! What only a GPU shows: streams, devices, how long kernels live, and results of head dim 128 beside
+//! those of the CPU. Without a GPU these tests fail.
 //!
 //! `cargo test --release --features cuda,emulator` runs the other tests on the GPU too.
 
+#[expect(dead_code, reason = "other tests compare a case with the CPU")]
 mod case;
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use case::{BF16, Case, MIXED, attended, bits, difference, on_the_cpu};
+use case::{Case, attended, bits, on_the_cpu};
 use common::{device, rows};
 use framestride_candle::shapes::spec::Compute;
 use framestride_candle::{Attention, HeadTypes, Spec};
@@ -58,40 +60,11 @@ fn heads_in_8_bits_are_near_those_of_the_cpu() -> Result<()> {
 }
 
 #[test]
-fn norm_rope_text_and_masks_are_those_of_the_cpu() -> Result<()> {
-    let mut case = Case::bf16()?;
-    for types in [[[0; 3]; 2], MIXED] {
-        case.attention.head_types = HeadTypes::Given(Tensor::new(&types, case.qkv[0].device())?);
-        let [plain, _] = case.plain(types)?;
-        let found = difference(&case.forward()?, &plain)?;
-        assert!(found < BF16, "{types:?}: {found}");
-    }
-    Ok(())
-}
-
-#[test]
-fn views_give_the_bytes_of_copies() -> Result<()> {
-    let (attention, [q, k, v]) = plain(Compute::Dtype)?;
-    let expected = bits(&attention.forward(&q, &k, &v)?)?;
-    let turned = [&q, &k, &v].map(|x| x.transpose(1, 2)?.contiguous()?.transpose(1, 2));
-    let packed = Tensor::cat(&[&q, &k, &v], 2)?;
-    let parts = [0, 3, 6].map(|head| packed.narrow(2, head, 3));
-    for [q, k, v] in [turned, parts] {
-        let (q, k, v) = (q?, k?, v?);
-        assert!(!q.is_contiguous(), "{:?}", q.layout());
-        assert!(bits(&attention.forward(&q, &k, &v)?)? == expected, "{:?}", q.layout());
-    }
-    Ok(())
-}
-
-#[test]
 fn wrong_calls_leave_the_gpu_as_it_was() -> Result<()> {
     let (mut attention, [q, k, v]) = plain(Compute::Dtype)?;
     let expected = bits(&attention.forward(&q, &k, &v)?)?;
     let on_cpu = k.to_device(&Device::Cpu)?;
     let wrong = [
-        (attention.forward(&q, &k.to_dtype(DType::F16)?, &v), "k: found F16"),
-        (attention.forward(&q, &k, &v.narrow(1, 0, 383)?), "v: found shape [2, 383, 3, 128]"),
         // candle itself finds this one.
         (attention.forward(&q, &on_cpu, &v), "device mismatch in framestride"),
         (attention.forward_with_output(&q, &on_cpu, &v).map(|output| output.out), "k: found Cpu"),
