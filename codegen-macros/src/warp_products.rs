@@ -46,7 +46,7 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
         }
     });
     // Warps of attention have no outputs of one block.
-    let scores_of_kernel = if blocks.contains(&1) {
+    let traits_of_kernel = if blocks.contains(&1) {
         let both_products =
             blocks.iter().map(|&blocks| both_products(&kernels, &name, image, key_rows, columns, blocks as usize));
         let sample_products = sample_products(&kernels, &visibility, &name, image, key_rows);
@@ -103,7 +103,7 @@ pub fn expand(input: TokenStream) -> Result<TokenStream> {
 
         #(#products_of_blocks)*
 
-        #scores_of_kernel
+        #traits_of_kernel
     })
 }
 
@@ -113,9 +113,8 @@ fn warp_scores(kernels: &TokenStream, name: &Ident, image: Image, key_rows: u32,
     let block_count = blocks as usize;
     let steps = image.head_dim / 16;
     let load = |step: u32, block: u32| load("q", image, 16 * block, 16 * step, false);
-    let places = || (0..steps).flat_map(|step| (0..blocks).map(move |block| (step, block)));
     let (queries, load_queries, add_scores) = if holds_queries(image.head_dim) {
-        let loads = places().map(|(step, block)| load(step, block));
+        let loads = (0..steps).flat_map(|step| (0..blocks).map(move |block| load(step, block)));
         let count = (steps * blocks) as usize;
         let held = |step: u32, block: u32| {
             let index = (step * blocks + block) as usize;

@@ -68,6 +68,8 @@ pub struct VerifyReport {
     pub ok: bool,
     /// Where the kernels ran.
     pub device: String,
+    /// The family of the kernels, as in `sm_80`.
+    pub family: &'static str,
     /// Name of the spec.
     pub spec: String,
     /// Seed of the inputs.
@@ -161,7 +163,15 @@ pub fn verify(module: &Arc<Module>, seed: u64, effort: Effort, progress: &dyn Fn
         checks.extend(repeatability::verify_launches(module, launches, seed, &progress)?);
     }
     progress("done", 1.0);
-    Ok(VerifyReport { ok: checks.all_passed(), device: device.name(), spec: spec.name.clone(), seed, reduced, checks })
+    Ok(VerifyReport {
+        ok: checks.all_passed(),
+        device: device.name(),
+        family: module.arch().name,
+        spec: spec.name.clone(),
+        seed,
+        reduced,
+        checks,
+    })
 }
 
 /// Runs a layer once, and checks everything that it left.

@@ -51,7 +51,8 @@ pub fn verify(Verify { spec, on, seed, fail_fast }: Verify) -> Result<Outcome> {
 }
 
 fn verify_text(report: &VerifyReport) -> String {
-    let mut text = format!("{} on {} (seed {})\n", report.spec, report.device, report.seed);
+    let VerifyReport { spec, family, device, seed, .. } = report;
+    let mut text = format!("{spec}, kernels of {family}, on {device} (seed {seed})\n");
     if !report.reduced.is_empty() {
         text += &format!("\nmemory has no room for more than\n  {}\n", report.reduced.join("\n  "));
     }

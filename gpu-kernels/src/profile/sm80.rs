@@ -324,7 +324,7 @@ impl<M: Ampere> Block<M> {
         let count = tiles.end - tiles.start;
         let slots = Map::<M>::SHARED.ring;
         let mut ring = Ring::new(Map::<M>::RING, self.packed, self.head_row, slots, self.own_warp, self.lane);
-        let first_slot = shared::address(slots, 0);
+        let ring_address = shared::address(slots, 0);
         let own_half = self.half();
         let keys_at = |slot: u32| Matrices::by_columns(slot + image.bytes(Map::<M>::KEYS) * own_half, image, self.lane);
         let values_at = |slot: u32, half: u32| {
@@ -351,7 +351,7 @@ impl<M: Ampere> Block<M> {
         copy::wait_groups::<0>();
         thread::sync_block();
         all_seen |= self.look(1);
-        let mut keys = keys_at(first_slot + ring.begin().own);
+        let mut keys = keys_at(ring_address + ring.begin().own);
         let mut scores = self.scores::<MASKED>(mask, 0, keys);
         let sums = softmax::weigh(&mut scores);
         let mut fits = softmax::may_start_plain::<M::Element>(sums);
@@ -384,7 +384,7 @@ impl<M: Ampere> Block<M> {
                 }
             }
             copy::commit_group();
-            let [value, key] = steps.map(|slots| first_slot + slots.own);
+            let [value, key] = steps.map(|slots| ring_address + slots.own);
             // Behind the last tile there are no keys. The values take their place, for no use.
             let is_last = tile + 1 == count;
             keys = keys_at(if is_last { value } else { key });
